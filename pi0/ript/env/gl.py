@@ -1,0 +1,88 @@
+"""Which OpenGL draws the frames: chosen once, proven by a rendered frame, then handed to every worker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+BACKENDS = ("egl", "osmesa")
+INSTALL_HINT = "install software GL with: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
+
+
+class GLUnavailableError(RuntimeError):
+    """No OpenGL back end on this machine draws a frame."""
+
+
+@dataclass(frozen=True)
+class GLProbe:
+    """Outcome of drawing one frame with a back end in a process of its own."""
+
+    backend: str
+    works: bool
+    detail: str  # renderer's name and time per frame, or what went wrong
+
+
+def environment(backend: str) -> dict[str, str]:
+    """Environment variables that make MuJoCo, robosuite and PyOpenGL use `backend`."""
+    return {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+
+
+def probe(backend: str, timeout: float = 60.0) -> GLProbe:
+    """Draw one frame in a subprocess: a broken driver may abort the process that asks."""
+    command = [sys.executable, "-c", _PROBE]
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **environment(backend)}, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return GLProbe(backend, False, f"no frame within {timeout:.0f} s")
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return GLProbe(backend, False, lines[-1] if lines else f"process ended with {done.returncode}")
+    return GLProbe(backend, True, done.stdout.strip())
+
+
+def select_backend() -> str:
+    """The back end to use, and set in this process's environment for every process it starts.
+
+    `MUJOCO_GL`, when set, is the only candidate; otherwise EGL (on a GPU or in software), then OSMesa.
+
+    Raises:
+        GLUnavailableError: none draws a frame; the message says what each answered and what to install.
+    """
+    asked = os.environ.get("MUJOCO_GL", "").lower()
+    if asked and os.environ.get("PI0_GL_PROVEN") == asked:
+        return asked
+    failures = []
+    for backend in (asked,) if asked else BACKENDS:
+        if backend not in BACKENDS:
+            raise GLUnavailableError(f"MUJOCO_GL={backend} cannot draw without a screen; use one of {', '.join(BACKENDS)}")
+        outcome = probe(backend)
+        if outcome.works:
+            os.environ.update(environment(backend), PI0_GL_PROVEN=backend)
+            return backend
+        failures.append(f"{backend}: {outcome.detail}")
+    raise GLUnavailableError(f"no OpenGL back end draws a frame ({'; '.join(failures)}); {INSTALL_HINT}")
+
+
+_PROBE = """
+import time
+import mujoco
+import numpy as np
+model = mujoco.MjModel.from_xml_string(
+    '<mujoco><worldbody><light pos="0 0 3"/><geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>')
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 64, 64) as renderer:
+    renderer.update_scene(data)
+    renderer.render()
+    start = time.perf_counter()
+    frame = renderer.render()
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    from OpenGL import GL
+    name = GL.glGetString(GL.GL_RENDERER).decode()
+assert np.ptp(frame.reshape(-1, 3), axis=0)[0] > 50, "the frame is blank"
+print(f"{name}, {milliseconds:.1f} ms a frame")
+"""

@@ -1,0 +1,99 @@
+"""Frames on demand: only those the policy or a video asks for, all cameras from one simulation state.
+
+`exact` draws what LIBERO draws (robosuite's off-screen renderer: visual geometry, multisampling,
+reflections). `fast` draws the robot by its collision hulls and leaves out multisampling, reflections and
+shadows; on a CPU, where frames are bound by the number of vertices, that is most of the time.
+"""
+
+from __future__ import annotations
+
+import os
+
+import mujoco
+import numpy as np
+
+# Policy camera names (openpi's) and the cameras of LIBERO's scenes behind them.
+CAMERAS = {"base_0_rgb": "agentview", "left_wrist_0_rgb": "robot0_eye_in_hand"}
+MODES = ("exact", "fast")
+_COLLISION, _VISUAL, _HIDDEN = 0, 1, 5
+
+
+class Renderer:
+    """Draws one MuJoCo model; keeps its own GL context.
+
+    Args:
+        model: the compiled scene. `fast` changes its geom groups and multisampling, which only drawing reads.
+        mode: `exact` or `fast`.
+        max_size: the largest frame, pixels a side.
+    """
+
+    def __init__(self, model: mujoco.MjModel, mode: str, max_size: int):
+        if mode not in MODES:
+            raise ValueError(f"unknown render mode {mode!r}; use one of {', '.join(MODES)}")
+        self._model = model
+        model.vis.global_.offwidth = max(640, max_size) if mode == "exact" else max_size
+        model.vis.global_.offheight = max(480, max_size) if mode == "exact" else max_size
+        if mode == "fast":
+            model.vis.quality.offsamples = 0
+            _draw_robot_by_collision_geoms(model)
+        self._context = _gl_context(model.vis.global_.offwidth, model.vis.global_.offheight)
+        self._context.make_current()
+        self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+        self._scene = mujoco.MjvScene(model, maxgeom=1000)
+        if mode == "fast":
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self._option = mujoco.MjvOption()
+        self._option.geomgroup[_COLLISION] = 0
+        self._option.geomgroup[_VISUAL] = 1
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+
+    def render(self, data: mujoco.MjData, camera: str, out: np.ndarray) -> None:
+        """Draw one frame, upright.
+
+        Args:
+            data: the state to draw.
+            camera: a policy camera name (`CAMERAS`) or a camera of the scene.
+            out: uint8 [height, width, 3], filled in place.
+        """
+        height, width, _ = out.shape
+        self._context.make_current()
+        self._camera.fixedcamid = self._model.camera(CAMERAS.get(camera, camera)).id
+        mujoco.mjv_updateScene(
+            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
+        )
+        viewport = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(viewport, self._scene, self._mjr)
+        frame = np.empty((height, width, 3), dtype=np.uint8)
+        mujoco.mjr_readPixels(frame, None, viewport, self._mjr)
+        out[:] = frame[::-1]  # OpenGL counts rows from the bottom
+
+    def close(self) -> None:
+        """Free the GL context; the renderer is of no use afterwards."""
+        self._mjr.free()
+        self._context.free()
+
+
+def _gl_context(width: int, height: int):
+    if os.environ.get("MUJOCO_GL") == "osmesa":
+        from mujoco.osmesa import GLContext
+    else:
+        from mujoco.egl import GLContext
+    return GLContext(width, height)
+
+
+def _draw_robot_by_collision_geoms(model: mujoco.MjModel) -> None:
+    """Robot, mount and gripper have visual meshes of 200,000 faces; their collision hulls look alike at 64 pixels."""
+    for geom in range(model.ngeom):
+        body = model.body(model.geom_bodyid[geom]).name
+        if body.startswith(("robot0", "gripper0", "mount0")):
+            drawn = model.geom_group[geom] == _COLLISION
+            model.geom_group[geom] = _VISUAL if drawn else _HIDDEN
+            if drawn:
+                model.geom_rgba[geom] = _hull_colour(body)
+
+
+def _hull_colour(body: str) -> tuple[float, float, float, float]:
+    return (0.35, 0.35, 0.38, 1.0) if body.startswith("gripper0") else (0.92, 0.92, 0.92, 1.0)

@@ -1,0 +1,375 @@
+"""LIBERO's dynamics, goals and proprioception for one task, without the work nobody looks at.
+
+LIBERO (through robosuite) evaluates the dynamics three times in each of the 25 sub-steps of a control
+step, recomputes every observable in each of them and rebuilds the scene at each reset. Here a sub-step
+is `mj_step1`, the operational-space controller, `mj_step2`; a reset sets the state. The numbers are the
+same to the last bit: `tests/test_stepping.py` compares both over whole episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+
+from pi0.ript.env.assets import Assets, use_assets
+from pi0.ript.env.libero_import import prepare_libero
+from pi0.ript.env.suites import Task
+
+CONTROL_HZ = 20
+# What LIBERO's evaluation scripts send while objects come to rest: stand still, gripper open.
+SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
+
+
+@dataclass
+class InitState:
+    """Where an episode starts.
+
+    Attributes:
+        state: float64 [state size], time, qpos, qvel as LIBERO records them.
+        fixtures: float64 [number of fixtures, 7], position and quaternion (w, x, y, z) of cabinet,
+            stove and the like, which live in the model and not in `state`.
+    """
+
+    state: np.ndarray
+    fixtures: np.ndarray
+
+
+@dataclass
+class Snapshot:
+    """Everything a later `TaskSim.restore` needs to go on to the bit (see `TaskSim.snapshot`)."""
+
+    physics: np.ndarray
+    fixtures: np.ndarray
+    goal_pos: np.ndarray
+    goal_ori: np.ndarray
+    gripper: np.ndarray
+    success: bool
+    fresh: bool
+    clock: tuple[float, bool]
+
+
+class TaskSim:
+    """One LIBERO task in MuJoCo: reset, control steps, success, proprioception. Draws no images."""
+
+    def __init__(self, task: Task, assets: Assets):
+        prepare_libero()
+        use_assets(assets)
+        import robosuite
+        from libero.libero.envs import TASK_MAPPING
+        from libero.libero.envs.bddl_utils import get_problem_info
+
+        self.task = task
+        problem = get_problem_info(task.bddl_file)["problem_name"]
+        # The arguments of LIBERO's ControlEnv, less cameras and renderers.
+        self.libero: Any = TASK_MAPPING[problem](
+            task.bddl_file,
+            robots=["Panda"],
+            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+            gripper_types="default",
+            initialization_noise=None,
+            use_camera_obs=False,
+            has_renderer=False,
+            has_offscreen_renderer=False,
+            control_freq=CONTROL_HZ,
+            horizon=1000,
+            ignore_done=True,
+            hard_reset=False,
+        )
+        self.model: mujoco.MjModel = self.libero.sim.model._model
+        self.data: mujoco.MjData = self.libero.sim.data._data
+        fixtures = self.libero.fixtures_dict.values()
+        self._fixture_bodies = [self.model.body(fixture.root_body).id for fixture in fixtures]
+        # Placements before the first reset: a rebuilt scene starts from them, so must every draw.
+        self._compiled_fixtures = np.array([_xml_placement(fixture.get_obj()) for fixture in fixtures]).reshape(-1, 7)
+        self._initializers = list(self.libero.object_property_initializers)
+        self._arm = _ArmController(self.libero)
+        self._clock = _ObservationClock(self.libero.model_timestep)
+        self._contact_geoms: dict[int, np.ndarray] = {}
+        self.libero.check_contact = self._check_contact
+        self.success = False
+
+    # Reset ---------------------------------------------------------------------------------------
+
+    def reset(self, init: InitState, settle_steps: int = 0) -> None:
+        """Start an episode at `init`, as LIBERO's reset followed by `set_init_state` would.
+
+        Args:
+            init: where everything is.
+            settle_steps: control steps with `SETTLE_ACTION` before the episode begins.
+        Raises:
+            ValueError: the state does not fit this task's model.
+        """
+        size = 1 + self.model.nq + self.model.nv
+        if init.state.shape != (size,):
+            raise ValueError(f"initial state of {self.task.name} has shape {init.state.shape}, the model needs ({size},)")
+        mujoco.mj_resetData(self.model, self.data)
+        self._set_fixtures(init.fixtures)
+        self.data.time = init.state[0]
+        self.data.qpos[:] = init.state[1 : 1 + self.model.nq]
+        self.data.qvel[:] = init.state[1 + self.model.nq :]
+        self._arm.reset()
+        self._clock.reset()
+        mujoco.mj_forward(self.model, self.data)
+        self.success = self._evaluate()
+        for _ in range(settle_steps):
+            self.step(SETTLE_ACTION)
+
+    def draw_init_state(self, resets: int = 1) -> InitState:
+        """A fresh draw from LIBERO's own placement distribution, from NumPy's global random stream.
+
+        Args:
+            resets: how many resets LIBERO would have done by now; its list of joint initialisers (open
+                drawers and the like) grows by one copy with every rebuild, and each copy draws anew.
+        """
+        self.libero.object_property_initializers = self._initializers * (resets + 1)
+        self._set_fixtures(self._compiled_fixtures)
+        self.libero.sim.reset()
+        self.libero._reset_internal()
+        self.libero.sim.forward()
+        state = self.libero.sim.get_state().flatten()
+        return InitState(state=np.array(state), fixtures=self.fixtures())
+
+    def fixtures(self) -> np.ndarray:
+        """Placement of each fixture, float64 [number of fixtures, 7]."""
+        ids = self._fixture_bodies
+        return np.concatenate([self.model.body_pos[ids], self.model.body_quat[ids]], axis=1)
+
+    # Stepping ------------------------------------------------------------------------------------
+
+    def step(self, action: np.ndarray, observe: Callable[[], None] | None = None) -> bool:
+        """One control step (50 ms).
+
+        Args:
+            action: float [7] in [-1, 1]: end-effector translation 3 (5 cm at 1), rotation 3 (0.5 rad at
+                1, axis-angle), gripper (-1 opens, 1 closes).
+            observe: called at the moment at which LIBERO would measure this step's observation (a sub-step
+                or two before the end); images and `proprioception` belong to that moment.
+        Returns:
+            Whether LIBERO's goal holds after the step.
+        Raises:
+            FloatingPointError: the simulation diverged.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        for substep in range(self._arm.substeps):
+            self._arm.substep(action, first=substep == 0)
+            if self._clock.tick() and observe is not None:
+                observe()
+        if not np.isfinite(self.data.qpos).all() or self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number:
+            raise FloatingPointError(f"simulation of {self.task.name} diverged")
+        self.success = self._evaluate()
+        return self.success
+
+    def proprioception(self) -> np.ndarray:
+        """State the policy sees, float32 [8]: end-effector position 3 (m), axis-angle 3 (rad), gripper 2 (m)."""
+        from robosuite.utils.transform_utils import convert_quat
+
+        quat = convert_quat(self.data.xquat[self._arm.hand_body], to="xyzw")
+        return np.concatenate(
+            [self.data.site_xpos[self._arm.site], quat_to_axis_angle(quat), self.data.qpos[self._arm.gripper_qpos]]
+        ).astype(np.float32)
+
+    # Snapshots -----------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """State between two control steps. Images and proprioception must be read before `restore`."""
+        spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(mujoco.mj_stateSize(self.model, spec))
+        mujoco.mj_getState(self.model, self.data, physics, spec)
+        return Snapshot(
+            physics, self.fixtures(), self._arm.goal_pos, self._arm.goal_ori, self._arm.gripper_action,
+            self.success, self._arm.fresh, (self._clock.elapsed, self._clock.sampled),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this task; the next `step` continues from it to the bit."""
+        mujoco.mj_setState(self.model, self.data, snapshot.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        self._set_fixtures(snapshot.fixtures)
+        self._arm.goal_pos, self._arm.goal_ori = snapshot.goal_pos, snapshot.goal_ori
+        self._arm.gripper_action = snapshot.gripper
+        self.success, self._arm.fresh = snapshot.success, snapshot.fresh
+        self._clock.elapsed, self._clock.sampled = snapshot.clock
+
+    # Internals -----------------------------------------------------------------------------------
+
+    def _set_fixtures(self, placements: np.ndarray) -> None:
+        self.model.body_pos[self._fixture_bodies] = placements[:, :3]
+        self.model.body_quat[self._fixture_bodies] = placements[:, 3:]
+
+    def _evaluate(self) -> bool:
+        success = bool(self.libero._check_success())
+        self.libero._post_process()
+        return success
+
+    def _check_contact(self, geoms_1: Any, geoms_2: Any = None) -> bool:
+        """robosuite's `check_contact` by geom id instead of by name, for the two object models LIBERO passes."""
+        contacts = self.data.contact.geom  # [number of contacts, 2]
+        first, second = self._geom_mask(geoms_1), self._geom_mask(geoms_2)
+        a, b = contacts[:, 0], contacts[:, 1]
+        return bool(((first[a] & second[b]) | (first[b] & second[a])).any())
+
+    def _geom_mask(self, model: Any) -> np.ndarray:
+        if id(model) not in self._contact_geoms:
+            mask = np.zeros(self.model.ngeom, dtype=bool)
+            mask[[self.model.geom(name).id for name in model.contact_geoms]] = True
+            self._contact_geoms[id(model)] = mask
+        return self._contact_geoms[id(model)]
+
+
+class _ObservationClock:
+    """When robosuite measures: the arithmetic of its `Observable.update`, rounding included."""
+
+    def __init__(self, timestep: float):
+        self._timestep, self._period = timestep, 1.0 / CONTROL_HZ
+        self.reset()
+
+    def reset(self) -> None:
+        """LIBERO's reset and `set_init_state` each force a measurement, which advances the clock."""
+        self.elapsed, self.sampled = self._timestep + self._timestep, True
+
+    def tick(self) -> bool:
+        """Advance by a physics step; whether an observation is measured now."""
+        self.elapsed += self._timestep
+        measure = not self.sampled and self._period >= self.elapsed
+        self.sampled |= measure
+        if self.elapsed >= self._period:
+            self.elapsed %= self._period
+            self.sampled = False
+        return measure
+
+
+class _ArmState(NamedTuple):
+    """What the controller measures in a sub-step."""
+
+    pos: np.ndarray  # [3] end effector, m
+    ori: np.ndarray  # [3, 3]
+    vel: np.ndarray  # [3] m/s
+    ori_vel: np.ndarray  # [3] rad/s
+    joint_pos: np.ndarray  # [7] rad
+    joint_vel: np.ndarray  # [7] rad/s
+    jac_pos: np.ndarray  # [3, 7]
+    jac_ori: np.ndarray  # [3, 7]
+    mass: np.ndarray  # [7, 7]
+
+
+class _ArmController:
+    """robosuite's OSC_POSE controller and Panda gripper, one evaluation of the dynamics a sub-step.
+
+    Arithmetic follows robosuite 1.4.0 (`controllers/osc.py`, `models/grippers/panda_gripper.py`)
+    operation by operation, and calls its own compiled matrix functions, so that torques agree to the bit.
+    """
+
+    def __init__(self, libero: Any):
+        robot, controller = libero.robots[0], libero.robots[0].controller
+        self.model: mujoco.MjModel = libero.sim.model._model
+        self.data: mujoco.MjData = libero.sim.data._data
+        self.site = self.model.site(controller.eef_name).id
+        self.hand_body = self.model.body(robot.robot_model.eef_name).id
+        self.substeps = int(libero.control_timestep / libero.model_timestep)
+        self.qpos = np.array(controller.qpos_index)
+        self.qvel = np.array(controller.qvel_index)
+        self.gripper_qpos = np.array(robot._ref_gripper_joint_pos_indexes)
+        self.arm_actuators = np.array(robot._ref_joint_actuator_indexes)
+        self.gripper_actuators = np.array([self.model.actuator(name).id for name in robot.gripper.actuators])
+        self.torque_low, self.torque_high = (np.array(limit) for limit in robot.torque_limits)
+        self.initial_joint = np.array(controller.initial_joint)
+        self.kp, self.kd = controller.kp, controller.kd
+        self.scale = abs(controller.output_max - controller.output_min) / abs(controller.input_max - controller.input_min)
+        self.input_min, self.input_max = controller.input_min, controller.input_max
+        self.output_mid = (controller.output_max + controller.output_min) / 2.0
+        self.input_mid = (controller.input_max + controller.input_min) / 2.0
+        ctrl_range = self.model.actuator_ctrlrange[self.gripper_actuators]
+        self.grip_bias = 0.5 * (ctrl_range[:, 1] + ctrl_range[:, 0])
+        self.grip_weight = 0.5 * (ctrl_range[:, 1] - ctrl_range[:, 0])
+        self.grip_speed = robot.gripper.speed
+        self._goal_at_reset = np.array(controller.goal_pos), np.array(controller.goal_ori)
+        self._measured_at_reset = _ArmState(
+            np.array(controller.ee_pos),
+            np.array(controller.ee_ori_mat),
+            np.array(controller.ee_pos_vel),
+            np.array(controller.ee_ori_vel),
+            np.array(controller.joint_pos),
+            np.array(controller.joint_vel),
+            np.array(controller.J_pos),
+            np.array(controller.J_ori),
+            np.array(controller.mass_matrix),
+        )
+        self._jacp = np.zeros((3, self.model.nv))
+        self._jacr = np.zeros((3, self.model.nv))
+        self._mass = np.zeros((self.model.nv, self.model.nv))
+        self.reset()
+
+    def reset(self) -> None:
+        """What LIBERO's reset leaves behind: the goal of the robot's initial joints, gripper half way."""
+        self.goal_pos, self.goal_ori = self._goal_at_reset
+        self.gripper_action = np.zeros(2)
+        self.fresh = True
+
+    def substep(self, action: np.ndarray, first: bool) -> None:
+        """One physics step under `action` (float64 [7]); `first` of its control step sets the goal."""
+        from robosuite.utils.control_utils import set_goal_orientation
+
+        model, data = self.model, self.data
+        mujoco.mj_step1(model, data)
+        # robosuite's controller skips its first measurement after a reset and acts on the one made at the
+        # robot's initial joints, although the recorded state put the arm elsewhere.
+        arm = self._measured_at_reset if self.fresh else self._measure()
+        self.fresh = False
+        if first:
+            clipped = np.clip(action[:6], self.input_min, self.input_max)
+            delta = (clipped - self.input_mid) * self.scale + self.output_mid
+            # robosuite keeps the old goal orientation when no rotation is asked for.
+            if any(element != 0.0 for element in delta[3:]):
+                self.goal_ori = set_goal_orientation(delta[3:], arm.ori)
+            self.goal_pos = arm.pos + delta[:3]
+        data.ctrl[self.arm_actuators] = np.clip(self._torques(arm), self.torque_low, self.torque_high)
+        self.gripper_action = np.clip(
+            self.gripper_action + np.array([-1.0, 1.0]) * self.grip_speed * np.sign(action[6:]), -1.0, 1.0
+        )
+        data.ctrl[self.gripper_actuators] = self.grip_bias + self.grip_weight * self.gripper_action
+        mujoco.mj_step2(model, data)
+
+    def _measure(self) -> _ArmState:
+        model, data = self.model, self.data
+        mujoco.mj_jacSite(model, data, self._jacp, self._jacr, self.site)
+        mujoco.mj_fullM(model, self._mass, data.qM)
+        return _ArmState(
+            np.array(data.site_xpos[self.site]),
+            np.array(data.site_xmat[self.site].reshape(3, 3)),
+            np.dot(self._jacp, data.qvel),
+            np.dot(self._jacr, data.qvel),
+            data.qpos[self.qpos],
+            data.qvel[self.qvel],
+            np.array(self._jacp[:, self.qvel]),
+            np.array(self._jacr[:, self.qvel]),
+            self._mass[self.qvel, :][:, self.qvel],
+        )
+
+    def _torques(self, arm: _ArmState) -> np.ndarray:
+        from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+
+        force = np.multiply(self.goal_pos - arm.pos, self.kp[0:3]) + np.multiply(-arm.vel, self.kd[0:3])
+        ori_error = orientation_error(self.goal_ori, arm.ori)
+        torque = np.multiply(ori_error, self.kp[3:6]) + np.multiply(-arm.ori_vel, self.kd[3:6])
+        jac = np.array(np.vstack([arm.jac_pos, arm.jac_ori]))
+        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(arm.mass, jac, arm.jac_pos, arm.jac_ori)
+        wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
+        torques = np.dot(jac.T, wrench) + self.data.qfrc_bias[self.qvel]
+        return torques + nullspace_torques(arm.mass, nullspace, self.initial_joint, arm.joint_pos, arm.joint_vel)
+
+
+def _xml_placement(body: Any) -> np.ndarray:
+    pos, quat = body.get("pos", "0 0 0"), body.get("quat", "1 0 0 0")
+    return np.array([float(number) for number in f"{pos} {quat}".split()])
+
+
+def quat_to_axis_angle(quat: np.ndarray) -> np.ndarray:
+    """Quaternion (x, y, z, w) to axis-angle [3] (rad), as LIBERO evaluation scripts compute it (robosuite 1.4)."""
+    w = np.clip(quat[3], -1.0, 1.0)
+    sine = np.sqrt(1.0 - w * w)
+    if np.isclose(sine, 0.0):
+        return np.zeros(3)
+    return quat[:3] * 2.0 * np.arccos(w) / sine
