@@ -1,0 +1,161 @@
+"""Makes .venv from requirements.lock and installs the software-GL libraries where it may.
+
+    python3.11 tools/setup.py [--torch auto|cpu|cuda]
+
+Runs on the system's Python before any package is there, so it imports the standard library alone. A second
+run with the same lock does nothing; a run after an interrupted one goes on where that one stopped.
+"""
+
+import argparse
+import ctypes.util
+import glob
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "requirements.stamp"
+MESA_DRIVERS = ("/usr/lib/*/dri/swrast_dri.so", "/usr/lib*/dri/swrast_dri.so", "/usr/lib/*/libgallium-*.so")
+
+
+def say(text):
+    print(f"setup: {text}", flush=True)
+
+
+def stop(text):
+    sys.exit(f"setup: {text}")
+
+
+def missing_system_packages():
+    """Debian packages, by name, whose content this machine lacks."""
+    present = {
+        "libegl1": ctypes.util.find_library("EGL"),
+        "libgl1-mesa-dri": any(glob.glob(pattern) for pattern in MESA_DRIVERS),
+        "libosmesa6": ctypes.util.find_library("OSMesa"),
+        "python3.11-venv": VENV_PYTHON.exists() or importlib.util.find_spec("ensurepip"),
+    }
+    return [name for name, found in present.items() if not found]
+
+
+def install_system_packages():
+    """Install what is missing (root), or say how; stop where nothing could render or no .venv could be made."""
+    missing = missing_system_packages()
+    if not missing:
+        return
+    command = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(missing)}"
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        say(f"installing {' '.join(missing)}")
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(command.replace("apt-get", "apt-get -q"), shell=True, env=environment, check=False)
+        missing = missing_system_packages()
+    if "python3.11-venv" in missing:
+        stop(f"Python's venv module is incomplete; install it with: sudo sh -c '{command}'")
+    # An NVIDIA driver brings its own EGL device, so Mesa's driver is needed only without one.
+    has_egl = "libegl1" not in missing and ("libgl1-mesa-dri" not in missing or has_nvidia_gpu())
+    if not has_egl and "libosmesa6" in missing:
+        stop(f"no OpenGL library can render here; install one with: sudo sh -c '{command}'")
+    if missing:
+        say(f"not installed, rendering may need it: sudo sh -c '{command}'")
+
+
+def has_nvidia_gpu():
+    if not shutil.which("nvidia-smi"):
+        return False
+    listing = subprocess.run(["nvidia-smi", "-L"], check=False, capture_output=True, text=True)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def has_working_pip():
+    if not VENV_PYTHON.exists():
+        return False
+    version = subprocess.run([VENV_PYTHON, "-m", "pip", "--version"], check=False, capture_output=True)
+    return version.returncode == 0
+
+
+def pip(*arguments):
+    """Run pip install; returns what it wrote to standard error, or None when it succeeded."""
+    command = [VENV_PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *arguments]
+    run = subprocess.run(list(map(str, command)), check=False, stderr=subprocess.PIPE, text=True)
+    return run.stderr if run.returncode else None
+
+
+def pip_or_stop(*arguments):
+    errors = pip(*arguments)
+    if errors is not None:
+        stop(f"pip could not install the packages; the same command goes on where this one stopped\n{errors}")
+
+
+def install_torch(requirement, build):
+    """Install torch alone: without CUDA packages for the CPU, with all it asks for on a GPU machine."""
+    if build == "cpu":
+        errors = pip("--no-deps", f"{requirement}+cpu")
+        if errors is None:
+            return
+        if "No matching distribution" not in errors:
+            stop(f"pip could not install torch; the same command goes on where this one stopped\n{errors}")
+        say(
+            f"no index offers {requirement}+cpu, so the default build is installed, with its CUDA packages, which "
+            "is several GB larger. To avoid that, stop here, name an index with PyTorch's CPU builds in pip's own "
+            "configuration (PIP_EXTRA_INDEX_URL) and run the same command again"
+        )
+    # The constraint keeps what torch asks for at the lock's versions; a CPU build would satisfy `==` too.
+    pip_or_stop("--constraint", LOCK, f"{requirement},!={requirement.partition('==')[2]}+cpu")
+
+
+def discard_half_installed():
+    """Forget packages whose installation was cut off: pip writes RECORD last, and skips what looks installed."""
+    for information in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        if not (information / "RECORD").exists():
+            shutil.rmtree(information)
+
+
+def main():
+    if sys.version_info[:2] != (3, 11):
+        stop(
+            f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}. Install python3.11, "
+            "or name one: make setup PYTHON=/path/to/python3.11"
+        )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--torch", choices=("auto", "cpu", "cuda"), default="auto", help="which build of torch"
+    )
+    build = parser.parse_args().torch
+    if build == "auto":
+        build = "cuda" if has_nvidia_gpu() else "cpu"
+
+    install_system_packages()
+    lock_text = LOCK.read_text()
+    stamp = f"{hashlib.sha256(lock_text.encode()).hexdigest()} torch-{build}\n"
+    if STAMP.exists() and STAMP.read_text() == stamp and VENV_PYTHON.exists():
+        return
+
+    start = time.monotonic()
+    STAMP.unlink(missing_ok=True)
+    requirements = re.findall(r"^[\w.-]+==\S+", lock_text, flags=re.MULTILINE)
+    torch = next(requirement for requirement in requirements if requirement.startswith("torch=="))
+    setuptools = next(requirement for requirement in requirements if requirement.startswith("setuptools=="))
+    if not has_working_pip():
+        say("making .venv")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+    discard_half_installed()
+    say(f"installing {len(requirements)} packages from {LOCK.name}, torch for {build}")
+    install_torch(torch, build)
+    # Without build isolation bddl is built by the locked setuptools, not by whatever is newest.
+    pip_or_stop("--no-deps", setuptools)
+    others = [requirement for requirement in requirements if requirement not in (torch, setuptools)]
+    pip_or_stop("--no-deps", "--no-build-isolation", "--use-pep517", *others)
+    STAMP.write_text(stamp)
+    say(f".venv is ready after {time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
