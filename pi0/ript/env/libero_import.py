@@ -1,0 +1,83 @@
+"""Import LIBERO without its questions.
+
+LIBERO's first import asks on standard input where its data shall live, unless a configuration file is
+already there, and its default place for that file is the user's home. This module writes the file into
+the project's cache first.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import yaml
+
+from pi0.paths import cache_dir
+
+
+def libero_package_root() -> Path:
+    """Return the installed `libero/libero` folder, found without importing it.
+
+    Raises:
+        ModuleNotFoundError: hf-libero is not installed.
+    """
+    spec = importlib.util.find_spec("libero")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("LIBERO is not installed: pip install hf-libero==0.1.4")
+    return Path(spec.origin).parent / "libero"
+
+
+def prepare_libero() -> ModuleType:
+    """Own LIBERO's configuration directory and return the imported `libero.libero` module.
+
+    A `LIBERO_CONFIG_PATH` that the user set is respected, and a `config.yaml` already in it is left as it
+    is. Safe to call again and from several processes at once.
+    """
+    imported = sys.modules.get("libero.libero")
+    if imported is not None:
+        return imported
+    _quiet_robosuite()
+    ours = cache_dir() / "libero"
+    folder = Path(os.environ.setdefault("LIBERO_CONFIG_PATH", str(ours)))
+    config_file = folder / "config.yaml"
+    root = libero_package_root()
+    wanted = yaml.safe_dump(
+        {
+            "benchmark_root": str(root),
+            "bddl_files": str(root / "bddl_files"),
+            "init_states": str(root / "init_files"),
+            "datasets": str(folder / "datasets"),
+            "assets": str(root / "assets"),
+        }
+    )
+    # Our own file follows the environment when that moves; a user's file is the user's.
+    stale = folder == ours and config_file.is_file() and config_file.read_text() != wanted
+    if stale or not config_file.is_file():
+        _write_atomically(config_file, wanted)
+    return importlib.import_module("libero.libero")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Write a file that readers in other processes see either not at all or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _quiet_robosuite() -> None:
+    """Drop robosuite's advice to set up a private macro file, which nothing here needs."""
+
+    def is_not_macro_advice(record: logging.LogRecord) -> bool:
+        return "macro" not in record.getMessage()
+
+    logging.getLogger("robosuite_logs").addFilter(is_not_macro_advice)

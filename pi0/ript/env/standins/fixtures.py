@@ -1,0 +1,113 @@
+"""Cabinets, stoves and other things that LIBERO bolts to the scene, with their doors, drawers and knobs.
+
+The regions (sites), joints and their limits are what LIBERO's goals refer to, so they follow the originals.
+Parent and child bodies of a bolted fixture do collide in MuJoCo, hence the gaps around drawers.
+"""
+
+from pi0.ript.env.standins.shapes import (
+    PLAIN,
+    Body,
+    Colour,
+    Item,
+    Joint,
+    Site,
+    box,
+    cylinder,
+    turn,
+)
+
+DARK_WOOD = (0.22, 0.18, 0.15)
+HANDLE = (0.45, 0.45, 0.45)
+STOVE_GREY = (0.42, 0.42, 0.43)
+DARK = (0.10, 0.10, 0.10)
+
+
+def articulated(name: str, base: Body) -> Item:
+    """Return a fixture of the articulated family; LIBERO asks for one body named "object" around it."""
+    item = Body("object", 0.0, children=[base])
+    return Item(f"articulated_objects/{name}.xml", item, bottom=-0.045, top=0.045, radius=0.045, half_size=0.05)
+
+
+def drawer(level: str, floor: float, region: float, wood: Colour, front: Colour) -> Body:
+    """Return one drawer of the wooden cabinet, closed at joint position 0 and open towards -y.
+
+    floor: height of the underside of its front. region: height of the middle of its inside.
+    """
+    low, high = floor, floor + 0.0683
+    walls = dict(colour=wood)
+    return Body(
+        f"cabinet_{level}",
+        3.0,
+        [
+            box((-0.106, -0.078, low), (0.1127, -0.065, high), front),
+            box((-0.1035, 0.090, low + 0.003), (0.1102, 0.0943, high - 0.003), **walls),
+            box((-0.1043, -0.066, low + 0.003), (-0.0995, 0.088, high - 0.003), **walls),
+            box((0.1065, -0.066, low + 0.003), (0.1113, 0.088, high - 0.003), **walls),
+            box((-0.1035, -0.066, low + 0.0023), (0.1104, 0.091, low + 0.0103), **walls),
+            box((-0.047, -0.1093, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE),
+            box((-0.041, -0.096, low + 0.030), (-0.031, -0.077, low + 0.040), HANDLE, solid=False),
+            box((0.024, -0.096, low + 0.030), (0.034, -0.077, low + 0.040), HANDLE, solid=False),
+        ],
+        [Site(f"{level}_region", (0.0033, 0.0113, region), (0.0299, 0.0756, 0.1022), quat=turn("y", 90))],
+        joint=Joint(f"{level}_level", "slide", (0, 1, 0), (-0.16, 0.01), 50),
+    )
+
+
+def wooden_cabinet() -> Item:
+    wood, front = DARK_WOOD, (0.17, 0.14, 0.115)
+    shell = [
+        box((-0.117, 0.1065, 0.007), (0.121, 0.1117, 0.220), wood),
+        box((-0.119, -0.073, 0.0046), (0.127, 0.106, 0.0089), wood),
+        box((-0.1173, -0.079, 0.0089), (-0.1075, 0.1117, 0.2201), wood),
+        box((0.1142, -0.079, 0.0089), (0.1241, 0.1117, 0.2201), wood),
+        box((-0.1234, -0.079, 0.2201), (0.1312, 0.1117, 0.2230), wood, solid=False),
+        # Recorded bowls drop into the open top drawer so close to the front that this edge would tip them.
+        box((-0.1234, -0.048, 0.2195), (0.1312, 0.1117, 0.2230), wood, visible=False),
+    ]
+    drawers = [
+        drawer("top", 0.1488, 0.1856, wood, front),
+        drawer("middle", 0.0791, 0.1169, wood, front),
+        drawer("bottom", 0.0105, 0.0470, wood, front),
+    ]
+    top_side = Site("top_side", (0.0035, 0.0157, 0.2215), (0.1253, 0.0944, 0.0015))
+    return articulated("wooden_cabinet", Body("base", 2.2, shell, [top_side], drawers))
+
+
+def flat_stove() -> Item:
+    rings = [
+        cylinder(radius, 0.0195, 0.0200 + 0.0004 * number, colour, solid=False)
+        for number, (radius, colour) in enumerate(
+            [(0.065, (0.20, 0.20, 0.21)), (0.050, STOVE_GREY), (0.045, (0.20, 0.20, 0.21)), (0.025, STOVE_GREY)],
+            start=1,
+        )
+    ]
+    burner = Body(
+        "burner",
+        2.9,
+        [
+            box((-0.095, -0.095, -0.020), (0.095, 0.095, 0.0200), STOVE_GREY, solid=False),
+            box((-0.095, -0.095, -0.020), (0.095, 0.095, 0.0255), STOVE_GREY, visible=False),
+            *rings,
+        ],
+        [
+            Site("cook_region", (0, 0, 0), (0.075, 0.075, 0.0025)),
+            Site("burner", (0, 0, 0.0222), (0.0625, 0.0005), "cylinder", rgba=(0.9, 0.05, 0.05, 1)),
+        ],
+        pos=(0.15, 0, 0),
+        surface=PLAIN,
+    )
+    button = Body(
+        "button",
+        3.0,
+        [
+            cylinder(0.0455, 0.0005, 0.0128, DARK),
+            box((-0.012, -0.017, 0.0014), (0.0135, 0.051, 0.050), DARK),
+            box((-0.002, 0.030, 0.0500), (0.003, 0.050, 0.0505), (0.85, 0.85, 0.85), solid=False),
+        ],
+        joint=Joint("button", "hinge", (0, 0, 1), (-0.005, 2.1), 1),
+        quat=turn("z", 90),
+    )
+    return articulated("flat_stove", Body("base", 0.0, children=[burner, button]))
+
+
+FIXTURES = [wooden_cabinet, flat_stove]
