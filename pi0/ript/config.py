@@ -1,0 +1,223 @@
+"""The one configuration schema of all stages, its profiles, and what must hold between its keys.
+
+A key is one field below: its type, its default and, in `key(...)`, its meaning, unit and range. Values come
+from the defaults here, the profile, the YAML file and the command line's overrides; the later wins.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pi0 import typed_yaml
+from pi0.typed_yaml import ConfigError, KeyDescription, key, show
+
+__all__ = ["Config", "ConfigError", "describe_keys", "help_text", "load_config", "to_dict", "validate"]
+
+Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+MAX_SEED = 2**31 - 1
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """What is practised and how it is simulated."""
+
+    benchmark_name: Suite = key("libero_spatial", "LIBERO suite")
+    task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0)
+    task_names_to_use: list[str | int] = key(
+        [], "tasks to train on, by name or index; empty: task_name, or every task of the suite", low=0
+    )
+    assets: str | None = key(
+        None,
+        "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
+    )
+    fixtures: Literal["libero_eval", "varied"] = key(
+        "libero_eval",
+        "cabinet and stove: placed as LIBERO's evaluation does (env.seed(0)), or anew from the seed",
+    )
+    num_parallel_envs: int = key(2, "worker processes that simulate", unit="processes", low=1)
+    rollouts_per_env: int = key(1, "rollouts of a worker in one collection", unit="rollouts", low=1)
+    max_episode_length: int | None = key(
+        None, "length at which an episode has failed; null: LIBERO's for the suite", unit="steps", low=1
+    )
+    settle_steps: int = key(10, "steps without motion before the policy takes over", unit="steps", low=0)
+    replan_steps: int = key(
+        10, "actions of a chunk executed before the policy looks again", unit="steps", low=1
+    )
+    image_size: int = key(64, "width and height of a camera image", unit="pixels", low=16)
+    render: Literal["fast", "exact"] = key("fast", "without shadows and reflections, or LIBERO's own images")
+
+
+@dataclass(kw_only=True)
+class AlgoConfig:
+    """Reinforcement interactive post-training."""
+
+    mode: Literal["weighted", "guidance"] = key(
+        "weighted", "advantage-weighted flow loss, or classifier-free guidance by an optimality condition"
+    )
+    rloo_batch_size: int = key(8, "rollouts whose scores are compared (a group)", unit="rollouts", low=2)
+    data_batch_size: int = key(64, "rollouts collected in an iteration", unit="rollouts", low=2)
+    max_sampling_attempts: int = key(
+        16, "groups tried in an iteration before it goes on with what there is", unit="groups", low=1
+    )
+    train_init_states: int = key(100, "training initial states of each task", unit="states", low=1)
+    replay_iterations: int = key(
+        4, "iterations whose rollouts are learned from, the current one included", unit="iterations", low=1
+    )
+    num_epochs: int = key(2, "passes over the collected chunks in an iteration", unit="passes", low=1)
+    minibatch_size: int = key(64, "action chunks in a forward pass", unit="chunks", low=1)
+    gradient_accumulation_steps: int = key(1, "forward passes in an optimizer step", unit="passes", low=1)
+    noise_samples: int = key(4, "noise and time draws of the flow loss for a chunk", unit="draws", low=1)
+    lr: float = key(1e-4, "learning rate", above=0)
+    grad_norm_clip: float = key(1.0, "largest gradient norm; longer gradients are shortened to it", above=0)
+    negative_weight: float = key(
+        0.0, "factor on negative advantages; 0: learn from success alone", low=0, high=1
+    )
+    anchor_weight: float = key(
+        0.0, "weight of the squared distance to the flow of the policy that training began with", low=0
+    )
+    ema_decay: float = key(
+        0.99,
+        "decay, an optimizer step, of the averaged weights that are scored and saved; 0: none",
+        low=0,
+        high=1,
+    )
+    condition_dropout: float = key(
+        0.1, "share of chunks that train the unconditional flow (mode: guidance)", low=0, high=1
+    )
+    guidance_weight: float = key(
+        1.0, "w in v_null + w (v_positive - v_null) when acting (mode: guidance)", low=0
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer of the policy's weights."""
+
+    type: Literal["adamw", "adam", "sgd"] = key("adamw", "which optimizer")
+    weight_decay: float = key(0.0, "weight decay", low=0)
+    beta1: float = key(0.9, "decay of the gradient's running mean; momentum for sgd", low=0, high=0.9999)
+    beta2: float = key(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Length and reproducibility of a run."""
+
+    num_train_steps: int = key(6, "times to collect and update", unit="iterations", low=0)
+    seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """The scores before and after training, on initial states that are never trained on."""
+
+    episodes: int = key(100, "episodes over all tasks, before and again after", unit="episodes", low=0)
+    seed: int = key(0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED)
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig:
+    """What is made besides the policy."""
+
+    save_video: bool = key(True, "save videos of rollouts before and after training")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A run of a stage script."""
+
+    policy_path: str = key(MISSING, "checkpoint folder of the policy to start from")
+    norm_stats_path: str | None = key(None, "normalisation statistics; null: the checkpoint's own")
+    output_dir: str = key("outputs", "folder of all runs")
+    exp_name: str = key("ript", "name of this run and of its folder in output_dir")
+    profile: Literal["dev", "prod"] | None = key(None, "set of values to start from, see PROFILES")
+    task: TaskConfig = field(default_factory=TaskConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    # Every part exercised once, within a minute.
+    "dev": {
+        "task.max_episode_length": 50,
+        "algo.rloo_batch_size": 2,
+        "algo.data_batch_size": 4,
+        "algo.max_sampling_attempts": 2,
+        "algo.train_init_states": 4,
+        "algo.num_epochs": 1,
+        "training.num_train_steps": 2,
+        "evaluation.episodes": 2,
+        "features.save_video": True,
+    },
+    # A result that counts: many states and iterations, narrow intervals.
+    "prod": {
+        "algo.train_init_states": 500,
+        "algo.max_sampling_attempts": 64,
+        "training.num_train_steps": 200,
+        "evaluation.episodes": 500,
+        "features.save_video": False,
+    },
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, put `overrides` ("training.seed=3") over it and check the whole.
+
+    Raises `ConfigError` for a file that cannot be read and for every unknown, duplicate, missing or unfit
+    value.
+    """
+    config = typed_yaml.load(Config, path, overrides, PROFILES)
+    if conflicts := _conflicts(config):
+        raise ConfigError("\n".join(f"{path}: {conflict}" for conflict in conflicts))
+    return config
+
+
+def validate(config: Config) -> None:
+    """Check a configuration that code has made; raises `ConfigError` as `load_config` does."""
+    if problems := typed_yaml.unfit_values(config) or _conflicts(config):
+        raise ConfigError("\n".join(problems))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, which `load_config` reads back from YAML."""
+    return dataclasses.asdict(config)
+
+
+def describe_keys() -> list[KeyDescription]:
+    """Every key, in the schema's order."""
+    return typed_yaml.describe_keys(Config)
+
+
+def help_text() -> str:
+    """The keys as `--help` prints them: name, type, unit, default, meaning."""
+    return typed_yaml.help_text(Config)
+
+
+def _conflicts(config: Config) -> list[str]:
+    """What is wrong between keys that are each fit by themselves."""
+    task, algo = config.task, config.algo
+    conflicts: list[str] = []
+    if task.task_name is not None and task.task_names_to_use:
+        conflicts.append(
+            f"task.task_name = {show(task.task_name)} and task.task_names_to_use = "
+            f"{show(task.task_names_to_use)} are both given; give one of them"
+        )
+    if algo.data_batch_size % algo.rloo_batch_size:
+        conflicts.append(
+            f"algo.data_batch_size = {algo.data_batch_size} is not a whole number of groups of "
+            f"algo.rloo_batch_size = {algo.rloo_batch_size}; "
+            f"{(algo.data_batch_size // algo.rloo_batch_size + 1) * algo.rloo_batch_size} is"
+        )
+    elif algo.max_sampling_attempts * algo.rloo_batch_size < algo.data_batch_size:
+        conflicts.append(
+            f"algo.max_sampling_attempts = {algo.max_sampling_attempts} groups of "
+            f"algo.rloo_batch_size = {algo.rloo_batch_size} never make "
+            f"algo.data_batch_size = {algo.data_batch_size}; "
+            f"{algo.data_batch_size // algo.rloo_batch_size} attempts are the least"
+        )
+    return conflicts

@@ -1,0 +1,308 @@
+"""YAML files and command-line overrides read into nested dataclasses, with every mistake named.
+
+A schema is a dataclass whose fields are made by `key` or are such dataclasses themselves (its sections); the
+full name of a key is dotted ("algo.lr"). All that is wrong goes into one `ConfigError`, a line each, which says
+file, line, full key, offending value and mend.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+Schema = TypeVar("Schema")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message has one line for each thing that is wrong."""
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field of the schema. `low` and `high` belong to the range, `above` does not."""
+    metadata = {"doc": doc, "unit": unit, "low": low, "above": above, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class KeyDescription:
+    """A key of a schema. `name` is dotted ("algo.lr"); `default` is `MISSING` where a value must be given."""
+
+    name: str
+    type: Any
+    default: Any
+    unit: str
+    doc: str
+    low: float | None
+    above: float | None
+    high: float | None
+
+
+def describe_keys(schema: type) -> list[KeyDescription]:
+    """Every key, in the schema's order."""
+    return list(_walk(schema))
+
+
+def help_text(schema: type) -> str:
+    """The keys as `--help` prints them: name, type, unit, default, meaning."""
+    lines = ["configuration keys:"]
+    for description in describe_keys(schema):
+        required = description.default is MISSING
+        default = "required" if required else f"default {show(description.default)}"
+        unit = f" ({description.unit})" if description.unit else ""
+        lines += [
+            f"  {description.name}: {_type_name(description.type)}{unit}, {default}",
+            f"      {description.doc}",
+        ]
+    return "\n".join(lines)
+
+
+def load(
+    schema: type[Schema],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    profiles: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Schema:
+    """Read a YAML file and put `overrides` ("training.seed=3") over it.
+
+    `profiles` are sets of values by dotted key; the one that the schema's key `profile` names goes under the
+    file's values. Raises `ConfigError` for a file that cannot be read and for every unknown, duplicate,
+    missing or unfit value.
+    """
+    keys = {description.name: description for description in describe_keys(schema)}
+    given = _Given(path, list(keys))
+    given.read_file()
+    for override in overrides:
+        given.read_override(override)
+    # The profile itself may come from the command line, so its values go under the others only now.
+    profile = given.values.get("profile")
+    profile_values = (profiles or {}).get(profile, {}) if isinstance(profile, str) else {}
+    for name, value in profile_values.items():
+        given.values.setdefault(name, value)
+        given.origins.setdefault(name, f"profile {profile}")
+
+    for name in [name for name in given.values if name not in keys]:
+        given.problem(name, given.values.pop(name), _unknown(name, keys))
+    for name, description in keys.items():
+        if description.default is MISSING and name not in given.values:
+            given.problems.append(f"{path}: {name} is missing: {description.doc}")
+    for name, value in given.values.items():
+        if unfit := _unfit(value, keys[name]):
+            given.problem(name, value, unfit)
+    if given.problems:
+        raise ConfigError("\n".join(given.problems))
+    return _build(schema, given.values)
+
+
+def unfit_values(config: Any) -> list[str]:
+    """What is wrong with the types and ranges of a configuration that code has made, a line each."""
+    problems = []
+    for description in describe_keys(type(config)):
+        value = config
+        for part in description.name.split("."):
+            value = getattr(value, part)
+        if unfit := _unfit(value, description):
+            problems.append(f"{description.name} = {show(value)}: {unfit}")
+    return problems
+
+
+def show(value: Any) -> str:
+    """A value as YAML spells it."""
+    return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string, for want of a point; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _Given:
+    """Values by dotted key as file and overrides give them, where each is from, and what is wrong so far."""
+
+    def __init__(self, path: str | Path, keys: Sequence[str]) -> None:
+        self.path = Path(path)
+        self.keys = keys
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.problems: list[str] = []
+
+    def problem(self, name: str, value: Any, text: str) -> None:
+        self.problems.append(f"{self.origins[name]}: {name} = {show(value)}: {text}")
+
+    def read_file(self) -> None:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            there = ", ".join(sorted(str(other) for other in self.path.parent.glob("*.yaml")))
+            raise ConfigError(f"{self.path}: no such file; there are: {there or 'no YAML files'}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error}") from None
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.path}: not valid YAML: {_one_line(error)}") from None
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{self.path}: expected lines of 'key: value' at the top level")
+        self._take(loader, root, "", None)
+
+    def read_override(self, override: str) -> None:
+        origin = f"--override {override}"
+        name, equals, text = override.partition("=")
+        name = name.strip()
+        if not (name and equals):
+            self.problems.append(f"{origin}: expected key=value, for example algo.lr=2e-5")
+            return
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+        except yaml.YAMLError as error:
+            self.problems.append(f"{origin}: not a YAML value: {_one_line(error)}")
+        else:
+            self._take(loader, node, name, origin)
+
+    def _take(self, loader: _Loader, node: yaml.Node, name: str, override: str | None) -> None:
+        """Enter the leaves below `node`; a mapping is a section, and an empty section has no leaf."""
+        origin = override or f"{self.path}:{node.start_mark.line + 1}"
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                value = loader.construct_object(node, deep=True)
+            except (yaml.YAMLError, ValueError) as error:
+                self.problems.append(f"{origin}: {name}: not a YAML value: {_one_line(error)}")
+                return
+            if value is not None or override or not _is_section(name, self.keys):
+                self.values[name] = value
+                self.origins[name] = origin
+            return
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            child = f"{name}.{key_node.value}" if name else str(key_node.value)
+            if child in lines:
+                where = override or f"{self.path}:{line}"
+                self.problems.append(
+                    f"{where}: {child} is given twice, first in line {lines[child]}; remove one"
+                )
+                continue
+            lines[child] = line
+            self._take(loader, value_node, child, override)
+
+
+def _walk(section: type, prefix: str = "") -> Iterator[KeyDescription]:
+    hints = typing.get_type_hints(section)
+    for entry in dataclasses.fields(section):
+        name, hint = f"{prefix}{entry.name}", hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _walk(typing.cast(type, hint), f"{name}.")
+        else:
+            default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+            yield KeyDescription(name=name, type=hint, default=default, **entry.metadata)
+
+
+def _build(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    hints = typing.get_type_hints(section)
+    arguments: dict[str, Any] = {}
+    for entry in dataclasses.fields(section):
+        name, hint = f"{prefix}{entry.name}", hints[entry.name]
+        if dataclasses.is_dataclass(hint):
+            arguments[entry.name] = _build(hint, values, f"{name}.")
+        elif name in values:
+            # "lr: 1" means 1.0.
+            arguments[entry.name] = float(values[name]) if hint is float else values[name]
+    return section(**arguments)
+
+
+def _is_section(name: str, keys: Iterable[str]) -> bool:
+    return any(other.startswith(f"{name}.") for other in keys)
+
+
+def _unknown(name: str, keys: Mapping[str, KeyDescription]) -> str:
+    if _is_section(name, keys):
+        example = next(other for other in keys if other.startswith(f"{name}."))
+        return f"{name} is a section; set its keys, such as {example}"
+
+    def likeness(other: str) -> float:
+        leaf, other_leaf = (full.rpartition(".")[2] for full in (name, other))
+        ratios = [
+            difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf))
+        ]
+        # The right leaf in the wrong section is nearer than a similar leaf in the right one; so is the key that
+        # is explained by these very words: "learning_rate" is `algo.lr`.
+        return sum(ratios) + 2 * (leaf == other_leaf) + (leaf.replace("_", " ") in keys[other].doc)
+
+    return f"unknown key; the nearest one is {max(keys, key=likeness)}"
+
+
+def _unfit(value: Any, description: KeyDescription) -> str | None:
+    """Why a value is no good for a key, or None."""
+    if not _fits(value, description.type):
+        got = "null" if value is None else type(value).__name__
+        return f"expected {_type_name(description.type)}, got {got}"
+    numbers = [each for each in (value if isinstance(value, list) else [value]) if _is_number(each)]
+    for number in numbers:
+        if not math.isfinite(number):
+            return "expected a finite number"
+        if description.low is not None and number < description.low:
+            return f"must be {description.low} or more"
+        if description.above is not None and number <= description.above:
+            return f"must be above {description.above}"
+        if description.high is not None and number > description.high:
+            return f"must be {description.high} or less"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
+    if hint is float:
+        return _is_number(value)
+    # bool is a subclass of int, and "true" is no count.
+    return type(value) is hint
+
+
+def _type_name(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return " or ".join(typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(each) for each in typing.get_args(hint))
+    if origin is list:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    return "null" if hint is type(None) else hint.__name__
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,283 @@
+"""Configurations: what is read, what wins, and how each mistake is named."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pi0.ript.config import (
+    PROFILES,
+    AlgoConfig,
+    Config,
+    ConfigError,
+    TaskConfig,
+    describe_keys,
+    help_text,
+    load_config,
+    to_dict,
+    validate,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_text(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write_text
+
+
+def errors_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return [line.removeprefix(f"{path.parent}/") for line in str(caught.value).splitlines()]
+
+
+def test_values_of_the_file_replace_the_defaults(write):
+    config = load_config(write("policy_path: a\nalgo: {lr: 0.5}\ntraining:\n  optimizer: {type: sgd}\n"))
+    assert (config.policy_path, config.algo.lr, config.training.optimizer.type) == ("a", 0.5, "sgd")
+    assert config.algo.num_epochs == AlgoConfig().num_epochs
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", ".1e-3", "+1e-4", "0.0001"])
+def test_a_learning_rate_may_be_written_without_a_point(write, text):
+    assert load_config(write(f"policy_path: a\nalgo:\n  lr: {text}\n")).algo.lr == 1e-4
+
+
+def test_a_whole_number_is_a_float_where_one_is_expected(write):
+    lr = load_config(write("policy_path: a\nalgo: {lr: 1}\n")).algo.lr
+    assert lr == 1.0 and type(lr) is float
+
+
+def test_an_empty_section_keeps_its_defaults(write):
+    assert load_config(write("policy_path: a\ntask:\n")).task == TaskConfig()
+
+
+def test_overrides_win_over_the_file_and_are_yaml(write):
+    config = load_config(
+        write("policy_path: a\ntask: {task_name: 3}\n"),
+        ["task.task_name=null", "task.task_names_to_use=[3, 8]", "algo.lr=2e-5", "features.save_video=false"],
+    )
+    assert config.task.task_name is None
+    assert config.task.task_names_to_use == [3, 8]
+    assert config.algo.lr == 2e-5
+    assert config.features.save_video is False
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_a_profile_goes_under_the_file(write, name):
+    path = write("policy_path: a\ntraining: {num_train_steps: 77}\n")
+    config = load_config(path, [f"profile={name}"])
+    assert config.training.num_train_steps == 77
+    assert config.evaluation.episodes == PROFILES[name]["evaluation.episodes"]
+    assert config.algo.train_init_states == PROFILES[name]["algo.train_init_states"]
+
+
+def test_profiles_give_every_value_a_key_that_exists():
+    names = {description.name for description in describe_keys()}
+    assert all(set(values) <= names for values in PROFILES.values())
+
+
+def test_a_configuration_survives_being_written_and_read(write):
+    config = load_config(write("policy_path: a\nprofile: dev\ntask: {task_names_to_use: [3, some_task]}\n"))
+    assert load_config(write(yaml.safe_dump(to_dict(config)))) == config
+
+
+def test_lists_are_not_shared_between_configurations():
+    TaskConfig().task_names_to_use.append(3)
+    assert TaskConfig().task_names_to_use == []
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("algo.learning_rate", "algo.lr"),
+        ("algo.num_epoch", "algo.num_epochs"),
+        ("lr", "algo.lr"),
+        ("seed", "training.seed"),
+        ("task.episodes", "evaluation.episodes"),
+        ("training.optimiser.type", "training.optimizer.type"),
+        ("output", "output_dir"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_right_one(write, given, nearest):
+    (error,) = errors_of(write("policy_path: a\n"), f"{given}=1")
+    assert error == f"--override {given}=1: {given} = 1: unknown key; the nearest one is {nearest}"
+
+
+def test_an_unknown_key_in_the_file_is_named_with_its_line(write):
+    (error,) = errors_of(write("policy_path: a\nalgo:\n  lr: 1e-3\n  rloo_batchsize: 4\n"))
+    assert (
+        error == "run.yaml:4: algo.rloo_batchsize = 4: unknown key; the nearest one is algo.rloo_batch_size"
+    )
+
+
+def test_a_value_in_place_of_a_section_is_named(write):
+    (error,) = errors_of(write("policy_path: a\nalgo: fast\n"))
+    assert error == 'run.yaml:2: algo = "fast": algo is a section; set its keys, such as algo.mode'
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("algo.num_epochs=two", '"two": expected int, got str'),
+        ("algo.num_epochs=2.0", "2.0: expected int, got float"),
+        ("algo.num_epochs=true", "true: expected int, got bool"),
+        ("algo.lr=fast", '"fast": expected float, got str'),
+        ("algo.lr=", "null: expected float, got null"),
+        ("features.save_video=1", "1: expected bool, got int"),
+        ("task.task_names_to_use=3", "3: expected list of str or int, got int"),
+        ("task.task_names_to_use=[1.5]", "[1.5]: expected list of str or int, got list"),
+        ("exp_name=3", "3: expected str, got int"),
+        ("algo.mode=ppo", '"ppo": expected weighted or guidance, got str'),
+        ("task.max_episode_length=long", '"long": expected int or null, got str'),
+    ],
+)
+def test_a_wrong_type_says_what_is_expected_and_what_it_got(write, override, complaint):
+    (error,) = errors_of(write("policy_path: a\n"), override)
+    assert error == f"--override {override}: {override.partition('=')[0]} = {complaint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("algo.lr=0", "0: must be above 0"),
+        ("algo.lr=.nan", "NaN: expected a finite number"),
+        ("algo.lr=.inf", "Infinity: expected a finite number"),
+        ("algo.rloo_batch_size=1", "1: must be 2 or more"),
+        ("algo.condition_dropout=1.5", "1.5: must be 1 or less"),
+        ("task.task_name=-1", "-1: must be 0 or more"),
+        ("task.task_names_to_use=[3, -2]", "[3, -2]: must be 0 or more"),
+    ],
+)
+def test_a_value_out_of_range_says_the_range(write, override, complaint):
+    (error,) = errors_of(write("policy_path: a\n"), override)
+    assert error == f"--override {override}: {override.partition('=')[0]} = {complaint}"
+
+
+def test_a_missing_key_says_what_it_is(write):
+    (error,) = errors_of(write("exp_name: a\n"))
+    assert error == "run.yaml: policy_path is missing: checkpoint folder of the policy to start from"
+
+
+def test_a_key_given_twice_names_both_lines(write):
+    (error,) = errors_of(write("policy_path: a\nalgo:\n  lr: 1\n  num_epochs: 2\n  lr: 2\n"))
+    assert error == "run.yaml:5: algo.lr is given twice, first in line 3; remove one"
+
+
+def test_one_run_names_everything_that_is_wrong(write):
+    path = write("algo:\n  lr: -1\n  epochs: 2\ntraining: {seed: x}\n")
+    assert {error.split(" ")[1] for error in errors_of(path)} == {
+        "algo.lr",
+        "algo.epochs",
+        "training.seed",
+        "policy_path",
+    }
+
+
+def test_two_ways_to_name_the_tasks_are_a_conflict(write):
+    (error,) = errors_of(write("policy_path: a\ntask: {task_name: 3, task_names_to_use: [1]}\n"))
+    assert error == (
+        "run.yaml: task.task_name = 3 and task.task_names_to_use = [1] are both given; give one of them"
+    )
+
+
+def test_data_that_is_no_whole_number_of_groups_is_answered_with_one_that_is(write):
+    (error,) = errors_of(write("policy_path: a\nalgo: {rloo_batch_size: 8, data_batch_size: 20}\n"))
+    assert "algo.data_batch_size = 20 is not a whole number of groups" in error and error.endswith("; 24 is")
+
+
+def test_too_few_attempts_to_collect_the_data_is_an_error(write):
+    path = write(
+        "policy_path: a\nalgo: {rloo_batch_size: 4, data_batch_size: 20, max_sampling_attempts: 4}\n"
+    )
+    (error,) = errors_of(path)
+    assert error.endswith("5 attempts are the least")
+
+
+def test_a_missing_file_names_those_that_are_there(tmp_path):
+    (tmp_path / "quickstart.yaml").touch()
+    (error,) = errors_of(tmp_path / "quickstat.yaml")
+    assert error == f"quickstat.yaml: no such file; there are: {tmp_path / 'quickstart.yaml'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "expected lines of 'key: value' at the top level"),
+        ("a: 1\n---\nb: 1\n", "not valid YAML"),
+        ("policy_path: a\nexp_name: 2024-99-99\n", "exp_name: not a YAML value"),
+        ("policy_path: !!python/object:os.system a\n", "policy_path: not a YAML value"),
+    ],
+)
+def test_what_is_no_yaml_is_one_clear_error(write, text, complaint):
+    assert complaint in errors_of(write(text))[0]
+
+
+def test_a_file_that_is_no_text_is_one_clear_error(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert "cannot be read" in errors_of(path)[0]
+
+
+@pytest.mark.parametrize("override", ["algo.lr", "=3", ""])
+def test_an_override_without_key_or_value_is_an_error(write, override):
+    (error,) = errors_of(write("policy_path: a\n"), override)
+    assert error == f"--override {override}: expected key=value, for example algo.lr=2e-5"
+
+
+def test_a_configuration_made_in_code_is_checked_alike():
+    config = Config(policy_path="a", algo=AlgoConfig(lr=-1.0, num_epochs=1.5))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    assert str(caught.value).splitlines() == [
+        "algo.num_epochs = 1.5: expected int, got float",
+        "algo.lr = -1.0: must be above 0",
+    ]
+
+
+def test_the_defaults_are_valid():
+    validate(Config(policy_path="a"))
+
+
+def test_help_tells_type_unit_default_and_meaning_of_every_key():
+    text = help_text()
+    assert "  algo.rloo_batch_size: int (rollouts), default 8\n      rollouts whose scores" in text
+    assert "  policy_path: str, required\n" in text
+    assert all(f"  {description.name}: " in text and description.doc for description in describe_keys())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_is_valid(path):
+    load_config(path)
+
+
+def reads_of(source: str) -> set[tuple[str, str]]:
+    """(owner, attribute) of every attribute that the source reads: `config.algo.lr` gives ("algo", "lr")."""
+    reads = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            reads.add((name, node.attr))
+    return reads
+
+
+def test_every_key_is_read_somewhere():
+    schema = ROOT / "pi0" / "ript" / "config.py"
+    scripts = [path for path in ROOT.glob("*.py") if re.match(r"\d\d_", path.name)]
+    sources = [path for path in [*scripts, *ROOT.glob("pi0/**/*.py")] if path != schema]
+    reads = set().union(*(reads_of(path.read_text()) for path in sources))
+    unread = []
+    for description in describe_keys():
+        section, _, leaf = f"config.{description.name}".rpartition(".")
+        if (section.rpartition(".")[2], leaf) not in reads:
+            unread.append(description.name)
+    assert not unread
