@@ -1,0 +1,211 @@
+"""Sizes of a pi0 model: one dataclass for the published 3.5 B model and the small CPU model alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+PUBLISHED_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipDims:
+    """A SigLIP vision transformer. One token per patch: (image_size / patch_size)^2 tokens per camera."""
+
+    width: int = 1152
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+    patch_size: int = 14  # pixels
+    image_size: int = 224  # pixels, height and width
+
+    def __post_init__(self):
+        _require(
+            self.width % self.num_heads == 0, f"siglip: width {self.width} is not a multiple of num_heads"
+        )
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"siglip: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvDims:
+    """A convolutional tower with spatial softmax; learns from tens of demonstrations, where a ViT does not."""
+
+    width: int = 64  # features of each camera token
+    tokens: int = 8  # tokens per camera
+    channels: tuple[int, ...] = (32, 64, 64)  # one 3x3 convolution each
+    strides: tuple[int, ...] = (2, 2, 1)
+    keypoints: int = 32  # spatial softmax maps; each gives x, y and its mean activation
+    shared: bool = False  # one set of weights for all cameras, or one per camera
+    image_size: int = 64  # pixels, height and width
+
+    def __post_init__(self):
+        _require(len(self.channels) == len(self.strides), "conv: channels and strides differ in length")
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaDims:
+    """A Gemma transformer. The two experts attend jointly, so all but width and mlp_dim must agree."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0Config:
+    """Everything that decides the shapes and the inputs of a `PI0Policy`.
+
+    `config.json` holds the same names, with the vision tower under the key of its kind ("siglip" or "conv").
+
+    Raises:
+        ValueError: sizes that contradict each other, an unknown preset or an unknown key; names it.
+    """
+
+    vision: SiglipDims | ConvDims
+    gemma: GemmaDims  # sees images and prompt
+    action_expert: GemmaDims  # sees state and actions
+    vocab_size: int
+    action_dim: int  # features of a state and of an action as the network sees them, zero-padded
+    action_horizon: int  # actions in a chunk
+    num_steps: int = 10  # Euler steps of sampling
+    prompt_length: int = 48  # tokens of a prompt, padded
+    cameras: tuple[str, ...] = PUBLISHED_CAMERAS  # in the order in which the prefix holds them
+    guidance: bool = False  # learned optimality condition for classifier-free guidance
+    robot_state_dim: int = 8  # LIBERO: end-effector position 3, axis-angle 3, gripper 2
+    robot_action_dim: int = 7  # LIBERO: position 3, rotation 3, gripper 1
+    tokenizer: str = "paligemma"  # "paligemma" or "tiny"
+    tokenizer_path: str | None = None  # sentencepiece file of "paligemma"; else $PALIGEMMA_TOKENIZER
+
+    def __post_init__(self):
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            ours, theirs = getattr(self.gemma, name), getattr(self.action_expert, name)
+            _require(
+                ours == theirs,
+                f"gemma.{name} is {ours} but action_expert.{name} is {theirs}; they must agree",
+            )
+        _require(
+            self.gemma.num_heads % self.gemma.num_kv_heads == 0, "num_heads is not a multiple of num_kv_heads"
+        )
+        _require(self.action_expert.width % 2 == 0, "action_expert.width must be even for the time embedding")
+        _require(
+            self.action_dim >= max(self.robot_state_dim, self.robot_action_dim),
+            f"action_dim {self.action_dim} is below robot_state_dim {self.robot_state_dim} "
+            f"or robot_action_dim {self.robot_action_dim}",
+        )
+        _require(
+            len(set(self.cameras)) == len(self.cameras) > 0, f"cameras must be distinct names: {self.cameras}"
+        )
+        _require(
+            self.tokenizer in ("tiny", "paligemma"),
+            f'tokenizer is "tiny" or "paligemma", not {self.tokenizer!r}',
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the network takes, in pixels."""
+        return self.vision.image_size
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Pi0Config:
+        """`pi0` (the published model) or `pi0_tiny` (2 M parameters, for a CPU), with fields changed by name."""
+        if name not in _PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(_PRESETS))}")
+        return dataclasses.replace(cls(**_PRESETS[name]), **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        fields = dataclasses.asdict(self)
+        kind = "siglip" if isinstance(self.vision, SiglipDims) else "conv"
+        return {"pi05": False, kind: fields.pop("vision"), **fields}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], source: str = "config.json") -> Pi0Config:
+        """Read config.json's content; `source` names the file in errors."""
+        content = dict(content)
+        if content.pop("pi05", False):
+            raise ValueError(f"{source}: pi05 is true; pi0.5 checkpoints are not supported yet")
+        content.pop("batch", None)  # reference outputs note their batch size here
+        kinds = [kind for kind in ("siglip", "conv") if kind in content]
+        if len(kinds) != 1:
+            raise ValueError(
+                f'{source}: needs exactly one vision tower, "siglip" or "conv"; found {kinds or "none"}'
+            )
+        tower = SiglipDims if kinds[0] == "siglip" else ConvDims
+        try:
+            return _build(
+                cls,
+                content
+                | {
+                    "vision": _build(tower, content.pop(kinds[0]), f"{source}: {kinds[0]}"),
+                    "gemma": _build(GemmaDims, content.pop("gemma", {}), f"{source}: gemma"),
+                    "action_expert": _build(
+                        GemmaDims, content.pop("action_expert", {}), f"{source}: action_expert"
+                    ),
+                },
+                source,
+            )
+        except ValueError as error:
+            raise error if str(error).startswith(source) else ValueError(f"{source}: {error}") from error
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _build(cls: type, content: Any, where: str) -> Any:
+    """Make dataclass `cls` from a JSON object, refusing unknown and missing keys."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object, got {content!r}")  # noqa: TRY004
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in content:
+        if key in ("siglip", "conv") and cls is Pi0Config:
+            continue
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            raise ValueError(
+                f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in content]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in fields}
+    for name, value in values.items():
+        expected = fields[name].type
+        if expected in ("int", "bool", "str") and type(value).__name__ != expected:
+            raise ValueError(f"{where}: {name} must be {expected}, not {value!r}")
+    return cls(**values)
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "pi0": {
+        "vision": SiglipDims(),
+        "gemma": GemmaDims(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256),
+        "action_expert": GemmaDims(
+            width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256
+        ),
+        "vocab_size": 257152,
+        "action_dim": 32,
+        "action_horizon": 50,
+    },
+    "pi0_tiny": {
+        "vision": ConvDims(),
+        "gemma": GemmaDims(width=160, depth=4, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
+        "action_expert": GemmaDims(width=160, depth=4, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
+        "vocab_size": 384,
+        "action_dim": 8,
+        "action_horizon": 10,
+        "num_steps": 5,
+        "prompt_length": 14,
+        "cameras": ("base_0_rgb", "left_wrist_0_rgb"),
+        "tokenizer": "tiny",
+    },
+}

@@ -1,0 +1,294 @@
+"""The pi0 network: a vision-language prefix and a flow-matching action expert that attends to it.
+
+Black et al. 2024, "pi0: A Vision-Language-Action Flow Model for General Robot Control". Three blocks of tokens:
+
+    prefix   image tokens of each camera, prompt tokens    run by the Gemma expert
+    state    one token                                     run by the action expert
+    actions  one token per action of the noisy chunk       run by the action expert
+
+A block attends to itself and to all blocks before it. In every layer the two experts use their own weights, but
+one attention. As the prefix never looks at what follows, its keys and values are computed once and the action
+expert runs alone against them: `encode_prefix`, then `velocity` as often as wanted. Training and sampling both
+do just that. Shapes: B prefixes, N suffixes, H actions in a chunk, A features of an action, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pi0.model.config import ConvDims, GemmaDims, Pi0Config
+from pi0.model.vision import ConvTowers, SiglipTower
+
+NULL, POSITIVE, NEGATIVE = 0, 1, 2  # rows of `condition_embedding`
+ROPE_BASE = 10_000.0
+TIME_PERIODS = (4e-3, 4.0)  # shortest and longest period of the time embedding, for t in [0, 1]
+
+
+class PrefixCache(NamedTuple):
+    """What the action expert needs of a prefix."""
+
+    keys: list[Tensor]  # per layer [B, kv_heads, P, head_dim], rotated to their positions
+    values: list[Tensor]  # per layer [B, kv_heads, P, head_dim]
+    valid: Tensor  # bool [B, P], False for padding and for cameras that are not there
+
+    @property
+    def length(self) -> Tensor:
+        """Valid tokens [B]: the position of the token after the prefix."""
+        return self.valid.sum(1)
+
+
+class Pi0Network(nn.Module):
+    """The parameters of pi0 and the two passes through them."""
+
+    def __init__(self, config: Pi0Config):
+        super().__init__()
+        self.config = config
+        width = config.action_expert.width
+        if isinstance(config.vision, ConvDims):
+            self.vision = ConvTowers(config.vision, config.cameras)
+        else:
+            self.vision = SiglipTower(config.vision)
+        self.projector = nn.Linear(config.vision.width, config.gemma.width)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.gemma.width)
+        self.gemma = Gemma(config.gemma)
+        self.expert = Gemma(config.action_expert)
+        self.state_proj = nn.Linear(config.action_dim, width)
+        self.action_in_proj = nn.Linear(config.action_dim, width)
+        self.action_time_mlp_in = nn.Linear(2 * width, width)
+        self.action_time_mlp_out = nn.Linear(width, width)
+        self.action_out_proj = nn.Linear(width, config.action_dim)
+        if config.guidance:
+            self.condition_embedding = nn.Embedding(3, width)
+        self.apply(_initialise)
+        if config.guidance:
+            # Zero, so that a checkpoint without conditions gives the same actions under all of them.
+            nn.init.zeros_(self.condition_embedding.weight)
+        for parameter in self.unused_parameters():
+            parameter.requires_grad_(False)
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Published weights that no output depends on: after its last keys and values the prefix is done."""
+        last = self.gemma.layers[-1]
+        modules = [
+            self.gemma.norm,
+            last.self_attn["q_proj"],
+            last.self_attn["o_proj"],
+            last.post_attention_layernorm,
+        ]
+        return [p for module in [*modules, last.mlp] for p in module.parameters()]
+
+    def low_precision_parameters(self) -> set[str]:
+        """Names of the parameters that openpi keeps in bfloat16 for inference; the others stay in float32."""
+        exact = ("norm.weight", "layernorm.weight", "patch_embedding", "position_embedding")
+        return {
+            name
+            for name, _ in self.named_parameters()
+            if name.startswith(("vision.", "projector.", "token_embedding.", "gemma.", "expert."))
+            and not any(part in name for part in exact)
+        }
+
+    def encode_prefix(
+        self, images: dict[str, Tensor], image_masks: dict[str, Tensor], tokens: Tensor, token_masks: Tensor
+    ) -> PrefixCache:
+        """Run the Gemma expert over images and prompt.
+
+        Args:
+            images: by camera, float [B, 3, size, size] in [-1, 1]; every camera of the configuration.
+            image_masks: by camera, bool [B]; False hides the camera's tokens.
+            tokens: prompt token ids, int [B, L].
+            token_masks: bool [B, L], False for padding.
+        """
+        cameras = self.config.cameras
+        missing = [name for name in cameras if name not in images or name not in image_masks]
+        if missing:
+            raise ValueError(
+                f"no image or image mask for camera {', '.join(missing)}; got {', '.join(images)}"
+            )
+        image_tokens = self.vision([images[name] for name in cameras])
+        prompt = self.token_embedding(tokens) * math.sqrt(self.config.gemma.width)
+        valid = [image_masks[name][:, None].expand(-1, self.vision.tokens) for name in cameras]
+        valid = torch.cat([*valid, token_masks], 1).bool()  # [B, P]
+        x = torch.cat([*(self.projector(t) for t in image_tokens), prompt], 1)  # [B, P, width]
+        x = x.to(self.gemma.dtype)
+        rope = rotary_angles(valid.cumsum(1) - 1, self.config.gemma.head_dim)
+        mask = _additive_mask(valid[:, None, None, :], x.dtype)
+        keys, values = [], []
+        for layer in self.gemma.layers:
+            q, k, v = layer.project(x, rope)
+            keys.append(k)
+            values.append(v)
+            if layer is not self.gemma.layers[-1]:
+                x = layer.finish(x, q, k, v, mask)
+        return PrefixCache(keys, values, valid)
+
+    def velocity(
+        self, prefix: PrefixCache, state: Tensor, x_t: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        """The flow field at noisy actions: run the action expert against a prefix.
+
+        Several suffixes may share a prefix: N = samples * B, suffix n belonging to prefix n % B.
+
+        Args:
+            prefix: of B observations.
+            state: normalised and padded, float [B, A].
+            x_t: noisy actions, float [N, H, A].
+            t: flow time in [0, 1], 1 being noise, float [N].
+            condition: NULL, POSITIVE or NEGATIVE, int [N]; None means NULL. Only with `config.guidance`.
+
+        Returns:
+            Velocity from actions to noise, float [N, H, A].
+        """
+        batch, samples = len(state), len(x_t) // len(state)
+        if len(x_t) != samples * batch:
+            raise ValueError(f"{len(x_t)} noisy chunks cannot share {batch} prefixes evenly")
+        actions = self._embed_actions(x_t, t, condition)
+        state_token = self.state_proj(state)[:, None].repeat(samples, 1, 1)
+        x = torch.cat([state_token, actions], 1).to(self.expert.dtype)  # [N, 1 + H, width]
+        positions = prefix.length[:, None] + torch.arange(x.shape[1], device=x.device)
+        cos, sin = rotary_angles(positions, self.config.gemma.head_dim)
+        rope = cos.repeat(samples, 1, 1, 1), sin.repeat(samples, 1, 1, 1)
+        mask = self._suffix_mask(prefix.valid, x.shape[1], x.dtype).repeat(samples, 1, 1, 1)
+        for layer, prefix_k, prefix_v in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
+            q, k, v = layer.project(x, rope)
+            k = torch.cat([prefix_k.repeat(samples, 1, 1, 1), k], 2)
+            v = torch.cat([prefix_v.repeat(samples, 1, 1, 1), v], 2)
+            x = layer.finish(x, q, k, v, mask)
+        actions = self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
+        return self.action_out_proj(actions)
+
+    def _embed_actions(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """Mix noisy actions [N, H, A] with flow time [N] and condition [N] into tokens [N, H, width]."""
+        actions = self.action_in_proj(x_t)
+        time = time_embedding(t, actions.shape[-1]).to(actions.dtype)[:, None].expand_as(actions)
+        mixed = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([actions, time], -1))))
+        if self.config.guidance:
+            if condition is None:
+                condition = torch.full((len(x_t),), NULL, device=x_t.device)
+            mixed = mixed + self.condition_embedding(condition)[:, None]
+        elif condition is not None:
+            raise ValueError("this model has no optimality condition; build it with guidance=True")
+        return mixed
+
+    @staticmethod
+    def _suffix_mask(prefix_valid: Tensor, suffix_length: int, dtype: torch.dtype) -> Tensor:
+        """Additive [B, 1, 1 + H, P + 1 + H]: all see prefix and state, only actions see actions."""
+        batch, prefix_length = prefix_valid.shape
+        allowed = prefix_valid.new_ones(batch, suffix_length, prefix_length + suffix_length)
+        allowed[:, :, :prefix_length] = prefix_valid[:, None]
+        allowed[:, 0, prefix_length + 1 :] = False
+        return _additive_mask(allowed[:, None], dtype)
+
+
+class Gemma(nn.Module):
+    """Layers and final norm of a Gemma transformer (Gemma Team 2024); `Pi0Network` runs them."""
+
+    def __init__(self, dims: GemmaDims):
+        super().__init__()
+        self.layers = nn.ModuleList(GemmaLayer(dims) for _ in range(dims.depth))
+        self.norm = RMSNorm(dims.width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix weights; norms may stay in float32."""
+        return self.layers[0].self_attn["q_proj"].weight.dtype
+
+
+class GemmaLayer(nn.Module):
+    """One layer in two halves, as another expert's keys and values may join between them."""
+
+    def __init__(self, dims: GemmaDims):
+        super().__init__()
+        self.head_dim = dims.head_dim
+        self.input_layernorm = RMSNorm(dims.width)
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(dims.width, dims.num_heads * dims.head_dim, bias=False),
+                "k_proj": nn.Linear(dims.width, dims.num_kv_heads * dims.head_dim, bias=False),
+                "v_proj": nn.Linear(dims.width, dims.num_kv_heads * dims.head_dim, bias=False),
+                "o_proj": nn.Linear(dims.num_heads * dims.head_dim, dims.width, bias=False),
+            }
+        )
+        self.post_attention_layernorm = RMSNorm(dims.width)
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(dims.width, dims.mlp_dim, bias=False),
+                "up_proj": nn.Linear(dims.width, dims.mlp_dim, bias=False),
+                "down_proj": nn.Linear(dims.mlp_dim, dims.width, bias=False),
+            }
+        )
+
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [N, T, width] to queries [N, heads, T, head_dim] and keys, values [N, kv_heads, T, head_dim]."""
+        h = self.input_layernorm(x)
+        q, k, v = (
+            self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention and MLP: tokens [N, T, width] before the layer to tokens after it."""
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = x + self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2))
+        h = self.post_attention_layernorm(x)
+        h = F.gelu(self.mlp["gate_proj"](h), approximate="tanh") * self.mlp["up_proj"](h)
+        return x + self.mlp["down_proj"](h)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, scaled by 1 + weight."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+        return (h * (1.0 + self.weight.float())).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, 1, T, head_dim] of rotary embedding (Su et al. 2021) at positions [N, T]."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * ROPE_BASE**-exponents  # [N, T, head_dim / 2]
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each (i, i + head_dim / 2) pair of [N, heads, T, head_dim] by its position's angle."""
+    cos, sin = rope
+    first, second = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Sines and cosines [N, width] of flow times [N], periods spread geometrically over TIME_PERIODS."""
+    shortest, longest = TIME_PERIODS
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=t.device)
+    angles = t[:, None] * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
+    return torch.cat([angles.sin(), angles.cos()], -1).to(t.dtype)
+
+
+def _additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed; elsewhere the lowest finite number, so that no row can become NaN."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Start values for training from nothing: every linear map keeps its input's scale."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        fan_in = module.weight[0].numel()
+        nn.init.trunc_normal_(module.weight, std=fan_in**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)

@@ -1,0 +1,317 @@
+"""`PI0Policy`: from a robot's observations to actions, and the flow-matching loss of demonstrated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pi0.checkpoints import NORM_STATS_FILE, load_weights, read_config, save_checkpoint_files
+from pi0.images import to_network_images
+from pi0.model.config import Pi0Config
+from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
+from pi0.normalization import EPSILON, NormStats, Stats, load_norm_stats
+from pi0.tokenizer import PaligemmaTokenizer, TinyTokenizer, Tokenizer
+
+
+class PI0Policy(nn.Module):
+    """A pi0 network with what it needs to act: normalisation statistics, image preparation and a tokenizer.
+
+    Two levels. `select_action` takes raw observations and returns actions for the robot. `forward` and
+    `sample_actions` take what the network sees (`prepare` makes it): images in [-1, 1], state and actions
+    normalised and zero-padded to `config.action_dim`. Shapes: B observations, H = config.action_horizon
+    actions in a chunk, A = config.action_dim.
+
+    Args:
+        config: sizes.
+        norm_stats: of the data it is trained on; without them only the lower level works.
+    """
+
+    def __init__(self, config: Pi0Config, norm_stats: NormStats | None = None):
+        super().__init__()
+        self.config = config
+        self.norm_stats = norm_stats
+        self.network = Pi0Network(config)
+        self._tokenizer: Tokenizer | None = None
+
+    # Files
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> PI0Policy:
+        """Load a checkpoint directory, in evaluation mode.
+
+        Args:
+            path: holds model.safetensors, config.json and, for acting, norm_stats.json.
+            device: where the weights go.
+            dtype: of the two experts and the vision tower; norms, embeddings of position and the flow head
+                stay in float32. None is float32.
+
+        Raises:
+            FileNotFoundError: the directory, config.json or model.safetensors is missing.
+            CheckpointError: a file is broken or does not fit the others.
+        """
+        config = read_config(path)
+        stats_file = Path(path) / NORM_STATS_FILE
+        stats = None
+        if stats_file.is_file():
+            stats = load_norm_stats(stats_file, config.robot_state_dim, config.robot_action_dim)
+        with torch.device("meta"):
+            policy = cls(config, stats)
+        shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
+        weights = load_weights(path, shapes, device)
+        low = policy.network.low_precision_parameters() if dtype else set()
+        weights = {name: w.to(dtype if name in low else torch.float32) for name, w in weights.items()}
+        frozen = {
+            name for name, parameter in policy.network.named_parameters() if not parameter.requires_grad
+        }
+        policy.network.load_state_dict(weights, assign=True)
+        for name, parameter in policy.network.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return policy.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway."""
+        stats = self.norm_stats.to_dict() if self.norm_stats else None
+        save_checkpoint_files(path, self.network.state_dict(), self.config, stats)
+
+    # What the network sees
+
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        image_masks: Mapping[str, Tensor],
+        state: Tensor,
+        tokenized_prompt: Tensor,
+        tokenized_prompt_mask: Tensor,
+        actions: Tensor,
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow-matching loss of action chunks, per element and not reduced.
+
+        With x_t = t * noise + (1 - t) * actions, the squared error of the predicted velocity against
+        noise - actions (Black et al. 2024, eq. 1; openpi's direction of time: 1 is noise).
+
+        Args:
+            images: by camera, float [B, 3, size, size] in [-1, 1].
+            image_masks: by camera, bool [B].
+            state: normalised, float [B, A].
+            tokenized_prompt: int [B, L].
+            tokenized_prompt_mask: bool [B, L].
+            actions: normalised, float [B, H, A].
+            noise: standard normal, float [B, H, A]; or [S, B, H, A] for S draws on each observation, whose
+                images and prompt are then encoded once. None draws [B, H, A].
+            time: flow time of each draw, [B] or [S, B]; None draws as `draw_noise_and_time` does.
+            condition: optimality of each chunk, int [B]: NULL, POSITIVE or NEGATIVE of pi0.model.network.
+                None is NULL. Only with `config.guidance`.
+            generator: for what is drawn here.
+
+        Returns:
+            Squared error, float, of the shape of the noise.
+        """
+        if noise is None or time is None:
+            samples = None if noise is None or noise.ndim == 3 else len(noise)
+            drawn_noise, drawn_time = self.draw_noise_and_time(actions, samples, generator)
+            noise = drawn_noise if noise is None else noise
+            time = drawn_time if time is None else time
+        shape = noise.shape
+        noise, t = noise.reshape(-1, *actions.shape), time.reshape(-1, len(actions))  # [S, B, H, A], [S, B]
+        if len(noise) != len(t):
+            raise ValueError(
+                f"noise {list(shape)} and time {list(time.shape)} disagree on the number of draws"
+            )
+        x_t = t[..., None, None] * noise + (1 - t[..., None, None]) * actions
+        if condition is not None:
+            condition = condition.expand(len(noise), -1).flatten()
+        prefix = self.network.encode_prefix(images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        velocity = self.network.velocity(prefix, state, x_t.flatten(0, 1), t.flatten(), condition)
+        return (velocity.view_as(noise) - (noise - actions)).square().view(shape)
+
+    @staticmethod
+    def draw_noise_and_time(
+        actions: Tensor, samples: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Training's random inputs for actions [B, H, A]: noise and flow times, with a leading [samples] if given.
+
+        Times follow Beta(1.5, 1) scaled to (0.001, 1], mostly noise; drawn as u^(2/3), its inverse distribution.
+        """
+        lead = () if samples is None else (samples,)
+        options = {"generator": generator, "device": actions.device, "dtype": actions.dtype}
+        noise = torch.randn(*lead, *actions.shape, **options)
+        u = torch.rand(*lead, len(actions), **options)
+        return noise, u ** (1 / 1.5) * 0.999 + 0.001
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        images: Mapping[str, Tensor],
+        image_masks: Mapping[str, Tensor],
+        state: Tensor,
+        tokenized_prompt: Tensor,
+        tokenized_prompt_mask: Tensor,
+        noise: Tensor,
+        num_steps: int | None = None,
+        guidance_weight: float | None = None,
+    ) -> Tensor:
+        """Follow the flow from noise at t = 1 to actions at t = 0 in equal Euler steps.
+
+        Args:
+            images, image_masks, state, tokenized_prompt, tokenized_prompt_mask: as in `forward`.
+            noise: standard normal, float [B, H, A].
+            num_steps: Euler steps; None takes the configuration's.
+            guidance_weight: w of v_null + w * (v_positive - v_null), only with `config.guidance`; 0 and None
+                are the unconditional field, 1 the positive one.
+
+        Returns:
+            Normalised actions, float [B, H, A].
+        """
+        prefix = self.network.encode_prefix(images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        steps = self.config.num_steps if num_steps is None else num_steps
+        if steps < 1:
+            raise ValueError(f"num_steps must be at least 1, not {steps}")
+        x_t = noise
+        for step in range(steps):
+            t = torch.full((len(noise),), 1 - step / steps, dtype=noise.dtype, device=noise.device)
+            x_t = x_t - self.guided_velocity(prefix, state, x_t, t, guidance_weight) / steps
+        return x_t
+
+    def guided_velocity(
+        self, prefix: PrefixCache, state: Tensor, x_t: Tensor, t: Tensor, weight: float | None
+    ) -> Tensor:
+        """Velocity [B, H, A] under guidance (Ho and Salimans 2021); both conditions go through in one batch."""
+        if weight is None or weight == 0:
+            return self.network.velocity(prefix, state, x_t, t)
+        positive = torch.full((len(x_t),), POSITIVE, device=x_t.device)
+        if weight == 1:
+            return self.network.velocity(prefix, state, x_t, t, positive)
+        condition = torch.cat([torch.full_like(positive, NULL), positive])
+        null, good = self.network.velocity(prefix, state, x_t.repeat(2, 1, 1), t.repeat(2), condition).chunk(
+            2
+        )
+        return null + weight * (good - null)
+
+    # What the robot sees
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.state_proj.weight.device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the configuration; loaded when it is first used."""
+        if self._tokenizer is None:
+            length = self.config.prompt_length
+            if self.config.tokenizer == "tiny":
+                self._tokenizer = TinyTokenizer(length)
+            else:
+                self._tokenizer = PaligemmaTokenizer(self.config.tokenizer_path, length)
+            if self._tokenizer.vocab_size > self.config.vocab_size:
+                raise ValueError(
+                    f"the tokenizer knows {self._tokenizer.vocab_size} tokens, the model {self.config.vocab_size}"
+                )
+        return self._tokenizer
+
+    def prepare(self, observations: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn raw observations into the keyword arguments of `forward` and `sample_actions`.
+
+        Args:
+            observations: a batch, as arrays or tensors:
+                images: by camera, uint8 [B, h, w, 3], upright. A configured camera that is not here is black
+                    and masked out; other names are an error.
+                state: float [B, robot_state_dim].
+                prompt: B strings.
+
+        Returns:
+            images, image_masks, state, tokenized_prompt and tokenized_prompt_mask, on the policy's device.
+        """
+        config, device = self.config, self.device
+        state = torch.as_tensor(observations["state"], dtype=torch.float32, device=device)
+        if state.ndim != 2 or state.shape[1] != config.robot_state_dim:
+            raise ValueError(f"state has shape {list(state.shape)}, expected [B, {config.robot_state_dim}]")
+        given = observations["images"]
+        unknown = [name for name in given if name not in config.cameras]
+        if unknown or not given:
+            raise ValueError(
+                f"images of {unknown or 'no camera'}; the model looks through {', '.join(config.cameras)}"
+            )
+        images, masks = {}, {}
+        for name in config.cameras:
+            masks[name] = torch.full((len(state),), name in given, device=device)
+            if name in given:
+                images[name] = to_network_images(
+                    torch.as_tensor(given[name], device=device), config.image_size
+                )
+            else:
+                images[name] = torch.full(
+                    (len(state), 3, config.image_size, config.image_size), -1.0, device=device
+                )
+        tokens, token_masks = self.tokenizer.encode_batch(list(observations["prompt"]))
+        sizes = {len(state), len(tokens), *(len(image) for image in images.values())}
+        if len(sizes) > 1:
+            raise ValueError(f"images, state and prompt disagree on the batch size: {sorted(sizes)}")
+        return {
+            "images": images,
+            "image_masks": masks,
+            "state": self._normalize(state, self._stats().state),
+            "tokenized_prompt": torch.as_tensor(tokens, device=device),
+            "tokenized_prompt_mask": torch.as_tensor(token_masks, device=device),
+        }
+
+    def select_action(
+        self,
+        observations: Mapping[str, Any],
+        noise: Tensor,
+        num_steps: int | None = None,
+        guidance_weight: float | None = None,
+    ) -> np.ndarray:
+        """Action chunks for raw observations.
+
+        Args:
+            observations: as in `prepare`.
+            noise: standard normal, float [B, H, A]: the only randomness.
+            num_steps, guidance_weight: as in `sample_actions`.
+
+        Returns:
+            Actions, float32 [B, H, robot_action_dim], clipped to the controller's range [-1, 1].
+        """
+        noise = noise.to(self.device)
+        actions = self.sample_actions(
+            **self.prepare(observations), noise=noise, num_steps=num_steps, guidance_weight=guidance_weight
+        )
+        return self.unnormalize_actions(actions).clamp(-1, 1).cpu().numpy()
+
+    def normalize_actions(self, actions: Tensor | np.ndarray) -> Tensor:
+        """Robot actions [..., robot_action_dim] to what the network learns, [..., A]: z-scores, zero-padded."""
+        actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
+        if actions.shape[-1] != self.config.robot_action_dim:
+            raise ValueError(
+                f"actions have {actions.shape[-1]} features, expected {self.config.robot_action_dim}"
+            )
+        return self._normalize(actions, self._stats().actions)
+
+    def unnormalize_actions(self, actions: Tensor) -> Tensor:
+        """Network actions [..., A] to the robot's, float32 [..., robot_action_dim], not clipped."""
+        stats = self._stats().actions
+        mean, std = (torch.as_tensor(v, device=actions.device) for v in (stats.mean, stats.std))
+        return actions[..., : self.config.robot_action_dim].float() * (std + EPSILON) + mean
+
+    def _normalize(self, values: Tensor, stats: Stats) -> Tensor:
+        mean, std = (torch.as_tensor(v, device=values.device) for v in (stats.mean, stats.std))
+        return nn.functional.pad(
+            (values - mean) / (std + EPSILON), (0, self.config.action_dim - values.shape[-1])
+        )
+
+    def _stats(self) -> NormStats:
+        if self.norm_stats is None:
+            raise ValueError(
+                "this policy has no normalisation statistics (no norm_stats.json in its checkpoint)"
+            )
+        return self.norm_stats

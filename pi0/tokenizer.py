@@ -1,0 +1,181 @@
+"""Prompts to token ids.
+
+Both tokenizers follow pi0's convention: beginning-of-sequence, the cleaned text, then a newline as
+"start of answer", padded with id 0 to a fixed length. Cleaning strips the ends and turns underscores and
+newlines into spaces.
+
+`python -m pi0.tokenizer` rebuilds the vocabulary of `TinyTokenizer` from the installed LIBERO tasks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY_FILE = Path(__file__).with_name("tiny_vocabulary.json")
+PIECES = 125  # words and phrases of the tiny vocabulary: 384 ids with the 3 special ones and 256 bytes
+LONGEST_PHRASE = 6  # words
+
+
+def clean_prompt(prompt: str) -> str:
+    """Prompt as openpi's pi0 cleans it before tokenisation."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+class Tokenizer:
+    """Common part of the tokenizers: fixed length, mask, and a memory of prompts seen.
+
+    Args:
+        length: tokens of every encoded prompt.
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def token_ids(self, text: str) -> list[int]:
+        """Ids of a cleaned prompt with its beginning and end, not padded."""
+        raise NotImplementedError
+
+    def encode(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [length] and mask bool [length], False for padding.
+
+        Raises:
+            ValueError: a prompt of more than `length` tokens.
+        """
+        if prompt not in self._known:
+            ids = self.token_ids(clean_prompt(prompt))
+            if len(ids) > self.length:
+                raise ValueError(
+                    f"prompt {prompt!r} takes {len(ids)} tokens; the model is built for {self.length}"
+                )
+            padded = np.zeros(self.length, np.int64)
+            padded[: len(ids)] = ids
+            self._known[prompt] = padded, np.arange(self.length) < len(ids)
+        return self._known[prompt]
+
+    def encode_batch(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [B, length] and mask bool [B, length]."""
+        ids, masks = zip(*(self.encode(prompt) for prompt in prompts), strict=True)
+        return np.stack(ids), np.stack(masks)
+
+
+class TinyTokenizer(Tokenizer):
+    """Words and frequent phrases of LIBERO's prompts, in lower case; anything else falls back to bytes.
+
+    Ids: 0 padding, 1 beginning, 2 newline, 3 to 258 bytes, then the pieces. A phrase is one id because the
+    prefix is most of what a CPU computes: it makes prompts half as long.
+    """
+
+    PAD, BOS, NEWLINE, FIRST_BYTE, FIRST_PIECE = 0, 1, 2, 3, 259
+
+    def __init__(self, length: int, pieces: list[str] | None = None):
+        super().__init__(length)
+        self.pieces = json.loads(VOCABULARY_FILE.read_text())["pieces"] if pieces is None else pieces
+        self._ids = {piece: self.FIRST_PIECE + i for i, piece in enumerate(self.pieces)}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.FIRST_PIECE + len(self.pieces)
+
+    def token_ids(self, text: str) -> list[int]:
+        ids = [self.BOS]
+        for piece in split_pieces(text.lower().split(" "), self._ids):
+            if piece in self._ids:
+                ids.append(self._ids[piece])
+            else:
+                ids.extend(self.FIRST_BYTE + byte for byte in f" {piece}".encode())
+        return [*ids, self.NEWLINE]
+
+    def decode(self, ids: list[int]) -> str:
+        """Cleaned, lower-case prompt of a sequence of ids."""
+        text = b""
+        for i in ids:
+            if i >= self.FIRST_PIECE:
+                text += b" " + self.pieces[i - self.FIRST_PIECE].encode()
+            elif i >= self.FIRST_BYTE:
+                text += bytes([i - self.FIRST_BYTE])
+        return text.decode(errors="replace")[1:]
+
+
+class PaligemmaTokenizer(Tokenizer):
+    """PaliGemma's sentencepiece model, which the published pi0 uses.
+
+    Args:
+        path: `paligemma_tokenizer.model`; None takes it from the environment variable PALIGEMMA_TOKENIZER.
+        length: tokens of every encoded prompt.
+
+    Raises:
+        FileNotFoundError: no such file; says where it comes from.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, length: int):
+        super().__init__(length)
+        path = path or os.environ.get("PALIGEMMA_TOKENIZER")
+        if not path or not Path(path).is_file():
+            raise FileNotFoundError(
+                f"PaliGemma tokenizer file {path or '(not configured)'} not found. Download "
+                "gs://big_vision/paligemma_tokenizer.model (the tokenizer.model of google/paligemma-3b-pt-224 is the "
+                "same file), then set tokenizer_path in config.json or the environment variable PALIGEMMA_TOKENIZER."
+            )
+        import sentencepiece  # only this tokenizer needs it
+
+        self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.vocab_size = self._model.vocab_size()
+
+    def token_ids(self, text: str) -> list[int]:
+        return self._model.encode(text, add_bos=True) + self._model.encode("\n")
+
+
+def split_pieces(words: list[str], pieces: dict[str, int] | set[str]) -> list[str]:
+    """Cut words into the longest known pieces from the left; an unknown word stays alone."""
+    result, start = [], 0
+    while start < len(words):
+        for end in range(min(start + LONGEST_PHRASE, len(words)), start, -1):
+            piece = " ".join(words[start:end])
+            if piece in pieces or end == start + 1:
+                result.append(piece)
+                start = end
+                break
+    return result
+
+
+def build_vocabulary(prompts: list[str], size: int = PIECES) -> list[str]:
+    """All words of the prompts in order, then the phrases that merging the most frequent pairs gives."""
+    sentences = [clean_prompt(prompt).lower().split() for prompt in prompts]
+    pieces = sorted({word for words in sentences for word in words})
+    while len(pieces) < size:
+        pairs: Counter[str] = Counter()
+        for words in sentences:
+            cut = split_pieces(words, set(pieces))
+            pairs.update(f"{a} {b}" for a, b in pairwise(cut))
+        candidates = [
+            (-n, p) for p, n in pairs.items() if len(p.split()) <= LONGEST_PHRASE and p not in pieces
+        ]
+        if not candidates:
+            break
+        pieces.append(min(candidates)[1])
+    return pieces
+
+
+def libero_prompts() -> list[str]:
+    """Prompts of all 130 LIBERO tasks, as its benchmark derives them from file names; does not import LIBERO."""
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise ModuleNotFoundError("the LIBERO package (hf-libero) is not installed")
+    folder = Path(next(iter(spec.submodule_search_locations)), "libero", "bddl_files")
+    names = sorted(path.stem for path in folder.glob("libero_*/*.bddl"))
+    return [re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ") for name in names]
+
+
+if __name__ == "__main__":
+    vocabulary = build_vocabulary(libero_prompts())
+    VOCABULARY_FILE.write_text(json.dumps({"pieces": vocabulary}, indent=0) + "\n")
+    print(f"{VOCABULARY_FILE}: {len(vocabulary)} pieces")
