@@ -1,7 +1,7 @@
 """YAML files and command-line overrides read into nested dataclasses, with every mistake named.
 
 A schema is a dataclass whose fields are made by `key` or are such dataclasses themselves (its sections); the
-full name of a key is dotted ("algo.lr"). All that is wrong goes into one `ConfigError`, a line each, which says
+full name of a key is dotted ("algo.lr"). All that is wrong goes into one `ConfigError`, a line each, naming
 file, line, full key, offending value and mend.
 """
 
@@ -250,8 +250,8 @@ def _unknown(name: str, keys: Mapping[str, KeyDescription]) -> str:
         ratios = [
             difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf))
         ]
-        # The right leaf in the wrong section is nearer than a similar leaf in the right one; so is the key that
-        # is explained by these very words: "learning_rate" is `algo.lr`.
+        # The right leaf in the wrong section is nearer than a similar leaf in the right one; so is the key
+        # that is explained by these very words: "learning_rate" is `algo.lr`.
         return sum(ratios) + 2 * (leaf == other_leaf) + (leaf.replace("_", " ") in keys[other].doc)
 
     return f"unknown key; the nearest one is {max(keys, key=likeness)}"
