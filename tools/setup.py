@@ -47,7 +47,7 @@ def missing_system_packages():
 
 
 def install_system_packages():
-    """Install what is missing (root), or say how; stop where nothing could render or no .venv could be made."""
+    """Install what is missing (root), or say how; stop where nothing could render or .venv could not be."""
     missing = missing_system_packages()
     if not missing:
         return
@@ -103,8 +103,8 @@ def install_torch(requirement, build):
         if "No matching distribution" not in errors:
             stop(f"pip could not install torch; the same command goes on where this one stopped\n{errors}")
         say(
-            f"no index offers {requirement}+cpu, so the default build is installed, with its CUDA packages, which "
-            "is several GB larger. To avoid that, stop here, name an index with PyTorch's CPU builds in pip's own "
+            f"no index offers {requirement}+cpu, so the default build is installed with its CUDA packages, "
+            "several GB more. To avoid that, stop here, name an index with PyTorch's CPU builds in pip's own "
             "configuration (PIP_EXTRA_INDEX_URL) and run the same command again"
         )
     # The constraint keeps what torch asks for at the lock's versions; a CPU build would satisfy `==` too.
@@ -112,7 +112,7 @@ def install_torch(requirement, build):
 
 
 def discard_half_installed():
-    """Forget packages whose installation was cut off: pip writes RECORD last, and skips what looks installed."""
+    """Forget packages whose installation was cut off: pip writes RECORD last but skips what has a name."""
     for information in VENV.glob("lib/python*/site-packages/*.dist-info"):
         if not (information / "RECORD").exists():
             shutil.rmtree(information)

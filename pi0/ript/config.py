@@ -32,9 +32,8 @@ class TaskConfig:
         None,
         "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
     )
-    fixtures: Literal["libero_eval", "varied"] = key(
-        "libero_eval",
-        "cabinet and stove: placed as LIBERO's evaluation does (env.seed(0)), or anew from the seed",
+    fixtures: Literal["libero_eval", "pinned"] = key(
+        "libero_eval", "cabinet and stove: as in LIBERO's evaluation after env.seed(0), or always its first"
     )
     num_parallel_envs: int = key(2, "worker processes that simulate", unit="processes", low=1)
     rollouts_per_env: int = key(1, "rollouts of a worker in one collection", unit="rollouts", low=1)
