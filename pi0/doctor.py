@@ -1,0 +1,364 @@
+"""Checks a machine before a long run: `python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]`.
+
+One line for each finding: `ok`, `note` (a run would work, but see this) or `stop` (a run would not), what was
+found, and the mend. Without a configuration the defaults are checked, and no checkpoint. The exit status is 1
+when something would stop a run.
+"""
+
+import argparse
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pi0.paths import REPO_ROOT
+
+# What needs a package is imported inside the check that needs it: a package may be what is missing.
+if TYPE_CHECKING:
+    from pi0.ript.config import Config
+
+OK, NOTE, STOP = "ok", "note", "stop"
+GIB = 2**30
+# A run writes checkpoints, videos and logs; below this it may end in the middle.
+DISK_NEEDED_GIB = 2
+# A worker process with one scene of LIBERO's own meshes peaks at 1.1; the trainer is the small policy's.
+WORKER_GIB, TRAINER_GIB = 1.2, 1.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `mend` is empty for what is fine."""
+
+    status: str
+    subject: str
+    text: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:4}  {self.subject:12}  {self.text}" + (f"; {self.mend}" if self.mend else "")
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter that the lock file was made for."""
+    version = f"Python {sys.version.split()[0]} ({sys.executable})"
+    if sys.version_info[:2] == (3, 11):
+        yield Finding(OK, "python", version)
+    else:
+        yield Finding(NOTE, "python", version, "the locked packages are for 3.11: run .venv/bin/python")
+
+
+def locked_versions(lock: Path = REPO_ROOT / "requirements.lock") -> dict[str, str]:
+    """Version of every package in the lock file, by name."""
+    return dict(re.findall(r"^([\w.-]+)==([^\s;#]+)", lock.read_text(), flags=re.MULTILINE))
+
+
+def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
+    """Installed packages against the lock; a local suffix of the version (torch's +cpu) does not matter."""
+    differing = 0
+    for name, version in locked.items():
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            differing += 1
+            yield Finding(STOP, "packages", f"{name} is missing", f"run: make setup (for {name} {version})")
+            continue
+        if installed.partition("+")[0] != version:
+            differing += 1
+            yield Finding(NOTE, "packages", f"{name} is {installed}, locked is {version}", "run: make setup")
+    if not differing:
+        yield Finding(OK, "packages", f"{len(locked)} packages as locked")
+
+
+def check_gl() -> Iterator[Finding]:
+    """Back ends that draw a frame, tried in processes of their own."""
+    from pi0.ript.env.gl import BACKENDS, INSTALL_HINT, probe
+
+    asked = os.environ.get("MUJOCO_GL", "").lower()
+    if asked and asked not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        yield Finding(STOP, "gl", f"MUJOCO_GL={asked} draws on a screen only", f"set it to one of {known}")
+        return
+    outcomes = [probe(backend) for backend in ((asked,) if asked else BACKENDS)]
+    # Where one works the others are only worth knowing about.
+    failed = NOTE if any(outcome.works for outcome in outcomes) else STOP
+    for outcome in outcomes:
+        if outcome.works:
+            yield Finding(OK, "gl", f"{outcome.backend} draws frames ({outcome.detail})")
+        else:
+            mend = "another one works" if failed == NOTE else INSTALL_HINT
+            yield Finding(failed, "gl", f"{outcome.backend} does not draw: {outcome.detail}", mend)
+
+
+def check_gpus() -> Iterator[Finding]:
+    """NVIDIA GPUs, whether torch sees them, and the EGL devices that frames can be drawn on."""
+    import torch
+
+    listing = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    gpus = [line for line in (listing or "").splitlines() if line.strip()]
+    for index, gpu in enumerate(gpus):
+        yield Finding(OK, "gpu", f"{index}: {gpu}")
+    if not gpus:
+        yield Finding(OK, "gpu", "none; networks run on the CPU")
+    elif torch.cuda.is_available():
+        yield Finding(OK, "gpu", f"torch {torch.__version__} sees {torch.cuda.device_count()} of them")
+    else:
+        yield Finding(
+            NOTE, "gpu", f"torch {torch.__version__} sees none of them", "run: make setup TORCH=cuda"
+        )
+    devices = _output([sys.executable, "-c", _EGL_DEVICES], MUJOCO_GL="egl", PYOPENGL_PLATFORM="egl")
+    count = int(devices) if devices else 0
+    if count >= max(1, len(gpus)):
+        yield Finding(OK, "gpu", f"EGL devices to draw on: {count} (MUJOCO_EGL_DEVICE_ID picks one)")
+    else:
+        mend = "install the NVIDIA driver's EGL library (libnvidia-gl), or frames are drawn by the CPU"
+        yield Finding(
+            NOTE, "gpu", f"EGL devices: {count}, GPUs: {len(gpus)}", mend if gpus else "see gl above"
+        )
+
+
+def check_assets(configured: str | None) -> Iterator[Finding]:
+    """Which meshes and textures LIBERO would be given."""
+    from pi0.ript.env.assets import AssetsError, resolve_assets
+
+    try:
+        assets = resolve_assets(configured)
+    except AssetsError as error:
+        mend = "correct task.assets or LIBERO_ASSETS, or take them away"
+        yield Finding(STOP, "assets", str(error), mend)
+        return
+    if assets.source == "standins" and configured != "standins":
+        mend = "for LIBERO's own set task.assets or LIBERO_ASSETS to their folder"
+        yield Finding(NOTE, "assets", "none found; built-in stand-ins are used", mend)
+    else:
+        yield Finding(OK, "assets", f"{assets.source}: {assets.path}")
+
+
+def check_init_states(suite: str, names: Sequence[str | int]) -> Iterator[Finding]:
+    """LIBERO's recorded initial states of the tasks."""
+    from pi0.ript.env.suites import find_tasks
+
+    try:
+        tasks = find_tasks(suite, list(names))
+    except ValueError as error:
+        yield Finding(
+            STOP, "tasks", str(error), "correct task.benchmark_name, task_name or task_names_to_use"
+        )
+        return
+    counts = []
+    for task in tasks:
+        try:
+            counts.append(len(task.recorded_init_states()))
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            mend = (
+                "reinstall it: .venv/bin/pip install --force-reinstall --no-deps hf-libero=="
+                + (locked_versions()["hf-libero"])
+            )
+            yield Finding(STOP, "init states", f"{task.name}: {error}", mend)
+    if len(counts) == len(tasks):
+        yield Finding(OK, "init states", f"{sum(counts)} recorded for {len(tasks)} tasks of {suite}")
+
+
+def check_checkpoint(config: "Config") -> Iterator[Finding]:
+    """Whether the policy loads, its statistics fit, and it acts on a task's prompt."""
+    import numpy as np
+    import torch
+
+    from pi0 import PI0Policy
+    from pi0.checkpoints import MODEL_FILE
+    from pi0.normalization import load_norm_stats
+    from pi0.ript.env.suites import find_tasks
+
+    path = Path(config.policy_path)
+    weights = path / MODEL_FILE
+    if weights.is_file() and weights.stat().st_size > _available_memory():
+        size, free = weights.stat().st_size / GIB, _available_memory() / GIB
+        yield Finding(
+            STOP, "checkpoint", f"{weights} has {size:.1f} GiB, free memory {free:.1f}", "free memory"
+        )
+        return
+    try:
+        policy = PI0Policy.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        yield Finding(
+            STOP, "checkpoint", str(error), "correct policy_path, or make one: python -m pi0.warmstart"
+        )
+        return
+    network = policy.config
+    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+    yield Finding(
+        OK, "checkpoint", f"{path}: {millions:.1f} M parameters, chunks of {network.action_horizon}"
+    )
+
+    if config.norm_stats_path is not None:
+        try:
+            policy.norm_stats = load_norm_stats(
+                config.norm_stats_path, network.robot_state_dim, network.robot_action_dim
+            )
+        except (OSError, ValueError) as error:
+            yield Finding(STOP, "norm stats", str(error), "correct norm_stats_path")
+    if policy.norm_stats is None:
+        yield Finding(STOP, "norm stats", f"{path} has no norm_stats.json", "set norm_stats_path")
+        return
+    yield Finding(
+        OK, "norm stats", f"state {network.robot_state_dim}, actions {network.robot_action_dim} features"
+    )
+
+    if config.task.replan_steps > network.action_horizon:
+        mend = f"set task.replan_steps to {network.action_horizon} or less"
+        yield Finding(STOP, "checkpoint", f"task.replan_steps is {config.task.replan_steps}", mend)
+    prompt = find_tasks(config.task.benchmark_name, _task_names(config))[0].prompt
+    size = config.task.image_size
+    image = np.zeros((1, size, size, 3), np.uint8)
+    observation = {
+        "images": dict.fromkeys(network.cameras, image),
+        "state": np.zeros((1, network.robot_state_dim), np.float32),
+        "prompt": [prompt],
+    }
+    noise = torch.zeros(1, network.action_horizon, network.action_dim)
+    try:
+        policy.select_action(observation, noise)
+        start = time.perf_counter()
+        policy.select_action(observation, noise)
+    except (OSError, ValueError, RuntimeError) as error:
+        yield Finding(STOP, "checkpoint", f"does not act: {error}", "take a checkpoint that fits the task")
+        return
+    yield Finding(OK, "checkpoint", f"acts; {1e3 * (time.perf_counter() - start):.0f} ms a chunk on the CPU")
+
+
+def check_output(folder: Path) -> Iterator[Finding]:
+    """Whether results can be written, and for how long."""
+    try:
+        # The folder itself is the run's to make.
+        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
+        yield Finding(
+            STOP, "disk", f"cannot write: {error}", "set output_dir to a folder that can be written"
+        )
+        return
+    free = shutil.disk_usage(existing).free / GIB
+    if free < DISK_NEEDED_GIB:
+        mend = f"free {DISK_NEEDED_GIB} GiB, or set output_dir to another disk"
+        yield Finding(STOP, "disk", f"{free:.1f} GiB free in {folder}", mend)
+    else:
+        yield Finding(OK, "disk", f"{free:.0f} GiB free in {folder}")
+
+
+def check_memory_and_cores(workers: int) -> Iterator[Finding]:
+    """Whether the simulating processes and the trainer have room."""
+    free, needed = _available_memory() / GIB, TRAINER_GIB + workers * WORKER_GIB
+    text = f"{free:.1f} GiB free, about {needed:.1f} needed with {workers} workers"
+    if free < needed:
+        yield Finding(STOP, "memory", text, "set task.num_parallel_envs lower, or free memory")
+    else:
+        yield Finding(OK, "memory", text)
+    cores = len(os.sched_getaffinity(0))
+    if workers > cores:
+        mend = f"task.num_parallel_envs={cores} is likely as fast"
+        yield Finding(NOTE, "cores", f"{cores} for {workers} workers", mend)
+    else:
+        yield Finding(OK, "cores", f"{cores} for {workers} workers")
+
+
+def examine(config: "Config | None") -> Iterator[Finding]:
+    """Every check in turn; one that fails in an unforeseen way is a finding too, and the others still run."""
+    suite, names = (config.task.benchmark_name, _task_names(config)) if config else ("libero_spatial", [])
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("python", check_python),
+        ("packages", lambda: check_packages(locked_versions())),
+        ("gl", check_gl),
+        ("gpu", check_gpus),
+        ("memory", lambda: check_memory_and_cores(config.task.num_parallel_envs if config else 2)),
+        ("disk", lambda: check_output(Path(config.output_dir if config else "outputs"))),
+        ("assets", lambda: check_assets(config.task.assets if config else None)),
+        ("init states", lambda: check_init_states(suite, names)),
+    ]
+    if config:
+        checks.append(("checkpoint", lambda: check_checkpoint(config)))
+    for subject, check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # noqa: BLE001  (it is reported, and the other checks are still wanted)
+            yield Finding(STOP, subject, f"could not be checked: {type(error).__name__}: {error}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the findings as they come; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m pi0.doctor", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config_path", help="the configuration of the run to come")
+    parser.add_argument(
+        "--override", nargs="*", default=[], metavar="KEY=VALUE", help="as for the stage scripts"
+    )
+    options = parser.parse_args(arguments)
+
+    findings: list[Finding] = []
+
+    def report(finding: Finding) -> None:
+        findings.append(finding)
+        print(str(finding).replace("\n", " "), flush=True)
+
+    config = None
+    if options.config_path or options.override:
+        try:
+            config = _read_config(options.config_path, options.override)
+        except (ImportError, ValueError) as error:
+            for line in str(error).splitlines():
+                report(Finding(STOP, "config", line))
+        else:
+            report(Finding(OK, "config", options.config_path))
+    for finding in examine(config):
+        report(finding)
+    stopping = sum(finding.status == STOP for finding in findings)
+    print(f"findings that would stop a run: {stopping}" if stopping else "nothing would stop a run")
+    return 1 if stopping else 0
+
+
+def _read_config(path: str, overrides: Sequence[str]) -> "Config":
+    from pi0.ript.config import load_config
+
+    return load_config(path, overrides)
+
+
+def _task_names(config: "Config") -> list[str | int]:
+    return config.task.task_names_to_use if config.task.task_name is None else [config.task.task_name]
+
+
+def _available_memory() -> int:
+    """Bytes that new processes can take."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError("/proc/meminfo has no MemAvailable")
+    return 1024 * int(match.group(1))
+
+
+def _output(command: Sequence[str], **environment: str) -> str | None:
+    """Standard output of a command, or None when it is not there, fails or takes half a minute."""
+    try:
+        run = subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout if run.returncode == 0 else None
+
+
+_EGL_DEVICES = "from mujoco.egl import egl_ext; print(len(egl_ext.eglQueryDevicesEXT()))"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

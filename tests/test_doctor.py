@@ -1,0 +1,173 @@
+"""The doctor finds what would stop a run, says the mend, and does not cry wolf."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from pi0 import PI0Policy, doctor
+from pi0.doctor import NOTE, OK, STOP
+from pi0.model.config import Pi0Config
+from pi0.normalization import NormStats
+from pi0.ript.config import Config, TaskConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random = np.random.default_rng(0)
+    stats = NormStats.of(random.normal(size=(9, 8)), random.normal(size=(9, 7)))
+    PI0Policy(Pi0Config.preset("pi0_tiny"), stats).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """A copy of the checkpoint, to be broken."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+def config_of(checkpoint, **task) -> Config:
+    return Config(policy_path=str(checkpoint), task=TaskConfig(task_name=3, **task))
+
+
+def stops(findings) -> list[str]:
+    return [str(finding) for finding in findings if finding.status == STOP]
+
+
+def test_a_sound_checkpoint_is_loaded_and_acts(checkpoint):
+    findings = list(doctor.check_checkpoint(config_of(checkpoint)))
+    assert {finding.status for finding in findings} == {OK}
+    assert findings[-1].text.startswith("acts; ")
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    (line,) = stops(doctor.check_checkpoint(config_of(tmp_path / "nowhere")))
+    assert "nowhere not found" in line and "correct policy_path" in line
+
+
+def test_truncated_weights_are_found(broken):
+    os.truncate(broken / "model.safetensors", 1000)
+    (line,) = stops(doctor.check_checkpoint(config_of(broken)))
+    assert "truncated" in line
+
+
+def test_a_checkpoint_without_statistics_cannot_act(broken):
+    (broken / "norm_stats.json").unlink()
+    (line,) = stops(doctor.check_checkpoint(config_of(broken)))
+    assert "has no norm_stats.json" in line and "set norm_stats_path" in line
+
+
+def test_configured_statistics_take_the_place_of_missing_ones(broken, checkpoint):
+    (broken / "norm_stats.json").unlink()
+    config = config_of(broken)
+    config.norm_stats_path = str(checkpoint / "norm_stats.json")
+    assert not stops(doctor.check_checkpoint(config))
+
+
+def test_statistics_of_another_robot_are_found(checkpoint, tmp_path):
+    stats = NormStats.of(np.eye(5), np.eye(4))
+    path = tmp_path / "norm_stats.json"
+    path.write_text(str(stats.to_dict()).replace("'", '"'))
+    config = config_of(checkpoint)
+    config.norm_stats_path = str(path)
+    (line,) = stops(doctor.check_checkpoint(config))
+    assert "the robot has 8 features" in line
+
+
+def test_more_steps_than_a_chunk_holds_are_found(checkpoint):
+    (line,) = stops(doctor.check_checkpoint(config_of(checkpoint, replan_steps=11)))
+    assert "task.replan_steps is 11" in line and "10 or less" in line
+
+
+def test_packages_as_locked_are_one_line():
+    (finding,) = doctor.check_packages(doctor.locked_versions())
+    assert finding.status == OK and finding.text.endswith("packages as locked")
+
+
+def test_a_missing_package_stops_and_another_version_does_not():
+    findings = list(doctor.check_packages({"no-such-package": "1.0", "numpy": "1.0"}))
+    assert [(finding.status, finding.text.split(" is ")[0]) for finding in findings] == [
+        (STOP, "no-such-package"),
+        (NOTE, "numpy"),
+    ]
+    assert all("make setup" in finding.mend for finding in findings)
+
+
+def test_a_back_end_that_draws_is_enough(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    # EGL finds its drivers through these files; without them it has no device.
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nowhere.json")
+    status = {finding.text.split()[0]: finding.status for finding in doctor.check_gl()}
+    assert status == {"egl": NOTE, "osmesa": OK}
+
+
+def test_no_back_end_that_draws_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nowhere.json")
+    (line,) = stops(doctor.check_gl())
+    assert "egl does not draw" in line and "apt-get install" in line
+
+
+def test_a_back_end_that_needs_a_screen_is_refused(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    (line,) = stops(doctor.check_gl())
+    assert "MUJOCO_GL=glfw" in line and "egl, osmesa" in line
+
+
+def test_chosen_stand_ins_are_fine_and_a_missing_folder_is_not(tmp_path):
+    assert [finding.status for finding in doctor.check_assets("standins")] == [OK]
+    (line,) = stops(doctor.check_assets(str(tmp_path / "nowhere")))
+    assert "nowhere does not exist" in line and "task.assets" in line
+
+
+def test_recorded_initial_states_of_the_tasks_are_counted():
+    (finding,) = doctor.check_init_states("libero_spatial", [3, 8])
+    assert (finding.status, finding.text) == (OK, "100 recorded for 2 tasks of libero_spatial")
+
+
+def test_an_unknown_task_is_named():
+    (line,) = stops(doctor.check_init_states("libero_spatial", ["pick_up_the_bowl"]))
+    assert "unknown task 'pick_up_the_bowl'" in line and "task_names_to_use" in line
+
+
+def test_a_folder_that_cannot_be_written_is_found(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    (line,) = stops(doctor.check_output(file / "outputs"))
+    assert "cannot write" in line and "set output_dir" in line
+    assert not stops(doctor.check_output(tmp_path / "new" / "outputs"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_too_many_workers_for_memory_and_cores_are_found():
+    status = {finding.subject: finding.status for finding in doctor.check_memory_and_cores(100_000)}
+    assert status == {"memory": STOP, "cores": NOTE}
+
+
+def test_a_wrong_configuration_is_reported_and_the_rest_is_still_checked(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LIBERO_ASSETS", "standins")
+    path = tmp_path / "run.yaml"
+    path.write_text("policy_path: a\nalgo: {learning_rate: 1}\n")
+    assert doctor.main(["--config_path", str(path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("stop  config") and lines[0].endswith("the nearest one is algo.lr")
+    assert {line.split()[1] for line in lines[1:-1]} >= {"python", "packages", "gl", "gpu", "memory", "disk"}
+    assert lines[-1] == "findings that would stop a run: 1"
+
+
+def test_a_machine_and_configuration_that_are_fine_end_with_status_0(checkpoint, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    task = "{assets: standins, task_name: 3, num_parallel_envs: 1}"
+    path.write_text(f"policy_path: {checkpoint}\noutput_dir: {tmp_path}\ntask: {task}\n")
+    assert doctor.main(["--config_path", str(path)]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing would stop a run"
+
+
+def test_a_check_that_breaks_is_itself_a_finding(monkeypatch):
+    def broken_check():
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(doctor, "check_gl", broken_check)
+    assert any("gl" in line and "surprise" in line for line in stops(doctor.examine(None)))
