@@ -271,7 +271,7 @@ class PI0Policy(nn.Module):
         noise: Tensor,
         num_steps: int | None = None,
         guidance_weight: float | None = None,
-    ) -> np.ndarray:
+    ) -> Tensor:
         """Action chunks for raw observations.
 
         Args:
@@ -286,7 +286,7 @@ class PI0Policy(nn.Module):
         actions = self.sample_actions(
             **self.prepare(observations), noise=noise, num_steps=num_steps, guidance_weight=guidance_weight
         )
-        return self.unnormalize_actions(actions).clamp(-1, 1).cpu().numpy()
+        return self.unnormalize_actions(actions).clamp(-1, 1)
 
     def normalize_actions(self, actions: Tensor | np.ndarray) -> Tensor:
         """Robot actions [..., robot_action_dim] to what the network learns, [..., A]: z-scores, zero-padded."""

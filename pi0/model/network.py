@@ -119,11 +119,12 @@ class Pi0Network(nn.Module):
         mask = _additive_mask(valid[:, None, None, :], x.dtype)
         keys, values = [], []
         for layer in self.gemma.layers:
-            q, k, v = layer.project(x, rope)
+            h = layer.input_layernorm(x)
+            k, v = layer.keys_values(h, rope)
             keys.append(k)
             values.append(v)
             if layer is not self.gemma.layers[-1]:
-                x = layer.finish(x, q, k, v, mask)
+                x = layer(x, layer.queries(h, rope), k, v, mask)
         return PrefixCache(keys, values, valid)
 
     def velocity(
@@ -154,10 +155,11 @@ class Pi0Network(nn.Module):
         rope = cos.repeat(samples, 1, 1, 1), sin.repeat(samples, 1, 1, 1)
         mask = self._suffix_mask(prefix.valid, x.shape[1], x.dtype).repeat(samples, 1, 1, 1)
         for layer, prefix_k, prefix_v in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
-            q, k, v = layer.project(x, rope)
+            h = layer.input_layernorm(x)
+            k, v = layer.keys_values(h, rope)
             k = torch.cat([prefix_k.repeat(samples, 1, 1, 1), k], 2)
             v = torch.cat([prefix_v.repeat(samples, 1, 1, 1), v], 2)
-            x = layer.finish(x, q, k, v, mask)
+            x = layer(x, layer.queries(h, rope), k, v, mask)
         actions = self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
         return self.action_out_proj(actions)
 
@@ -199,7 +201,7 @@ class Gemma(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """One layer in two halves, as another expert's keys and values may join between them."""
+    """One layer; keys and values come in from outside, as those of the other expert belong to them."""
 
     def __init__(self, dims: GemmaDims):
         super().__init__()
@@ -222,17 +224,19 @@ class GemmaLayer(nn.Module):
             }
         )
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [N, T, width] to queries [N, heads, T, head_dim] and keys, values [N, kv_heads, T, head_dim]."""
-        h = self.input_layernorm(x)
-        q, k, v = (
-            self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        return rotate(q, rope), rotate(k, rope), v
+    def queries(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Of normalised tokens [N, T, width]: [N, heads, T, head_dim]."""
+        return rotate(self._heads("q_proj", h), rope)
 
-    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Attention and MLP: tokens [N, T, width] before the layer to tokens after it."""
+    def keys_values(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of normalised tokens [N, T, width]: [N, kv_heads, T, head_dim] each."""
+        return rotate(self._heads("k_proj", h), rope), self._heads("v_proj", h)
+
+    def _heads(self, name: str, h: Tensor) -> Tensor:
+        return self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Tokens [N, T, width] through attention to keys and values and through the MLP."""
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         x = x + self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2))
         h = self.post_attention_layernorm(x)
