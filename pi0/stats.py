@@ -98,9 +98,12 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     Twice the smaller tail of Binomial(gained + lost, 1/2), at most 1; 1 when nothing changed.
     """
     changed = gained + lost
-    tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
-    # Integers, since the float tail of thousands of episodes would vanish.
-    return min(1.0, 2 * tail / 2**changed) if changed else 1.0
+    # In whole numbers, since the chances of thousands of episodes are too small for floats.
+    ways, tail = 1, 0
+    for k in range(min(gained, lost) + 1):
+        tail += ways
+        ways = ways * (changed - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**changed)
 
 
 def _normal_quantile(confidence: float) -> float:
@@ -114,7 +117,7 @@ def _phi(both: int, gained: int, lost: int, neither: int) -> float:
     margins = (both + gained) * (both + lost) * (neither + gained) * (neither + lost)
     if margins == 0:
         return 0.0
-    covariance = both * neither - gained * lost
+    covariance: float = both * neither - gained * lost
     if covariance > 0:
         covariance = max(covariance - (both + gained + lost + neither) / 2, 0)
     return covariance / math.sqrt(margins)
