@@ -84,7 +84,8 @@ class Pi0Network(nn.Module):
 
     def low_precision_parameters(self) -> set[str]:
         """Names of the parameters that openpi keeps in bfloat16 for inference; the others stay in float32."""
-        exact = ("norm.weight", "layernorm.weight", "patch_embedding", "position_embedding")
+        exact = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
+        exact += ("patch_embedding", "position_embedding")
         return {
             name
             for name, _ in self.named_parameters()
@@ -245,16 +246,16 @@ class GemmaLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, scaled by 1 + weight."""
+    """Root-mean-square norm, scaled by 1 + weight; never in less than float32."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
-        return (h * (1.0 + self.weight.float())).to(x.dtype)
+        return (h * (1.0 + self.weight)).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
