@@ -151,7 +151,7 @@ def _hub_assets() -> Path | None:
                 raise AssetsError(f"the hub's assets lack {', '.join(missing)}")
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except Exception as error:  # any failure of a download ends in the next source, with its reason
+        except Exception as error:  # noqa: BLE001 - a failed download ends in the next source
             logger.warning("LIBERO assets could not be downloaded from the hub: %s", error)
             shutil.rmtree(temporary, ignore_errors=True)
             return None

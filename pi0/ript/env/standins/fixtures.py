@@ -34,27 +34,30 @@ def drawer(level: str, floor: float, region: float, wood: Colour, front: Colour)
     floor: height of the underside of its front. region: height of the middle of its inside.
     """
     low, high = floor, floor + 0.0683
-    walls = dict(colour=wood)
     return Body(
         f"cabinet_{level}",
         3.0,
         [
-            box((-0.106, -0.078, low), (0.1127, -0.065, high), front),
-            box((-0.1035, 0.090, low + 0.003), (0.1102, 0.0943, high - 0.003), **walls),
-            box((-0.1043, -0.066, low + 0.003), (-0.0995, 0.088, high - 0.003), **walls),
-            box((0.1065, -0.066, low + 0.003), (0.1113, 0.088, high - 0.003), **walls),
-            box((-0.1035, -0.066, low + 0.0023), (0.1104, 0.091, low + 0.0103), **walls),
-            box((-0.047, -0.1093, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE),
+            # The front is felt only where nothing recorded beside or before an open drawer overlaps it.
+            box((-0.106, -0.078, low), (0.1127, -0.065, high), front, solid=False),
+            box((-0.080, -0.078, low), (0.0870, -0.065, high), front, visible=False),
+            box((-0.1035, 0.090, low + 0.003), (0.1102, 0.0943, high - 0.003), wood),
+            box((-0.1043, -0.066, low + 0.003), (-0.0995, 0.088, high - 0.003), wood),
+            box((0.1065, -0.066, low + 0.003), (0.1113, 0.088, high - 0.003), wood),
+            box((-0.1035, -0.066, low + 0.0023), (0.1104, 0.091, low + 0.0103), wood),
+            box((-0.047, -0.1093, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE, solid=False),
+            box((-0.047, -0.1020, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE, visible=False),
             box((-0.041, -0.096, low + 0.030), (-0.031, -0.077, low + 0.040), HANDLE, solid=False),
             box((0.024, -0.096, low + 0.030), (0.034, -0.077, low + 0.040), HANDLE, solid=False),
         ],
         [Site(f"{level}_region", (0.0033, 0.0113, region), (0.0299, 0.0756, 0.1022), quat=turn("y", 90))],
         joint=Joint(f"{level}_level", "slide", (0, 1, 0), (-0.16, 0.01), 50),
+        point_mass=True,
     )
 
 
-def wooden_cabinet() -> Item:
-    wood, front = DARK_WOOD, (0.17, 0.14, 0.115)
+def cabinet(name: str, wood: Colour, front: Colour) -> Item:
+    """Return a cabinet of three drawers."""
     shell = [
         box((-0.117, 0.1065, 0.007), (0.121, 0.1117, 0.220), wood),
         box((-0.119, -0.073, 0.0046), (0.127, 0.106, 0.0089), wood),
@@ -70,7 +73,15 @@ def wooden_cabinet() -> Item:
         drawer("bottom", 0.0105, 0.0470, wood, front),
     ]
     top_side = Site("top_side", (0.0035, 0.0157, 0.2215), (0.1253, 0.0944, 0.0015))
-    return articulated("wooden_cabinet", Body("base", 2.2, shell, [top_side], drawers))
+    return articulated(name, Body("base", 2.2, shell, [top_side], drawers))
+
+
+def wooden_cabinet() -> Item:
+    return cabinet("wooden_cabinet", DARK_WOOD, (0.17, 0.14, 0.115))
+
+
+def white_cabinet() -> Item:
+    return cabinet("white_cabinet", (0.84, 0.83, 0.84), (0.76, 0.75, 0.76))
 
 
 def flat_stove() -> Item:
@@ -105,9 +116,47 @@ def flat_stove() -> Item:
             box((-0.002, 0.030, 0.0500), (0.003, 0.050, 0.0505), (0.85, 0.85, 0.85), solid=False),
         ],
         joint=Joint("button", "hinge", (0, 0, 1), (-0.005, 2.1), 1),
+        point_mass=True,
         quat=turn("z", 90),
     )
     return articulated("flat_stove", Body("base", 0.0, children=[burner, button]))
 
 
-FIXTURES = [wooden_cabinet, flat_stove]
+def microwave() -> Item:
+    black, grey, glass = (0.13, 0.13, 0.14), (0.50, 0.50, 0.51), (0.30, 0.31, 0.33)
+    shell = [
+        box((-0.1725, -0.0865, 0.000), (-0.1435, 0.1110, 0.187), black),
+        box((0.0640, -0.0865, 0.000), (0.1725, 0.1110, 0.187), black),
+        box((-0.1435, 0.0805, 0.000), (0.0640, 0.1105, 0.187), black),
+        box((-0.1435, -0.0865, 0.168), (0.0640, 0.0805, 0.187), black),
+        box((-0.1435, -0.0865, 0.000), (0.0640, 0.0805, 0.024), black),
+        box((0.0885, -0.1105, 0.000), (0.1725, -0.0865, 0.187), black),
+        box((0.1000, -0.1115, 0.115), (0.1610, -0.1105, 0.170), grey, solid=False),
+        *[
+            box((x, y, -0.015), (x + 0.03, y + 0.03, 0.0), black, solid=False)
+            for x in (-0.165, 0.135)
+            for y in (-0.10, 0.07)
+        ],
+    ]
+    door = Body(
+        "microdoorroot",
+        0.26,
+        [
+            box((0.002, -0.025, -0.0925), (0.257, -0.001, 0.0905), black),
+            box((0.035, -0.0258, -0.060), (0.205, -0.0002, 0.060), glass, solid=False),
+            box((0.2290, -0.064, -0.070), (0.2460, -0.046, 0.070), grey),
+            *[box((0.2320, -0.050, z - 0.008), (0.2430, -0.024, z + 0.008), grey, solid=False) for z in (-0.058, 0.058)],
+        ],
+        joint=Joint("microjoint", "hinge", (0, 0, 1), (-2.094, 0), 0.5),
+        pos=(-0.1725, -0.088, 0.096),
+        surface=PLAIN,
+    )
+    sites = [
+        Site("top_side", (0, 0.01, 0.20), (0.12, 0.0835, 0.005)),
+        Site("heating_region", (0, 0.01, 0.096), (0.12, 0.0835, 0.08)),
+    ]
+    body = Body("object", 0.0, children=[Body("base", 3.0, shell, sites, [door], surface=PLAIN)])
+    return Item("articulated_objects/microwave.xml", body, bottom=-0.06, top=0.06, radius=0.015)
+
+
+FIXTURES = [wooden_cabinet, white_cabinet, flat_stove, microwave]

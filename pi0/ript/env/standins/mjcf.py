@@ -50,11 +50,9 @@ def add_body(parent: ET.Element, body: Body) -> ET.Element:
             range=numbers(joint.limits),
             damping=numbers([joint.damping]),
         )
-    if body.mass and (body.joint is not None or not volume):
+    if body.point_mass:
         ET.SubElement(element, "inertial", pos="0 0 0", mass=numbers([body.mass]), diaginertia="1 1 1")
-        density = 0.0
-    else:
-        density = body.mass / volume if volume else 0.0
+    density = body.mass / volume if volume else 0.0
     for site in body.sites:
         add_site(element, site)
     for part in body.parts:

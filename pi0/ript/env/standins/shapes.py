@@ -76,10 +76,20 @@ def cylinder(radius: float, bottom: float, top: float, colour: Colour, x=0.0, y=
     return Part("cylinder", (radius, (top - bottom) / 2), (x, y, (top + bottom) / 2), colour, **flags)
 
 
-def octagon(half_side: float, bottom: float, top: float, colour: Colour, **flags: bool) -> list[Part]:
-    """Return a disc made of two crossed boxes, which rest on each other better than cylinders do."""
+def star(half_side: float, bottom: float, top: float, colour: Colour, **flags: bool) -> list[Part]:
+    """Return two crossed square slabs: the cheapest disc, for floors and bottoms that a ring surrounds.
+
+    Boxes rest on each other more steadily than cylinders do.
+    """
     slab = box((-half_side, -half_side, bottom), (half_side, half_side, top), colour, **flags)
     return [slab, replace(slab, quat=turn("z", 45))]
+
+
+def prism(radius: float, bottom: float, top: float, colour: Colour, **flags: bool) -> list[Part]:
+    """Return a regular octagon's prism (`radius` to its faces) made of four boxes, for upright round things."""
+    narrow = radius * math.tan(math.pi / 8)
+    slab = box((-radius, -narrow, bottom), (radius, narrow, top), colour, **flags)
+    return [replace(slab, quat=turn("z", degrees)) for degrees in (0, 45, 90, 135)]
 
 
 def ring(
@@ -107,6 +117,30 @@ def ring(
         facing = after(turn("z", math.degrees(angle)), turn("y", lean))
         panels.append(Part("box", (thickness / 2, width, length / 2), place, colour, facing, **flags))
     return panels
+
+
+def bar(start: Vec3, end: Vec3, width: float, thickness: float, colour: Colour, **flags) -> Part:
+    """Return a bar in the x-z plane from `start` to `end`, `width` wide along y: a piece of a handle."""
+    length = math.dist(start, end)
+    lean = math.degrees(math.atan2(end[0] - start[0], end[2] - start[2]))
+    middle = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
+    return Part("box", (thickness / 2, width / 2, length / 2), middle, colour, turn("y", lean), **flags)
+
+
+def move(parts: Sequence[Part], x: float = 0.0, y: float = 0.0, z: float = 0.0) -> list[Part]:
+    """Return the parts shifted."""
+    return [replace(part, pos=(part.pos[0] + x, part.pos[1] + y, part.pos[2] + z)) for part in parts]
+
+
+def rotate(parts: Sequence[Part], axis: str, degrees: float) -> list[Part]:
+    """Return the parts turned together about an axis through the body's origin."""
+    whole = turn(axis, degrees)
+    inverse = (whole[0], -whole[1], -whole[2], -whole[3])
+    turned = []
+    for part in parts:
+        place = after(after(whole, (0.0, *part.pos)), inverse)[1:]
+        turned.append(replace(part, pos=place, quat=after(whole, part.quat)))
+    return turned
 
 
 @dataclass(frozen=True)
@@ -152,8 +186,8 @@ PLAIN = Surface((1.0, 0.005, 0.0001), (0.02, 1.0), (0.9, 0.95, 0.001))
 class Body:
     """A rigid body and what hangs on it.
 
-    mass: spread over the solid parts by volume; a body without solid parts, or with a joint of its own,
-    carries it as a point at its origin with a unit inertia (LIBERO does so for drawers and doors).
+    mass: spread over the solid parts by volume.
+    point_mass: put it at the body's origin instead, with a unit inertia, as LIBERO does for drawers and knobs.
     """
 
     name: str
@@ -165,6 +199,7 @@ class Body:
     pos: Vec3 = (0.0, 0.0, 0.0)
     quat: Quat = UPRIGHT
     surface: Surface = GRIPPY
+    point_mass: bool = False
 
 
 @dataclass(frozen=True)
