@@ -148,21 +148,21 @@ class Pi0Network(nn.Module):
         batch, samples = len(state), len(x_t) // len(state)
         if len(x_t) != samples * batch:
             raise ValueError(f"{len(x_t)} noisy chunks cannot share {batch} prefixes evenly")
-        actions = self._embed_actions(x_t, t, condition)
-        state_token = self.state_proj(state)[:, None].repeat(samples, 1, 1)
-        x = torch.cat([state_token, actions], 1).to(self.expert.dtype)  # [N, 1 + H, width]
-        positions = prefix.length[:, None] + torch.arange(x.shape[1], device=x.device)
-        cos, sin = rotary_angles(positions, self.config.gemma.head_dim)
-        rope = cos.repeat(samples, 1, 1, 1), sin.repeat(samples, 1, 1, 1)
-        mask = self._suffix_mask(prefix.valid, x.shape[1], x.dtype).repeat(samples, 1, 1, 1)
+        # One sequence per prefix: the state token, then its chunks one after the other, blind to each other.
+        chunks = self._embed_actions(x_t, t, condition).unflatten(0, (samples, batch))  # [S, B, H, width]
+        x = torch.cat([self.state_proj(state)[:, None], chunks.transpose(0, 1).flatten(1, 2)], 1)
+        x = x.to(self.expert.dtype)  # [B, 1 + S * H, width]
+        steps = torch.arange(1, self.config.action_horizon + 1, device=x.device).repeat(samples)
+        positions = prefix.length[:, None] + F.pad(steps, (1, 0))  # every chunk follows the state
+        rope = rotary_angles(positions, self.config.gemma.head_dim)
+        mask = self._suffix_mask(prefix.valid, samples, x.dtype)
         for layer, prefix_k, prefix_v in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
             h = layer.input_layernorm(x)
             k, v = layer.keys_values(h, rope)
-            k = torch.cat([prefix_k.repeat(samples, 1, 1, 1), k], 2)
-            v = torch.cat([prefix_v.repeat(samples, 1, 1, 1), v], 2)
+            k, v = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)
             x = layer(x, layer.queries(h, rope), k, v, mask)
-        actions = self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
-        return self.action_out_proj(actions)
+        x = self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
+        return self.action_out_proj(x).unflatten(1, (samples, -1)).transpose(0, 1).flatten(0, 1)
 
     def _embed_actions(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """Mix noisy actions [N, H, A] with flow time [N] and condition [N] into tokens [N, H, width]."""
@@ -177,13 +177,15 @@ class Pi0Network(nn.Module):
             raise ValueError("this model has no optimality condition; build it with guidance=True")
         return mixed
 
-    @staticmethod
-    def _suffix_mask(prefix_valid: Tensor, suffix_length: int, dtype: torch.dtype) -> Tensor:
-        """Additive [B, 1, 1 + H, P + 1 + H]: all see prefix and state, only actions see actions."""
-        batch, prefix_length = prefix_valid.shape
-        allowed = prefix_valid.new_ones(batch, suffix_length, prefix_length + suffix_length)
-        allowed[:, :, :prefix_length] = prefix_valid[:, None]
-        allowed[:, 0, prefix_length + 1 :] = False
+    def _suffix_mask(self, prefix_valid: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+        """Additive [B, 1, T, P + T] with T = 1 + S * H: all see prefix and state; actions see their own chunk."""
+        chunk = torch.arange(samples, device=prefix_valid.device).repeat_interleave(
+            self.config.action_horizon
+        )
+        chunk = F.pad(chunk, (1, 0), value=-1)  # the state is -1
+        own = (chunk[:, None] == chunk) | (chunk == -1)  # [T, T]
+        batch = len(prefix_valid)
+        allowed = torch.cat([prefix_valid[:, None].expand(-1, len(own), -1), own.expand(batch, -1, -1)], 2)
         return _additive_mask(allowed[:, None], dtype)
 
 
