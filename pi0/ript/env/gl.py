@@ -34,7 +34,12 @@ def probe(backend: str, timeout: float = 60.0) -> GLProbe:
     command = [sys.executable, "-c", _PROBE]
     try:
         done = subprocess.run(
-            command, env={**os.environ, **environment(backend)}, capture_output=True, text=True, timeout=timeout
+            command,
+            check=False,
+            env={**os.environ, **environment(backend)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
         return GLProbe(backend, False, f"no frame within {timeout:.0f} s")
@@ -58,7 +63,9 @@ def select_backend() -> str:
     failures = []
     for backend in (asked,) if asked else BACKENDS:
         if backend not in BACKENDS:
-            raise GLUnavailableError(f"MUJOCO_GL={backend} cannot draw without a screen; use one of {', '.join(BACKENDS)}")
+            raise GLUnavailableError(
+                f"MUJOCO_GL={backend} cannot draw without a screen; use one of {', '.join(BACKENDS)}"
+            )
         outcome = probe(backend)
         if outcome.works:
             os.environ.update(environment(backend), PI0_GL_PROVEN=backend)

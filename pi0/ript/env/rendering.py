@@ -92,6 +92,7 @@ def _draw_robot_by_collision_geoms(model: mujoco.MjModel) -> None:
             drawn = model.geom_group[geom] == _COLLISION
             model.geom_group[geom] = _VISUAL if drawn else _HIDDEN
             if drawn:
+                model.geom_matid[geom] = -1
                 model.geom_rgba[geom] = _hull_colour(body)
 
 

@@ -79,12 +79,16 @@ class TaskSim:
             ignore_done=True,
             hard_reset=False,
         )
+        # LIBERO's reset hides the markers of gripper and goal regions; they would show in every frame.
+        self.libero.visualize(vis_settings={marker: False for marker in self.libero._visualizations})
         self.model: mujoco.MjModel = self.libero.sim.model._model
         self.data: mujoco.MjData = self.libero.sim.data._data
         fixtures = self.libero.fixtures_dict.values()
         self._fixture_bodies = [self.model.body(fixture.root_body).id for fixture in fixtures]
         # Placements before the first reset: a rebuilt scene starts from them, so must every draw.
-        self._compiled_fixtures = np.array([_xml_placement(fixture.get_obj()) for fixture in fixtures]).reshape(-1, 7)
+        self._compiled_fixtures = np.array(
+            [_xml_placement(fixture.get_obj()) for fixture in fixtures]
+        ).reshape(-1, 7)
         self._initializers = list(self.libero.object_property_initializers)
         self._arm = _ArmController(self.libero)
         self._clock = _ObservationClock(self.libero.model_timestep)
@@ -105,7 +109,9 @@ class TaskSim:
         """
         size = 1 + self.model.nq + self.model.nv
         if init.state.shape != (size,):
-            raise ValueError(f"initial state of {self.task.name} has shape {init.state.shape}, the model needs ({size},)")
+            raise ValueError(
+                f"initial state of {self.task.name} has shape {init.state.shape}, the model needs ({size},)"
+            )
         mujoco.mj_resetData(self.model, self.data)
         self._set_fixtures(init.fixtures)
         self.data.time = init.state[0]
@@ -133,6 +139,16 @@ class TaskSim:
         state = self.libero.sim.get_state().flatten()
         return InitState(state=np.array(state), fixtures=self.fixtures())
 
+    @property
+    def arm_qpos(self) -> np.ndarray:
+        """Indices of the arm's seven joints in qpos."""
+        return self._arm.qpos
+
+    @property
+    def hand_site(self) -> int:
+        """Id of the site between the fingertips."""
+        return self._arm.site
+
     def fixtures(self) -> np.ndarray:
         """Placement of each fixture, float64 [number of fixtures, 7]."""
         ids = self._fixture_bodies
@@ -158,7 +174,10 @@ class TaskSim:
             self._arm.substep(action, first=substep == 0)
             if self._clock.tick() and observe is not None:
                 observe()
-        if not np.isfinite(self.data.qpos).all() or self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number:
+        if (
+            not np.isfinite(self.data.qpos).all()
+            or self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number
+        ):
             raise FloatingPointError(f"simulation of {self.task.name} diverged")
         self.success = self._evaluate()
         return self.success
@@ -169,7 +188,11 @@ class TaskSim:
 
         quat = convert_quat(self.data.xquat[self._arm.hand_body], to="xyzw")
         return np.concatenate(
-            [self.data.site_xpos[self._arm.site], quat_to_axis_angle(quat), self.data.qpos[self._arm.gripper_qpos]]
+            [
+                self.data.site_xpos[self._arm.site],
+                quat_to_axis_angle(quat),
+                self.data.qpos[self._arm.gripper_qpos],
+            ]
         ).astype(np.float32)
 
     # Snapshots -----------------------------------------------------------------------------------
@@ -180,8 +203,14 @@ class TaskSim:
         physics = np.empty(mujoco.mj_stateSize(self.model, spec))
         mujoco.mj_getState(self.model, self.data, physics, spec)
         return Snapshot(
-            physics, self.fixtures(), self._arm.goal_pos, self._arm.goal_ori, self._arm.gripper_action,
-            self.success, self._arm.fresh, (self._clock.elapsed, self._clock.sampled),
+            physics,
+            self.fixtures(),
+            self._arm.goal_pos,
+            self._arm.goal_ori,
+            self._arm.gripper_action,
+            self.success,
+            self._arm.fresh,
+            (self._clock.elapsed, self._clock.sampled),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -277,7 +306,9 @@ class _ArmController:
         self.torque_low, self.torque_high = (np.array(limit) for limit in robot.torque_limits)
         self.initial_joint = np.array(controller.initial_joint)
         self.kp, self.kd = controller.kp, controller.kd
-        self.scale = abs(controller.output_max - controller.output_min) / abs(controller.input_max - controller.input_min)
+        self.scale = abs(controller.output_max - controller.output_min) / abs(
+            controller.input_max - controller.input_min
+        )
         self.input_min, self.input_max = controller.input_min, controller.input_max
         self.output_mid = (controller.output_max + controller.output_min) / 2.0
         self.input_mid = (controller.input_max + controller.input_min) / 2.0
@@ -358,7 +389,9 @@ class _ArmController:
         _, lambda_pos, lambda_ori, nullspace = opspace_matrices(arm.mass, jac, arm.jac_pos, arm.jac_ori)
         wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
         torques = np.dot(jac.T, wrench) + self.data.qfrc_bias[self.qvel]
-        return torques + nullspace_torques(arm.mass, nullspace, self.initial_joint, arm.joint_pos, arm.joint_vel)
+        return torques + nullspace_torques(
+            arm.mass, nullspace, self.initial_joint, arm.joint_pos, arm.joint_vel
+        )
 
 
 def _xml_placement(body: Any) -> np.ndarray:

@@ -57,7 +57,9 @@ def suite_tasks(suite: str) -> list[Task]:
         ValueError: unknown suite, with the nearest known one.
     """
     if suite not in HORIZONS:
-        raise ValueError(f"unknown suite {suite!r}{_nearest(suite, list(HORIZONS))}; known: {', '.join(HORIZONS)}")
+        raise ValueError(
+            f"unknown suite {suite!r}{_nearest(suite, list(HORIZONS))}; known: {', '.join(HORIZONS)}"
+        )
     root = Path(prepare_libero().__file__).parent
     from libero.libero.benchmark import task_maps
 

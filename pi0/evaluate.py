@@ -1,0 +1,133 @@
+"""Score a checkpoint on LIBERO tasks.
+
+    python -m pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8 --episodes 50
+
+Prints success per task with 95% intervals and writes them with the protocol as JSON; `--videos` adds films.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from pi0 import PI0Policy
+from pi0.ript.acting import ActingPolicy
+from pi0.ript.env.init_states import FIXTURE_MODES
+from pi0.ript.env.rendering import MODES
+from pi0.ript.env.runner import EvaluationResult, LIBEROEnvRunner
+from pi0.ript.report import VIDEO_EVERY, VIDEO_FPS, machine, score, write_json
+from pi0.stats import format_rate
+from pi0.video import write_video
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pi0.evaluate",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--policy_path", required=True, help="checkpoint folder")
+    parser.add_argument("--norm_stats_path", help="normalisation statistics instead of the checkpoint's own")
+    parser.add_argument(
+        "--suite", default="libero_spatial", help="libero_spatial, _object, _goal, _10 or _90"
+    )
+    parser.add_argument("--tasks", nargs="*", default=[], help="by index or name; none: the whole suite")
+    parser.add_argument(
+        "--episodes", type=int, default=50, help="in all, dealt evenly over the tasks; at most 50 a task"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
+    parser.add_argument(
+        "--guidance_weight", type=float, help="act by classifier-free guidance with this weight"
+    )
+    parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; looked for when left out")
+    parser.add_argument(
+        "--fixtures", default="libero_eval", choices=FIXTURE_MODES, help="placement of cabinet and stove"
+    )
+    parser.add_argument(
+        "--render", default="fast", choices=MODES, help="frames: quick, or as LIBERO draws them"
+    )
+    parser.add_argument(
+        "--image_size", type=int, help="pixels a side; default: what the policy was built for"
+    )
+    parser.add_argument(
+        "--replan_steps", type=int, help="actions carried out of each chunk; default: all, at most 10"
+    )
+    parser.add_argument(
+        "--max_episode_length", type=int, help="control steps; default: the suite's usual horizon"
+    )
+    parser.add_argument(
+        "--settle_steps", type=int, default=10, help="control steps before the policy takes over"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="simulator processes")
+    parser.add_argument("--device", default="cpu", help="of the policy: cpu, cuda, cuda:1")
+    parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
+    parser.add_argument("--videos", type=int, default=0, help="episodes of each task to film")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Score, print, write."""
+    options = parse_arguments(arguments)
+    started = time.monotonic()
+    policy = PI0Policy.from_pretrained(
+        options.policy_path, options.device, norm_stats_path=options.norm_stats_path
+    )
+    horizon = policy.config.action_horizon
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with LIBEROEnvRunner(
+        options.suite,
+        options.tasks,
+        cameras=policy.config.cameras,
+        image_size=options.image_size or policy.config.image_size,
+        chunk=horizon,
+        replan_steps=options.replan_steps or min(10, horizon),
+        num_parallel_envs=options.workers,
+        max_episode_length=options.max_episode_length,
+        settle_steps=options.settle_steps,
+        fixtures=options.fixtures,
+        render=options.render,
+        assets=options.assets,
+    ) as runner:
+        acting = ActingPolicy(policy, options.guidance_weight)
+        result = runner.run(acting, options.episodes, options.seed)
+        write_json(
+            output / "results.json",
+            {
+                "date": time.strftime("%Y-%m-%d"),
+                "command": " ".join(sys.argv),
+                "policy_path": options.policy_path,
+                "protocol": {**result.protocol, "guidance_weight": options.guidance_weight},
+                "machine": machine(),
+                "seconds": time.monotonic() - started,
+                **score(result),
+            },
+        )
+        if options.videos:
+            film(runner, acting, result, options.videos, output)
+    for name, outcomes in [*result.by_task().items(), ("all tasks", result.outcomes)]:
+        print(f"{name.replace('_', ' '):<90} {format_rate(sum(outcomes), len(outcomes))}")
+    print(f"written to {output}")
+
+
+def film(
+    runner: LIBEROEnvRunner, acting: ActingPolicy, result: EvaluationResult, count: int, output: Path
+) -> None:
+    """Film the first `count` scored episodes of each task; they run again exactly as they were scored."""
+    chosen = [
+        replace(episode.rollout, record=VIDEO_EVERY)
+        for episode in result.episodes
+        if episode.rollout.init_index < count
+    ]
+    for _, episode in runner.run_policy_in_env(acting, chosen):
+        outcome = "success" if episode.success else "failure"
+        name = f"task{episode.rollout.task.index}-state{episode.rollout.init_index}-{outcome}.mp4"
+        write_video(output / name, episode.video, VIDEO_FPS)
+
+
+if __name__ == "__main__":
+    main()

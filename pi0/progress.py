@@ -1,0 +1,30 @@
+"""Progress bars with time left, on a terminal; a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class Bar:
+    """A progress bar that also shows a short state."""
+
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def update(self, amount: int = 1, state: str = "") -> None:
+        """Advance by `amount` and show `state` behind the bar."""
+        if state:
+            self._bar.set_postfix_str(state, refresh=False)
+        self._bar.update(amount)
+
+
+@contextmanager
+def progress(total: int, label: str, unit: str) -> Iterator[Bar]:
+    """A bar over `total` units; in a file or pipe it is redrawn every 10 seconds only."""
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True) as bar:
+        yield Bar(bar)

@@ -1,0 +1,48 @@
+"""A policy as the rollout workers see it: uint8 images in, action chunks out, noise from a key."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pi0 import PI0Policy
+
+
+class ActingPolicy:
+    """Adapter between `PI0Policy` and `pi0.ript.env.pool`.
+
+    Args:
+        policy: the policy; switched to evaluation mode while it acts.
+        guidance_weight: weight w of classifier-free guidance, None to sample the unconditional field.
+    """
+
+    def __init__(self, policy: PI0Policy, guidance_weight: float | None = None):
+        self._policy = policy
+        self._guidance_weight = guidance_weight
+        self._shape = (policy.config.action_horizon, policy.config.action_dim)
+
+    def noise(self, key: tuple[int, ...]) -> np.ndarray:
+        """Standard normal float32 [horizon, action dim]; the same key gives the same numbers everywhere."""
+        return np.random.default_rng(key).standard_normal(self._shape, dtype=np.float32)
+
+    @torch.inference_mode()
+    def act(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], noise: np.ndarray
+    ) -> np.ndarray:
+        """Action chunks, float32 [B, horizon, 7] in [-1, 1].
+
+        Args:
+            images: camera name to uint8 [B, height, width, 3].
+            states: float32 [B, 8].
+            prompts: B instructions.
+            noise: float32 [B, horizon, action dim].
+        """
+        observations = {
+            "images": {name: torch.from_numpy(frames) for name, frames in images.items()},
+            "state": torch.from_numpy(states),
+            "prompt": prompts,
+        }
+        actions = self._policy.select_action(
+            observations, noise=torch.from_numpy(noise), guidance_weight=self._guidance_weight
+        )
+        return actions.float().cpu().numpy()

@@ -1,0 +1,160 @@
+"""`PI0_CFG_Adapter`: from episodes and their advantages to a loss.
+
+`weighted`: every executed chunk of an episode is weighted by the episode's advantage. Positive advantages
+pull the flow towards what was done. Negative ones are scaled by `negative_weight` and push away only as long
+as the chunk's loss is below `NEGATIVE_CLIP`: the flow-matching loss has no upper bound, so an unclipped push
+would win over everything else in the end (`tests/test_cfg_adapter.py` shows both).
+
+`guidance`: classifier-free guidance RL (Frans et al. 2025). The chunk's optimality, advantage above zero or
+not, is a condition of the flow, left out for a share of the chunks so that the unconditional flow is learned
+from the same data. Acting follows v_null + w (v_positive - v_null). All chunks weigh the same.
+
+Unanimous groups (advantage 0) say nothing about what is better and are left out in both modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pi0 import PI0Policy
+from pi0.model.network import NEGATIVE, NULL, POSITIVE
+from pi0.ript.chunks import Augmentation, Chunks, flow_loss
+from pi0.ript.env.episodes import Episode
+
+MODES = ("weighted", "guidance")
+NEGATIVE_CLIP = (
+    1.0  # flow loss of a policy that predicts the mean velocity of standardised actions is about 2
+)
+
+
+@dataclass
+class WeightedChunks:
+    """Chunks with what the loss needs to know of their episodes.
+
+    Attributes:
+        weights: float32 [N]; the loss is sum(weights * flow loss) / sum(|weights|).
+        optimality: int64 [N], `POSITIVE` or `NEGATIVE`.
+    """
+
+    chunks: Chunks
+    weights: Tensor
+    optimality: Tensor
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: Tensor) -> WeightedChunks:
+        return WeightedChunks(self.chunks[index], self.weights[index], self.optimality[index])
+
+    @staticmethod
+    def cat(parts: Sequence[WeightedChunks]) -> WeightedChunks:
+        """All chunks of `parts`, in order."""
+        return WeightedChunks(
+            Chunks.cat([part.chunks for part in parts]),
+            torch.cat([part.weights for part in parts]),
+            torch.cat([part.optimality for part in parts]),
+        )
+
+
+class PI0_CFG_Adapter:
+    """The training loss of RIPT for a pi0 policy.
+
+    Args:
+        policy: trained in place; needs `config.guidance` in guidance mode.
+        mode: `weighted` or `guidance`.
+        noise_samples: noise and time draws on each chunk.
+        negative_weight: factor on negative advantages, 0 to 1 (weighted mode).
+        condition_dropout: share of chunks that train the unconditional flow (guidance mode).
+        augmentation: random changes to the observations.
+    """
+
+    def __init__(
+        self,
+        policy: PI0Policy,
+        *,
+        mode: str = "weighted",
+        noise_samples: int = 4,
+        negative_weight: float = 0.0,
+        condition_dropout: float = 0.1,
+        augmentation: Augmentation | None = None,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
+        if mode == "guidance" and not policy.config.guidance:
+            raise ValueError("guidance mode needs a policy with an optimality condition (config.guidance)")
+        self.policy = policy
+        self.mode = mode
+        self.noise_samples = noise_samples
+        self.negative_weight = negative_weight
+        self.condition_dropout = condition_dropout
+        self.augmentation = augmentation
+
+    def weigh(self, episodes: Sequence[Episode], advantages: Sequence[float]) -> WeightedChunks | None:
+        """The chunks that teach something; None when no episode does."""
+        parts = []
+        for episode, advantage in zip(episodes, advantages, strict=True):
+            weight = self._weight(advantage)
+            if weight != 0.0:
+                chunks = Chunks.of(episode)
+                optimality = POSITIVE if advantage > 0 else NEGATIVE
+                parts.append(
+                    WeightedChunks(
+                        chunks, torch.full((len(chunks),), weight), torch.full((len(chunks),), optimality)
+                    )
+                )
+        return WeightedChunks.cat(parts) if parts else None
+
+    def compute_weighted_loss(
+        self, episodes: Sequence[Episode], advantages: Sequence[float], generator: torch.Generator
+    ) -> Tensor:
+        """Loss of all executed chunks at once, a scalar with gradient; 0 when nothing can be learned.
+
+        Args:
+            episodes: finished rollouts.
+            advantages: one for each episode.
+            generator: source of noise, times, condition dropout and augmentation, on the CPU.
+        """
+        batch = self.weigh(episodes, advantages)
+        if batch is None:
+            return torch.zeros((), device=self.policy.device, requires_grad=True)
+        return self.minibatch_loss(batch, generator)
+
+    def minibatch_loss(self, batch: WeightedChunks, generator: torch.Generator) -> Tensor:
+        """Weighted loss of a batch: sum(weights * loss) / sum(|weights|), a scalar with gradient."""
+        condition = self._conditions(batch.optimality, generator) if self.mode == "guidance" else None
+        losses = flow_loss(
+            self.policy,
+            batch.chunks,
+            samples=self.noise_samples,
+            generator=generator,
+            augmentation=self.augmentation,
+            condition=condition,
+        )
+        weights = batch.weights.to(losses)
+        bounded = torch.where(weights < 0, losses.clamp(max=NEGATIVE_CLIP), losses)
+        return (weights * bounded).sum() / weights.abs().sum()
+
+    @staticmethod
+    def minibatches(batch: WeightedChunks, size: int, generator: torch.Generator) -> Iterator[WeightedChunks]:
+        """One shuffled pass over `batch` in equal parts of at most `size` chunks."""
+        order = torch.randperm(len(batch), generator=generator)
+        for index in order.tensor_split(PI0_CFG_Adapter.count_minibatches(batch, size)):
+            yield batch[index]
+
+    @staticmethod
+    def count_minibatches(batch: WeightedChunks, size: int) -> int:
+        """Minibatches in one pass."""
+        return -(-len(batch) // size)
+
+    def _weight(self, advantage: float) -> float:
+        if self.mode == "guidance":
+            return 1.0 if advantage != 0 else 0.0
+        return advantage if advantage > 0 else self.negative_weight * advantage
+
+    def _conditions(self, optimality: Tensor, generator: torch.Generator) -> Tensor:
+        dropped = torch.rand(len(optimality), generator=generator) < self.condition_dropout
+        return torch.where(dropped, NULL, optimality).to(self.policy.device)

@@ -1,0 +1,65 @@
+"""What goes into a rollout and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pi0.ript.env.stepping import InitState
+from pi0.ript.env.suites import Task
+
+STATE_DIM = 8
+ACTION_DIM = 7
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode to run. Its noise depends on `noise_key` alone, never on timing or on who runs it.
+
+    Attributes:
+        task: what to do.
+        init: where to start.
+        init_index: position of `init` in its pool.
+        noise_key: integers that seed the policy's noise, e.g. (seed, step, task, init state, repetition).
+        horizon: control steps allowed, settle steps not counted.
+        settle_steps: control steps before the policy sees its first observation.
+        record: draw a frame of the agent's view for a video every this many control steps (0: no video).
+    """
+
+    task: Task
+    init: InitState
+    init_index: int
+    noise_key: tuple[int, ...]
+    horizon: int
+    settle_steps: int
+    record: int = 0
+
+
+@dataclass
+class Episode:
+    """A finished rollout. T policy observations, chunks of C actions, of which `executed[t]` were carried out.
+
+    Attributes:
+        images: camera name to uint8 [T, height, width, 3], upright.
+        states: float32 [T, 8].
+        actions: float32 [T, C, 7] in [-1, 1], as the policy gave them.
+        executed: int64 [T], in 1..C; shorter than C in the last chunk, cut off by success or horizon.
+        success: LIBERO's goal held after the last step.
+        failure: what broke the rollout (simulation or worker), else None; such an episode teaches nothing.
+        video: uint8 frames [height, width, 3], empty unless `Rollout.record`.
+    """
+
+    rollout: Rollout
+    images: dict[str, np.ndarray]
+    states: np.ndarray
+    actions: np.ndarray
+    executed: np.ndarray
+    success: bool
+    failure: str | None = None
+    video: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Control steps carried out."""
+        return int(self.executed.sum())

@@ -1,0 +1,179 @@
+"""The two pools of initial states, which never mix.
+
+Evaluation: the 50 states a task that LIBERO recorded, as in the benchmark. Training: drawn with a seed
+from LIBERO's own placement distribution, as many as wanted, and kept in a file with their provenance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mujoco
+import numpy as np
+
+from pi0.paths import cache_dir
+from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
+from pi0.ript.env.suites import Task
+
+if TYPE_CHECKING:
+    from pi0.ript.env.pool import RolloutPool
+    from pi0.ript.env.worker import Worker
+
+# How the fixtures (cabinet, stove), which recorded states do not hold, are placed for evaluation.
+FIXTURE_MODES = {
+    "libero_eval": "state i gets the (i+1)-th placement after env.seed(0), as LIBERO's evaluation scripts run",
+    "pinned": "every state gets the first placement after env.seed(0)",
+}
+SETTLE_STEPS = 10
+# Standard deviation (rad) of the arm's joints around their initial pose: robosuite's default initialisation
+# noise, which LIBERO's recorded states show too.
+ARM_NOISE = 0.02
+# m sideways; a drawn state whose objects move further while they drop into place is drawn again.
+MAX_SETTLE_MOTION = 0.05
+MAX_DRAWS_PER_STATE = 20
+
+
+@dataclass(frozen=True)
+class InitStatePool:
+    """Initial states of one task.
+
+    Attributes:
+        kind: `evaluation` or `training`.
+        states: where episodes may start.
+        provenance: what they were made from; recorded with every result.
+    """
+
+    task: Task
+    kind: str
+    states: list[InitState]
+    provenance: dict
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+def state_hash(state: np.ndarray) -> str:
+    """16 hexadecimal digits that name an initial state (its recorded part) across runs."""
+    return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
+
+
+def evaluation_pools(pool: RolloutPool, tasks: list[Task], fixtures: str) -> list[InitStatePool]:
+    """LIBERO's recorded states of each task, all 50, with fixtures placed as `fixtures` says."""
+    if fixtures not in FIXTURE_MODES:
+        raise ValueError(f"unknown fixture placement {fixtures!r}; use one of {', '.join(FIXTURE_MODES)}")
+    recorded = [task.recorded_init_states() for task in tasks]
+    placed: dict[int, np.ndarray] = {}
+    keys = [
+        _cache_file("fixtures", pool, task, f"{fixtures}-{len(states)}")
+        for task, states in zip(tasks, recorded, strict=True)
+    ]
+    missing = [index for index, file in enumerate(keys) if not file.is_file()]
+    jobs = [(tasks[index], len(recorded[index]), fixtures) for index in missing]
+    for job, placements in pool.call(_place_fixtures, jobs):
+        _save(keys[missing[job]], {"fixtures": placements}, {})
+    for index, file in enumerate(keys):
+        placed[index] = _load(file)[0]["fixtures"]
+    return [
+        InitStatePool(
+            task,
+            "evaluation",
+            [
+                InitState(state, fixture)
+                for state, fixture in zip(recorded[index], placed[index], strict=True)
+            ],
+            {"source": Path(task.init_states_file).name, "fixtures": fixtures, "count": len(recorded[index])},
+        )
+        for index, task in enumerate(tasks)
+    ]
+
+
+def training_pools(pool: RolloutPool, tasks: list[Task], count: int, seed: int) -> list[InitStatePool]:
+    """`count` states of each task, drawn with `seed`; the first ones are the same however many are drawn."""
+    files = [_cache_file("init_states", pool, task, f"seed{seed}-{count}") for task in tasks]
+    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    for job, (states, rejected) in pool.call(
+        _draw_states, [(tasks[index], count, seed) for index in missing]
+    ):
+        index = missing[job]
+        provenance = {
+            "source": "LIBERO's placement distribution",
+            "suite": tasks[index].suite,
+            "task": tasks[index].name,
+            "seed": seed,
+            "count": count,
+            "rejected": rejected,
+            "assets": pool.spec.assets.describe(),
+        }
+        arrays = {
+            "states": np.array([state.state for state in states]),
+            "fixtures": np.array([state.fixtures for state in states]),
+        }
+        _save(files[index], arrays, provenance)
+    pools = []
+    for task, file in zip(tasks, files, strict=True):
+        arrays, provenance = _load(file)
+        states = [InitState(*pair) for pair in zip(arrays["states"], arrays["fixtures"], strict=True)]
+        pools.append(InitStatePool(task, "training", states, {**provenance, "file": str(file)}))
+    return pools
+
+
+def _place_fixtures(worker: Worker, task: Task, count: int, mode: str) -> np.ndarray:
+    """Runs in a worker: float64 [count, number of fixtures, 7]."""
+    sim, _ = worker.open(task)
+    np.random.seed(0)
+    if mode == "pinned":
+        return np.repeat(sim.draw_init_state().fixtures[None], count, axis=0)
+    return np.array([sim.draw_init_state(resets=reset + 1).fixtures for reset in range(count)])
+
+
+def _draw_states(worker: Worker, task: Task, count: int, seed: int) -> tuple[list[InitState], int]:
+    """Runs in a worker: the states, and how many draws were rejected because something fell or was solved."""
+    sim, _ = worker.open(task)
+    np.random.seed(int.from_bytes(hashlib.sha256(f"{seed} {task.name}".encode()).digest()[:4], "little"))
+    states: list[InitState] = []
+    for draw in range(1, MAX_DRAWS_PER_STATE * count + 1):
+        state = sim.draw_init_state()
+        state.state[1 + sim.arm_qpos] += ARM_NOISE * np.random.randn(len(sim.arm_qpos))
+        if _settles(sim, state):
+            states.append(state)
+        if len(states) == count:
+            return states, draw - count
+    raise RuntimeError(
+        f"{task.name}: only {len(states)} of {MAX_DRAWS_PER_STATE * count} drawn states settle, {count} wanted"
+    )
+
+
+def _settles(sim: TaskSim, state: InitState) -> bool:
+    sim.reset(state)
+    bodies = list(sim.libero.obj_body_id.values())
+    before = np.array(sim.data.xpos[bodies])
+    for _ in range(SETTLE_STEPS):
+        if sim.step(SETTLE_ACTION):
+            return False
+    mujoco.mj_kinematics(sim.model, sim.data)
+    return bool(np.linalg.norm((sim.data.xpos[bodies] - before)[:, :2], axis=1).max() < MAX_SETTLE_MOTION)
+
+
+def _cache_file(folder: str, pool: RolloutPool, task: Task, what: str) -> Path:
+    assets = json.dumps(pool.spec.assets.describe(), sort_keys=True)
+    key = hashlib.sha256(f"{assets} {task.name} {what}".encode()).hexdigest()[:12]
+    return cache_dir() / folder / f"{task.suite}-{task.index}-{what}-{key}.npz"
+
+
+def _save(file: Path, arrays: dict[str, np.ndarray], provenance: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
+        np.savez(temporary, provenance=np.array(json.dumps(provenance)), **arrays)
+    os.replace(temporary.name, file)
+
+
+def _load(file: Path) -> tuple[dict[str, np.ndarray], dict]:
+    with np.load(file, allow_pickle=False) as content:
+        arrays = {name: content[name] for name in content.files if name != "provenance"}
+        return arrays, json.loads(str(content["provenance"]))

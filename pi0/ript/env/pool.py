@@ -1,0 +1,315 @@
+"""Rollout workers and the loop that keeps them all busy with one policy.
+
+Each worker keeps several rollouts going; their observations make one batch of constant shape, so a
+rollout's actions depend on its own observation and noise only, not on which others happened to be ready.
+A finished rollout's slot is refilled at once. A worker that dies or hangs is replaced and its rollouts
+are run again from their start, which gives the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import numpy as np
+
+from pi0.ript.env import gl
+from pi0.ript.env.episodes import Episode, Rollout
+from pi0.ript.env.worker import Progress, SharedArrays, WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3  # times a rollout is given to a worker before it counts as failed
+
+
+class Policy(Protocol):
+    """What the pool asks of a policy (`pi0.PI0Policy`)."""
+
+    def noise(self, key: tuple[int, ...]) -> np.ndarray:
+        """Noise for one observation, float32 [horizon, action dim], from `key` alone."""
+
+    def act(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], noise: np.ndarray
+    ) -> np.ndarray:
+        """Action chunks float32 [B, C, 7] for uint8 images [B, h, w, 3] by camera and states [B, 8]."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process could not do what it was asked."""
+
+
+class _Process:
+    """A worker process, its socket and its shared memory."""
+
+    def __init__(self, spec: WorkerSpec, number: int):
+        self.number = number
+        ours, theirs = socket.socketpair()
+        memory = os.memfd_create(f"pi0-worker-{number}")
+        os.ftruncate(memory, SharedArrays.nbytes(spec))
+        self._memory = mmap.mmap(memory, SharedArrays.nbytes(spec))
+        self.arrays = SharedArrays(spec, self._memory)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pi0.ript.env.worker", str(theirs.fileno()), str(memory)],
+            pass_fds=[theirs.fileno(), memory],
+            stdin=subprocess.DEVNULL,
+            # One thread each: the processes are the parallelism. A process group each: Ctrl+C is for the
+            # trainer, which then closes the socket.
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": _pythonpath(),
+            },
+            process_group=0,
+        )
+        theirs.close()
+        os.close(memory)
+        self.connection = Connection(ours.detach())
+        self.deadline = float("inf")
+        self.connection.send(spec)
+
+    def send(self, method: str, arguments: tuple, limit_s: float) -> None:
+        self.deadline = time.monotonic() + limit_s
+        try:
+            self.connection.send((method, arguments))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # its end of the socket reads as closed, which is where a dead worker is noticed
+
+    def receive(self) -> Any:
+        self.deadline = float("inf")
+        answer, error, trace = self.connection.recv()
+        if error is not None:
+            logger.error("worker %d:\n%s", self.number, trace)
+            raise WorkerError(f"worker {self.number}: {error}")
+        return answer
+
+    def stop(self, timeout: float = 5.0) -> None:
+        self.connection.close()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class RolloutPool:
+    """Worker processes that run rollouts.
+
+    Args:
+        spec: what each worker is made from.
+        workers: number of processes.
+        limit_s: seconds after which a worker that has not answered is taken for hung.
+    """
+
+    def __init__(self, spec: WorkerSpec, workers: int, limit_s: float = 180.0):
+        gl.select_backend()
+        self.spec = spec
+        self.limit_s = limit_s
+        self.replaced_workers = 0
+        self._workers = [_Process(spec, number) for number in range(workers)]
+
+    def run(
+        self, policy: Policy, rollouts: Sequence[Rollout], replan_steps: int
+    ) -> Iterator[tuple[int, Episode]]:
+        """Run rollouts, each as soon as a slot is free.
+
+        Args:
+            policy: acts on batches of exactly `spec.slots` observations.
+            replan_steps: actions of a chunk carried out before the policy looks again.
+        Yields:
+            (index into `rollouts`, finished episode), in order of completion.
+        """
+        if not 1 <= replan_steps <= self.spec.chunk:
+            raise ValueError(
+                f"replan_steps is {replan_steps}, the policy's chunks have 1 to {self.spec.chunk} actions"
+            )
+        waiting = deque((index, _Recording(rollout)) for index, rollout in enumerate(rollouts))
+        running: dict[int, dict[int, tuple[int, _Recording]]] = {
+            worker.number: {} for worker in self._workers
+        }
+        attempts = [1] * len(rollouts)
+        try:
+            for worker in self._workers:
+                self._refill(worker, running[worker.number], waiting, [])
+            while any(running.values()):
+                for worker, answers in self._answers(running):
+                    slots = running[worker.number]
+                    if answers is None:
+                        for index, recording in slots.values():
+                            attempts[index] += 1
+                            if attempts[index] <= ATTEMPTS:
+                                waiting.appendleft((index, _Recording(recording.rollout)))
+                            else:
+                                yield (
+                                    index,
+                                    recording.episode(False, f"gave up after {ATTEMPTS} workers were lost"),
+                                )
+                        slots.clear()
+                        worker = self._replace(worker)
+                        self._refill(worker, slots, waiting, [])
+                        continue
+                    yield from self._finish(answers, slots)
+                    commands = self._act(policy, worker, slots, replan_steps)
+                    self._refill(worker, slots, waiting, commands)
+        finally:
+            # Abandoned half way (an interrupt, an error): what the workers still answer is of no use.
+            for worker in self._workers:
+                if running[worker.number]:
+                    self._replace(worker)
+
+    def call(
+        self, function: Callable[..., Any], argument_lists: Sequence[tuple]
+    ) -> Iterator[tuple[int, Any]]:
+        """Run `function(worker, *arguments)` for each arguments, spread over the workers.
+
+        Yields:
+            (index into `argument_lists`, result), in order of completion.
+        Raises:
+            WorkerError: the function raised, or its worker was lost.
+        """
+        waiting = deque(enumerate(argument_lists))
+        busy: dict[int, int] = {}
+        for worker in self._workers:
+            if waiting:
+                busy[worker.number], arguments = waiting.popleft()
+                worker.send("call", (function, *arguments), 20 * self.limit_s)
+        while busy:
+            ready = wait([worker.connection for worker in self._workers if worker.number in busy])
+            for worker in [worker for worker in self._workers if worker.connection in ready]:
+                index = busy.pop(worker.number)
+                try:
+                    result = worker.receive()
+                except EOFError:
+                    self._replace(worker)
+                    raise WorkerError(
+                        f"worker {worker.number} ended while it ran {function.__name__}"
+                    ) from None
+                yield index, result
+                if waiting:
+                    busy[worker.number], arguments = waiting.popleft()
+                    worker.send("call", (function, *arguments), 20 * self.limit_s)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+
+    # Internals -----------------------------------------------------------------------------------
+
+    def _answers(self, running: dict[int, dict]) -> Iterator[tuple[_Process, list[Progress] | None]]:
+        """Whoever has answered, with the answer; None for a worker that is lost."""
+        busy = [worker for worker in self._workers if running[worker.number]]
+        patience = min(worker.deadline for worker in busy) - time.monotonic()
+        ready = wait([worker.connection for worker in busy], timeout=max(0.0, patience))
+        for worker in busy:
+            if worker.connection in ready:
+                try:
+                    yield worker, worker.receive()
+                except (EOFError, ConnectionResetError):
+                    logger.warning(
+                        "worker %d ended (%s); its rollouts run again", worker.number, _exit(worker.process)
+                    )
+                    yield worker, None
+            elif time.monotonic() >= worker.deadline:
+                logger.warning(
+                    "worker %d hung for %.0f s; its rollouts run again", worker.number, self.limit_s
+                )
+                yield worker, None
+
+    def _finish(
+        self, answers: list[Progress], slots: dict[int, tuple[int, _Recording]]
+    ) -> Iterator[tuple[int, Episode]]:
+        for progress in answers:
+            index, recording = slots[progress.slot]
+            if progress.executed:
+                recording.executed.append(progress.executed)
+            if progress.done:
+                del slots[progress.slot]
+                yield index, recording.episode(progress.success, progress.failure, progress.video)
+
+    def _act(
+        self, policy: Policy, worker: _Process, slots: dict[int, tuple[int, _Recording]], replan_steps: int
+    ) -> list[tuple[int, Rollout | int]]:
+        """Choose actions for every running slot of a worker, in one batch of constant shape."""
+        if not slots:
+            return []
+        arrays = worker.arrays
+        noise, prompts = np.zeros(0), [""] * self.spec.slots
+        for slot, (_, recording) in slots.items():
+            drawn = policy.noise((*recording.rollout.noise_key, len(recording.actions)))
+            noise = noise if noise.size else np.zeros((self.spec.slots, *drawn.shape), np.float32)
+            noise[slot] = drawn
+            prompts[slot] = recording.rollout.task.prompt
+        images = {camera: arrays.images[:, index] for index, camera in enumerate(self.spec.cameras)}
+        arrays.actions[:] = policy.act(images, arrays.states, prompts, noise)[:, : self.spec.chunk]
+        for slot, (_, recording) in slots.items():
+            for camera, frames in images.items():
+                recording.images.setdefault(camera, []).append(frames[slot].copy())
+            recording.states.append(arrays.states[slot].copy())
+            recording.actions.append(arrays.actions[slot].copy())
+        return [(slot, replan_steps) for slot in slots]
+
+    def _refill(
+        self, worker: _Process, slots: dict, waiting: deque, commands: list[tuple[int, Rollout | int]]
+    ) -> None:
+        """Give the worker its next commands: go on with what runs, start what waits in the free slots."""
+        for slot in range(self.spec.slots):
+            if slot not in slots and waiting:
+                slots[slot] = waiting.popleft()
+                commands.append((slot, slots[slot][1].rollout))
+        if commands:
+            worker.send("advance", (commands,), self.limit_s)
+
+    def _replace(self, worker: _Process) -> _Process:
+        self.replaced_workers += 1
+        worker.process.kill()
+        worker.stop()
+        fresh = _Process(self.spec, worker.number)
+        self._workers[worker.number] = fresh
+        return fresh
+
+
+class _Recording:
+    """An episode while it runs."""
+
+    def __init__(self, rollout: Rollout):
+        self.rollout = rollout
+        self.images: dict[str, list[np.ndarray]] = {}
+        self.states: list[np.ndarray] = []
+        self.actions: list[np.ndarray] = []
+        self.executed: list[int] = []
+
+    def episode(self, success: bool, failure: str | None, video: list[np.ndarray] | None = None) -> Episode:
+        length = len(self.executed)
+        return Episode(
+            rollout=self.rollout,
+            images={camera: np.array(frames[:length]) for camera, frames in self.images.items()},
+            states=np.array(self.states[:length]),
+            actions=np.array(self.actions[:length]),
+            executed=np.array(self.executed, dtype=np.int64),
+            success=success,
+            failure=failure,
+            video=video or [],
+        )
+
+
+def _pythonpath() -> str:
+    """Where this package is, first, so that a worker finds the same one whatever its directory."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+
+
+def _exit(process: subprocess.Popen) -> str:
+    code = process.wait()
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -1,0 +1,216 @@
+"""`LIBEROEnvRunner`: LIBERO tasks of one rank, the task cursor, rollouts and evaluation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from pi0.progress import progress
+from pi0.ript.env.assets import resolve_assets
+from pi0.ript.env.episodes import Episode, Rollout
+from pi0.ript.env.init_states import InitStatePool, evaluation_pools, training_pools
+from pi0.ript.env.pool import Policy, RolloutPool
+from pi0.ript.env.suites import Task, find_tasks
+from pi0.ript.env.worker import WorkerSpec
+
+# First number of a rollout's noise key, so that training and evaluation never share noise.
+TRAINING, EVALUATION = 0, 1
+SLOTS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scored episodes.
+
+    Attributes:
+        episodes: in order of task and initial state.
+        protocol: everything the score depends on besides the policy.
+    """
+
+    episodes: list[Episode]
+    protocol: dict
+
+    @property
+    def outcomes(self) -> list[bool]:
+        """Success of each episode; a broken simulation counts as failure."""
+        return [episode.success for episode in self.episodes]
+
+    @property
+    def success_rate(self) -> float:
+        """Share of successful episodes, 0 to 1."""
+        return sum(self.outcomes) / len(self.outcomes)
+
+    def by_task(self) -> dict[str, list[bool]]:
+        """Outcomes by task name."""
+        tasks: dict[str, list[bool]] = {}
+        for episode in self.episodes:
+            tasks.setdefault(episode.rollout.task.name, []).append(episode.success)
+        return tasks
+
+
+class LIBEROEnvRunner:
+    """Runs episodes of LIBERO tasks in parallel worker processes.
+
+    Args:
+        benchmark_name: suite, e.g. `libero_spatial`.
+        task_names_to_use: names or indices; empty for every task of the suite.
+        cameras: policy camera names, in the policy's order.
+        image_size: pixels a side.
+        chunk: actions in one of the policy's chunks.
+        replan_steps: actions of a chunk carried out before the policy looks again.
+        num_parallel_envs: worker processes.
+        max_episode_length: control steps an episode may take, None for the suite's usual horizon.
+        settle_steps: control steps of standing still before an episode.
+        fixtures: placement of fixtures in evaluation, a key of `pi0.ript.env.init_states.FIXTURE_MODES`.
+        render: `exact` or `fast` (`pi0.ript.env.rendering`).
+        assets: folder of LIBERO's assets, `standins`, or None to look for them.
+        max_open_tasks: scenes a worker keeps in memory.
+    """
+
+    def __init__(
+        self,
+        benchmark_name: str,
+        task_names_to_use: Sequence[str | int],
+        *,
+        cameras: Sequence[str],
+        image_size: int,
+        chunk: int,
+        replan_steps: int,
+        num_parallel_envs: int = 2,
+        max_episode_length: int | None = None,
+        settle_steps: int = 10,
+        fixtures: str = "libero_eval",
+        render: str = "fast",
+        assets: str | None = None,
+        max_open_tasks: int = 10,
+    ):
+        self.benchmark_name = benchmark_name
+        self.assigned_tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
+        self.task_cursor = 0
+        self.current_task: Task | None = None
+        self.replan_steps = replan_steps
+        self.max_episode_length = max_episode_length
+        self.settle_steps = settle_steps
+        self.fixtures = fixtures
+        self.pool = RolloutPool(
+            WorkerSpec(
+                assets=resolve_assets(assets),
+                cameras=tuple(cameras),
+                image_size=image_size,
+                render=render,
+                slots=SLOTS_PER_WORKER,
+                chunk=chunk,
+                max_open_tasks=max_open_tasks,
+            ),
+            workers=num_parallel_envs,
+        )
+
+    # Tasks ---------------------------------------------------------------------------------------
+
+    def set_current_task_by_cursor(self) -> Task | None:
+        """Make the task under the cursor the current one; None when no task is assigned."""
+        tasks = self.assigned_tasks
+        self.current_task = tasks[self.task_cursor % len(tasks)] if tasks else None
+        return self.current_task
+
+    def advance_task_cursor(self) -> None:
+        """Move on to the next assigned task."""
+        self.task_cursor += 1
+
+    # Initial states ------------------------------------------------------------------------------
+
+    def training_states(self, count: int, seed: int) -> list[InitStatePool]:
+        """A pool of `count` drawn training states for each assigned task."""
+        return training_pools(self.pool, self.assigned_tasks, count, seed)
+
+    def evaluation_states(self) -> list[InitStatePool]:
+        """LIBERO's recorded states of each assigned task."""
+        return evaluation_pools(self.pool, self.assigned_tasks, self.fixtures)
+
+    # Episodes ------------------------------------------------------------------------------------
+
+    def rollout(
+        self, states: InitStatePool, index: int, noise_key: Iterable[int], record: int = 0
+    ) -> Rollout:
+        """A rollout from one state of a pool, under this runner's protocol."""
+        return Rollout(
+            task=states.task,
+            init=states.states[index],
+            init_index=index,
+            noise_key=tuple(noise_key),
+            horizon=self.max_episode_length or states.task.horizon,
+            settle_steps=self.settle_steps,
+            record=record,
+        )
+
+    def run_policy_in_env(self, policy: Policy, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Episode]]:
+        """Run rollouts in parallel; yields (index into `rollouts`, episode) as they finish."""
+        return self.pool.run(policy, rollouts, self.replan_steps)
+
+    def run(
+        self, policy: Policy, episodes: int, seed: int, record: int = 0, label: str = "evaluation"
+    ) -> EvaluationResult:
+        """Score a policy on the evaluation states of the assigned tasks.
+
+        Two policies scored with the same `episodes` and `seed` meet the same states and the same noise.
+
+        Args:
+            episodes: number of episodes in all, dealt evenly over the tasks; at most 50 a task.
+            seed: of the policy's noise.
+            record: draw a video frame every this many control steps.
+        Raises:
+            ValueError: more episodes than there are recorded states.
+        """
+        pools = self.evaluation_states()
+        counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
+        for states, count in zip(pools, counts, strict=True):
+            if count > len(states):
+                raise ValueError(
+                    f"{states.task.name} has {len(states)} evaluation states, {count} were asked for"
+                )
+        rollouts = [
+            self.rollout(states, index, (EVALUATION, seed, states.task.index, index), record)
+            for states, count in zip(pools, counts, strict=True)
+            for index in range(count)
+        ]
+        results: dict[int, Episode] = {}
+        with progress(total=len(rollouts), label=label, unit="episode") as bar:
+            for index, episode in self.run_policy_in_env(policy, rollouts):
+                results[index] = episode
+                bar.update(1, f"{sum(e.success for e in results.values())} solved")
+        return EvaluationResult(
+            [results[index] for index in range(len(rollouts))], self.protocol(episodes=episodes, seed=seed)
+        )
+
+    def protocol(self, **extra: object) -> dict:
+        """What a score depends on besides the policy."""
+        spec = self.pool.spec
+        return {
+            "suite": self.benchmark_name,
+            "tasks": [task.index for task in self.assigned_tasks],
+            "init_states": "evaluation: LIBERO's recorded states, from index 0",
+            "fixtures": self.fixtures,
+            "horizon": self.max_episode_length or self.assigned_tasks[0].horizon,
+            "settle_steps": self.settle_steps,
+            "replan_steps": self.replan_steps,
+            "image_size": spec.image_size,
+            "cameras": list(spec.cameras),
+            "render": spec.render,
+            "assets": spec.assets.describe(),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")
+            },
+            **extra,
+        }
+
+    def cleanup(self) -> None:
+        """Close the environments and end the worker processes."""
+        self.pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cleanup()

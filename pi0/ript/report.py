@@ -1,0 +1,241 @@
+"""What a run leaves behind for people: results.json, a table, a learning curve, a before/after video."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from pi0.stats import format_rate, paired_difference, wilson_interval
+from pi0.video import write_video
+
+if TYPE_CHECKING:
+    from pi0.ript.acting import ActingPolicy
+    from pi0.ript.env.runner import EvaluationResult, LIBEROEnvRunner
+
+VIDEO_EPISODES = 3
+VIDEO_EVERY = 4  # control steps from one frame to the next
+VIDEO_FPS = 10  # twice real time
+
+
+class OutputError(RuntimeError):
+    """A run's folder cannot be written."""
+
+
+def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
+    """Make `output_dir/name-DATE-TIME` and write the configuration into it.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    run_dir = Path(output_dir) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {run_dir}: {error.strerror}; set output_dir to a writable folder"
+        ) from error
+    return run_dir
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def machine() -> dict[str, Any]:
+    """What the times of a run depend on."""
+    import torch
+
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def score(result: EvaluationResult) -> dict[str, Any]:
+    """An evaluation as numbers: counts, 95% Wilson intervals, per task and in all."""
+
+    def rate(outcomes: list[bool]) -> dict[str, Any]:
+        low, high = wilson_interval(sum(outcomes), len(outcomes))
+        return {
+            "successes": sum(outcomes),
+            "episodes": len(outcomes),
+            "success_rate": sum(outcomes) / len(outcomes),
+            "interval_95": [low, high],
+        }
+
+    return {
+        **rate(result.outcomes),
+        "tasks": {name: rate(outcomes) for name, outcomes in result.by_task().items()},
+        "broken": [e.failure for e in result.episodes if e.failure is not None],
+        "outcomes": [
+            {
+                "task": e.rollout.task.index,
+                "state": e.rollout.init_index,
+                "success": e.success,
+                "steps": e.steps,
+            }
+            for e in result.episodes
+        ],
+    }
+
+
+def write_report(
+    run_dir: Path,
+    config: dict[str, Any],
+    env_runner: LIBEROEnvRunner,
+    acting_before: ActingPolicy,
+    acting_after: ActingPolicy,
+    before: EvaluationResult,
+    after: EvaluationResult,
+    history: list[dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Write results.json, learning_curve.png and before_after.mp4 into `run_dir` and print the table.
+
+    Args:
+        acting_before, acting_after: the two policies, to film them again on a few of the scored episodes.
+        before, after: their scores on the same states and noise.
+        history: metrics of each iteration.
+        seconds: wall time of the run so far.
+    """
+    change = paired_difference(before.outcomes, after.outcomes)
+    written = ["results.json", "policy", "config.yaml"]
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(sys.argv),
+        "config": config,
+        "protocol": before.protocol,
+        "machine": machine(),
+        "seconds": seconds,
+        "before": score(before),
+        "after": score(after),
+        "change": {
+            "difference": change.difference,
+            "interval_95": [change.low, change.high],
+            "mcnemar_p": change.p_value,
+        },
+        "history": history,
+    }
+    write_json(run_dir / "results.json", results)
+    plot_learning_curve(run_dir / "learning_curve.png", results)
+    written.append("learning_curve.png")
+    if config["features"]["save_video"]:
+        film_before_after(
+            run_dir / "before_after.mp4", env_runner, acting_before, acting_after, before, after
+        )
+        written.append("before_after.mp4")
+    print(results_table(results))
+    print("\n".join(f"  {run_dir / name}" for name in written))
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Success before and after, per task and in all, on the same states and noise."""
+    rows = [("", "before", "after")]
+    for name in results["before"]["tasks"]:
+        cells = [results[when]["tasks"][name] for when in ("before", "after")]
+        rows.append((name.replace("_", " "), *(format_rate(c["successes"], c["episodes"]) for c in cells)))
+    cells = [results[when] for when in ("before", "after")]
+    rows.append(("all tasks", *(format_rate(c["successes"], c["episodes"]) for c in cells)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    low, high = results["change"]["interval_95"]
+    lines.append(
+        f"change: {100 * results['change']['difference']:+.1f} percentage points "
+        f"(95% interval {100 * low:+.1f} to {100 * high:+.1f}, paired on the same states and noise; "
+        f"exact McNemar p = {results['change']['mcnemar_p']:.2g})"
+    )
+    lines.append(
+        f"evaluation states are LIBERO's recorded ones, never trained on; {results['seconds'] / 60:.1f} minutes in all"
+    )
+    return "\n".join(lines)
+
+
+def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
+    """Success on training states at each iteration, and on evaluation states before and after, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    history = [row for row in results["history"] if row["rollouts"]]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if history:
+        x = np.array([row["step"] for row in history]) + 0.5
+        rates = np.array([row["successes"] / row["rollouts"] for row in history])
+        bounds = np.array([wilson_interval(row["successes"], row["rollouts"]) for row in history])
+        axes.plot(x, 100 * rates, "o-", color="tab:blue", label="rollouts in training (training states)")
+        axes.fill_between(x, 100 * bounds[:, 0], 100 * bounds[:, 1], color="tab:blue", alpha=0.15, lw=0)
+    for when, place in (("before", 0), ("after", len(results["history"]))):
+        cell = results[when]
+        middle = 100 * cell["success_rate"]
+        low, high = (100 * bound for bound in cell["interval_95"])
+        axes.errorbar(
+            [place],
+            [middle],
+            yerr=[[middle - low], [high - middle]],
+            fmt="s",
+            capsize=5,
+            color="tab:orange",
+            label="evaluation states, never trained on" if when == "before" else None,
+        )
+        axes.annotate(f"{middle:.0f}%", (place, middle), textcoords="offset points", xytext=(8, 6))
+    axes.set(xlabel="iterations", ylabel="success (%), 95% interval", ylim=(0, 102))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def film_before_after(
+    path: Path,
+    env_runner: LIBEROEnvRunner,
+    acting_before: ActingPolicy,
+    acting_after: ActingPolicy,
+    before: EvaluationResult,
+    after: EvaluationResult,
+) -> None:
+    """Film both policies side by side on a few scored episodes, those that training turned into successes first.
+
+    Rollouts are deterministic, so filming one again shows the very episode that was scored.
+    """
+    from dataclasses import replace
+
+    pairs = list(zip(before.episodes, after.episodes, strict=True))
+    pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
+    rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
+    films = []
+    for acting in (acting_before, acting_after):
+        episodes = dict(env_runner.run_policy_in_env(acting, rollouts))
+        films.append([episodes[index].video for index in range(len(rollouts))])
+    frames = []
+    for left, right in zip(*films, strict=True):
+        length = max(len(left), len(right))
+        padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
+        gap = np.full((left[0].shape[0], 4, 3), 255, np.uint8)
+        frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
+    write_video(path, frames, VIDEO_FPS)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,170 @@
+"""`RolloutGenerator`: groups of rollouts whose scores can be compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pi0.progress import progress
+from pi0.ript.advantages import leave_one_out_advantages
+from pi0.ript.env.episodes import Episode, Rollout
+from pi0.ript.env.init_states import InitStatePool
+from pi0.ript.env.pool import Policy
+from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
+from pi0.ript.rewards import BinarySuccessReward
+
+# A place to start an episode: a pool of initial states and an index into it.
+Start = tuple[InitStatePool, int]
+
+
+@dataclass
+class Group:
+    """Finished rollouts that share a baseline.
+
+    Attributes:
+        episodes: those that ran; a broken simulation is left out.
+        advantages: leave-one-out advantage of each.
+    """
+
+    episodes: list[Episode]
+    advantages: list[float]
+
+    @property
+    def unanimous(self) -> bool:
+        """All rollouts scored the same, so the group says nothing about what is better."""
+        return not any(self.advantages)
+
+
+@dataclass
+class Collection:
+    """What one iteration collected.
+
+    Attributes:
+        groups: usable groups, in the order in which they were sampled; may be empty.
+        dropped: groups left out because they were unanimous (dynamic sampling only).
+        failures: what broke, one line for each rollout that could not be used.
+    """
+
+    groups: list[Group]
+    dropped: int
+    failures: list[str]
+    seconds: float
+
+    @property
+    def episodes(self) -> list[Episode]:
+        """Episodes of all groups."""
+        return [episode for group in self.groups for episode in group.episodes]
+
+    @property
+    def advantages(self) -> list[float]:
+        """Advantages of `episodes`, in their order."""
+        return [advantage for group in self.groups for advantage in group.advantages]
+
+    def metrics(self) -> dict[str, float]:
+        """Counts and shares that describe the collection."""
+        episodes = self.episodes
+        return {
+            "rollouts": len(episodes),
+            "successes": sum(episode.success for episode in episodes),
+            "groups": len(self.groups),
+            "unanimous_groups": sum(group.unanimous for group in self.groups),
+            "dropped_groups": self.dropped,
+            "failed_rollouts": len(self.failures),
+            "control_steps": sum(episode.steps for episode in episodes),
+            "rollout_seconds": self.seconds,
+        }
+
+
+class RolloutGenerator:
+    """Collects groups of rollouts.
+
+    A group starts either from K states of one task (one baseline for the task's batch) or K times from one
+    state (RIPT's own group); whoever provides the starts decides.
+
+    Args:
+        env_runner: runs the episodes.
+        next_group: gives the starts of the next group, K of them.
+        num_groups: groups wanted in an iteration.
+        max_groups: groups tried at most; reached only with dynamic sampling.
+        enable_dynamic_sampling: drop unanimous groups and try others in their place.
+        time_limit_s: no further groups are tried after this long.
+        seed: of the policy's noise, together with step, task, state and repetition.
+    """
+
+    def __init__(
+        self,
+        env_runner: LIBEROEnvRunner,
+        next_group: Callable[[], Sequence[Start]],
+        *,
+        num_groups: int,
+        max_groups: int,
+        seed: int,
+        enable_dynamic_sampling: bool = False,
+        time_limit_s: float = 3600.0,
+        reward: Callable[[Episode], float] | None = None,
+    ):
+        self.env_runner = env_runner
+        self.next_group = next_group
+        self.num_groups = num_groups
+        self.max_groups = max_groups
+        self.seed = seed
+        self.enable_dynamic_sampling = enable_dynamic_sampling
+        self.time_limit_s = time_limit_s
+        self.reward = reward or BinarySuccessReward()
+
+    def generate_rollouts(self, policy: Policy, step: int, record: int = 0) -> Collection:
+        """Collect one iteration's groups with `policy`.
+
+        Always ends: after `num_groups` usable groups, `max_groups` tries or `time_limit_s`. A policy that
+        always or never succeeds gives, under dynamic sampling, an empty collection.
+
+        Args:
+            step: number of the iteration; with the seed it decides the noise.
+            record: draw a video frame every this many control steps.
+        """
+        start = time.monotonic()
+        collection = Collection(groups=[], dropped=0, failures=[], seconds=0.0)
+        tried = 0
+        while len(collection.groups) < self.num_groups and tried < self.max_groups:
+            wanted = min(self.num_groups - len(collection.groups), self.max_groups - tried)
+            for episodes in self._run_groups(policy, step, tried, wanted, record):
+                self._add(collection, episodes)
+            tried += wanted
+            if time.monotonic() - start > self.time_limit_s:
+                break
+        collection.seconds = time.monotonic() - start
+        return collection
+
+    def _run_groups(
+        self, policy: Policy, step: int, first: int, count: int, record: int
+    ) -> list[list[Episode]]:
+        rollouts: list[Rollout] = []
+        groups: list[list[int]] = []
+        for number in range(first, first + count):
+            starts = self.next_group()
+            groups.append(list(range(len(rollouts), len(rollouts) + len(starts))))
+            for repetition, (states, index) in enumerate(starts):
+                key = (TRAINING, self.seed, step, number, states.task.index, index, repetition)
+                rollouts.append(self.env_runner.rollout(states, index, key, record))
+        episodes: dict[int, Episode] = {}
+        with progress(total=len(rollouts), label=f"rollouts {step}", unit="episode") as bar:
+            for index, episode in self.env_runner.run_policy_in_env(policy, rollouts):
+                episodes[index] = episode
+                bar.update(1, f"{sum(e.success for e in episodes.values())} solved")
+        return [[episodes[index] for index in group] for group in groups]
+
+    def _add(self, collection: Collection, episodes: list[Episode]) -> None:
+        usable = [episode for episode in episodes if episode.failure is None]
+        collection.failures += [
+            f"{episode.rollout.task.name}, state {episode.rollout.init_index}: {episode.failure}"
+            for episode in episodes
+            if episode.failure is not None
+        ]
+        if len(usable) < 2:
+            return
+        group = Group(usable, leave_one_out_advantages([self.reward(episode) for episode in usable]))
+        if self.enable_dynamic_sampling and group.unanimous:
+            collection.dropped += 1
+        else:
+            collection.groups.append(group)
