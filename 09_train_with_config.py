@@ -1,0 +1,257 @@
+"""Stage 09: stage 08 with YAML configuration, command-line overrides, validation and profiles.
+
+A pi0 policy that half-works on LIBERO tasks practises them: each iteration runs rollouts from training
+states, scores them by success, and learns from the collected chunks for a few epochs. Settings come from a
+YAML file; `--help` lists every key with its unit, default and meaning.
+
+    python 09_train_with_config.py --config_path configs/quickstart.yaml
+    python 09_train_with_config.py --config_path configs/debug_train_pi0.yaml \
+        --override training.num_train_steps=10 algo.lr=2e-5
+    python 09_train_with_config.py --config_path configs/train_pi0_cfg_rl.yaml --override profile=dev
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pi0 import PI0Policy
+from pi0.progress import progress
+from pi0.ript.acting import ActingPolicy
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
+from pi0.ript.chunks import Augmentation
+from pi0.ript.config import Config, ConfigError, help_text, load_config, to_dict, validate
+from pi0.ript.ema import AveragedPolicy
+from pi0.ript.env.init_states import InitStatePool
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.suites import find_tasks
+from pi0.ript.report import new_run_dir, write_report
+from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
+
+
+class InitialStateDataset:
+    """Training states of all tasks. A group is K states of one task, in ring order; tasks take turns.
+
+    Smart sampling: a state solved on each of its last `skip_after` visits is passed over, unless all are.
+    """
+
+    def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
+        self.pools = pools
+        self.group_size = group_size
+        self.skip_after = skip_after
+        self.task_cursor = 0
+        self.init_state_cursor = [0] * len(pools)
+        self.solved_in_a_row = [[0] * len(pool) for pool in pools]
+
+    def smart_sample_group(self) -> list[Start]:
+        """The next K starts."""
+        task = self.task_cursor % len(self.pools)
+        self.task_cursor += 1
+        pool, solved = self.pools[task], self.solved_in_a_row[task]
+        starts: list[Start] = []
+        passed_over = 0
+        while len(starts) < self.group_size:
+            index = self.init_state_cursor[task] % len(pool)
+            self.init_state_cursor[task] += 1
+            if solved[index] >= self.skip_after and passed_over < len(pool):
+                solved[index] = 0  # visited again on the next round: a policy can get worse
+                passed_over += 1
+            else:
+                starts.append((pool, index))
+        return starts
+
+    def record(self, collection: Collection) -> None:
+        """Remember which states the policy solved."""
+        tasks = [pool.task for pool in self.pools]
+        for episode in collection.episodes:
+            solved = self.solved_in_a_row[tasks.index(episode.rollout.task)]
+            index = episode.rollout.init_index
+            solved[index] = solved[index] + 1 if episode.success else 0
+
+
+def set_seed(seed: int) -> None:
+    """Seed every source of randomness in this process."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)  # denormal numbers make CPU updates several times slower
+
+
+def load_policy(config: Config) -> PI0Policy:
+    """The policy to improve, with an optimality condition if guidance needs one."""
+    policy = PI0Policy.from_pretrained(config.policy_path, norm_stats_path=config.norm_stats_path)
+    if config.algo.mode == "guidance":
+        policy.enable_guidance()
+    return policy
+
+
+def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
+    """Environments as configured, for what the policy sees and does."""
+    task = config.task
+    return LIBEROEnvRunner(
+        task.benchmark_name,
+        task.task_names_to_use if task.task_name is None else [task.task_name],
+        cameras=policy.config.cameras,
+        image_size=task.image_size,
+        chunk=policy.config.action_horizon,
+        replan_steps=task.replan_steps,
+        num_parallel_envs=task.num_parallel_envs,
+        max_episode_length=task.max_episode_length,
+        settle_steps=task.settle_steps,
+        fixtures=task.fixtures,
+        render=task.render,
+        assets=task.assets,
+    )
+
+
+def make_optimizer(config: Config, policy: PI0Policy) -> torch.optim.Optimizer:
+    """The optimizer of all weights."""
+    optimizer = config.training.optimizer
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.algo.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        weight_decay=optimizer.weight_decay,
+    )
+
+
+def update_policy(
+    config: Config,
+    adapter: PI0_CFG_Adapter,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedPolicy,
+    batch: WeightedChunks,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
+    algo, policy = config.algo, adapter.policy
+    policy.train()
+    losses, norms, accumulated = [], [], 0
+    passes = algo.num_epochs * adapter.count_minibatches(batch, algo.minibatch_size)
+    with progress(total=passes, label="update", unit="minibatch") as bar:
+        for _ in range(algo.num_epochs):
+            for minibatch in adapter.minibatches(batch, algo.minibatch_size, generator):
+                loss = adapter.minibatch_loss(minibatch, generator)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")
+                (loss / algo.gradient_accumulation_steps).backward()
+                losses.append(loss.item())
+                accumulated += 1
+                bar.update(1, f"loss {losses[-1]:.4f}")
+                if accumulated == algo.gradient_accumulation_steps or len(losses) == passes:
+                    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
+                    norms.append(norm.item())
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    average.update()
+                    accumulated = 0
+    policy.eval()
+    return {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "updates": len(norms)}
+
+
+def train(config: Config) -> Path:
+    """Score, practise, score again; returns the folder with everything that was written."""
+    set_seed(config.training.seed)
+    algo, seed = config.algo, config.training.seed
+    policy = load_policy(config)
+    run_dir = new_run_dir(config.output_dir, config.exp_name, to_dict(config))
+    weight = algo.guidance_weight if algo.mode == "guidance" else None
+    started = time.monotonic()
+    with make_env_runner(config, policy) as env_runner:
+        print(f"training started: {len(env_runner.assigned_tasks)} tasks, writing to {run_dir}")
+        dataset = InitialStateDataset(
+            env_runner.training_states(algo.train_init_states, seed), algo.rloo_batch_size, skip_after=2
+        )
+        rollouts = RolloutGenerator(
+            env_runner,
+            dataset.smart_sample_group,
+            num_groups=algo.data_batch_size // algo.rloo_batch_size,
+            max_groups=algo.max_sampling_attempts,
+            seed=seed,
+        )
+        adapter = PI0_CFG_Adapter(
+            policy,
+            mode=algo.mode,
+            noise_samples=algo.noise_samples,
+            negative_weight=algo.negative_weight,
+            condition_dropout=algo.condition_dropout,
+            augmentation=Augmentation(),
+        )
+        optimizer = make_optimizer(config, policy)
+        average = AveragedPolicy(policy, algo.ema_decay)
+        acting = ActingPolicy(average.policy, weight)
+        generator = torch.Generator().manual_seed(seed)
+        evaluation = config.evaluation
+        start = ActingPolicy(copy.deepcopy(policy))
+        before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
+        history, replay = [], []
+        for step in range(config.training.num_train_steps):
+            collection = rollouts.generate_rollouts(acting, step)
+            dataset.record(collection)
+            chunks = adapter.weigh(collection.episodes, collection.advantages)
+            replay = (replay + [chunks])[-algo.replay_iterations :]
+            usable = [part for part in replay if part is not None]
+            metrics = {"step": step, **collection.metrics(), "seconds": time.monotonic() - started}
+            if usable:
+                batch = WeightedChunks.cat(usable)
+                metrics |= update_policy(config, adapter, optimizer, average, batch, generator)
+            history.append(metrics)
+            average.policy.save_pretrained(run_dir / "policy")
+            print(
+                f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, "
+                f"{metrics.get('updates', 0)} updates, loss {metrics.get('loss', float('nan')):.4f}"
+            )
+        after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
+        seconds = time.monotonic() - started
+        write_report(run_dir, to_dict(config), env_runner, start, acting, before, after, history, seconds)
+    return run_dir
+
+
+def load_config_from_yaml(path: str, overrides: list[str]) -> Config:
+    """Defaults, then the profile, then the file, then the overrides."""
+    config = load_config(path, overrides)
+    print(f"configuration loaded: {path}, {len(overrides)} overrides, profile {config.profile or 'none'}")
+    return config
+
+
+def validate_config(config: Config) -> None:
+    """Refuse values that contradict each other, or a policy and tasks that are not there."""
+    validate(config)
+    if not Path(config.policy_path).is_dir():
+        raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
+    find_tasks(config.task.benchmark_name, config.task.task_names_to_use)
+    print("configuration validated")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"keys of the configuration:\n\n{help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config_path", required=True, help="YAML file, see configs/")
+    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. algo.lr=2e-5")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the configuration, check it, train."""
+    arguments = parse_arguments()
+    try:
+        config = load_config_from_yaml(arguments.config_path, arguments.override)
+        validate_config(config)
+    except (ConfigError, ValueError) as error:
+        sys.exit(f"configuration error: {error}")
+    train(config)
+
+
+if __name__ == "__main__":
+    main()
