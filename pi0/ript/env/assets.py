@@ -57,11 +57,11 @@ class Assets:
     def describe(self) -> dict[str, str]:
         """Return what a result records about its geometry.
 
-        Stand-ins are named by the hash of their generator, so that two machines can compare; a folder of
-        files by its path and a hash of the names and sizes in it.
+        Stand-ins have a hash of all they consist of, so that two machines can compare; a folder of LIBERO's
+        own has its path and a hash of the names and sizes in it.
         """
         if self.source == "standins":
-            return {"source": self.source, "generator": standins.generator_version()}
+            return {"source": self.source, "fingerprint": standins.fingerprint(self.path)}
         return {"source": self.source, "path": str(self.path), "fingerprint": _fingerprint(self.path)}
 
 

@@ -40,13 +40,9 @@ def build(directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps(_hashes(directory), indent=1, sort_keys=True) + "\n")
 
 
-@cache
-def generator_version() -> str:
-    """Return the hash of the generator's source, which names what it generates."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+def fingerprint(folder: Path) -> str:
+    """Return a hash of what was generated into `folder`: the same on every machine with the same geometry."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]
 
 
 def standins_path() -> Path:
@@ -55,7 +51,7 @@ def standins_path() -> Path:
     Processes that start together wait for the first one; a folder is complete from when it has its name.
     """
     parent = cache_dir() / "standins"
-    folder = parent / generator_version()
+    folder = parent / _source_hash()
     if _is_intact(folder):
         return folder
     parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +67,15 @@ def standins_path() -> Path:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@cache
+def _source_hash() -> str:
+    """Return the hash of the generator's source, under which its output is kept."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pi0.ript.env.standins.shapes import (
     Colour,
     Item,
     Joint,
+    Part,
     Site,
     box,
     cylinder,
@@ -22,10 +23,14 @@ STOVE_GREY = (0.42, 0.42, 0.43)
 DARK = (0.10, 0.10, 0.10)
 
 
-def articulated(name: str, base: Body) -> Item:
+def articulated(name: str, base: Body, bottom=-0.045, top=0.045, radius=0.045) -> Item:
     """Return a fixture of the articulated family; LIBERO asks for one body named "object" around it."""
-    item = Body("object", 0.0, children=[base])
-    return Item(f"articulated_objects/{name}.xml", item, bottom=-0.045, top=0.045, radius=0.045, half_size=0.05)
+    return Item(f"articulated_objects/{name}.xml", Body("object", 0.0, children=[base]), bottom, top, radius)
+
+
+def upright_wall(x: float, low: float, high: float, colour: Colour, **flags: bool) -> Part:
+    """Return one side of a drawer."""
+    return box((x - 0.0024, -0.066, low), (x + 0.0024, 0.090, high), colour, **flags)
 
 
 def drawer(level: str, floor: float, region: float, wood: Colour, front: Colour) -> Body:
@@ -34,16 +39,24 @@ def drawer(level: str, floor: float, region: float, wood: Colour, front: Colour)
     floor: height of the underside of its front. region: height of the middle of its inside.
     """
     low, high = floor, floor + 0.0683
+    middle = 0.0034
     return Body(
         f"cabinet_{level}",
         3.0,
         [
-            # The front is felt only where nothing recorded beside or before an open drawer overlaps it.
-            box((-0.106, -0.078, low), (0.1127, -0.065, high), front, solid=False),
-            box((-0.080, -0.078, low), (0.0870, -0.065, high), front, visible=False),
+            # Front, sides and handle are felt a little inside of where they are seen: recorded states hold
+            # bowls and bottles that overlap the corners of an open drawer and would be kicked away.
+            box((middle - 0.1094, -0.078, low), (middle + 0.1094, -0.065, high), front, solid=False),
+            box((middle - 0.0835, -0.078, low), (middle + 0.0835, -0.065, high), front, visible=False),
+            *[
+                part
+                for side in (-1, 1)
+                for part in (
+                    upright_wall(middle + side * 0.1054, low + 0.003, high - 0.003, wood, solid=False),
+                    upright_wall(middle + side * 0.1010, low + 0.003, high - 0.003, wood, visible=False),
+                )
+            ],
             box((-0.1035, 0.090, low + 0.003), (0.1102, 0.0943, high - 0.003), wood),
-            box((-0.1043, -0.066, low + 0.003), (-0.0995, 0.088, high - 0.003), wood),
-            box((0.1065, -0.066, low + 0.003), (0.1113, 0.088, high - 0.003), wood),
             box((-0.1035, -0.066, low + 0.0023), (0.1104, 0.091, low + 0.0103), wood),
             box((-0.047, -0.1093, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE, solid=False),
             box((-0.047, -0.1020, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE, visible=False),
@@ -88,7 +101,12 @@ def flat_stove() -> Item:
     rings = [
         cylinder(radius, 0.0195, 0.0200 + 0.0004 * number, colour, solid=False)
         for number, (radius, colour) in enumerate(
-            [(0.065, (0.20, 0.20, 0.21)), (0.050, STOVE_GREY), (0.045, (0.20, 0.20, 0.21)), (0.025, STOVE_GREY)],
+            [
+                (0.065, (0.20, 0.20, 0.21)),
+                (0.050, STOVE_GREY),
+                (0.045, (0.20, 0.20, 0.21)),
+                (0.025, STOVE_GREY),
+            ],
             start=1,
         )
     ]
@@ -145,7 +163,10 @@ def microwave() -> Item:
             box((0.002, -0.025, -0.0925), (0.257, -0.001, 0.0905), black),
             box((0.035, -0.0258, -0.060), (0.205, -0.0002, 0.060), glass, solid=False),
             box((0.2290, -0.064, -0.070), (0.2460, -0.046, 0.070), grey),
-            *[box((0.2320, -0.050, z - 0.008), (0.2430, -0.024, z + 0.008), grey, solid=False) for z in (-0.058, 0.058)],
+            *[
+                box((0.2320, -0.050, z - 0.008), (0.2430, -0.024, z + 0.008), grey, solid=False)
+                for z in (-0.058, 0.058)
+            ],
         ],
         joint=Joint("microjoint", "hinge", (0, 0, 1), (-2.094, 0), 0.5),
         pos=(-0.1725, -0.088, 0.096),
@@ -155,8 +176,8 @@ def microwave() -> Item:
         Site("top_side", (0, 0.01, 0.20), (0.12, 0.0835, 0.005)),
         Site("heating_region", (0, 0.01, 0.096), (0.12, 0.0835, 0.08)),
     ]
-    body = Body("object", 0.0, children=[Body("base", 3.0, shell, sites, [door], surface=PLAIN)])
-    return Item("articulated_objects/microwave.xml", body, bottom=-0.06, top=0.06, radius=0.015)
+    base = Body("base", 3.0, shell, sites, [door], surface=PLAIN)
+    return articulated("microwave", base, bottom=-0.06, top=0.06, radius=0.015)
 
 
 FIXTURES = [wooden_cabinet, white_cabinet, flat_stove, microwave]

@@ -22,7 +22,7 @@ def write_item(item: Item, folder: Path) -> None:
         ("top_site", (0, 0, item.top)),
         ("horizontal_radius_site", (item.radius, item.radius, 0)),
     ):
-        add_site(holder, Site(name, pos, (item.half_size,), "sphere", rgba=(0, 0, 0, 0)))
+        add_site(holder, Site(name, pos, (0.005,), "sphere", rgba=(0, 0, 0, 0)))
     write_tree(root, folder / item.file)
 
 

@@ -61,7 +61,14 @@ def arena(model: str, floor_body: bool = False) -> tuple[ET.Element, ET.Element,
         matt = {"specular": "0", "shininess": "0", "reflectance": "0", "texuniform": "true"}
         ET.SubElement(asset, "material", matt, name=material, texture=texture)
     world = ET.SubElement(root, "worldbody")
-    floor = {"name": "floor", "type": "plane", "pos": "0 0 0", "size": "3 3 .125", "condim": "3", "group": "1"}
+    floor = {
+        "name": "floor",
+        "type": "plane",
+        "pos": "0 0 0",
+        "size": "3 3 .125",
+        "condim": "3",
+        "group": "1",
+    }
     holder = ET.SubElement(world, "body", name="floor", pos="0 0 0") if floor_body else world
     ET.SubElement(holder, "geom", floor, material="floorplane")
     for name, pos, size in (

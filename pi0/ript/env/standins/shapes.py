@@ -6,7 +6,7 @@ is plain data; `mjcf.py` writes it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 Vec3 = tuple[float, float, float]
 Quat = tuple[float, float, float, float]  # w, x, y, z
@@ -215,4 +215,3 @@ class Item:
     bottom: float = -0.06
     top: float = 0.04
     radius: float = 0.025
-    half_size: float = field(default=0.005)
