@@ -18,6 +18,9 @@ import yaml
 
 from pi0.paths import cache_dir
 
+# What LIBERO brings along (matplotlib, software GL) keeps caches in the home unless told otherwise.
+HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa"}
+
 
 def libero_package_root() -> Path:
     """Return the installed `libero/libero` folder, found without importing it.
@@ -41,6 +44,8 @@ def prepare_libero() -> ModuleType:
     if imported is not None:
         return imported
     _quiet_robosuite()
+    for variable, name in HOME_WRITERS.items():
+        os.environ.setdefault(variable, str(cache_dir() / name))
     ours = cache_dir() / "libero"
     folder = Path(os.environ.setdefault("LIBERO_CONFIG_PATH", str(ours)))
     config_file = folder / "config.yaml"
