@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ class PI0Policy(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        norm_stats_path: str | Path | None = None,
     ) -> PI0Policy:
         """Load a checkpoint directory, in evaluation mode.
 
@@ -51,15 +56,16 @@ class PI0Policy(nn.Module):
             device: where the weights go.
             dtype: of the two experts and the vision tower; norms, embeddings of position and the flow head
                 stay in float32. None is float32.
+            norm_stats_path: a norm_stats.json to use instead of the directory's own.
 
         Raises:
-            FileNotFoundError: the directory, config.json or model.safetensors is missing.
+            FileNotFoundError: the directory, config.json, model.safetensors or norm_stats_path is missing.
             CheckpointError: a file is broken or does not fit the others.
         """
         config = read_config(path)
-        stats_file = Path(path) / NORM_STATS_FILE
+        stats_file = Path(norm_stats_path or Path(path) / NORM_STATS_FILE)
         stats = None
-        if stats_file.is_file():
+        if norm_stats_path or stats_file.is_file():
             stats = load_norm_stats(stats_file, config.robot_state_dim, config.robot_action_dim)
         with torch.device("meta"):
             policy = cls(config, stats)
@@ -79,6 +85,12 @@ class PI0Policy(nn.Module):
         """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway."""
         stats = self.norm_stats.to_dict() if self.norm_stats else None
         save_checkpoint_files(path, self.network.state_dict(), self.config, stats)
+
+    def enable_guidance(self) -> None:
+        """Give the policy an optimality condition, for guidance; it changes no output until it is trained."""
+        if not self.config.guidance:
+            self.config = dataclasses.replace(self.config, guidance=True)
+            self.network.add_condition(self.config)
 
     # What the network sees
 

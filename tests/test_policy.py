@@ -317,3 +317,21 @@ def test_paligemma_prompt_is_bos_text_newline(tmp_path, monkeypatch):
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model.model"))
     assert ids[mask].tolist() == [2, *model.encode(PROMPT), *model.encode("\n")]
     assert (ids[~mask] == 0).all()
+
+
+def test_guidance_can_be_added_and_changes_no_action_until_it_is_trained():
+    torch.manual_seed(0)
+    policy = PI0Policy(Pi0Config.preset("pi0_tiny"))
+    g = torch.Generator().manual_seed(0)
+    inputs = {
+        "images": {name: torch.rand(2, 3, 64, 64, generator=g) for name in policy.config.cameras},
+        "image_masks": {name: torch.ones(2, dtype=torch.bool) for name in policy.config.cameras},
+        "state": torch.randn(2, 8, generator=g),
+        "tokenized_prompt": torch.zeros(2, policy.config.prompt_length, dtype=torch.long),
+        "tokenized_prompt_mask": torch.ones(2, policy.config.prompt_length, dtype=torch.bool),
+        "noise": torch.randn(2, 10, 8, generator=g),
+    }
+    before = policy.sample_actions(**inputs)
+    policy.enable_guidance()
+    assert torch.equal(policy.sample_actions(**inputs, guidance_weight=0.0), before)
+    assert torch.equal(policy.sample_actions(**inputs, guidance_weight=1.0), before)

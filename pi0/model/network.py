@@ -62,14 +62,17 @@ class Pi0Network(nn.Module):
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
         self.action_out_proj = nn.Linear(width, config.action_dim)
-        if config.guidance:
-            self.condition_embedding = nn.Embedding(3, width)
         self.apply(_initialise)
         if config.guidance:
-            # Zero, so that a checkpoint without conditions gives the same actions under all of them.
-            nn.init.zeros_(self.condition_embedding.weight)
+            self.add_condition(config)
         for parameter in self.unused_parameters():
             parameter.requires_grad_(False)
+
+    def add_condition(self, config: Pi0Config) -> None:
+        """Add the optimality condition: zero, so that a model without one keeps its actions under all of them."""
+        self.config = config
+        weight = torch.zeros(3, config.action_expert.width, device=self.state_proj.weight.device)
+        self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Published weights that no output depends on: after its last keys and values the prefix is done."""

@@ -1,0 +1,60 @@
+"""Scripted experts solve the pick-and-place tasks from training states."""
+
+import numpy as np
+import pytest
+
+from pi0.ript.demonstrations import record_demonstrations
+from pi0.ript.env.assets import resolve_assets
+from pi0.ript.env.experts import NoExpertError, PickAndPlace
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.stepping import TaskSim
+from pi0.ript.env.suites import suite_tasks
+
+# In the top drawer (spatial 4) the gripper finds no room beside the bowl's rim.
+TASKS = [("libero_spatial", index) for index in (0, 3, 7, 8)] + [
+    ("libero_object", index) for index in (0, 4, 7)
+]
+
+
+@pytest.mark.parametrize(("suite", "index"), TASKS)
+def test_an_expert_solves_most_drawn_states(suite, index):
+    task = suite_tasks(suite)[index]
+    sim = TaskSim(task, resolve_assets("standins"))
+    np.random.seed(0)
+    solved = 0
+    for _ in range(3):
+        sim.reset(sim.draw_init_state(), settle_steps=10)
+        expert = PickAndPlace(sim)
+        solved += any(sim.step(expert.action()) for _ in range(task.horizon))
+    assert solved >= 2
+
+
+def test_a_task_without_an_expert_is_refused_by_name():
+    sim = TaskSim(suite_tasks("libero_goal")[7], resolve_assets("standins"))
+    with pytest.raises(NoExpertError, match="turn_on_the_stove"):
+        PickAndPlace(sim)
+
+
+def test_demonstrations_hold_what_the_policy_would_see_and_what_to_do():
+    with LIBEROEnvRunner(
+        "libero_spatial",
+        [3],
+        cameras=("base_0_rgb", "left_wrist_0_rgb"),
+        image_size=64,
+        chunk=10,
+        replan_steps=10,
+        num_parallel_envs=2,
+        assets="standins",
+    ) as runner:
+        chunks, summary = record_demonstrations(runner, per_task=2, seed=0, noise=0.1, frame_every=3)
+    (counts,) = summary.values()
+    assert counts["attempts"] == 2
+    assert counts["successes"] >= 1
+    assert len(chunks) * 3 >= counts["successes"] * counts["mean_steps"] - 6
+    assert chunks.images["left_wrist_0_rgb"].shape == (len(chunks), 64, 64, 3)
+    assert chunks.actions.abs().max() <= 1
+    assert chunks.valid[0].all()
+    # Only the end of a demonstration is cut off, and there the invalid actions come last.
+    assert (chunks.valid.int().diff(dim=1) <= 0).all()
+    # Neighbouring labels of one moment agree: the second observation's first action is the first's fourth.
+    assert np.allclose(chunks.actions[1, 0], chunks.actions[0, 3])

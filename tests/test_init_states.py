@@ -1,0 +1,83 @@
+"""Two pools of initial states that never mix."""
+
+import numpy as np
+import pytest
+
+from pi0.ript.env.init_states import FIXTURE_MODES, evaluation_pools, state_hash, training_pools
+from pi0.ript.env.runner import LIBEROEnvRunner
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with LIBEROEnvRunner(
+        "libero_spatial",
+        [3, 4],
+        cameras=("base_0_rgb",),
+        image_size=32,
+        chunk=10,
+        replan_steps=10,
+        num_parallel_envs=2,
+        assets="standins",
+    ) as runner:
+        yield runner
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi0.ript.env.init_states.cache_dir", lambda: tmp_path)
+
+
+def test_evaluation_states_are_all_fifty_that_libero_recorded(runner):
+    for pool in runner.evaluation_states():
+        assert pool.kind == "evaluation"
+        recorded = pool.task.recorded_init_states()
+        assert np.array_equal(np.array([state.state for state in pool.states]), recorded)
+        assert len(pool) == 50
+
+
+def test_training_and_evaluation_states_never_mix(runner):
+    for training, evaluation in zip(
+        runner.training_states(12, seed=0), runner.evaluation_states(), strict=True
+    ):
+        assert training.kind == "training"
+        hashes = {state_hash(state.state) for state in training.states}
+        assert len(hashes) == 12
+        assert not hashes & {state_hash(state.state) for state in evaluation.states}
+
+
+def test_training_states_spread_like_the_recorded_ones(runner):
+    training, evaluation = runner.training_states(12, seed=0)[0], runner.evaluation_states()[0]
+    ours, recorded = (np.array([state.state for state in pool.states]) for pool in (training, evaluation))
+    assert np.allclose(ours.mean(0), recorded.mean(0), atol=0.03)
+
+
+def test_training_states_depend_on_the_seed_and_not_on_how_many_are_drawn(runner):
+    few, many = runner.training_states(3, seed=1)[0], runner.training_states(5, seed=1)[0]
+    other = runner.training_states(3, seed=2)[0]
+    for index in range(3):
+        assert np.array_equal(few.states[index].state, many.states[index].state)
+        assert np.array_equal(few.states[index].fixtures, many.states[index].fixtures)
+        assert not np.array_equal(few.states[index].state, other.states[index].state)
+
+
+def test_training_states_are_kept_in_a_file_with_their_provenance(runner, tmp_path):
+    drawn = runner.training_states(2, seed=3)[0]
+    again = training_pools(runner.pool, runner.assigned_tasks, 2, 3)[0]
+    assert again.provenance == drawn.provenance
+    assert drawn.provenance["seed"] == 3
+    assert drawn.provenance["assets"]["source"] == "standins"
+    assert (tmp_path / "init_states").is_dir()
+    assert np.array_equal(drawn.states[1].state, again.states[1].state)
+
+
+def test_fixtures_follow_liberos_evaluation_or_stay_pinned(runner):
+    follow = evaluation_pools(runner.pool, runner.assigned_tasks, "libero_eval")[0]
+    pinned = evaluation_pools(runner.pool, runner.assigned_tasks, "pinned")[0]
+    assert np.array_equal(follow.states[0].fixtures, pinned.states[0].fixtures)
+    assert all(np.array_equal(state.fixtures, pinned.states[0].fixtures) for state in pinned.states)
+    assert not np.array_equal(follow.states[1].fixtures, follow.states[0].fixtures)
+
+
+def test_an_unknown_placement_of_fixtures_is_refused(runner):
+    with pytest.raises(ValueError, match=f"use one of {', '.join(FIXTURE_MODES)}"):
+        evaluation_pools(runner.pool, runner.assigned_tasks, "anywhere")

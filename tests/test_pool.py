@@ -1,0 +1,178 @@
+"""Rollouts in worker processes: the same episodes however many workers, whatever happens to them."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pi0.ript.env.pool import WorkerError
+from pi0.ript.env.runner import LIBEROEnvRunner
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
+
+
+class NoisePolicy:
+    """Moves by its noise and by what it sees, so that any mix-up of rollouts shows."""
+
+    def noise(self, key):
+        return np.random.default_rng(key).standard_normal((10, 8), dtype=np.float32)
+
+    def act(self, images, states, prompts, noise):
+        actions = 0.3 * noise[:, :, :7]
+        actions[:, :, 0] += images["base_0_rgb"].mean(axis=(1, 2, 3))[:, None] / 255 - 0.5
+        actions[:, :, 3:6] = 0
+        return np.clip(actions, -1, 1)
+
+
+def make_runner(workers: int, **changes) -> LIBEROEnvRunner:
+    settings = {
+        "image_size": 32,
+        "chunk": 10,
+        "replan_steps": 10,
+        "max_episode_length": 35,
+        "settle_steps": 2,
+    }
+    return LIBEROEnvRunner(
+        "libero_spatial",
+        [3],
+        cameras=CAMERAS,
+        num_parallel_envs=workers,
+        assets="standins",
+        **settings | changes,
+    )
+
+
+def rollouts(runner: LIBEROEnvRunner, count: int, record: int = 0):
+    pool = runner.evaluation_states()[0]
+    return [runner.rollout(pool, index, (7, index), record) for index in range(count)]
+
+
+def run(runner, jobs):
+    episodes = dict(runner.run_policy_in_env(NoisePolicy(), jobs))
+    return [episodes[index] for index in range(len(jobs))]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.success == b.success
+        assert np.array_equal(a.executed, b.executed)
+        assert np.array_equal(a.states, b.states)
+        assert np.array_equal(a.actions, b.actions)
+        assert all(np.array_equal(a.images[camera], b.images[camera]) for camera in CAMERAS)
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with make_runner(2) as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def episodes(runner):
+    return run(runner, rollouts(runner, 10))
+
+
+def test_every_rollout_comes_back_once_with_its_own_record(episodes):
+    assert [episode.rollout.init_index for episode in episodes] == list(range(10))
+    for episode in episodes:
+        assert episode.failure is None
+        assert episode.steps <= 35
+        count = len(episode.executed)
+        assert episode.states.shape == (count, 8)
+        assert episode.actions.shape == (count, 10, 7)
+        assert episode.images["base_0_rgb"].shape == (count, 32, 32, 3)
+        assert list(episode.executed[:-1]) == [10] * (count - 1)
+
+
+def test_a_chunk_cut_off_by_the_horizon_says_how_much_of_it_was_carried_out(episodes):
+    assert [list(episode.executed) for episode in episodes if not episode.success][0] == [10, 10, 10, 5]
+
+
+def test_one_worker_gives_the_same_episodes_as_two(episodes):
+    with make_runner(1) as alone:
+        assert_same(run(alone, rollouts(alone, 10)), episodes)
+
+
+def test_filming_changes_nothing(runner, episodes):
+    filmed = run(runner, rollouts(runner, 2, record=5))
+    assert_same(filmed, episodes[:2])
+    assert len(filmed[0].video) == 8
+    assert filmed[0].video[0].shape == (256, 256, 3)
+
+
+def test_killing_a_worker_changes_no_result(runner, episodes):
+    jobs = rollouts(runner, 10)
+    victim = runner.pool._workers[0].process.pid
+    threading.Timer(0.6, os.kill, (victim, signal.SIGKILL)).start()
+    before = runner.pool.replaced_workers
+    assert_same(run(runner, jobs), episodes)
+    time.sleep(0.7)
+    assert runner.pool.replaced_workers >= before
+
+
+def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monkeypatch):
+    monkeypatch.setattr(runner.pool, "limit_s", 15.0)
+    os.kill(runner.pool._workers[1].process.pid, signal.SIGSTOP)
+    before = runner.pool.replaced_workers
+    assert_same(run(runner, rollouts(runner, 10)), episodes)
+    assert runner.pool.replaced_workers == before + 1
+
+
+def test_a_broken_simulation_fails_its_own_rollout_only(runner, episodes):
+    jobs = rollouts(runner, 4)
+    jobs[1].init.state[1] = np.nan
+    results = run(runner, jobs)
+    assert "diverged" in results[1].failure
+    assert_same([results[0], *results[2:]], [episodes[0], *episodes[2:4]])
+
+
+def test_a_half_consumed_run_leaves_the_pool_usable(runner, episodes):
+    for _ in runner.run_policy_in_env(NoisePolicy(), rollouts(runner, 10)):
+        break
+    assert_same(run(runner, rollouts(runner, 3)), episodes[:3])
+
+
+def test_an_error_in_a_called_function_names_it(runner):
+    with pytest.raises(WorkerError, match="ZeroDivisionError"):
+        list(runner.pool.call(_divide, [(1, 0)]))
+    assert list(runner.pool.call(_divide, [(6, 3)])) == [(0, 2.0)]
+
+
+def _divide(worker, a, b):
+    return a / b
+
+
+def test_workers_end_with_the_pool():
+    with make_runner(1) as runner:
+        process = runner.pool._workers[0].process
+    assert process.returncode == 0
+
+
+def test_replanning_beyond_the_chunk_is_refused(runner, monkeypatch):
+    monkeypatch.setattr(runner, "replan_steps", 11)
+    with pytest.raises(ValueError, match="replan_steps is 11, the policy's chunks have 1 to 10"):
+        run(runner, rollouts(runner, 1))
+
+
+def test_the_task_cursor_goes_round(monkeypatch):
+    runner = LIBEROEnvRunner.__new__(LIBEROEnvRunner)
+    runner.assigned_tasks, runner.task_cursor = ["a", "b", "c"], 0
+    visited = []
+    for _ in range(4):
+        visited.append(runner.set_current_task_by_cursor())
+        runner.advance_task_cursor()
+    assert visited == ["a", "b", "c", "a"]
+    runner.assigned_tasks = []
+    assert runner.set_current_task_by_cursor() is None
+
+
+def test_the_protocol_says_what_a_score_depends_on(runner):
+    protocol = runner.run(NoisePolicy(), 2, seed=5).protocol
+    assert protocol["horizon"] == 35
+    assert protocol["settle_steps"] == 2
+    assert protocol["fixtures"] == "libero_eval"
+    assert protocol["seed"] == 5
+    assert protocol["assets"]["source"] == "standins"

@@ -1,0 +1,80 @@
+"""Frames: `exact` is LIBERO's, `fast` looks alike and is upright; broken GL is named."""
+
+import numpy as np
+import pytest
+
+from pi0.ript.env import gl
+from pi0.ript.env.assets import resolve_assets, use_assets
+from pi0.ript.env.rendering import CAMERAS, Renderer
+from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
+from pi0.ript.env.suites import suite_tasks
+
+
+@pytest.fixture(scope="module")
+def frames():
+    """{source: {camera: uint8 [128, 128, 3]}} after the settling steps of one recorded state."""
+    gl.select_backend()
+    assets = resolve_assets("standins")
+    use_assets(assets)
+    from libero.libero.envs.env_wrapper import OffScreenRenderEnv
+
+    task = suite_tasks("libero_spatial")[7]
+    recorded = task.recorded_init_states()[0]
+    theirs = OffScreenRenderEnv(bddl_file_name=task.bddl_file, camera_heights=128, camera_widths=128)
+    theirs.seed(0)
+    theirs.reset()
+    theirs.set_init_state(recorded)
+    for _ in range(10):
+        observation, *_ = theirs.step(SETTLE_ACTION)
+    drawn = {"libero": {name: observation[f"{camera}_image"][::-1] for name, camera in CAMERAS.items()}}
+    theirs.close()
+    for mode in ("exact", "fast"):
+        sim = TaskSim(task, assets)
+        np.random.seed(0)
+        fixtures = sim.draw_init_state(resets=1).fixtures
+        renderer = Renderer(sim.model, mode, 128)
+        sim.reset(InitState(recorded, fixtures), settle_steps=9)
+        drawn[mode] = {name: np.zeros((128, 128, 3), np.uint8) for name in CAMERAS}
+
+        def look(sim=sim, renderer=renderer, mode=mode):
+            for name, out in drawn[mode].items():
+                renderer.render(sim.data, name, out)
+
+        sim.step(SETTLE_ACTION, look)
+        renderer.close()
+    return drawn
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
+def test_exact_frames_are_pixel_identical_to_liberos(frames, camera):
+    assert np.array_equal(frames["exact"][camera], frames["libero"][camera])
+
+
+def test_fast_frames_of_the_agents_view_look_like_exact_ones(frames):
+    exact, fast = (frames[mode]["base_0_rgb"].astype(float) for mode in ("exact", "fast"))
+    assert np.corrcoef(exact.ravel(), fast.ravel())[0, 1] > 0.9
+
+
+def test_frames_are_upright(frames):
+    # The agent's view has the dark wall and robot above, the bright table below.
+    view = frames["fast"]["base_0_rgb"].astype(float).mean(axis=2)
+    assert view[-20:].mean() != pytest.approx(view[:20].mean(), abs=5)
+    upright = np.corrcoef(view.ravel(), frames["libero"]["base_0_rgb"].mean(axis=2).ravel())[0, 1]
+    flipped = np.corrcoef(view[::-1].ravel(), frames["libero"]["base_0_rgb"].mean(axis=2).ravel())[0, 1]
+    assert upright > flipped + 0.2
+
+
+def test_an_unknown_mode_is_refused(frames):
+    with pytest.raises(ValueError, match="use one of exact, fast"):
+        Renderer(None, "pretty", 64)
+
+
+def test_no_working_gl_says_what_each_back_end_answered_and_what_to_install(monkeypatch):
+    monkeypatch.delenv("PI0_GL_PROVEN", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(gl.GLUnavailableError, match="cannot draw without a screen"):
+        gl.select_backend()
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(gl, "_PROBE", "raise SystemExit('no EGL here')")
+    with pytest.raises(gl.GLUnavailableError, match="egl: no EGL here.*apt-get install"):
+        gl.select_backend()

@@ -1,0 +1,110 @@
+"""Collecting groups: bounded whatever the policy does, and the same twice."""
+
+import numpy as np
+import pytest
+
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.rollout_generator import RolloutGenerator
+
+
+class StillPolicy:
+    """Never succeeds."""
+
+    def noise(self, key):
+        return np.random.default_rng(key).standard_normal((10, 8), dtype=np.float32)
+
+    def act(self, images, states, prompts, noise):
+        return 0.01 * noise[:, :, :7]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with LIBEROEnvRunner(
+        "libero_spatial",
+        [3],
+        cameras=("base_0_rgb",),
+        image_size=32,
+        chunk=10,
+        replan_steps=10,
+        num_parallel_envs=2,
+        max_episode_length=12,
+        settle_steps=0,
+        assets="standins",
+    ) as runner:
+        yield runner
+
+
+def generator(runner, reward=None, **changes):
+    pool = runner.evaluation_states()[0]
+    settings = {"num_groups": 2, "max_groups": 4, "seed": 0}
+    groups = iter(range(100))
+
+    def next_group():
+        number = next(groups)
+        return [(pool, number)] * 3
+
+    return RolloutGenerator(runner, next_group, reward=reward, **settings | changes)
+
+
+def test_groups_of_k_rollouts_from_one_state_with_their_own_noise(runner):
+    collection = generator(runner).generate_rollouts(StillPolicy(), step=0)
+    assert [len(group.episodes) for group in collection.groups] == [3, 3]
+    for number, group in enumerate(collection.groups):
+        assert {episode.rollout.init_index for episode in group.episodes} == {number}
+        assert len({episode.actions.tobytes() for episode in group.episodes}) == 3
+
+
+def test_the_same_seed_and_step_give_the_same_rollouts(runner):
+    first, again, other = (
+        generator(runner, seed=seed).generate_rollouts(StillPolicy(), step=2) for seed in (1, 1, 2)
+    )
+    assert all(
+        np.array_equal(a.actions, b.actions) for a, b in zip(first.episodes, again.episodes, strict=True)
+    )
+    assert not np.array_equal(first.episodes[0].actions, other.episodes[0].actions)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_a_policy_that_always_or_never_succeeds_ends_with_an_empty_result(runner, score):
+    rollouts = generator(runner, reward=lambda episode: score, enable_dynamic_sampling=True)
+    collection = rollouts.generate_rollouts(StillPolicy(), step=0)
+    assert collection.groups == []
+    assert collection.dropped == 4
+    assert collection.advantages == []
+
+
+def test_dynamic_sampling_tries_other_states_until_it_has_enough(runner):
+    # Every other group is mixed.
+    rollouts = generator(
+        runner,
+        reward=lambda episode: float(episode.rollout.init_index % 2 and episode.rollout.noise_key[-1] == 0),
+        enable_dynamic_sampling=True,
+    )
+    collection = rollouts.generate_rollouts(StillPolicy(), step=0)
+    assert [group.episodes[0].rollout.init_index for group in collection.groups] == [1, 3]
+    assert collection.dropped == 2
+    assert collection.groups[0].advantages == [1.0, -0.5, -0.5]
+
+
+def test_without_dynamic_sampling_unanimous_groups_stay_and_teach_nothing(runner):
+    collection = generator(runner).generate_rollouts(StillPolicy(), step=0)
+    assert collection.metrics()["unanimous_groups"] == 2
+    assert collection.advantages == [0.0] * 6
+
+
+def test_no_time_left_ends_the_collection(runner):
+    rollouts = generator(
+        runner, reward=lambda episode: 0.0, enable_dynamic_sampling=True, time_limit_s=0.0, max_groups=100
+    )
+    assert rollouts.generate_rollouts(StillPolicy(), step=0).dropped == 2
+
+
+def test_a_broken_rollout_is_left_out_of_its_group_and_reported(runner):
+    rollouts = generator(runner, num_groups=1)
+    pool = runner.evaluation_states()[0]
+    pool.states[0].state[1] = np.nan
+    rollouts.next_group = lambda: [(pool, 0), (pool, 1), (pool, 2)]
+    collection = rollouts.generate_rollouts(StillPolicy(), step=0)
+    assert len(collection.groups[0].episodes) == 2
+    assert "diverged" in collection.failures[0]
+    assert collection.metrics()["failed_rollouts"] == 1

@@ -1,0 +1,154 @@
+"""The stage scripts: real runs, the spec's lines, and what holds between stages."""
+
+import ast
+import difflib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pi0 import PI0Policy
+from pi0.paths import REPO_ROOT
+
+STAGES = ["08_train_with_epochs.py", "09_train_with_config.py"]
+CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
+
+
+def run_script(*arguments: str, cwd: Path = REPO_ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def functions(stage: str) -> dict[str, str]:
+    """Source of every top-level function and class."""
+    source = (REPO_ROOT / stage).read_text()
+    return {
+        node.name: ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [
+        row["loss"] for row in json.loads((run_dir / "results.json").read_text())["history"] if "loss" in row
+    ]
+
+
+@pytest.mark.parametrize(("earlier", "later"), zip(STAGES, STAGES[1:], strict=False))
+def test_functions_that_two_stages_share_are_the_same_to_the_letter(earlier, later):
+    ours, theirs = functions(earlier), functions(later)
+    shared = set(ours) & set(theirs) - {"main"}
+    assert len(shared) >= 6
+    for name in shared:
+        assert ours[name] == theirs[name], name
+
+
+@pytest.mark.parametrize(("earlier", "later"), zip(STAGES, STAGES[1:], strict=False))
+def test_most_lines_of_a_stage_survive_into_the_next(earlier, later):
+    before, after = ((REPO_ROOT / stage).read_text().splitlines() for stage in (earlier, later))
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+    assert sum(block.size for block in blocks) >= 0.8 * len(before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_short(stage):
+    assert len((REPO_ROOT / stage).read_text().splitlines()) < 300
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Stage 08 with small settings and stage 09 with the same values from YAML: (completed, run folder) each."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = {
+        "policy_path": str(CHECKPOINT),
+        "output_dir": str(folder),
+        "exp_name": "nine",
+        "task": {"task_names_to_use": [3], "assets": "standins"},
+        "algo": {
+            "rloo_batch_size": 4,
+            "data_batch_size": 8,
+            "train_init_states": 8,
+            "num_epochs": 2,
+            "minibatch_size": 24,
+            "gradient_accumulation_steps": 2,
+        },
+        "training": {"num_train_steps": 2},
+        "evaluation": {"episodes": 2},
+    }
+    (folder / "nine.yaml").write_text(yaml.safe_dump(config))
+    nine = run_script(STAGES[1], "--config_path", str(folder / "nine.yaml"))
+    # Stage 08 has its settings in the file: edit them, as its reader would.
+    eight_script = folder / STAGES[0]
+    source = (REPO_ROOT / STAGES[0]).read_text()
+    edited = source.replace(
+        "train(AdvancedTrainingConfig())", f"train(load_config({str(folder / 'eight.yaml')!r}))"
+    ).replace("import AlgoConfig, Config,", "import load_config, AlgoConfig, Config,")
+    assert edited.count("load_config") == 2
+    eight_script.write_text(edited)
+    (folder / "eight.yaml").write_text(yaml.safe_dump({**config, "exp_name": "eight"}))
+    eight = subprocess.run(
+        [sys.executable, str(eight_script)],
+        cwd=REPO_ROOT,
+        env={**__import__("os").environ, "PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert nine.returncode == 0, nine.stderr[-2000:]
+    assert eight.returncode == 0, eight.stderr[-2000:]
+    (nine_dir,) = folder.glob("nine-*")
+    (eight_dir,) = folder.glob("eight-*")
+    return (eight, eight_dir), (nine, nine_dir)
+
+
+def test_stage_09_says_what_it_did(runs):
+    _, (nine, _) = runs
+    for line in ("configuration loaded", "configuration validated", "training started"):
+        assert line in nine.stdout
+
+
+def test_stage_09_with_stage_08s_values_trains_to_exactly_its_losses(runs):
+    (_, eight), (_, nine) = runs
+    assert losses(eight) == losses(nine)
+    assert len(losses(nine)) >= 1
+
+
+def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs):
+    _, (_, run_dir) = runs
+    results = json.loads((run_dir / "results.json").read_text())
+    for when in ("before", "after"):
+        assert results[when]["episodes"] == 2
+        low, high = results[when]["interval_95"]
+        assert 0 <= low <= results[when]["success_rate"] <= high <= 1
+    assert results["protocol"]["assets"]["source"] == "standins"
+    assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "before_after.mp4").stat().st_size > 1000
+    PI0Policy.from_pretrained(run_dir / "policy")
+
+
+def config_error(tmp_path: Path, change: dict) -> str:
+    config = {"policy_path": str(CHECKPOINT), "exp_name": "bad", "output_dir": str(tmp_path), **change}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
+    done = run_script(STAGES[1], "--config_path", str(tmp_path / "bad.yaml"))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_bad_settings_are_named_before_anything_starts(tmp_path):
+    assert "algo.lr" in config_error(tmp_path, {"algo": {"learning_rate": 1e-4}})
+    assert "did you mean" in config_error(tmp_path, {"task": {"task_names_to_use": ["pick_up_the_bowl"]}})
+    assert "no such folder" in config_error(tmp_path, {"policy_path": "nowhere"})
+    assert "cannot write" in config_error(tmp_path, {"output_dir": "/proc/nowhere"})
+
+
+def test_help_lists_every_key():
+    text = run_script(STAGES[1], "--help").stdout
+    for key in ("algo.rloo_batch_size", "training.num_train_steps", "task.max_episode_length"):
+        assert key in text
