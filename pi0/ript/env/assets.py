@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pi0.paths import cache_dir
 from pi0.ript.env import standins
@@ -102,7 +103,8 @@ def resolve_assets(configured: str | None = None) -> Assets:
 
 def use_assets(assets: Assets) -> None:
     """Make LIBERO build every later environment of this process from `assets`, and say so once."""
-    prepare_libero()._assets_path_cache = str(assets.path)
+    libero: Any = prepare_libero()
+    libero._assets_path_cache = str(assets.path)
     if assets not in _announced:
         _announced.add(assets)
         logger.info("LIBERO assets: %s (%s)", assets.source, assets.path)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from pi0.ript.env.standins.shapes import UPRIGHT, Body, Item, Part, Site, Surface
 
+# robosuite tells by the group what is drawn (1) and what collides (0).
+SEEN = {"group": "1", "mass": "0", "contype": "0", "conaffinity": "0"}
+
 
 def numbers(values: Iterable[float]) -> str:
     """Return numbers as MJCF wants them, rounded to a hundredth of a millimetre."""
@@ -33,9 +36,9 @@ def write_tree(root: ET.Element, path: Path) -> None:
     path.write_text(ET.tostring(root, encoding="unicode") + "\n")
 
 
-def add_body(parent: ET.Element, body: Body) -> ET.Element:
-    """Append a body with its parts, sites and children, and return its element."""
-    element = ET.SubElement(parent, "body", name=body.name, **_pose(body.pos, body.quat))
+def add_body(parent: ET.Element, body: Body) -> None:
+    """Append a body with its parts, sites and children."""
+    element = ET.SubElement(parent, "body", {"name": body.name} | _pose(body.pos, body.quat))
     volume = sum(part.volume() for part in body.parts if part.solid)
     if body.joint is not None:
         joint = body.joint
@@ -55,32 +58,25 @@ def add_body(parent: ET.Element, body: Body) -> ET.Element:
     density = body.mass / volume if volume else 0.0
     for site in body.sites:
         add_site(element, site)
+    felt = {"group": "0", "density": f"{density:g}"} | surface_attributes(body.surface)
     for part in body.parts:
         if part.visible:
-            add_part(element, part, group="1", mass="0", contype="0", conaffinity="0")
+            add_part(element, part, SEEN)
         if part.solid:
-            add_part(element, part, group="0", density=f"{density:g}", **surface_attributes(body.surface))
+            add_part(element, part, felt)
     for child in body.children:
         add_body(element, child)
-    return element
 
 
-def add_part(parent: ET.Element, part: Part, **attributes: str) -> ET.Element:
+def add_part(parent: ET.Element, part: Part, attributes: dict[str, str]) -> None:
     """Append one geom; `attributes` say whether it is seen or felt."""
-    return ET.SubElement(
-        parent,
-        "geom",
-        type=part.kind,
-        size=numbers(part.size),
-        rgba=numbers((*part.colour, 1)),
-        **_pose(part.pos, part.quat),
-        **attributes,
-    )
+    shape = {"type": part.kind, "size": numbers(part.size), "rgba": numbers((*part.colour, 1))}
+    ET.SubElement(parent, "geom", shape | _pose(part.pos, part.quat) | attributes)
 
 
-def add_site(parent: ET.Element, site: Site) -> ET.Element:
+def add_site(parent: ET.Element, site: Site) -> None:
     """Append one site."""
-    return ET.SubElement(
+    ET.SubElement(
         parent,
         "site",
         name=site.name,

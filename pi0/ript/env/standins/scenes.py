@@ -78,16 +78,16 @@ def arena(model: str, floor_body: bool = False) -> tuple[ET.Element, ET.Element,
         ("right", (2.0, -3.0, 1.5), (4.0, 0.01, 1.5)),
     ):
         add_scenery(world, "box", pos, size, name=f"wall_{name}_visual", material="walls_mat")
-    for name, pos in (("light1", (1, 1, 4)), ("light2", (-3, -3, 4))):
+    for name, place in (("light1", "1 1 4"), ("light2", "-3 -3 4")):
         light = {"diffuse": ".8 .8 .8", "specular": ".3 .3 .3", "castshadow": "false"}
-        ET.SubElement(world, "light", light, name=name, pos=numbers(pos), dir="0 -.15 -1")
-    for name, pos, quat in (
+        ET.SubElement(world, "light", light, name=name, pos=place, dir="0 -.15 -1")
+    for name, place, quat in (
         ("frontview", "1 0 1.45", "0.56 0.43 0.43 0.56"),
         ("birdview", "-0.2 0 3", "0.7071 0 0 0.7071"),
         ("agentview", "0.5 0 1.35", "0.653 0.271 0.271 0.653"),
         ("sideview", "-0.0565 1.2761 1.488", "0.0099 0.0069 0.5912 0.8064"),
     ):
-        ET.SubElement(world, "camera", name=name, mode="fixed", pos=pos, quat=quat)
+        ET.SubElement(world, "camera", name=name, mode="fixed", pos=place, quat=quat)
     return root, asset, world
 
 

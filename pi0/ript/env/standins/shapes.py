@@ -18,9 +18,12 @@ UPRIGHT: Quat = (1.0, 0.0, 0.0, 0.0)
 def turn(axis: str, degrees: float) -> Quat:
     """Return the rotation about one body axis ("x", "y" or "z")."""
     half = math.radians(degrees) / 2
-    imaginary = [0.0, 0.0, 0.0]
-    imaginary["xyz".index(axis)] = math.sin(half)
-    return (math.cos(half), *imaginary)
+    x, y, z = (math.sin(half) if name == axis else 0.0 for name in "xyz")
+    return (math.cos(half), x, y, z)
+
+
+def _middle(one: Vec3, other: Vec3) -> Vec3:
+    return ((one[0] + other[0]) / 2, (one[1] + other[1]) / 2, (one[2] + other[2]) / 2)
 
 
 def after(second: Quat, first: Quat) -> Quat:
@@ -39,7 +42,7 @@ def after(second: Quat, first: Quat) -> Quat:
 class Part:
     """One primitive.
 
-    kind: "box" (half extents), "cylinder" or "capsule" (radius, half length along z), "ellipsoid" (radii).
+    kind: "box" (size: half extents) or "cylinder" (size: radius and half length along z).
     solid: objects collide with it. visible: cameras see it.
     """
 
@@ -57,23 +60,20 @@ class Part:
             return 8 * self.size[0] * self.size[1] * self.size[2]
         if self.kind == "cylinder":
             return 2 * math.pi * self.size[0] ** 2 * self.size[1]
-        if self.kind == "capsule":
-            return math.pi * self.size[0] ** 2 * (2 * self.size[1] + 4 / 3 * self.size[0])
-        if self.kind == "ellipsoid":
-            return 4 / 3 * math.pi * self.size[0] * self.size[1] * self.size[2]
         raise ValueError(f"unknown kind of part: {self.kind}")
 
 
-def box(low: Vec3, high: Vec3, colour: Colour, quat: Quat = UPRIGHT, **flags: bool) -> Part:
-    """Return the box between two corners (before `quat` turns it about its own centre)."""
-    centre = tuple((a + b) / 2 for a, b in zip(low, high, strict=True))
+def box(low: Vec3, high: Vec3, colour: Colour, *, solid: bool = True, visible: bool = True) -> Part:
+    """Return the box between two corners."""
     size = tuple((b - a) / 2 for a, b in zip(low, high, strict=True))
-    return Part("box", size, centre, colour, quat, **flags)
+    return Part("box", size, _middle(low, high), colour, solid=solid, visible=visible)
 
 
-def cylinder(radius: float, bottom: float, top: float, colour: Colour, x=0.0, y=0.0, **flags) -> Part:
-    """Return an upright cylinder around (x, y) from height `bottom` to `top`."""
-    return Part("cylinder", (radius, (top - bottom) / 2), (x, y, (top + bottom) / 2), colour, **flags)
+def cylinder(radius: float, bottom: float, top: float, colour: Colour, **flags: bool) -> Part:
+    """Return an upright cylinder around the body's z axis from height `bottom` to `top`."""
+    return Part(
+        "cylinder", (radius, (top - bottom) / 2), (0, 0, (top + bottom) / 2), colour, UPRIGHT, **flags
+    )
 
 
 def star(half_side: float, bottom: float, top: float, colour: Colour, **flags: bool) -> list[Part]:
@@ -119,17 +119,17 @@ def ring(
     return panels
 
 
-def bar(start: Vec3, end: Vec3, width: float, thickness: float, colour: Colour, **flags) -> Part:
+def bar(start: Vec3, end: Vec3, width: float, thickness: float, colour: Colour, **flags: bool) -> Part:
     """Return a bar in the x-z plane from `start` to `end`, `width` wide along y: a piece of a handle."""
     length = math.dist(start, end)
     lean = math.degrees(math.atan2(end[0] - start[0], end[2] - start[2]))
-    middle = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
-    return Part("box", (thickness / 2, width / 2, length / 2), middle, colour, turn("y", lean), **flags)
+    size = (thickness / 2, width / 2, length / 2)
+    return Part("box", size, _middle(start, end), colour, turn("y", lean), **flags)
 
 
-def move(parts: Sequence[Part], x: float = 0.0, y: float = 0.0, z: float = 0.0) -> list[Part]:
-    """Return the parts shifted."""
-    return [replace(part, pos=(part.pos[0] + x, part.pos[1] + y, part.pos[2] + z)) for part in parts]
+def move(parts: Sequence[Part], x: float) -> list[Part]:
+    """Return the parts shifted along x."""
+    return [replace(part, pos=(part.pos[0] + x, part.pos[1], part.pos[2])) for part in parts]
 
 
 def rotate(parts: Sequence[Part], axis: str, degrees: float) -> list[Part]:
