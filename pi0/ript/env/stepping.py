@@ -8,6 +8,7 @@ same to the last bit: `tests/test_stepping.py` compares both over whole episodes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +20,15 @@ from pi0.ript.env.assets import Assets, use_assets
 from pi0.ript.env.libero_import import prepare_libero
 from pi0.ript.env.suites import Task
 
+logger = logging.getLogger(__name__)
+
 CONTROL_HZ = 20
+# MuJoCo resets a simulation that has diverged, and counts the cause here.
+_DIVERGED = (
+    mujoco.mjtWarning.mjWARN_BADQPOS,
+    mujoco.mjtWarning.mjWARN_BADQVEL,
+    mujoco.mjtWarning.mjWARN_BADQACC,
+)
 # What LIBERO's evaluation scripts send while objects come to rest: stand still, gripper open.
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 
@@ -58,6 +67,8 @@ class TaskSim:
     def __init__(self, task: Task, assets: Assets):
         prepare_libero()
         use_assets(assets)
+        # MuJoCo would write its warnings to a file in the working directory; `step` raises instead.
+        mujoco.set_mju_user_warning(logger.debug)
         import robosuite
         from libero.libero.envs import TASK_MAPPING
         from libero.libero.envs.bddl_utils import get_problem_info
@@ -174,10 +185,7 @@ class TaskSim:
             self._arm.substep(action, first=substep == 0)
             if self._clock.tick() and observe is not None:
                 observe()
-        if (
-            not np.isfinite(self.data.qpos).all()
-            or self.data.warning[mujoco.mjtWarning.mjWARN_BADQACC].number
-        ):
+        if any(self.data.warning[warning].number for warning in _DIVERGED):
             raise FloatingPointError(f"simulation of {self.task.name} diverged")
         self.success = self._evaluate()
         return self.success
