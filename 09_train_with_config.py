@@ -119,6 +119,7 @@ def make_optimizer(config: Config, policy: PI0Policy) -> torch.optim.Optimizer:
         lr=config.algo.lr,
         betas=(optimizer.beta1, optimizer.beta2),
         weight_decay=optimizer.weight_decay,
+        fused=True,
     )
 
 
@@ -175,6 +176,7 @@ def train(config: Config) -> Path:
             num_groups=algo.data_batch_size // algo.rloo_batch_size,
             max_groups=algo.max_sampling_attempts,
             seed=seed,
+            shuffle_advantages=algo.shuffle_advantages,
         )
         adapter = PI0_CFG_Adapter(
             policy,

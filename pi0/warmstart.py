@@ -47,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", default=["3", "8"], help="tasks by index or name")
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
+    parser.add_argument("--start-from", help="checkpoint to go on from, instead of new weights")
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--demonstrations", type=int, default=75, help="demonstrations recorded of each task")
     parser.add_argument(
@@ -62,8 +63,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--score-episodes", type=int, default=40, help="episodes of such a score")
     parser.add_argument("--batch-size", type=int, default=64, help="observations in an update")
-    parser.add_argument("--noise-samples", type=int, default=4, help="noise draws of the flow loss on each")
-    parser.add_argument("--lr", type=float, default=5e-4, help="learning rate")
+    parser.add_argument("--noise-samples", type=int, default=2, help="noise draws of the flow loss on each")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--ema-decay", type=float, default=0.995, help="decay of the averaged weights")
     parser.add_argument("--workers", type=int, default=2, help="simulator processes")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,7 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
         demonstrations, summary = record_demonstrations(
             runner, options.demonstrations, options.seed, options.action_noise, options.frame_every
         )
-        policy = PI0Policy(config, norm_stats(demonstrations))
+        if options.start_from:
+            policy = PI0Policy.from_pretrained(options.start_from)
+        else:
+            policy = PI0Policy(config, norm_stats(demonstrations))
         average = AveragedPolicy(policy, options.ema_decay)
         scores = clone(policy, average, demonstrations, runner, options)
         average.policy.save_pretrained(options.output)
@@ -119,7 +123,9 @@ def clone(
 ) -> list[dict]:
     """Behaviour cloning until the averaged policy reaches the target; returns its scores on the way."""
     generator = torch.Generator().manual_seed(options.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+    )
     augmentation = Augmentation()
     scores: list[dict] = []
     trained_s, updates = 0.0, 0

@@ -57,6 +57,9 @@ class AlgoConfig:
     )
     rloo_batch_size: int = key(8, "rollouts whose scores are compared (a group)", unit="rollouts", low=2)
     data_batch_size: int = key(64, "rollouts collected in an iteration", unit="rollouts", low=2)
+    shuffle_advantages: bool = key(
+        False, "control: shuffle advantages inside each group, so that reward teaches nothing"
+    )
     max_sampling_attempts: int = key(
         16, "groups tried in an iteration before it goes on with what there is", unit="groups", low=1
     )

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pi0.progress import progress
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.env.episodes import Episode, Rollout
@@ -88,6 +90,8 @@ class RolloutGenerator:
         num_groups: groups wanted in an iteration.
         max_groups: groups tried at most; reached only with dynamic sampling.
         enable_dynamic_sampling: drop unanimous groups and try others in their place.
+        shuffle_advantages: deal the advantages of a group to its episodes at random: a control that shows
+            whether it is the reward that teaches.
         time_limit_s: no further groups are tried after this long.
         seed: of the policy's noise, together with step, task, state and repetition.
     """
@@ -101,6 +105,7 @@ class RolloutGenerator:
         max_groups: int,
         seed: int,
         enable_dynamic_sampling: bool = False,
+        shuffle_advantages: bool = False,
         time_limit_s: float = 3600.0,
         reward: Callable[[Episode], float] | None = None,
     ):
@@ -110,6 +115,7 @@ class RolloutGenerator:
         self.max_groups = max_groups
         self.seed = seed
         self.enable_dynamic_sampling = enable_dynamic_sampling
+        self.shuffle_advantages = shuffle_advantages
         self.time_limit_s = time_limit_s
         self.reward = reward or BinarySuccessReward()
 
@@ -163,7 +169,10 @@ class RolloutGenerator:
         ]
         if len(usable) < 2:
             return
-        group = Group(usable, leave_one_out_advantages([self.reward(episode) for episode in usable]))
+        advantages = leave_one_out_advantages([self.reward(episode) for episode in usable])
+        if self.shuffle_advantages:
+            np.random.default_rng(usable[0].rollout.noise_key).shuffle(advantages)
+        group = Group(usable, advantages)
         if self.enable_dynamic_sampling and group.unanimous:
             collection.dropped += 1
         else:

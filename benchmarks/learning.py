@@ -1,0 +1,142 @@
+"""Does it learn, and is it the reward that teaches? Runs the quickstart over seeds, with controls; prints a table.
+
+    python benchmarks/learning.py --runs weighted --seeds 0 1 2
+    python benchmarks/learning.py --runs weighted guidance shuffled cloning --seeds 0 1 2 --output outputs/learning
+    python benchmarks/learning.py --table outputs/learning     # the table of what is there
+
+| run | what it is |
+|---|---|
+| weighted | configs/quickstart.yaml as it stands |
+| guidance | the same in guidance mode, scored under several guidance weights |
+| shuffled | the same with advantages shuffled inside groups |
+| cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same checkpoint |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pi0.stats import format_rate
+
+SCRIPT = "09_train_with_config.py"
+CONFIG = "configs/quickstart.yaml"
+CHECKPOINT = "checkpoints/pi0_tiny_libero_spatial"
+OVERRIDES: dict[str, list[str]] = {
+    "weighted": [],
+    "guidance": ["algo.mode=guidance"],
+    "shuffled": ["algo.shuffle_advantages=true"],
+}
+GUIDANCE_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", nargs="+", choices=[*OVERRIDES, "cloning"], default=["weighted"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--output", default="outputs/learning", help="folder of the runs; finished ones are kept"
+    )
+    parser.add_argument("--override", nargs="*", default=[], help="further overrides for every run")
+    parser.add_argument(
+        "--cloning-minutes", type=float, default=6.0, help="cloning time of the cloning control"
+    )
+    parser.add_argument("--table", help="only print the table of this folder")
+    options = parser.parse_args()
+    if options.table is None:
+        for seed in options.seeds:
+            for run in options.runs:
+                folder = Path(options.output) / f"{run}-seed{seed}"
+                if not (folder / "results.json").is_file():
+                    start(run, seed, folder, options)
+    print(table(Path(options.table or options.output)))
+
+
+def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
+    """Make one run; its results.json ends up in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if run == "cloning":
+        clone(seed, folder, options.cloning_minutes)
+        return
+    overrides = [
+        f"training.seed={seed}",
+        f"output_dir={folder}",
+        "exp_name=run",
+        *OVERRIDES[run],
+        *options.override,
+    ]
+    call(SCRIPT, "--config_path", CONFIG, "--override", *overrides)
+    made = max(folder.glob("run-*"))
+    for file in made.iterdir():
+        file.rename(folder / file.name)
+    made.rmdir()
+    if run == "guidance":
+        scores = {
+            str(weight): evaluate(folder / "policy", folder / f"w{weight}", weight)
+            for weight in GUIDANCE_WEIGHTS
+        }
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "guidance_weights": scores}, indent=1))
+
+
+def clone(seed: int, folder: Path, minutes: float) -> None:
+    """The control: go on cloning from the same checkpoint, then score on the same states and noise."""
+    policy = folder / "policy"
+    call(
+        "-m", "pi0.warmstart", "--start-from", CHECKPOINT, "--output", str(policy), "--seed", str(seed + 100),
+        "--max-minutes", str(minutes), "--target-success", "1.1", "--lr", "2e-4",
+    )  # fmt: skip
+    before, after = evaluate(Path(CHECKPOINT), folder / "before"), evaluate(policy, folder / "after")
+    (folder / "results.json").write_text(
+        json.dumps({"before": before, "after": after, "seconds": 60 * minutes})
+    )
+
+
+def evaluate(policy: Path, output: Path, guidance_weight: float | None = None) -> dict:
+    """The quickstart's evaluation of a checkpoint."""
+    guidance = [] if guidance_weight is None else ["--guidance_weight", str(guidance_weight)]
+    call(
+        "-m", "pi0.evaluate", "--policy_path", str(policy), "--suite", "libero_spatial", "--tasks", "3", "8",
+        "--episodes", "100", "--assets", "standins", "--output", str(output), *guidance,
+    )  # fmt: skip
+    return json.loads((output / "results.json").read_text())
+
+
+def call(*arguments: str) -> None:
+    """Run a command of this project, showing what it prints."""
+    print("$ python", *arguments, flush=True)
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
+
+
+def table(folder: Path) -> str:
+    """Markdown table of the runs in `folder`."""
+    lines = ["| run | before | after | change (points) | minutes |", "|---|---|---|---|---|"]
+    extra = []
+    for file in sorted(folder.glob("*/results.json")):
+        results = json.loads(file.read_text())
+        before, after = results["before"], results["after"]
+        change = 100 * (after["success_rate"] - before["success_rate"])
+        cells = [format_rate(cell["successes"], cell["episodes"]) for cell in (before, after)]
+        lines.append(
+            f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change:+.0f} | {results['seconds'] / 60:.1f} |"
+        )
+        for weight, cell in results.get("guidance_weights", {}).items():
+            extra.append(
+                f"| {file.parent.name} | {weight} | {format_rate(cell['successes'], cell['episodes'])} |"
+            )
+    if extra:
+        lines += ["", "| run | guidance weight | after |", "|---|---|---|", *extra]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
