@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from pi0 import PI0Policy
 from pi0.model.config import Pi0Config
-from pi0.normalization import NormStats, Stats
+from pi0.normalization import NormStats
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
@@ -180,17 +181,9 @@ def score_on_training_states(runner: LIBEROEnvRunner, policy: PI0Policy, episode
 def norm_stats(demonstrations: Chunks) -> NormStats:
     """Mean, deviation and quantiles of states and of the actions that count."""
 
-    def stats(values: torch.Tensor) -> Stats:
-        array = values.double().numpy()
-        return Stats(
-            mean=array.mean(0),
-            std=np.maximum(array.std(0), SMALLEST_STD),
-            q01=np.quantile(array, 0.01, axis=0),
-            q99=np.quantile(array, 0.99, axis=0),
-        )
-
+    stats = NormStats.of(demonstrations.states.numpy(), demonstrations.actions[demonstrations.valid].numpy())
     return NormStats(
-        state=stats(demonstrations.states), actions=stats(demonstrations.actions[demonstrations.valid])
+        *(replace(part, std=np.maximum(part.std, SMALLEST_STD)) for part in (stats.state, stats.actions))
     )
 
 

@@ -17,7 +17,8 @@ from pi0.ript.chunks import Augmentation, Chunks, flow_loss
 
 def make_policy(guidance: bool = False) -> PI0Policy:
     def unit(size):
-        return Stats(mean=np.zeros(size), std=np.ones(size), q01=-np.ones(size), q99=np.ones(size))
+        ones = np.ones(size, np.float32)
+        return Stats(mean=0 * ones, std=ones, q01=-ones, q99=ones)
 
     torch.manual_seed(0)
     config = Pi0Config.preset("pi0_tiny", guidance=guidance)
@@ -59,7 +60,9 @@ def test_flow_loss_is_the_plain_formula(policy):
     chunks = Chunks.of(EPISODES[0])
     ours = flow_loss(policy, chunks, samples=1, generator=seeded(3))
     inputs = policy.prepare({"images": chunks.images, "state": chunks.states, "prompt": chunks.prompts})
-    actions = policy.normalize_actions(chunks.actions)
+    held = chunks.actions.clone()
+    held[2, 4:] = held[2, 3]  # four actions of the last chunk were carried out
+    actions = policy.normalize_actions(held)
     noise, time = policy.draw_noise_and_time(actions, 1, seeded(3))
     each = policy(**inputs, actions=actions, noise=noise, time=time)[0, :, :, :7]
     expected = [each[i, : EPISODES[0].executed[i]].mean() for i in range(3)]
@@ -135,10 +138,10 @@ def test_guidance_learns_to_tell_good_from_bad():
     policy = make_policy(guidance=True)
     good, bad = make_episode(True, [10] * 4, 7), make_episode(False, [10] * 4, 7)
     good.actions[:], bad.actions[:] = 0.8, -0.8  # same observations, opposite actions
-    adapter = PI0_CFG_Adapter(policy, mode="guidance", condition_dropout=0.2, noise_samples=4)
+    adapter = PI0_CFG_Adapter(policy, mode="guidance", condition_dropout=0.5, noise_samples=4)
     batch = adapter.weigh([good, bad], [0.5, -0.5])
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
-    for step in range(60):
+    for step in range(120):
         loss = adapter.minibatch_loss(batch, seeded(step))
         optimizer.zero_grad()
         loss.backward()

@@ -116,7 +116,7 @@ def flow_loss(
     inputs = policy.prepare({"images": frames, "state": chunks.states, "prompt": chunks.prompts})
     if augmentation is not None:
         inputs["state"] = augmentation.state(inputs["state"].cpu(), generator).to(policy.device)
-    actions = policy.normalize_actions(chunks.actions)
+    actions = policy.normalize_actions(_hold_last(chunks.actions, chunks.valid))
     noise, time = policy.draw_noise_and_time(actions.cpu(), samples, generator)
     loss = policy(
         **inputs,
@@ -128,3 +128,13 @@ def flow_loss(
     loss = loss[..., : policy.config.robot_action_dim].mean(dim=(0, 3))  # [N, H]
     valid = chunks.valid.to(loss)
     return (loss * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def _hold_last(actions: Tensor, valid: Tensor) -> Tensor:
+    """Actions [N, C, 7] with those that never happened replaced by the last that did.
+
+    Actions of a chunk attend to each other, so even uncounted ones would be seen by those that count.
+    """
+    last = (valid.sum(1, keepdim=True) - 1).clamp(min=0)  # [N, 1]
+    index = torch.arange(actions.shape[1]).minimum(last)  # [N, C]
+    return actions.gather(1, index[..., None].expand_as(actions))
