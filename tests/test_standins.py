@@ -222,8 +222,9 @@ def bring_about(scene: Scene) -> None:
     goal = scene.env.env.parsed_problem["goal_state"]
     for predicate, *names in goal:
         if predicate in ("open", "close", "turnon"):
-            value = {"open": -0.155, "close": 0.0, "turnon": 1.0}[predicate]
-            scene.env.env.object_states_dict[names[0]].set_joint(value)
+            state = scene.env.env.object_states_dict[names[0]]
+            fixture = scene.env.env.get_object(getattr(state, "parent_name", names[0]))
+            state.set_joint(np.mean(fixture.object_properties["articulation"][f"default_{predicate}_ranges"]))
     mujoco.mj_forward(scene.model, scene.data)
     placed: list[str] = []
     for predicate, *names in goal:
@@ -264,3 +265,26 @@ def put(scene: Scene, name: str, target: str, shift: float) -> None:
         if scene.deepest_contact({scene.objects[name]}) < 0.0005:
             return
     pytest.fail(f"{name} does not fit {target}")
+
+
+@pytest.mark.parametrize("height", [0.026, 0.036, 0.046])
+def test_bowl_can_be_lifted_by_its_rim(height):
+    scene = Scene("standins", "libero_spatial", 1)
+    scene.env.set_init_state(scene.recorded[0])
+    for _ in range(SETTLE_STEPS):
+        scene.env.step(STAND_STILL)
+    bowl = scene.objects["akita_black_bowl_1"]
+    start = scene.data.xpos[bowl].copy()
+    rim = start + [0, 0.045, height]
+    for target, grip, steps in (
+        (rim + [0, 0, 0.1], -1, 30),
+        (rim, -1, 25),
+        (rim, 1, 12),
+        (rim + [0, 0, 0.15], 1, 30),
+    ):
+        for _ in range(steps):
+            hand = scene.env.sim.data.get_site_xpos("gripper0_grip_site")
+            scene.env.step([*np.clip(10 * (target - hand), -1, 1), 0, 0, 0, grip])
+    lifted = scene.data.xpos[bowl][2] - start[2]
+    scene.close()
+    assert lifted > 0.08

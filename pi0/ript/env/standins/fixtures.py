@@ -53,11 +53,11 @@ def drawer(level: str, floor: float, region: float, wood: Colour, front: Colour)
                 for side in (-1, 1)
                 for part in (
                     upright_wall(middle + side * 0.1054, low + 0.003, high - 0.003, wood, solid=False),
-                    upright_wall(middle + side * 0.1010, low + 0.003, high - 0.003, wood, visible=False),
+                    upright_wall(middle + side * 0.0985, low + 0.003, high - 0.003, wood, visible=False),
                 )
             ],
-            box((-0.1035, 0.090, low + 0.003), (0.1102, 0.0943, high - 0.003), wood),
-            box((-0.1035, -0.066, low + 0.0023), (0.1104, 0.091, low + 0.0103), wood),
+            box((middle - 0.1000, 0.090, low + 0.003), (middle + 0.1000, 0.0943, high - 0.003), wood),
+            box((middle - 0.1000, -0.066, low + 0.0023), (middle + 0.1000, 0.091, low + 0.0103), wood),
             box((-0.047, -0.1093, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE, solid=False),
             box((-0.047, -0.1020, low + 0.0272), (0.0417, -0.094, low + 0.0426), HANDLE, visible=False),
             box((-0.041, -0.096, low + 0.030), (-0.031, -0.077, low + 0.040), HANDLE, solid=False),
