@@ -269,7 +269,7 @@ def test_tiny_preset_fits_its_file():
 
 
 def test_conv_tower_finds_a_bright_spot():
-    dims = ConvDims(channels=(1,), strides=(1,), keypoints=1, tokens=1, width=3, image_size=16)
+    dims = ConvDims(channels=(1,), kernels=(3,), strides=(1,), keypoints=1, tokens=1, width=3, image_size=16)
     tower = ConvTower(dims)
     with torch.no_grad():
         for conv in (*tower.convs, tower.keypoint_maps):

@@ -36,14 +36,16 @@ class ConvDims:
 
     width: int = 64  # features of each camera token
     tokens: int = 8  # tokens per camera
-    channels: tuple[int, ...] = (32, 64, 64)  # one 3x3 convolution each
+    channels: tuple[int, ...] = (32, 64, 64)  # one convolution each
+    kernels: tuple[int, ...] = (3, 3, 3)
     strides: tuple[int, ...] = (2, 2, 1)
     keypoints: int = 32  # spatial softmax maps; each gives x, y and its mean activation
     shared: bool = False  # one set of weights for all cameras, or one per camera
     image_size: int = 64  # pixels, height and width
 
     def __post_init__(self):
-        _require(len(self.channels) == len(self.strides), "conv: channels and strides differ in length")
+        lengths = {len(self.channels), len(self.kernels), len(self.strides)}
+        _require(len(lengths) == 1, "conv: channels, kernels and strides differ in length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,9 +199,10 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "action_horizon": 50,
     },
     "pi0_tiny": {
-        "vision": ConvDims(),
-        "gemma": GemmaDims(width=160, depth=4, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
-        "action_expert": GemmaDims(width=160, depth=4, mlp_dim=320, num_heads=4, num_kv_heads=1, head_dim=32),
+        # 1.4 M parameters. At equal CPU time narrower towers and experts learn demonstrations faster than wider ones.
+        "vision": ConvDims(channels=(16, 32, 64)),
+        "gemma": GemmaDims(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+        "action_expert": GemmaDims(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
         "vocab_size": 384,
         "action_dim": 8,
         "action_horizon": 10,

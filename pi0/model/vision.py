@@ -90,8 +90,8 @@ class ConvTower(nn.Module):
         super().__init__()
         widths = [3, *dims.channels]
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=stride, padding=1)
-            for a, b, stride in zip(widths[:-1], widths[1:], dims.strides, strict=True)
+            nn.Conv2d(a, b, kernel, stride, padding=(kernel - 1) // 2)
+            for a, b, kernel, stride in zip(widths[:-1], widths[1:], dims.kernels, dims.strides, strict=True)
         )
         self.keypoint_maps = nn.Conv2d(widths[-1], dims.keypoints, 1)
         self.to_tokens = nn.Linear(3 * dims.keypoints, dims.tokens * dims.width)
