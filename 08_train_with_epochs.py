@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
+from pi0.errors import InputError
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
@@ -225,7 +227,10 @@ def train(config: Config) -> Path:
 
 def main() -> None:
     """Train with the settings above."""
-    train(AdvancedTrainingConfig())
+    try:
+        train(AdvancedTrainingConfig())
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
+from pi0.errors import InputError
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
@@ -250,9 +251,9 @@ def main() -> None:
     try:
         config = load_config_from_yaml(arguments.config_path, arguments.override)
         validate_config(config)
-    except (ConfigError, ValueError) as error:
-        sys.exit(f"configuration error: {error}")
-    train(config)
+        train(config)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pi0.errors import InputError, MissingFileError
 from pi0.model.config import ConvDims, Pi0Config
 
 MODEL_FILE, CONFIG_FILE, NORM_STATS_FILE = "model.safetensors", "config.json", "norm_stats.json"
@@ -39,7 +40,7 @@ TIED = {_PALIGEMMA + "model.language_model.embed_tokens.weight": _PALIGEMMA + "l
 UNUSED = _EXPERT + "lm_head.weight"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError, ValueError):
     """A checkpoint that cannot be used as it is; the message names the file and what is wrong."""
 
 
@@ -60,10 +61,10 @@ def read_config(directory: str | Path) -> Pi0Config:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"checkpoint directory {directory} not found")
+        raise MissingFileError(f"checkpoint directory {directory} not found")
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}")
+        raise MissingFileError(f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -93,9 +94,7 @@ def load_weights(
     path = Path(directory) / MODEL_FILE
     if not path.is_file():
         hint = "; only safetensors are read, never pickles" if _pickles(Path(directory)) else ""
-        raise FileNotFoundError(
-            f"{directory} has no {MODEL_FILE}; it holds {_listing(Path(directory))}{hint}"
-        )
+        raise MissingFileError(f"{directory} has no {MODEL_FILE}; it holds {_listing(Path(directory))}{hint}")
     names = {file_name(parameter): parameter for parameter in expected}
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pi0 import PI0Policy
+from pi0.errors import InputError
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.env.init_states import FIXTURE_MODES
 from pi0.ript.env.rendering import MODES
 from pi0.ript.env.runner import EvaluationResult, LIBEROEnvRunner
-from pi0.ript.report import VIDEO_EVERY, VIDEO_FPS, machine, score, write_json
+from pi0.ript.report import VIDEO_EVERY, VIDEO_FPS, machine, score, writable_dir, write_json
 from pi0.stats import format_rate
 from pi0.video import write_video
 
@@ -77,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.policy_path, options.device, norm_stats_path=options.norm_stats_path
     )
     horizon = policy.config.action_horizon
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = writable_dir(options.output)
     with LIBEROEnvRunner(
         options.suite,
         options.tasks,
@@ -130,4 +130,7 @@ def film(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

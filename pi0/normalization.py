@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pi0.errors import InputError, MissingFileError
+
 EPSILON = 1e-6  # added to the standard deviation, as openpi does
+
+
+class NormStatsError(InputError, ValueError):
+    """Normalisation statistics that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +63,18 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, a missing key, a vector that is too short, not numbers or negative; names file and key.
+        NormStatsError: not JSON, a missing key, a vector that is too short, not numbers or negative; names file and key.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"normalisation statistics {path} not found")
+        raise MissingFileError(f"normalisation statistics {path} not found")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        raise NormStatsError(f"{path}: not valid JSON: {error}") from error
     parts = content.get("norm_stats") if isinstance(content, dict) else None
     if not isinstance(parts, dict):
-        raise ValueError(f'{path}: no "norm_stats" object at the top')  # noqa: TRY004
+        raise NormStatsError(f'{path}: no "norm_stats" object at the top')
     return NormStats(
         state=_read_stats(parts, "state", state_dim, path),
         actions=_read_stats(parts, "actions", action_dim, path),
@@ -77,22 +83,24 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
 
 def _read_stats(parts: dict, part: str, dim: int, path: Path) -> Stats:
     if not isinstance(parts.get(part), dict):
-        raise ValueError(f"{path}: missing norm_stats.{part}")  # noqa: TRY004
+        raise NormStatsError(f"{path}: missing norm_stats.{part}")
     vectors = {}
     for name in ("mean", "std", "q01", "q99"):
         key = f"norm_stats.{part}.{name}"
         value = parts[part].get(name)
         if value is None:
             if name in ("mean", "std"):
-                raise ValueError(f"{path}: missing {key}")
+                raise NormStatsError(f"{path}: missing {key}")
             continue
         try:
             vector = np.asarray(value, np.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {key} is not a list of numbers") from error
+            raise NormStatsError(f"{path}: {key} is not a list of numbers") from error
         if vector.ndim != 1 or len(vector) < dim:
-            raise ValueError(f"{path}: {key} has shape {list(vector.shape)}; the robot has {dim} features")
+            raise NormStatsError(
+                f"{path}: {key} has shape {list(vector.shape)}; the robot has {dim} features"
+            )
         if not np.isfinite(vector).all() or (name == "std" and (vector < 0).any()):
-            raise ValueError(f"{path}: {key} holds values that are not finite or below zero")
+            raise NormStatsError(f"{path}: {key} holds values that are not finite or below zero")
         vectors[name] = vector[:dim]
     return Stats(**vectors)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pi0.errors import MissingFileError
+
 VOCABULARY_FILE = Path(__file__).with_name("tiny_vocabulary.json")
 PIECES = 125  # words and phrases of the tiny vocabulary: 384 ids with the 3 special ones and 256 bytes
 LONGEST_PHRASE = 6  # words
@@ -120,7 +122,7 @@ class PaligemmaTokenizer(Tokenizer):
         super().__init__(length)
         path = path or os.environ.get("PALIGEMMA_TOKENIZER")
         if not path or not Path(path).is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"PaliGemma tokenizer file {path or '(not configured)'} not found. Download "
                 "gs://big_vision/paligemma_tokenizer.model (the tokenizer.model of google/paligemma-3b-pt-224 is the "
                 "same file), then set tokenizer_path in config.json or the environment variable PALIGEMMA_TOKENIZER."

@@ -19,10 +19,12 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from pi0.errors import InputError
+
 Schema = TypeVar("Schema")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError, ValueError):
     """A configuration that cannot be run; the message has one line for each thing that is wrong."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
+from pi0.errors import InputError
 from pi0.model.config import Pi0Config
 from pi0.normalization import NormStats
 from pi0.progress import progress
@@ -27,7 +29,7 @@ from pi0.ript.chunks import Augmentation, Chunks, flow_loss
 from pi0.ript.demonstrations import record_demonstrations
 from pi0.ript.ema import AveragedPolicy
 from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
-from pi0.ript.report import machine, write_json
+from pi0.ript.report import machine, writable_dir, write_json
 from pi0.stats import format_rate
 
 MANIFEST = "warmstart.json"
@@ -78,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
     config = Pi0Config.preset("pi0_tiny")
+    writable_dir(options.output)
     started = time.monotonic()
     with LIBEROEnvRunner(
         options.suite,
@@ -188,4 +191,7 @@ def norm_stats(demonstrations: Chunks) -> NormStats:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

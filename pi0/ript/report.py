@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from pi0.errors import InputError
 from pi0.stats import format_rate, paired_difference, wilson_interval
 from pi0.video import write_video
 
@@ -26,7 +28,7 @@ VIDEO_EVERY = 4  # control steps from one frame to the next
 VIDEO_FPS = 10  # twice real time
 
 
-class OutputError(RuntimeError):
+class OutputError(InputError):
     """A run's folder cannot be written."""
 
 
@@ -36,15 +38,25 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     Raises:
         OutputError: the folder cannot be made or written.
     """
-    run_dir = Path(output_dir) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {run_dir}: {error.strerror}; set output_dir to a writable folder"
-        ) from error
+    run_dir = writable_dir(Path(output_dir) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return run_dir
+
+
+def writable_dir(path: str | Path) -> Path:
+    """Make a folder that results can be written to; better told now than after an hour.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror}; choose a writable folder") from error
+    return path
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pi0.errors import InputError
 from pi0.paths import cache_dir
 from pi0.ript.env import standins
 from pi0.ript.env.libero_import import libero_package_root, prepare_libero
@@ -40,7 +41,7 @@ HUB_TIMEOUT_S = 2.0
 _announced: set["Assets"] = set()
 
 
-class AssetsError(RuntimeError):
+class AssetsError(InputError, RuntimeError):
     """A configured assets folder that LIBERO cannot use."""
 
 

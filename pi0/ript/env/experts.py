@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pi0.errors import InputError
 from pi0.ript.env.stepping import TaskSim
 
 OPEN, CLOSED = -1.0, 1.0
@@ -47,7 +48,7 @@ GRASPS = {
 }
 
 
-class NoExpertError(ValueError):
+class NoExpertError(InputError, ValueError):
     """No scripted expert knows the task."""
 
 

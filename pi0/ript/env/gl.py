@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+from pi0.errors import InputError
+
 BACKENDS = ("egl", "osmesa")
 INSTALL_HINT = "install software GL with: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
 
 
-class GLUnavailableError(RuntimeError):
+class GLUnavailableError(InputError, RuntimeError):
     """No OpenGL back end on this machine draws a frame."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pi0.errors import InputError
 from pi0.ript.env.libero_import import prepare_libero
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
@@ -18,6 +19,10 @@ HORIZONS = {
     "libero_10": 520,
     "libero_90": 400,
 }
+
+
+class UnknownTaskError(InputError, ValueError):
+    """LIBERO has no such suite or task."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,10 @@ def suite_tasks(suite: str) -> list[Task]:
     """All tasks of a suite, in LIBERO's order.
 
     Raises:
-        ValueError: unknown suite, with the nearest known one.
+        UnknownTaskError: unknown suite, with the nearest known one.
     """
     if suite not in HORIZONS:
-        raise ValueError(
+        raise UnknownTaskError(
             f"unknown suite {suite!r}{_nearest(suite, list(HORIZONS))}; known: {', '.join(HORIZONS)}"
         )
     root = Path(prepare_libero().__file__).parent
@@ -80,7 +85,7 @@ def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
     """The tasks of a suite by index or name; an empty list of names is every task.
 
     Raises:
-        ValueError: unknown suite, name or index, with the nearest known one.
+        UnknownTaskError: unknown suite, name or index, with the nearest known one.
     """
     tasks = suite_tasks(suite)
     if not names:
@@ -90,12 +95,12 @@ def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
     for name in names:
         if isinstance(name, int) or str(name).isdigit():
             if int(name) >= len(tasks):
-                raise ValueError(f"{suite} has tasks 0 to {len(tasks) - 1}, not {name}")
+                raise UnknownTaskError(f"{suite} has tasks 0 to {len(tasks) - 1}, not {name}")
             found.append(tasks[int(name)])
         elif name in by_name:
             found.append(by_name[name])
         else:
-            raise ValueError(f"unknown task {name!r} in {suite}{_nearest(name, list(by_name))}")
+            raise UnknownTaskError(f"unknown task {name!r} in {suite}{_nearest(name, list(by_name))}")
     return found
 
 
