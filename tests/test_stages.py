@@ -3,8 +3,10 @@
 import ast
 import difflib
 import json
+import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def losses(run_dir: Path) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize(("earlier", "later"), zip(STAGES, STAGES[1:], strict=False))
+@pytest.mark.parametrize(("earlier", "later"), pairwise(STAGES))
 def test_functions_that_two_stages_share_are_the_same_to_the_letter(earlier, later):
     ours, theirs = functions(earlier), functions(later)
     shared = set(ours) & set(theirs) - {"main"}
@@ -48,7 +50,7 @@ def test_functions_that_two_stages_share_are_the_same_to_the_letter(earlier, lat
         assert ours[name] == theirs[name], name
 
 
-@pytest.mark.parametrize(("earlier", "later"), zip(STAGES, STAGES[1:], strict=False))
+@pytest.mark.parametrize(("earlier", "later"), pairwise(STAGES))
 def test_most_lines_of_a_stage_survive_into_the_next(earlier, later):
     before, after = ((REPO_ROOT / stage).read_text().splitlines() for stage in (earlier, later))
     blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
@@ -94,7 +96,7 @@ def runs(tmp_path_factory):
     eight = subprocess.run(
         [sys.executable, str(eight_script)],
         cwd=REPO_ROOT,
-        env={**__import__("os").environ, "PYTHONPATH": str(REPO_ROOT)},
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -198,18 +198,19 @@ def serve(socket_fd: int, memory_fd: int) -> None:
     connection = Connection(socket_fd)
     spec: WorkerSpec = connection.recv()
     worker = Worker(spec, SharedArrays(spec, mmap.mmap(memory_fd, SharedArrays.nbytes(spec))))
-    while True:
-        try:
+    try:
+        while True:
             method, arguments = connection.recv()
-        except EOFError:
-            break
-        try:
-            answer = getattr(worker, method)(*arguments)
-        except Exception as error:  # noqa: BLE001 whatever it is, the trainer hears of it and decides
-            connection.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
-        else:
-            connection.send((answer, None, None))
-    worker.close()
+            try:
+                answer = getattr(worker, method)(*arguments)
+            except Exception as error:  # noqa: BLE001 whatever it is, the trainer hears of it and decides
+                connection.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
+            else:
+                connection.send((answer, None, None))
+    except (EOFError, ConnectionError):
+        pass  # the trainer has ended, or wants no more
+    finally:
+        worker.close()
 
 
 if __name__ == "__main__":
