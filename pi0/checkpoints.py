@@ -132,6 +132,8 @@ def save_checkpoint_files(
         for name, content in texts.items():
             temporary[name].write_text(json.dumps(content, indent=1) + "\n")
         save_file(tensors, temporary[MODEL_FILE], metadata=TIED)
+        # safetensors lets only the owner read; a checkpoint is as readable as its other files.
+        temporary[MODEL_FILE].chmod(temporary[CONFIG_FILE].stat().st_mode)
         for name, path in temporary.items():
             os.replace(path, directory / name)
     finally:
