@@ -46,43 +46,48 @@ class AdvancedTrainingConfig(Config):
 
 
 class InitialStateDataset:
-    """Training states of all tasks. A group is K states of one task, in ring order; tasks take turns.
+    """Training states of all tasks. A group is K states of one task, in ring order.
 
-    Smart sampling: a state solved on each of its last `skip_after` visits is passed over, unless all are.
+    Smart sampling: tasks take turns in proportion to how often they fail, and a state solved on each of its
+    last `skip_after` visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
     """
 
     def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
         self.pools = pools
         self.group_size = group_size
         self.skip_after = skip_after
-        self.task_cursor = 0
+        self.visits = [0] * len(pools)
+        self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
         self.solved_in_a_row = [[0] * len(pool) for pool in pools]
 
     def smart_sample_group(self) -> list[Start]:
         """The next K starts."""
-        task = self.task_cursor % len(self.pools)
-        self.task_cursor += 1
+        shares = [max(0.2, 1.0 - rate) for rate in self.success_rate]
+        task = min(range(len(self.pools)), key=lambda number: self.visits[number] / shares[number])
+        self.visits[task] += 1
         pool, solved = self.pools[task], self.solved_in_a_row[task]
         starts: list[Start] = []
-        passed_over = 0
         while len(starts) < self.group_size:
             index = self.init_state_cursor[task] % len(pool)
             self.init_state_cursor[task] += 1
-            if solved[index] >= self.skip_after and passed_over < len(pool):
-                solved[index] = 0  # visited again on the next round: a policy can get worse
-                passed_over += 1
+            if solved[index] >= self.skip_after:
+                solved[index] = 0
             else:
                 starts.append((pool, index))
         return starts
 
     def record(self, collection: Collection) -> None:
-        """Remember which states the policy solved."""
-        tasks = [pool.task for pool in self.pools]
-        for episode in collection.episodes:
-            solved = self.solved_in_a_row[tasks.index(episode.rollout.task)]
-            index = episode.rollout.init_index
-            solved[index] = solved[index] + 1 if episode.success else 0
+        """Remember what the policy solved."""
+        for number, pool in enumerate(self.pools):
+            episodes = [episode for episode in collection.episodes if episode.rollout.task == pool.task]
+            for episode in episodes:
+                index = episode.rollout.init_index
+                self.solved_in_a_row[number][index] = (
+                    self.solved_in_a_row[number][index] + 1 if episode.success else 0
+                )
+            if episodes:
+                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
 
 
 def set_seed(seed: int) -> None:
