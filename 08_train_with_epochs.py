@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pi0 import PI0Policy
+from pi0 import PI0Policy, pick_device
 from pi0.errors import InputError
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
@@ -100,7 +100,9 @@ def set_seed(seed: int) -> None:
 
 def load_policy(config: Config) -> PI0Policy:
     """The policy to improve, with an optimality condition if guidance needs one."""
-    policy = PI0Policy.from_pretrained(config.policy_path, norm_stats_path=config.norm_stats_path)
+    policy = PI0Policy.from_pretrained(
+        config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+    )
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy

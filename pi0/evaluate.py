@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pi0 import PI0Policy
+from pi0 import PI0Policy, pick_device
 from pi0.errors import InputError
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.env.init_states import FIXTURE_MODES
@@ -64,7 +64,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--settle_steps", type=int, default=10, help="control steps before the policy takes over"
     )
     parser.add_argument("--workers", type=int, default=2, help="simulator processes")
-    parser.add_argument("--device", default="cpu", help="of the policy: cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
+    )
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
     parser.add_argument("--videos", type=int, default=0, help="episodes of each task to film")
     return parser.parse_args(arguments)
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     started = time.monotonic()
     policy = PI0Policy.from_pretrained(
-        options.policy_path, options.device, norm_stats_path=options.norm_stats_path
+        options.policy_path, pick_device(options.device), norm_stats_path=options.norm_stats_path
     )
     horizon = policy.config.action_horizon
     output = writable_dir(options.output)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pi0.checkpoints import NORM_STATS_FILE, load_weights, read_config, save_checkpoint_files
+from pi0.errors import InputError
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
 from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
@@ -327,3 +328,22 @@ class PI0Policy(nn.Module):
                 "this policy has no normalisation statistics (no norm_stats.json in its checkpoint)"
             )
         return self.norm_stats
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the GPU if there is one.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device = {name!r}: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device = {name!r}: PyTorch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
+        )
+    return device

@@ -170,7 +170,7 @@ def build_vocabulary(prompts: list[str], size: int = PIECES) -> list[str]:
 def libero_prompts() -> list[str]:
     """Prompts of all 130 LIBERO tasks, as its benchmark derives them from file names; does not import LIBERO."""
     spec = importlib.util.find_spec("libero")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the LIBERO package (hf-libero) is not installed")
     folder = Path(next(iter(spec.submodule_search_locations)), "libero", "bddl_files")
     names = sorted(path.stem for path in folder.glob("libero_*/*.bddl"))

@@ -15,6 +15,7 @@ do just that. Shapes: B prefixes, N suffixes, H actions in a chunk, A features o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -87,8 +88,8 @@ class Pi0Network(nn.Module):
 
     def low_precision_parameters(self) -> set[str]:
         """Names of the parameters that openpi keeps in bfloat16 for inference; the others stay in float32."""
-        exact = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
-        exact += ("patch_embedding", "position_embedding")
+        norms = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
+        exact = (*norms, "patch_embedding", "position_embedding")
         return {
             name
             for name, _ in self.named_parameters()
@@ -97,7 +98,11 @@ class Pi0Network(nn.Module):
         }
 
     def encode_prefix(
-        self, images: dict[str, Tensor], image_masks: dict[str, Tensor], tokens: Tensor, token_masks: Tensor
+        self,
+        images: Mapping[str, Tensor],
+        image_masks: Mapping[str, Tensor],
+        tokens: Tensor,
+        token_masks: Tensor,
     ) -> PrefixCache:
         """Run the Gemma expert over images and prompt.
 

@@ -132,6 +132,7 @@ class Config:
     """A run of a stage script."""
 
     policy_path: str = key(MISSING, "checkpoint folder of the policy to start from")
+    device: str = key("auto", "where the policy runs: cpu, cuda, cuda:1; auto: the GPU if there is one")
     norm_stats_path: str | None = key(None, "normalisation statistics; null: the checkpoint's own")
     output_dir: str = key("outputs", "folder of all runs")
     exp_name: str = key("ript", "name of this run and of its folder in output_dir")

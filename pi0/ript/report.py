@@ -158,7 +158,7 @@ def write_report(
 
 def results_table(results: dict[str, Any]) -> str:
     """Success before and after, per task and in all, on the same states and noise."""
-    rows = [("", "before", "after")]
+    rows: list[tuple[str, ...]] = [("", "before", "after")]
     for name in results["before"]["tasks"]:
         cells = [results[when]["tasks"][name] for when in ("before", "after")]
         rows.append((name.replace("_", " "), *(format_rate(c["successes"], c["episodes"]) for c in cells)))

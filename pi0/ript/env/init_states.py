@@ -169,7 +169,7 @@ def _cache_file(folder: str, pool: RolloutPool, task: Task, what: str) -> Path:
 def _save(file: Path, arrays: dict[str, np.ndarray], provenance: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
-        np.savez(temporary, provenance=np.array(json.dumps(provenance)), **arrays)
+        np.savez(temporary, allow_pickle=False, provenance=np.array(json.dumps(provenance)), **arrays)
     os.replace(temporary.name, file)
 
 

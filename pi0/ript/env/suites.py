@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pi0.errors import InputError
-from pi0.ript.env.libero_import import prepare_libero
+from pi0.ript.env.libero_import import libero_package_root, prepare_libero
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
 HORIZONS = {
@@ -48,7 +48,8 @@ class Task:
         """
         import torch
 
-        package = Path(prepare_libero().__file__).resolve().parent
+        prepare_libero()
+        package = libero_package_root().resolve()
         file = Path(self.init_states_file).resolve()
         if not file.is_relative_to(package):
             raise ValueError(f"{file} is not one of LIBERO's own initial-state files and is not opened")
@@ -65,7 +66,8 @@ def suite_tasks(suite: str) -> list[Task]:
         raise UnknownTaskError(
             f"unknown suite {suite!r}{_nearest(suite, list(HORIZONS))}; known: {', '.join(HORIZONS)}"
         )
-    root = Path(prepare_libero().__file__).parent
+    prepare_libero()
+    root = libero_package_root()
     from libero.libero.benchmark import task_maps
 
     return [
