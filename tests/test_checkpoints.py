@@ -102,7 +102,7 @@ def test_all_tensors_that_do_not_fit_are_listed(checkpoint):
     def spoil(tensors):
         del tensors["state_proj.bias"]
         tensors["something.else"] = torch.zeros(1)
-        tensors["action_in_proj.weight"] = torch.zeros(160, 32)
+        tensors["action_in_proj.weight"] = torch.zeros(128, 32)
 
     change_tensors(checkpoint, spoil)
     with pytest.raises(CheckpointError) as error:
@@ -111,7 +111,7 @@ def test_all_tensors_that_do_not_fit_are_listed(checkpoint):
     assert str(checkpoint / "model.safetensors") in message
     assert "1 missing:\n    state_proj.bias" in message
     assert "1 surplus:\n    something.else" in message
-    assert "action_in_proj.weight [160, 32], expected [160, 8]" in message
+    assert "action_in_proj.weight [128, 32], expected [128, 8]" in message
     assert "a convolutional tower" in message
     assert "actions of 32 features" in message
 

@@ -116,7 +116,11 @@ class Pi0Config:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Pi0Config:
-        """`pi0` (the published model) or `pi0_tiny` (2 M parameters, for a CPU), with fields changed by name."""
+        """A preset, with fields changed by name.
+
+        `pi0` is the published model: 3.24 B parameters, and 0.26 B more in its files that nothing uses. `pi0_tiny`
+        is for a CPU: 1.4 M parameters, two 64-pixel cameras, chunks of 10.
+        """
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(_PRESETS))}")
         return dataclasses.replace(cls(**_PRESETS[name]), **changes)
