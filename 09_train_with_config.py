@@ -33,7 +33,8 @@ from pi0.ript.ema import AveragedPolicy
 from pi0.ript.env.init_states import InitStatePool
 from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
-from pi0.ript.report import new_run_dir, write_report
+from pi0.ript.optimizer import make_optimizer
+from pi0.ript.report import film_before_after, new_run_dir, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
 
 
@@ -111,23 +112,12 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         chunk=policy.config.action_horizon,
         replan_steps=task.replan_steps,
         num_parallel_envs=task.num_parallel_envs,
+        rollouts_per_env=task.rollouts_per_env,
         max_episode_length=task.max_episode_length,
         settle_steps=task.settle_steps,
         fixtures=task.fixtures,
         render=task.render,
         assets=task.assets,
-    )
-
-
-def make_optimizer(config: Config, policy: PI0Policy) -> torch.optim.Optimizer:
-    """The optimizer of all weights."""
-    optimizer = config.training.optimizer
-    return torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.algo.lr,
-        betas=(optimizer.beta1, optimizer.beta2),
-        weight_decay=optimizer.weight_decay,
-        fused=True,
     )
 
 
@@ -194,7 +184,7 @@ def train(config: Config) -> Path:
             condition_dropout=algo.condition_dropout,
             augmentation=Augmentation(),
         )
-        optimizer = make_optimizer(config, policy)
+        optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
         average = AveragedPolicy(policy, algo.ema_decay)
         acting = ActingPolicy(average.policy, weight)
         generator = torch.Generator().manual_seed(seed)
@@ -220,7 +210,9 @@ def train(config: Config) -> Path:
             )
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        write_report(run_dir, to_dict(config), env_runner, start, acting, before, after, history, seconds)
+        write_report(run_dir, to_dict(config), before, after, history, seconds)
+        if config.features.save_video:
+            film_before_after(run_dir, env_runner, start, acting, before, after)
     return run_dir
 
 

@@ -36,7 +36,9 @@ class TaskConfig:
         "libero_eval", "cabinet and stove: as in LIBERO's evaluation after env.seed(0), or always its first"
     )
     num_parallel_envs: int = key(2, "worker processes that simulate", unit="processes", low=1)
-    rollouts_per_env: int = key(1, "rollouts of a worker in one collection", unit="rollouts", low=1)
+    rollouts_per_env: int = key(
+        4, "rollouts a worker keeps going at once; the policy acts on them together", unit="rollouts", low=1
+    )
     max_episode_length: int | None = key(
         None, "length at which an episode has failed; null: LIBERO's for the suite", unit="steps", low=1
     )
@@ -76,9 +78,6 @@ class AlgoConfig:
     negative_weight: float = key(
         0.0, "factor on negative advantages; 0: learn from success alone", low=0, high=1
     )
-    anchor_weight: float = key(
-        0.0, "weight of the squared distance to the flow of the policy that training began with", low=0
-    )
     ema_decay: float = key(
         0.99,
         "decay, an optimizer step, of the averaged weights that are scored and saved; 0: none",
@@ -116,7 +115,7 @@ class TrainingConfig:
 class EvaluationConfig:
     """The scores before and after training, on initial states that are never trained on."""
 
-    episodes: int = key(100, "episodes over all tasks, before and again after", unit="episodes", low=0)
+    episodes: int = key(100, "episodes over all tasks, before and again after", unit="episodes", low=1)
     seed: int = key(0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED)
 
 

@@ -110,18 +110,14 @@ def score(result: EvaluationResult) -> dict[str, Any]:
 def write_report(
     run_dir: Path,
     config: dict[str, Any],
-    env_runner: LIBEROEnvRunner,
-    acting_before: ActingPolicy,
-    acting_after: ActingPolicy,
     before: EvaluationResult,
     after: EvaluationResult,
     history: list[dict[str, Any]],
     seconds: float,
 ) -> None:
-    """Write results.json, learning_curve.png and before_after.mp4 into `run_dir` and print the table.
+    """Write results.json and learning_curve.png into `run_dir` and print the table.
 
     Args:
-        acting_before, acting_after: the two policies, to film them again on a few of the scored episodes.
         before, after: their scores on the same states and noise.
         history: metrics of each iteration.
         seconds: wall time of the run so far.
@@ -147,11 +143,6 @@ def write_report(
     write_json(run_dir / "results.json", results)
     plot_learning_curve(run_dir / "learning_curve.png", results)
     written.append("learning_curve.png")
-    if config["features"]["save_video"]:
-        film_before_after(
-            run_dir / "before_after.mp4", env_runner, acting_before, acting_after, before, after
-        )
-        written.append("before_after.mp4")
     print(results_table(results))
     print("\n".join(f"  {run_dir / name}" for name in written))
 
@@ -217,14 +208,14 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
 
 
 def film_before_after(
-    path: Path,
+    run_dir: Path,
     env_runner: LIBEROEnvRunner,
     acting_before: ActingPolicy,
     acting_after: ActingPolicy,
     before: EvaluationResult,
     after: EvaluationResult,
 ) -> None:
-    """Film both policies side by side on a few scored episodes, those that training turned into successes first.
+    """Write before_after.mp4: both policies side by side on a few scored episodes, those mended by training first.
 
     Rollouts are deterministic, so filming one again shows the very episode that was scored.
     """
@@ -243,7 +234,8 @@ def film_before_after(
         padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
         gap = np.full((left[0].shape[0], 4, 3), 255, np.uint8)
         frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
-    write_video(path, frames, VIDEO_FPS)
+    write_video(run_dir / "before_after.mp4", frames, VIDEO_FPS)
+    print(f"  {run_dir / 'before_after.mp4'}")
 
 
 def _cpu_name() -> str:

@@ -17,7 +17,6 @@ from pi0.ript.env.worker import WorkerSpec
 
 # First number of a rollout's noise key, so that training and evaluation never share noise.
 TRAINING, EVALUATION = 0, 1
-SLOTS_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class LIBEROEnvRunner:
         chunk: actions in one of the policy's chunks.
         replan_steps: actions of a chunk carried out before the policy looks again.
         num_parallel_envs: worker processes.
+        rollouts_per_env: rollouts a worker keeps going at once; the policy acts on them in one batch.
         max_episode_length: control steps an episode may take, None for the suite's usual horizon.
         settle_steps: control steps of standing still before an episode.
         fixtures: placement of fixtures in evaluation, a key of `pi0.ript.env.init_states.FIXTURE_MODES`.
@@ -79,6 +79,7 @@ class LIBEROEnvRunner:
         chunk: int,
         replan_steps: int,
         num_parallel_envs: int = 2,
+        rollouts_per_env: int = 4,
         max_episode_length: int | None = None,
         settle_steps: int = 10,
         fixtures: str = "libero_eval",
@@ -100,7 +101,7 @@ class LIBEROEnvRunner:
                 cameras=tuple(cameras),
                 image_size=image_size,
                 render=render,
-                slots=SLOTS_PER_WORKER,
+                slots=rollouts_per_env,
                 chunk=chunk,
                 max_open_tasks=max_open_tasks,
             ),
