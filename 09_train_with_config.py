@@ -49,16 +49,19 @@ class InitialStateDataset:
         self.pools = pools
         self.group_size = group_size
         self.skip_after = skip_after
-        self.visits = [0] * len(pools)
+        self.credit = [0.0] * len(pools)
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
         self.solved_in_a_row = [[0] * len(pool) for pool in pools]
 
     def smart_sample_group(self) -> list[Start]:
         """The next K starts."""
-        shares = [max(0.2, 1.0 - rate) for rate in self.success_rate]
-        task = min(range(len(self.pools)), key=lambda number: self.visits[number] / shares[number])
-        self.visits[task] += 1
+        shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
+        self.credit = [
+            credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
+        ]
+        task = self.credit.index(max(self.credit))
+        self.credit[task] -= 1.0
         pool, solved = self.pools[task], self.solved_in_a_row[task]
         starts: list[Start] = []
         while len(starts) < self.group_size:

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import tempfile
+import textwrap
 import time
 from datetime import datetime
 from pathlib import Path
@@ -180,12 +181,15 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
 
     history = [row for row in results["history"] if row["rollouts"]]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    if history:
-        x = np.array([row["step"] for row in history]) + 0.5
-        rates = np.array([row["successes"] / row["rollouts"] for row in history])
-        bounds = np.array([wilson_interval(row["successes"], row["rollouts"]) for row in history])
-        axes.plot(x, 100 * rates, "o-", color="tab:blue", label="rollouts in training (training states)")
-        axes.fill_between(x, 100 * bounds[:, 0], 100 * bounds[:, 1], color="tab:blue", alpha=0.15, lw=0)
+    for number, name in enumerate(results["before"]["tasks"]):
+        rows = [(row["step"] + 0.5, *row["tasks"][name]) for row in history if name in row["tasks"]]
+        if rows:
+            x, successes, rollouts = np.array(rows).T
+            bounds = 100 * np.array([wilson_interval(int(k), int(n)) for _, k, n in rows])
+            axes.plot(
+                x, 100 * successes / rollouts, "o-", color=f"C{number}", label=f"practice: {shorten(name)}"
+            )
+            axes.fill_between(x, *bounds.T, color=f"C{number}", alpha=0.12, lw=0)
     for when, place in (("before", 0), ("after", len(results["history"]))):
         cell = results[when]
         middle = 100 * cell["success_rate"]
@@ -196,8 +200,8 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
             yerr=[[middle - low], [high - middle]],
             fmt="s",
             capsize=5,
-            color="tab:orange",
-            label="evaluation states, never trained on" if when == "before" else None,
+            color="black",
+            label="all tasks, states never trained on" if when == "before" else None,
         )
         axes.annotate(f"{middle:.0f}%", (place, middle), textcoords="offset points", xytext=(8, 6))
     axes.set(xlabel="iterations", ylabel="success (%), 95% interval", ylim=(0, 102))
@@ -205,6 +209,11 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def shorten(task: str, length: int = 40) -> str:
+    """A task's name as prose that fits a legend."""
+    return textwrap.shorten(task.replace("_", " "), length, placeholder=" ...")
 
 
 def film_before_after(

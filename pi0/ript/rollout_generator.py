@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,10 +64,16 @@ class Collection:
         """Advantages of `episodes`, in their order."""
         return [advantage for group in self.groups for advantage in group.advantages]
 
-    def metrics(self) -> dict[str, float]:
-        """Counts and shares that describe the collection."""
+    def metrics(self) -> dict[str, Any]:
+        """Counts that describe the collection; by task: [successes, rollouts]."""
         episodes = self.episodes
+        tasks: dict[str, list[int]] = {}
+        for episode in episodes:
+            counts = tasks.setdefault(episode.rollout.task.name, [0, 0])
+            counts[0] += episode.success
+            counts[1] += 1
         return {
+            "tasks": tasks,
             "rollouts": len(episodes),
             "successes": sum(episode.success for episode in episodes),
             "groups": len(self.groups),
