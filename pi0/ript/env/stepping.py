@@ -186,6 +186,7 @@ class TaskSim:
             if self._clock.tick() and observe is not None:
                 observe()
         if any(self.data.warning[warning].number for warning in _DIVERGED):
+            mujoco.mj_resetData(self.model, self.data)  # other episodes use this scene: forget the warning
             raise FloatingPointError(f"simulation of {self.task.name} diverged")
         self.success = self._evaluate()
         return self.success
