@@ -114,7 +114,7 @@ def test_killing_a_worker_changes_no_result(runner, episodes):
 
 
 def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monkeypatch):
-    monkeypatch.setattr(runner.pool, "limit_s", 15.0)
+    monkeypatch.setattr(runner.pool, "limit_s", 25.0)
     os.kill(runner.pool._workers[1].process.pid, signal.SIGSTOP)
     before = runner.pool.replaced_workers
     assert_same(run(runner, rollouts(runner, 10)), episodes)
