@@ -136,13 +136,9 @@ def test_a_half_consumed_run_leaves_the_pool_usable(runner, episodes):
 
 
 def test_an_error_in_a_called_function_names_it(runner):
-    with pytest.raises(WorkerError, match="ZeroDivisionError"):
-        list(runner.pool.call(_divide, [(1, 0)]))
-    assert list(runner.pool.call(_divide, [(6, 3)])) == [(0, 2.0)]
-
-
-def _divide(worker, a, b):
-    return a / b
+    with pytest.raises(WorkerError, match="AttributeError.*no_such_thing"):
+        list(runner.pool.call(getattr, [("no_such_thing",)]))
+    assert list(runner.pool.call(getattr, [("spec",)])) == [(0, runner.pool.spec)]
 
 
 def test_workers_end_with_the_pool():
