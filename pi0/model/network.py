@@ -22,12 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pi0.model import cpu_math
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
 from pi0.model.vision import ConvTowers, SiglipTower
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2  # rows of `condition_embedding`
 ROPE_BASE = 10_000.0
 TIME_PERIODS = (4e-3, 4.0)  # shortest and longest period of the time embedding, for t in [0, 1]
+
+cpu_math.choose_kernels()
 
 
 class PrefixCache(NamedTuple):
