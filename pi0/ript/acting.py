@@ -11,6 +11,9 @@ from pi0 import PI0Policy
 class ActingPolicy:
     """Adapter between `PI0Policy` and `pi0.ript.env.pool`.
 
+    On a CPU it acts with one thread: the other cores simulate meanwhile, and threads that wait for each other
+    beside busy workers cost more than they bring.
+
     Args:
         policy: the policy; switched to evaluation mode while it acts.
         guidance_weight: weight w of classifier-free guidance, None to sample the unconditional field.
@@ -42,7 +45,12 @@ class ActingPolicy:
             "state": torch.from_numpy(states),
             "prompt": prompts,
         }
-        actions = self._policy.select_action(
-            observations, noise=torch.from_numpy(noise), guidance_weight=self._guidance_weight
-        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            actions = self._policy.select_action(
+                observations, noise=torch.from_numpy(noise), guidance_weight=self._guidance_weight
+            )
+        finally:
+            torch.set_num_threads(threads)
         return actions.float().cpu().numpy()
