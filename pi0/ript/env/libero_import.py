@@ -19,7 +19,7 @@ import yaml
 from pi0.paths import cache_dir
 
 # What LIBERO brings along (matplotlib, software GL) keeps caches in the home unless told otherwise.
-HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa"}
+HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa", "NUMBA_CACHE_DIR": "numba"}
 
 
 def libero_package_root() -> Path:

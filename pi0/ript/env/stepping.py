@@ -2,8 +2,8 @@
 
 LIBERO (through robosuite) evaluates the dynamics three times in each of the 25 sub-steps of a control
 step, recomputes every observable in each of them and rebuilds the scene at each reset. Here a sub-step
-is `mj_step1`, the operational-space controller, `mj_step2`; a reset sets the state. The numbers are the
-same to the last bit: `tests/test_stepping.py` compares both over whole episodes.
+is `mj_step1`, the operational-space controller, `mj_step2`, all in compiled code (`controller.py`); a reset
+sets the state. The numbers are the same to the last bit: `tests/test_stepping.py` compares both over whole episodes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -73,6 +73,8 @@ class TaskSim:
         from libero.libero.envs import TASK_MAPPING
         from libero.libero.envs.bddl_utils import get_problem_info
 
+        from pi0.ript.env.controller import ArmController
+
         self.task = task
         problem = get_problem_info(task.bddl_file)["problem_name"]
         # The arguments of LIBERO's ControlEnv, less cameras and renderers.
@@ -101,7 +103,7 @@ class TaskSim:
             [_xml_placement(fixture.get_obj()) for fixture in fixtures]
         ).reshape(-1, 7)
         self._initializers = list(self.libero.object_property_initializers)
-        self._arm = _ArmController(self.libero)
+        self._arm = ArmController(self.libero)
         self._clock = _ObservationClock(self.libero.model_timestep)
         self._contact_geoms: dict[int, np.ndarray] = {}
         self.libero.check_contact = self._check_contact
@@ -181,9 +183,14 @@ class TaskSim:
             FloatingPointError: the simulation diverged.
         """
         action = np.asarray(action, dtype=np.float64)
-        for substep in range(self._arm.substeps):
-            self._arm.substep(action, first=substep == 0)
-            if self._clock.tick() and observe is not None:
+        self._arm.begin(action)
+        done = 0
+        for substep in range(1, self._arm.substeps + 1):
+            measured = self._clock.tick()
+            if measured or substep == self._arm.substeps:
+                self._arm.advance(action, substep - done, begun=done == 0)
+                done = substep
+            if measured and observe is not None:
                 observe()
         if any(self.data.warning[warning].number for warning in _DIVERGED):
             mujoco.mj_resetData(self.model, self.data)  # other episodes use this scene: forget the warning
@@ -277,130 +284,6 @@ class _ObservationClock:
             self.elapsed %= self._period
             self.sampled = False
         return measure
-
-
-class _ArmState(NamedTuple):
-    """What the controller measures in a sub-step."""
-
-    pos: np.ndarray  # [3] end effector, m
-    ori: np.ndarray  # [3, 3]
-    vel: np.ndarray  # [3] m/s
-    ori_vel: np.ndarray  # [3] rad/s
-    joint_pos: np.ndarray  # [7] rad
-    joint_vel: np.ndarray  # [7] rad/s
-    jac_pos: np.ndarray  # [3, 7]
-    jac_ori: np.ndarray  # [3, 7]
-    mass: np.ndarray  # [7, 7]
-
-
-class _ArmController:
-    """robosuite's OSC_POSE controller and Panda gripper, one evaluation of the dynamics a sub-step.
-
-    Arithmetic follows robosuite 1.4.0 (`controllers/osc.py`, `models/grippers/panda_gripper.py`)
-    operation by operation, and calls its own compiled matrix functions, so that torques agree to the bit.
-    """
-
-    def __init__(self, libero: Any):
-        robot, controller = libero.robots[0], libero.robots[0].controller
-        self.model: mujoco.MjModel = libero.sim.model._model
-        self.data: mujoco.MjData = libero.sim.data._data
-        self.site = self.model.site(controller.eef_name).id
-        self.hand_body = self.model.body(robot.robot_model.eef_name).id
-        self.substeps = int(libero.control_timestep / libero.model_timestep)
-        self.qpos = np.array(controller.qpos_index)
-        self.qvel = np.array(controller.qvel_index)
-        self.gripper_qpos = np.array(robot._ref_gripper_joint_pos_indexes)
-        self.arm_actuators = np.array(robot._ref_joint_actuator_indexes)
-        self.gripper_actuators = np.array([self.model.actuator(name).id for name in robot.gripper.actuators])
-        self.torque_low, self.torque_high = (np.array(limit) for limit in robot.torque_limits)
-        self.initial_joint = np.array(controller.initial_joint)
-        self.kp, self.kd = controller.kp, controller.kd
-        self.scale = abs(controller.output_max - controller.output_min) / abs(
-            controller.input_max - controller.input_min
-        )
-        self.input_min, self.input_max = controller.input_min, controller.input_max
-        self.output_mid = (controller.output_max + controller.output_min) / 2.0
-        self.input_mid = (controller.input_max + controller.input_min) / 2.0
-        ctrl_range = self.model.actuator_ctrlrange[self.gripper_actuators]
-        self.grip_bias = 0.5 * (ctrl_range[:, 1] + ctrl_range[:, 0])
-        self.grip_weight = 0.5 * (ctrl_range[:, 1] - ctrl_range[:, 0])
-        self.grip_speed = robot.gripper.speed
-        self._goal_at_reset = np.array(controller.goal_pos), np.array(controller.goal_ori)
-        self._measured_at_reset = _ArmState(
-            np.array(controller.ee_pos),
-            np.array(controller.ee_ori_mat),
-            np.array(controller.ee_pos_vel),
-            np.array(controller.ee_ori_vel),
-            np.array(controller.joint_pos),
-            np.array(controller.joint_vel),
-            np.array(controller.J_pos),
-            np.array(controller.J_ori),
-            np.array(controller.mass_matrix),
-        )
-        self._jacp = np.zeros((3, self.model.nv))
-        self._jacr = np.zeros((3, self.model.nv))
-        self._mass = np.zeros((self.model.nv, self.model.nv))
-        self.reset()
-
-    def reset(self) -> None:
-        """What LIBERO's reset leaves behind: the goal of the robot's initial joints, gripper half way."""
-        self.goal_pos, self.goal_ori = self._goal_at_reset
-        self.gripper_action = np.zeros(2)
-        self.fresh = True
-
-    def substep(self, action: np.ndarray, first: bool) -> None:
-        """One physics step under `action` (float64 [7]); `first` of its control step sets the goal."""
-        from robosuite.utils.control_utils import set_goal_orientation
-
-        model, data = self.model, self.data
-        mujoco.mj_step1(model, data)
-        # robosuite's controller skips its first measurement after a reset and acts on the one made at the
-        # robot's initial joints, although the recorded state put the arm elsewhere.
-        arm = self._measured_at_reset if self.fresh else self._measure()
-        self.fresh = False
-        if first:
-            clipped = np.clip(action[:6], self.input_min, self.input_max)
-            delta = (clipped - self.input_mid) * self.scale + self.output_mid
-            # robosuite keeps the old goal orientation when no rotation is asked for.
-            if any(element != 0.0 for element in delta[3:]):
-                self.goal_ori = set_goal_orientation(delta[3:], arm.ori)
-            self.goal_pos = arm.pos + delta[:3]
-        data.ctrl[self.arm_actuators] = np.clip(self._torques(arm), self.torque_low, self.torque_high)
-        self.gripper_action = np.clip(
-            self.gripper_action + np.array([-1.0, 1.0]) * self.grip_speed * np.sign(action[6:]), -1.0, 1.0
-        )
-        data.ctrl[self.gripper_actuators] = self.grip_bias + self.grip_weight * self.gripper_action
-        mujoco.mj_step2(model, data)
-
-    def _measure(self) -> _ArmState:
-        model, data = self.model, self.data
-        mujoco.mj_jacSite(model, data, self._jacp, self._jacr, self.site)
-        mujoco.mj_fullM(model, self._mass, data.qM)
-        return _ArmState(
-            np.array(data.site_xpos[self.site]),
-            np.array(data.site_xmat[self.site].reshape(3, 3)),
-            np.dot(self._jacp, data.qvel),
-            np.dot(self._jacr, data.qvel),
-            data.qpos[self.qpos],
-            data.qvel[self.qvel],
-            np.array(self._jacp[:, self.qvel]),
-            np.array(self._jacr[:, self.qvel]),
-            self._mass[self.qvel, :][:, self.qvel],
-        )
-
-    def _torques(self, arm: _ArmState) -> np.ndarray:
-        from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
-
-        force = np.multiply(self.goal_pos - arm.pos, self.kp[0:3]) + np.multiply(-arm.vel, self.kd[0:3])
-        ori_error = orientation_error(self.goal_ori, arm.ori)
-        torque = np.multiply(ori_error, self.kp[3:6]) + np.multiply(-arm.ori_vel, self.kd[3:6])
-        jac = np.array(np.vstack([arm.jac_pos, arm.jac_ori]))
-        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(arm.mass, jac, arm.jac_pos, arm.jac_ori)
-        wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
-        torques = np.dot(jac.T, wrench) + self.data.qfrc_bias[self.qvel]
-        return torques + nullspace_torques(
-            arm.mass, nullspace, self.initial_joint, arm.joint_pos, arm.joint_vel
-        )
 
 
 def _xml_placement(body: Any) -> np.ndarray:
