@@ -183,7 +183,6 @@ def score_on_training_states(runner: LIBEROEnvRunner, policy: PI0Policy, episode
 
 def norm_stats(demonstrations: Chunks) -> NormStats:
     """Mean, deviation and quantiles of states and of the actions that count."""
-
     stats = NormStats.of(demonstrations.states.numpy(), demonstrations.actions[demonstrations.valid].numpy())
     return NormStats(
         *(replace(part, std=np.maximum(part.std, SMALLEST_STD)) for part in (stats.state, stats.actions))

@@ -14,7 +14,6 @@ from pi0.ript.env.stepping import InitState
 from pi0.ript.env.suites import Task
 
 if TYPE_CHECKING:
-    from pi0.ript.env.pool import RolloutPool
     from pi0.ript.env.runner import LIBEROEnvRunner
     from pi0.ript.env.worker import Worker
 
@@ -44,7 +43,7 @@ def record_demonstrations(
             jobs.append((states.task, init, key, noise, frame_every, runner.settle_steps, horizon))
     results: dict[int, tuple | None] = {}
     with progress(total=len(jobs), label="demonstrations", unit="episode") as bar:
-        for index, result in _run(runner.pool, jobs):
+        for index, result in runner.pool.call(_demonstrate, jobs):
             results[index] = result
             bar.update(1, f"{sum(r is not None for r in results.values())} solved")
     parts, summary = [], {}
@@ -61,10 +60,6 @@ def record_demonstrations(
     if not parts:
         raise RuntimeError(f"the scripted expert solved none of {len(jobs)} episodes: {summary}")
     return Chunks.cat(parts), summary
-
-
-def _run(pool: RolloutPool, jobs: list[tuple]):
-    return pool.call(_demonstrate, jobs)
 
 
 def _demonstrate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import mujoco
 import numpy as np
 
 from pi0.errors import InputError
@@ -20,31 +21,41 @@ GAIN = 16.0  # action per metre of position error; 20 would cancel it in one ste
 REACHED = 0.015  # m
 LOST = 0.05  # m; an object further from where the hand took it has slipped, and is grasped again
 GRIP_STEPS = 12  # the fingers need 8 control steps from open to closed, and some to press
-STALLED = 25  # control steps; something is in the way, and the next phase is as good
+STALLED = 12  # control steps without coming nearer; something is in the way, and the next phase is as good
+NEARER = 0.001  # m
+TURN_GAIN = 0.6  # action per radian of orientation error; 2 would cancel it in one step
+HIGH = 0.3  # m; nothing that is in the way of the hand is further above an object
+PALM = 0.03  # m above the middle of the fingertips; nothing fits in between that is taller
+FINGER_REACH = 0.02  # m of the fingertips below the middle of the hand
+# Where room is looked for, from the middle of the hand (m), along and across it: for the hand, and for the outer fingertip.
+HAND_LENGTH, HAND_WIDTH = np.linspace(-0.12, 0.12, 9), np.linspace(-0.04, 0.04, 3)
+FINGER_LENGTH, FINGER_WIDTH = np.linspace(0.04, 0.07, 3), np.linspace(-0.03, 0.03, 5)
+# Directions (rad) in which the side of a round object is looked for; at 90 degrees the hand need not turn.
+SIDES = np.radians([90, -90, 60, 120, 30, 150, -60, -120, -30, -150])
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the fingertips go, relative to the object's origin (m); the fingers open along y."""
+    """How to take an object (m). The fingers open across its side, or along y if it is taken in the middle."""
 
-    offset: tuple[float, float, float]
-    release_height: float  # m of the object's origin above the target's
+    side: float  # from the object's origin to the grasp, horizontally
+    height: float  # of the grasp above the object's origin
+    release_height: float  # of the object's origin above the target's
 
 
 # The bowl is taken by its rim, 4.5 cm to the side; groceries by their middle.
-_RIM = Grasp((0.0, 0.045, 0.030), 0.012)
 GRASPS = {
-    "akita_black_bowl": _RIM,
-    "alphabet_soup": Grasp((0.0, 0.0, 0.01), 0.16),
-    "cream_cheese": Grasp((0.0, 0.0, 0.0), 0.14),
-    "salad_dressing": Grasp((0.0, 0.0, 0.02), 0.18),
-    "bbq_sauce": Grasp((0.0, 0.0, 0.02), 0.18),
-    "ketchup": Grasp((0.0, 0.0, 0.02), 0.18),
-    "tomato_sauce": Grasp((0.0, 0.0, 0.01), 0.16),
-    "butter": Grasp((0.0, 0.0, 0.0), 0.14),
-    "milk": Grasp((0.0, 0.0, 0.02), 0.18),
-    "chocolate_pudding": Grasp((0.0, 0.0, 0.0), 0.14),
-    "orange_juice": Grasp((0.0, 0.0, 0.02), 0.18),
+    "akita_black_bowl": Grasp(0.045, 0.03, 0.012),
+    "alphabet_soup": Grasp(0.0, 0.01, 0.16),
+    "cream_cheese": Grasp(0.0, 0.0, 0.14),
+    "salad_dressing": Grasp(0.0, 0.02, 0.18),
+    "bbq_sauce": Grasp(0.0, 0.02, 0.18),
+    "ketchup": Grasp(0.0, 0.02, 0.18),
+    "tomato_sauce": Grasp(0.0, 0.01, 0.16),
+    "butter": Grasp(0.0, 0.0, 0.14),
+    "milk": Grasp(0.0, 0.02, 0.18),
+    "chocolate_pudding": Grasp(0.0, 0.0, 0.14),
+    "orange_juice": Grasp(0.0, 0.02, 0.18),
 }
 
 
@@ -75,8 +86,11 @@ class PickAndPlace:
         self._object_body = sim.libero.obj_body_id[self._object]
         self._phase = 0
         self._waited = 0
+        self._nearest = np.inf
         self._lift_to = np.zeros(3)
         self._held_at = np.zeros(3)
+        self._start_ori = self._hand_ori()
+        self._offset, self._turn = self._choose_side()
 
     def action(self) -> np.ndarray:
         """The next action, float64 [7] in [-1, 1]; to be asked for once a control step."""
@@ -84,9 +98,9 @@ class PickAndPlace:
         thing = self._sim.data.xpos[self._object_body]
         target = self._sim.data.xpos[self._target_body]
         up = np.array([0.0, 0.0, TRAVEL_HEIGHT])
-        grasp_point = thing + self._grasp.offset
+        grasp_point = thing + self._offset
         if self._phase in (3, 4, 5) and np.linalg.norm(thing - hand - self._held_at) > LOST:
-            self._phase, self._waited = 0, 0
+            self._enter(0)
         # Carrying: keep the object, not the hand, over the target.
         release_point = target + (hand - thing) + [0.0, 0.0, self._grasp.release_height]
         if self._phase == 0:
@@ -107,23 +121,75 @@ class PickAndPlace:
             return self._hold(OPEN)
         if self._phase == 7:
             return self._go(hand, self._lift_to, OPEN)
-        self._phase = 0  # placed, but not so that the goal holds: once more
+        self._enter(0)  # placed, but not so that the goal holds: once more
         return self._hold(OPEN)
 
     def _go(
         self, hand: np.ndarray, goal: np.ndarray, gripper: float, tolerance: float = REACHED
     ) -> np.ndarray:
         error = goal - hand
-        self._waited += 1
-        if np.linalg.norm(error) < tolerance or self._waited >= STALLED:
-            self._phase, self._waited = self._phase + 1, 0
-        return np.array([*np.clip(GAIN * error, -1.0, 1.0), 0.0, 0.0, 0.0, gripper])
+        distance = float(np.linalg.norm(error))
+        self._waited = 0 if distance < self._nearest - NEARER else self._waited + 1
+        self._nearest = min(self._nearest, distance)
+        turning = self._turning() if self._turn and self._phase < 2 else np.zeros(3)
+        if (distance < tolerance and not turning.any()) or self._waited >= STALLED:
+            self._enter(self._phase + 1)
+        return np.array([*np.clip(GAIN * error, -1.0, 1.0), *turning, gripper])
 
     def _hold(self, gripper: float) -> np.ndarray:
         self._waited += 1
         if self._waited >= GRIP_STEPS:
-            self._phase, self._waited = self._phase + 1, 0
+            self._enter(self._phase + 1)
         return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper])
+
+    def _enter(self, phase: int) -> None:
+        self._phase, self._waited, self._nearest = phase, 0, np.inf
+
+    def _hand_ori(self) -> np.ndarray:
+        return np.array(self._sim.data.site_xmat[self._sim.hand_site]).reshape(3, 3)
+
+    def _choose_side(self) -> tuple[np.ndarray, float]:
+        """Grasp relative to the object's origin [3], and the turn of the hand (rad) from where it is now."""
+        grasp, thing = self._grasp, self._sim.data.xpos[self._object_body]
+        if grasp.side == 0.0:
+            top = HIGH - self._clear_below(thing + [0.0, 0.0, HIGH], exclude=-1)
+            return np.array([0.0, 0.0, max(grasp.height, top - PALM)]), 0.0
+        angle = max(SIDES, key=lambda angle: self._room(thing, angle))
+        offset = np.array([grasp.side * np.cos(angle), grasp.side * np.sin(angle), grasp.height])
+        return offset, float(
+            angle % np.pi - np.pi / 2
+        )  # the fingers are alike: half a turn makes no difference
+
+    def _room(self, thing: np.ndarray, angle: float) -> tuple[int, int]:
+        """How little is in the way of the hand, and then of the outer fingertip, coming down on that side."""
+        outwards, across = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0]])
+        grasp = thing + self._grasp.side * outwards + [0.0, 0.0, self._grasp.height]
+
+        def count_free(along: np.ndarray, sideways: np.ndarray, height: float) -> int:
+            starts = [
+                grasp + a * outwards + b * across + [0, 0, height + HIGH] for a in along for b in sideways
+            ]
+            return sum(self._clear_below(start, self._object_body) >= HIGH for start in starts)
+
+        return count_free(HAND_LENGTH, HAND_WIDTH, PALM), count_free(
+            FINGER_LENGTH, FINGER_WIDTH, -FINGER_REACH
+        )
+
+    def _clear_below(self, point: np.ndarray, exclude: int) -> float:
+        """Metres from `point` down to the first thing that is not the body `exclude`."""
+        down, collision_geoms = np.array([0.0, 0.0, -1.0]), np.array([1, 0, 0, 0, 0, 0], np.uint8)
+        model, data, hit = self._sim.model, self._sim.data, np.zeros(1, np.int32)
+        distance = mujoco.mj_ray(model, data, point, down, collision_geoms, 1, exclude, hit)
+        return distance if distance >= 0 else np.inf
+
+    def _turning(self) -> np.ndarray:
+        """Rotation part of the action [3]; zero once the hand has turned to the chosen side."""
+        cos, sin = np.cos(self._turn), np.sin(self._turn)
+        goal = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]) @ self._start_ori
+        quat, error = np.zeros(4), np.zeros(3)
+        mujoco.mju_mat2Quat(quat, (goal @ self._hand_ori().T).flatten())
+        mujoco.mju_quat2Vel(error, quat, 1.0)
+        return np.zeros(3) if np.linalg.norm(error) < 0.05 else np.clip(TURN_GAIN * error, -1.0, 1.0)
 
 
 def _owner(sim: TaskSim, target: str) -> str:
