@@ -138,9 +138,11 @@ class RolloutPool:
             worker.number: {} for worker in self._workers
         }
         attempts = [1] * len(rollouts)
+        # Few rollouts are dealt evenly, so that all workers have some.
+        slots_used = min(self.spec.slots, -(-len(rollouts) // len(self._workers)))
         try:
             for worker in self._workers:
-                self._refill(worker, running[worker.number], waiting, [])
+                self._refill(worker, running[worker.number], waiting, [], slots_used)
             while any(running.values()):
                 for worker, answers in self._answers(running):
                     slots = running[worker.number]
@@ -156,11 +158,11 @@ class RolloutPool:
                                 )
                         slots.clear()
                         worker = self._replace(worker)
-                        self._refill(worker, slots, waiting, [])
+                        self._refill(worker, slots, waiting, [], slots_used)
                         continue
                     yield from self._finish(answers, slots)
                     commands = self._act(policy, worker, slots, replan_steps)
-                    self._refill(worker, slots, waiting, commands)
+                    self._refill(worker, slots, waiting, commands, slots_used)
         finally:
             # Abandoned half way (an interrupt, an error): what the workers still answer is of no use.
             for worker in self._workers:
@@ -261,10 +263,15 @@ class RolloutPool:
         return [(slot, replan_steps) for slot in slots]
 
     def _refill(
-        self, worker: _Process, slots: dict, waiting: deque, commands: list[tuple[int, Rollout | int]]
+        self,
+        worker: _Process,
+        slots: dict,
+        waiting: deque,
+        commands: list[tuple[int, Rollout | int]],
+        slots_used: int,
     ) -> None:
         """Give the worker its next commands: go on with what runs, start what waits in the free slots."""
-        for slot in range(self.spec.slots):
+        for slot in range(slots_used):
             if slot not in slots and waiting:
                 slots[slot] = waiting.popleft()
                 commands.append((slot, slots[slot][1].rollout))
