@@ -18,6 +18,7 @@ import numpy as np
 
 from pi0.ript.env.assets import Assets, use_assets
 from pi0.ript.env.libero_import import prepare_libero
+from pi0.ript.env.scenes import compile_scene
 from pi0.ript.env.suites import Task
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class TaskSim:
         self.task = task
         problem = get_problem_info(task.bddl_file)["problem_name"]
         # The arguments of LIBERO's ControlEnv, less cameras and renderers.
-        self.libero: Any = TASK_MAPPING[problem](
+        self.libero: Any = _with_cached_scene(TASK_MAPPING[problem])(
             task.bddl_file,
             robots=["Panda"],
             controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
@@ -284,6 +285,19 @@ class _ObservationClock:
             self.elapsed %= self._period
             self.sampled = False
         return measure
+
+
+def _with_cached_scene(environment: type) -> type:
+    """LIBERO's environment class, except that its scene is compiled once on this machine."""
+    from robosuite.utils.binding_utils import MjSim
+
+    def _initialize_sim(self: Any, xml_string: str | None = None) -> None:
+        self.sim = MjSim(compile_scene(xml_string or self.model.get_xml()))
+        self.sim.forward()
+        self.initialize_time(self.control_freq)
+
+    # LIBERO compares the name of the class with the problem's.
+    return type(environment.__name__, (environment,), {"_initialize_sim": _initialize_sim})
 
 
 def _xml_placement(body: Any) -> np.ndarray:

@@ -1,0 +1,86 @@
+"""Compiled scenes, kept on disk: compiling a task's meshes and textures takes seconds, loading the result does not."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import mujoco
+
+from pi0.paths import cache_dir
+
+logger = logging.getLogger(__name__)
+
+# A scene takes 40 to 80 MB, most of it the robot's meshes; the least recently used ones go first.
+MAX_CACHE_BYTES = 2_000_000_000
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def compile_scene(xml: str) -> mujoco.MjModel:
+    """What `mujoco.MjModel.from_xml_string` returns, from the cache if it has been compiled before.
+
+    Entries depend on the XML, on path, size and time of every file it names, and on MuJoCo's version. One that
+    is damaged is made again. A cache that cannot be written costs time, nothing else.
+    """
+    file = cache_dir() / "scenes" / f"{_key(xml)}.mjb"
+    model = _load(file)
+    if model is None:
+        model = mujoco.MjModel.from_xml_string(xml)
+        try:
+            _save(file, model)
+        except OSError as error:
+            logger.warning("a compiled scene could not be kept in %s: %s", file.parent, error)
+    return model
+
+
+def _key(xml: str) -> str:
+    digest = hashlib.sha256(f"{mujoco.__version__}\n{xml}".encode())
+    for name in sorted(set(re.findall(r'\bfile="([^"]+)"', xml))):
+        stat = os.stat(name)
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _load(file: Path) -> mujoco.MjModel | None:
+    """A digest, then MuJoCo's binary format, which MuJoCo itself hardly checks."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    binary = memoryview(content)[_DIGEST_BYTES:]
+    if hashlib.sha256(binary).digest() != content[:_DIGEST_BYTES]:
+        logger.warning("the compiled scene %s is damaged; it is made again", file)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(file)  # used now
+    return mujoco.MjModel.from_binary_path(file.name, {file.name: bytes(binary)})
+
+
+def _save(file: Path, model: mujoco.MjModel) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
+        try:
+            mujoco.mj_saveModel(model, temporary.name)
+            content = Path(temporary.name).read_bytes()
+            Path(temporary.name).write_bytes(hashlib.sha256(content).digest() + content)
+            os.replace(temporary.name, file)
+        except BaseException:
+            os.unlink(temporary.name)
+            raise
+    _drop_oldest(file.parent)
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Keep the cache within its bound; other processes may be doing the same."""
+    with contextlib.suppress(FileNotFoundError):
+        entries = sorted(((file.stat().st_mtime, file) for file in folder.glob("*.mjb")), reverse=True)
+        total = 0
+        for _, file in entries:
+            total += file.stat().st_size
+            if total > MAX_CACHE_BYTES:
+                file.unlink(missing_ok=True)
