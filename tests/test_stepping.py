@@ -1,9 +1,15 @@
 """`TaskSim` is LIBERO to the last bit: dynamics, observations, goals, and fixture placements."""
 
+import pickle
+import zipfile
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from pi0.ript.env import suites
 from pi0.ript.env.assets import resolve_assets, use_assets
+from pi0.ript.env.libero_import import prepare_libero
 from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
 from pi0.ript.env.suites import find_tasks, suite_tasks
 
@@ -114,6 +120,32 @@ def test_a_diverged_simulation_is_an_error_not_a_number(pair):
     pair.ours.reset(InitState(state, pair.their_fixtures()))
     with pytest.raises(FloatingPointError, match="diverged"):
         pair.ours.step(SETTLE_ACTION)
+
+
+def test_tasks_and_recorded_states_are_those_libero_lists():
+    import torch
+
+    prepare_libero()
+    from libero.libero.benchmark import task_maps
+
+    for suite, theirs in task_maps.items():
+        for task, their in zip(suite_tasks(suite), theirs.values(), strict=True):
+            assert (task.name, task.prompt) == (their.name, their.language)
+            assert task.bddl_file.endswith(f"/{their.problem_folder}/{their.bddl_file}")
+            assert task.init_states_file.endswith(f"/{their.problem_folder}/{their.init_states_file}")
+    recorded = torch.load(task.init_states_file, weights_only=False)  # the installed package's own file
+    assert np.array_equal(task.recorded_init_states(), recorded)
+
+
+def test_recorded_states_are_arrays_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "states.pruned_init"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("states/data.pkl", pickle.dumps(print))
+    task = suite_tasks("libero_spatial")[0]
+    monkeypatch.setattr(suites, "libero_package_root", lambda: tmp_path)
+    task = replace(task, init_states_file=str(file))
+    with pytest.raises(pickle.UnpicklingError, match="no place in an array"):
+        task.recorded_init_states()
 
 
 def test_unknown_suites_and_tasks_name_the_nearest():

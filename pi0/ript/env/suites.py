@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import io
+import pickle
+import runpy
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pi0.errors import InputError
-from pi0.ript.env.libero_import import libero_package_root, prepare_libero
+from pi0.ript.env.libero_import import libero_package_root
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
 HORIZONS = {
@@ -18,6 +24,15 @@ HORIZONS = {
     "libero_goal": 300,
     "libero_10": 520,
     "libero_90": 400,
+}
+
+
+# What the pickle of an array is made of.
+_ARRAY_PARTS: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): codecs.encode,
 }
 
 
@@ -44,16 +59,25 @@ class Task:
     def recorded_init_states(self) -> np.ndarray:
         """LIBERO's recorded initial states, float64 [50, state size]: time, qpos, qvel.
 
-        They are pickles; only files of the installed package are ever opened.
+        They are pickles; only files of the installed package are opened, and nothing but arrays is taken from them.
         """
-        import torch
-
-        prepare_libero()
         package = libero_package_root().resolve()
         file = Path(self.init_states_file).resolve()
         if not file.is_relative_to(package):
             raise ValueError(f"{file} is not one of LIBERO's own initial-state files and is not opened")
-        return np.asarray(torch.load(file, weights_only=False), dtype=np.float64)
+        with zipfile.ZipFile(file) as archive:
+            (entry,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+            return np.asarray(_ArrayUnpickler(io.BytesIO(archive.read(entry))).load(), dtype=np.float64)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Makes NumPy arrays and refuses everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ARRAY_PARTS[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in an array") from None
 
 
 def suite_tasks(suite: str) -> list[Task]:
@@ -66,21 +90,27 @@ def suite_tasks(suite: str) -> list[Task]:
         raise UnknownTaskError(
             f"unknown suite {suite!r}{_nearest(suite, list(HORIZONS))}; known: {', '.join(HORIZONS)}"
         )
-    prepare_libero()
     root = libero_package_root()
-    from libero.libero.benchmark import task_maps
-
+    # The file itself: importing LIBERO's `benchmark` package would load torch, which simulators do not need.
+    names = runpy.run_path(str(root / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][suite]
     return [
         Task(
             suite=suite,
             index=index,
-            name=task.name,
-            prompt=task.language,
-            bddl_file=str(root / "bddl_files" / task.problem_folder / task.bddl_file),
-            init_states_file=str(root / "init_files" / task.problem_folder / task.init_states_file),
+            name=name,
+            prompt=_prompt(name),
+            bddl_file=str(root / "bddl_files" / suite / f"{name}.bddl"),
+            init_states_file=str(root / "init_files" / suite / f"{name}.pruned_init"),
         )
-        for index, task in enumerate(task_maps[suite].values())
+        for index, name in enumerate(names)
     ]
+
+
+def _prompt(name: str) -> str:
+    """The instruction in a task's name, less the scene that some names begin with (KITCHEN_SCENE3_...)."""
+    words = name.split("_")
+    scene = next((number for number, word in enumerate(words) if word.startswith("SCENE")), -1)
+    return " ".join(words[scene + 1 :])
 
 
 def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
