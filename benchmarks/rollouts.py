@@ -13,7 +13,7 @@
 | loop | `SubprocVectorEnv`, 2 processes, driven as RIPT-VLA drives it: reset, set the state, 10 steps of settling, both cameras at 256 pixels in every step, chunks of 8, in lock-step until all are done | `LIBEROEnvRunner` with 2 workers, quickstart settings, chunks of 8 |
 | start | imports, building the environment, a reset, one step | the same with a warm cache |
 | workers | | rollouts with 2 workers against 1 |
-| memory | PSS of one more environment process of the same task | PSS of one more worker (4 rollouts) |
+| memory | PSS of one more environment of the same task: a process | PSS of one more worker, divided by its 4 rollouts |
 
 In `loop` both sides ask the policy for every chunk; theirs then carries out the actions that ours took, so that
 both run the same episodes to the same end. Each figure is measured in turns, every measurement in a process of
@@ -382,8 +382,9 @@ def measure_workers(side: str, options: argparse.Namespace) -> float:
 
 
 def measure_memory(side: str, options: argparse.Namespace) -> float:
-    """MB (PSS) that the second process adds to the first; both have drawn frames and stepped."""
+    """MB (PSS) of one more environment, after frames and steps; a worker of ours holds several."""
     task, _ = task_and_assets(options)
+    environments_a_process = 1
     totals, size = [], {"camera_heights": CAMERA_SIZE, "camera_widths": CAMERA_SIZE}
     for count in (1, 2):
         if side == "theirs":
@@ -398,8 +399,9 @@ def measure_memory(side: str, options: argparse.Namespace) -> float:
             environments, acting = runner(options, workers=count)
             with environments:
                 our_rollouts(environments, acting, 8)
+                environments_a_process = environments.pool.spec.slots
                 totals.append(sum(pss(worker.process.pid) for worker in environments.pool._workers))
-    return totals[1] - totals[0]
+    return (totals[1] - totals[0]) / environments_a_process
 
 
 def pss(pid: int) -> float:

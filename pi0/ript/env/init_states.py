@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mujoco
 import numpy as np
@@ -22,8 +23,7 @@ from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
 from pi0.ript.env.suites import Task
 
 if TYPE_CHECKING:
-    from pi0.ript.env.pool import RolloutPool
-    from pi0.ript.env.worker import Worker
+    from pi0.ript.env.worker import Worker, WorkerSpec
 
 # How the fixtures (cabinet, stove), which recorded states do not hold, are placed for evaluation.
 FIXTURE_MODES = {
@@ -37,6 +37,19 @@ ARM_NOISE = 0.02
 # m sideways; a drawn state whose objects move further while they drop into place is drawn again.
 MAX_SETTLE_MOTION = 0.05
 MAX_DRAWS_PER_STATE = 20
+
+
+class Caller(Protocol):
+    """Runs functions where scenes are open: a `RolloutPool`, or one worker in this process."""
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """What the workers are made from."""
+
+    def call(
+        self, function: Callable[..., Any], argument_lists: Sequence[tuple]
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (index, result) of `function(worker, *arguments)` for each arguments, in any order."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ def state_hash(state: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
-def evaluation_pools(pool: RolloutPool, tasks: list[Task], fixtures: str) -> list[InitStatePool]:
+def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[InitStatePool]:
     """LIBERO's recorded states of each task, all 50, with fixtures placed as `fixtures` says."""
     if fixtures not in FIXTURE_MODES:
         raise ValueError(f"unknown fixture placement {fixtures!r}; use one of {', '.join(FIXTURE_MODES)}")
@@ -93,7 +106,7 @@ def evaluation_pools(pool: RolloutPool, tasks: list[Task], fixtures: str) -> lis
     ]
 
 
-def training_pools(pool: RolloutPool, tasks: list[Task], count: int, seed: int) -> list[InitStatePool]:
+def training_pools(pool: Caller, tasks: list[Task], count: int, seed: int) -> list[InitStatePool]:
     """`count` states of each task, drawn with `seed`; the first ones are the same however many are drawn."""
     files = [_cache_file("init_states", pool, task, f"seed{seed}-{count}") for task in tasks]
     missing = [index for index, file in enumerate(files) if not file.is_file()]
@@ -160,7 +173,7 @@ def _settles(sim: TaskSim, state: InitState) -> bool:
     return bool(np.linalg.norm((sim.data.xpos[bodies] - before)[:, :2], axis=1).max() < MAX_SETTLE_MOTION)
 
 
-def _cache_file(folder: str, pool: RolloutPool, task: Task, what: str) -> Path:
+def _cache_file(folder: str, pool: Caller, task: Task, what: str) -> Path:
     assets = json.dumps(pool.spec.assets.describe(), sort_keys=True)
     key = hashlib.sha256(f"{assets} {task.name} {what}".encode()).hexdigest()[:12]
     return cache_dir() / folder / f"{task.suite}-{task.index}-{what}-{key}.npz"

@@ -201,6 +201,34 @@ class RolloutPool:
                     busy[worker.number], arguments = waiting.popleft()
                     worker.send("call", (function, *arguments), 20 * self.limit_s)
 
+    def advance(self, commands: Sequence[list[tuple[int, Rollout | int]]]) -> list[list[Progress]]:
+        """One round in lock-step, for callers that bring their own loop; actions are in `arrays` before, and
+        observations after.
+
+        Args:
+            commands: for each worker its (slot, rollout to start or number of actions to carry out).
+        Raises:
+            WorkerError: a worker raised, ended or hung.
+        """
+        for worker, work in zip(self._workers, commands, strict=True):
+            worker.send("advance", (work,), self.limit_s)
+        answers = []
+        for worker in self._workers:
+            if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
+                self._replace(worker)
+                raise WorkerError(f"worker {worker.number} hung for {self.limit_s:.0f} s")
+            try:
+                answers.append(worker.receive())
+            except (EOFError, ConnectionResetError):
+                self._replace(worker)
+                raise WorkerError(f"worker {worker.number} ended ({_exit(worker.process)})") from None
+        return answers
+
+    @property
+    def arrays(self) -> list[SharedArrays]:
+        """Observations and actions of each worker's slots, shared with it."""
+        return [worker.arrays for worker in self._workers]
+
     def close(self) -> None:
         """End the workers."""
         for worker in self._workers:
