@@ -254,15 +254,18 @@ def check_output(folder: Path) -> Iterator[Finding]:
         yield Finding(OK, "disk", f"{free:.0f} GiB free in {folder}")
 
 
-def check_memory_and_cores(workers: int) -> Iterator[Finding]:
+def check_memory_and_cores(workers: int | None) -> Iterator[Finding]:
     """Whether the simulating processes and the trainer have room."""
+    from pi0.ript.env.pool import usable_cores
+
+    cores = usable_cores()
+    workers = workers or cores
     free, needed = _available_memory() / GIB, TRAINER_GIB + workers * WORKER_GIB
     text = f"{free:.1f} GiB free, about {needed:.1f} needed with {workers} workers"
     if free < needed:
         yield Finding(STOP, "memory", text, "set task.num_parallel_envs lower, or free memory")
     else:
         yield Finding(OK, "memory", text)
-    cores = len(os.sched_getaffinity(0))
     if workers > cores:
         mend = f"task.num_parallel_envs={cores} is likely as fast"
         yield Finding(NOTE, "cores", f"{cores} for {workers} workers", mend)
@@ -278,7 +281,7 @@ def examine(config: "Config | None") -> Iterator[Finding]:
         ("packages", lambda: check_packages(locked_versions())),
         ("gl", check_gl),
         ("gpu", check_gpus),
-        ("memory", lambda: check_memory_and_cores(config.task.num_parallel_envs if config else 2)),
+        ("memory", lambda: check_memory_and_cores(config.task.num_parallel_envs if config else None)),
         ("disk", lambda: check_output(Path(config.output_dir if config else "outputs"))),
         ("assets", lambda: check_assets(config.task.assets if config else None)),
         ("init states", lambda: check_init_states(suite, names)),

@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--settle_steps", type=int, default=10, help="control steps before the policy takes over"
     )
-    parser.add_argument("--workers", type=int, default=2, help="simulator processes")
+    parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
     parser.add_argument(
         "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
     )

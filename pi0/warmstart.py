@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise-samples", type=int, default=2, help="noise draws of the flow loss on each")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--ema-decay", type=float, default=0.995, help="decay of the averaged weights")
-    parser.add_argument("--workers", type=int, default=2, help="simulator processes")
+    parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

@@ -1,14 +1,14 @@
 """Rollouts in worker processes: the same episodes however many workers, whatever happens to them."""
 
 import os
+import pickle
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
 
-from pi0.ript.env.pool import WorkerError
+from pi0.ript.env.pool import WorkerError, usable_cores
 from pi0.ript.env.runner import LIBEROEnvRunner
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -103,22 +103,59 @@ def test_filming_changes_nothing(runner, episodes):
     assert filmed[0].video[0].shape == (256, 256, 3)
 
 
-def test_killing_a_worker_changes_no_result(runner, episodes):
+@pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.6])
+def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
     jobs = rollouts(runner, 10)
-    victim = runner.pool._workers[0].process.pid
-    threading.Timer(0.6, os.kill, (victim, signal.SIGKILL)).start()
-    before = runner.pool.replaced_workers
+    victim, before = runner.pool._workers[0].process.pid, len(runner.pool.losses)
+    timer = threading.Timer(delay_s, os.kill, (victim, signal.SIGKILL))
+    timer.start()
     assert_same(run(runner, jobs), episodes)
-    time.sleep(0.7)
-    assert runner.pool.replaced_workers >= before
+    timer.join()
+    for loss in runner.pool.losses[before:]:
+        assert str(loss).startswith("worker 0 ended (SIGKILL) while it ran libero_spatial task 3 state ")
+    if delay_s == 0.0:
+        assert len(runner.pool.losses) == before + 1
 
 
 def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monkeypatch):
     monkeypatch.setattr(runner.pool, "limit_s", 25.0)
     os.kill(runner.pool._workers[1].process.pid, signal.SIGSTOP)
-    before = runner.pool.replaced_workers
+    before = len(runner.pool.losses)
     assert_same(run(runner, rollouts(runner, 10)), episodes)
-    assert runner.pool.replaced_workers == before + 1
+    (loss,) = runner.pool.losses[before:]
+    assert loss.cause == "hung for 25 s"
+    assert loss.rollouts
+
+
+class SomethingElse:
+    """What no worker should answer."""
+
+
+@pytest.mark.parametrize(
+    "garbage", [None, [SomethingElse()], b"not a pickle"], ids=["none", "other", "bytes"]
+)
+def test_a_worker_that_answers_garbage_is_replaced_and_changes_no_result(runner, episodes, garbage):
+    worker, before = runner.pool._workers[0], len(runner.pool.losses)
+    receive, connection = worker.receive, worker.connection
+
+    def receive_garbage():
+        receive()  # its real answer is lost
+        if isinstance(garbage, bytes):
+            return pickle.loads(garbage)
+        return garbage
+
+    worker.receive = receive_garbage
+    assert_same(run(runner, rollouts(runner, 10)), episodes)
+    assert connection.closed
+    (loss,) = runner.pool.losses[before:]
+    assert "sent" in loss.cause
+
+
+def test_by_default_there_is_a_worker_on_each_core(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert 1 <= usable_cores() <= cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * cores))
+    assert usable_cores() == 1
 
 
 def test_a_broken_simulation_fails_its_own_rollout_only(runner, episodes):

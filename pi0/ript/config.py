@@ -35,7 +35,9 @@ class TaskConfig:
     fixtures: Literal["libero_eval", "pinned"] = key(
         "libero_eval", "cabinet and stove: as in LIBERO's evaluation after env.seed(0), or always its first"
     )
-    num_parallel_envs: int = key(2, "worker processes that simulate", unit="processes", low=1)
+    num_parallel_envs: int | None = key(
+        None, "worker processes that simulate; null: one on each core", unit="processes", low=1
+    )
     rollouts_per_env: int = key(
         4, "rollouts a worker keeps going at once; the policy acts on them together", unit="rollouts", low=1
     )

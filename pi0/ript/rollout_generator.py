@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,14 @@ class Collection:
         groups: usable groups, in the order in which they were sampled; may be empty.
         dropped: groups left out because they were unanimous (dynamic sampling only).
         failures: what broke, one line for each rollout that could not be used.
+        lost_workers: workers that died or hung, one line each; their rollouts were run again.
     """
 
     groups: list[Group]
     dropped: int
     failures: list[str]
     seconds: float
+    lost_workers: list[str] = field(default_factory=list)
 
     @property
     def episodes(self) -> list[Episode]:
@@ -80,6 +82,7 @@ class Collection:
             "unanimous_groups": sum(group.unanimous for group in self.groups),
             "dropped_groups": self.dropped,
             "failed_rollouts": len(self.failures),
+            "lost_workers": self.lost_workers,
             "control_steps": sum(episode.steps for episode in episodes),
             "rollout_seconds": self.seconds,
         }
@@ -136,7 +139,7 @@ class RolloutGenerator:
             step: number of the iteration; with the seed it decides the noise.
             record: draw a video frame every this many control steps.
         """
-        start = time.monotonic()
+        start, losses = time.monotonic(), len(self.env_runner.pool.losses)
         collection = Collection(groups=[], dropped=0, failures=[], seconds=0.0)
         tried = 0
         while len(collection.groups) < self.num_groups and tried < self.max_groups:
@@ -147,6 +150,7 @@ class RolloutGenerator:
             if time.monotonic() - start > self.time_limit_s:
                 break
         collection.seconds = time.monotonic() - start
+        collection.lost_workers = [str(loss) for loss in self.env_runner.pool.losses[losses:]]
         return collection
 
     def _run_groups(
@@ -170,9 +174,7 @@ class RolloutGenerator:
     def _add(self, collection: Collection, episodes: list[Episode]) -> None:
         usable = [episode for episode in episodes if episode.failure is None]
         collection.failures += [
-            f"{episode.rollout.task.name}, state {episode.rollout.init_index}: {episode.failure}"
-            for episode in episodes
-            if episode.failure is not None
+            f"{episode.rollout}: {episode.failure}" for episode in episodes if episode.failure is not None
         ]
         if len(usable) < 2:
             return

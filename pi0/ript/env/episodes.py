@@ -35,6 +35,9 @@ class Rollout:
     settle_steps: int
     record: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.task.suite} task {self.task.index} state {self.init_index}"
+
 
 @dataclass
 class Episode:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +45,29 @@ class Policy(Protocol):
         self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], noise: np.ndarray
     ) -> np.ndarray:
         """Action chunks float32 [B, C, 7] for uint8 images [B, h, w, 3] by camera and states [B, 8]."""
+
+
+def usable_cores() -> int:
+    """Cores for this process's workers: those it may run on, less what other ranks of this machine use."""
+    cores = len(os.sched_getaffinity(0))
+    try:  # a container's share, in microseconds of CPU time and of wall time
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period))) if quota != "max" else cores
+    except (OSError, ValueError):
+        pass  # no such limit here
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A worker that was replaced, why, and what it was doing (which was run again)."""
+
+    worker: int
+    cause: str
+    rollouts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"worker {self.worker} {self.cause} while it ran {', '.join(self.rollouts) or 'nothing'}"
 
 
 class WorkerError(RuntimeError):
@@ -107,16 +133,16 @@ class RolloutPool:
 
     Args:
         spec: what each worker is made from.
-        workers: number of processes.
+        workers: number of processes; None for `usable_cores`.
         limit_s: seconds after which a worker that has not answered is taken for hung.
     """
 
-    def __init__(self, spec: WorkerSpec, workers: int, limit_s: float = 180.0):
+    def __init__(self, spec: WorkerSpec, workers: int | None = None, limit_s: float = 180.0):
         gl.select_backend()
         self.spec = spec
         self.limit_s = limit_s
-        self.replaced_workers = 0
-        self._workers = [_Process(spec, number) for number in range(workers)]
+        self.losses: list[Loss] = []
+        self._workers = [_Process(spec, number) for number in range(workers or usable_cores())]
 
     def run(
         self, policy: Policy, rollouts: Sequence[Rollout], replan_steps: int
@@ -146,7 +172,10 @@ class RolloutPool:
             while any(running.values()):
                 for worker, answers in self._answers(running):
                     slots = running[worker.number]
-                    if answers is None:
+                    if isinstance(answers, str):
+                        rollouts_lost = tuple(str(recording.rollout) for _, recording in slots.values())
+                        self.losses.append(Loss(worker.number, answers, rollouts_lost))
+                        logger.warning("%s; that runs again", self.losses[-1])
                         for index, recording in slots.values():
                             attempts[index] += 1
                             if attempts[index] <= ATTEMPTS:
@@ -237,25 +266,24 @@ class RolloutPool:
 
     # Internals -----------------------------------------------------------------------------------
 
-    def _answers(self, running: dict[int, dict]) -> Iterator[tuple[_Process, list[Progress] | None]]:
-        """Whoever has answered, with the answer; None for a worker that is lost."""
+    def _answers(self, running: dict[int, dict]) -> Iterator[tuple[_Process, list[Progress] | str]]:
+        """Whoever has answered, with the answer; for a worker that is lost, what became of it."""
         busy = [worker for worker in self._workers if running[worker.number]]
         patience = min(worker.deadline for worker in busy) - time.monotonic()
         ready = wait([worker.connection for worker in busy], timeout=max(0.0, patience))
         for worker in busy:
             if worker.connection in ready:
                 try:
-                    yield worker, worker.receive()
+                    answers = worker.receive()
                 except (EOFError, ConnectionResetError):
-                    logger.warning(
-                        "worker %d ended (%s); its rollouts run again", worker.number, _exit(worker.process)
-                    )
-                    yield worker, None
+                    yield worker, f"ended ({_exit(worker.process)})"
+                except (pickle.UnpicklingError, ValueError, TypeError) as error:
+                    yield worker, f"sent what cannot be read ({error})"
+                else:
+                    sound = _is_sound(answers, running[worker.number])
+                    yield worker, answers if sound else f"sent something else than progress ({answers!r:.80})"
             elif time.monotonic() >= worker.deadline:
-                logger.warning(
-                    "worker %d hung for %.0f s; its rollouts run again", worker.number, self.limit_s
-                )
-                yield worker, None
+                yield worker, f"hung for {self.limit_s:.0f} s"
 
     def _finish(
         self, answers: list[Progress], slots: dict[int, tuple[int, _Recording]]
@@ -307,7 +335,6 @@ class RolloutPool:
             worker.send("advance", (commands,), self.limit_s)
 
     def _replace(self, worker: _Process) -> _Process:
-        self.replaced_workers += 1
         worker.process.kill()
         worker.stop()
         fresh = _Process(self.spec, worker.number)
@@ -337,6 +364,11 @@ class _Recording:
             failure=failure,
             video=video or [],
         )
+
+
+def _is_sound(answers: Any, slots: dict[int, Any]) -> bool:
+    """Whether an answer is about running slots and nothing else."""
+    return isinstance(answers, list) and all(isinstance(a, Progress) and a.slot in slots for a in answers)
 
 
 def _pythonpath() -> str:

@@ -59,7 +59,7 @@ class LIBEROEnvRunner:
         image_size: pixels a side.
         chunk: actions in one of the policy's chunks.
         replan_steps: actions of a chunk carried out before the policy looks again.
-        num_parallel_envs: worker processes.
+        num_parallel_envs: worker processes; None for one on each core there is.
         rollouts_per_env: rollouts a worker keeps going at once; the policy acts on them in one batch.
         max_episode_length: control steps an episode may take, None for the suite's usual horizon.
         settle_steps: control steps of standing still before an episode.
@@ -78,7 +78,7 @@ class LIBEROEnvRunner:
         image_size: int,
         chunk: int,
         replan_steps: int,
-        num_parallel_envs: int = 2,
+        num_parallel_envs: int | None = None,
         rollouts_per_env: int = 4,
         max_episode_length: int | None = None,
         settle_steps: int = 10,
