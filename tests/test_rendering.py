@@ -1,5 +1,7 @@
 """Frames: `exact` is LIBERO's, `fast` looks alike and is upright; broken GL is named."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,20 @@ def test_no_working_gl_says_what_each_back_end_answered_and_what_to_install(monk
     monkeypatch.setattr(gl, "_PROBE", "raise SystemExit('no EGL here')")
     with pytest.raises(gl.GLUnavailableError, match="egl: no EGL here.*apt-get install"):
         gl.select_backend()
+
+
+def test_a_rank_without_a_device_of_its_own_draws_on_the_default_one(monkeypatch):
+    for variable in (
+        "MUJOCO_GL",
+        "PI0_GL_PROVEN",
+        "MUJOCO_EGL_DEVICE_ID",
+        "PYOPENGL_PLATFORM",
+        "PI0_GL_RENDERER",
+    ):
+        monkeypatch.setenv(variable, "")  # so that what is set here is undone
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("LOCAL_RANK", "97")
+    backend = gl.select_backend()
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    assert gl.renderer().startswith(f"{backend}: ")
+    assert "None" not in gl.renderer()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 
 from pi0.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("egl", "osmesa")
 INSTALL_HINT = "install software GL with: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
@@ -22,39 +25,45 @@ class GLProbe:
     """Outcome of drawing one frame with a back end in a process of its own."""
 
     backend: str
+    device: str | None
     works: bool
     detail: str  # renderer's name and time per frame, or what went wrong
 
 
-def environment(backend: str) -> dict[str, str]:
-    """Environment variables that make MuJoCo, robosuite and PyOpenGL use `backend`."""
-    return {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+def environment(backend: str, device: str | None = None) -> dict[str, str]:
+    """Environment variables that make MuJoCo, robosuite and PyOpenGL use `backend`, and EGL's device."""
+    chosen = {} if device is None else {"MUJOCO_EGL_DEVICE_ID": device}
+    return {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend, **chosen}
 
 
-def probe(backend: str, timeout: float = 60.0) -> GLProbe:
+def probe(backend: str, device: str | None = None, timeout: float = 60.0) -> GLProbe:
     """Draw one frame in a subprocess: a broken driver may abort the process that asks."""
     command = [sys.executable, "-c", _PROBE]
     try:
         done = subprocess.run(
             command,
             check=False,
-            env={**os.environ, **environment(backend)},
+            env={**os.environ, **environment(backend, device)},
             capture_output=True,
             text=True,
             timeout=timeout,
         )
     except subprocess.TimeoutExpired:
-        return GLProbe(backend, False, f"no frame within {timeout:.0f} s")
+        return GLProbe(backend, device, False, f"no frame within {timeout:.0f} s")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        return GLProbe(backend, False, lines[-1] if lines else f"process ended with {done.returncode}")
-    return GLProbe(backend, True, done.stdout.strip())
+        return GLProbe(
+            backend, device, False, lines[-1] if lines else f"process ended with {done.returncode}"
+        )
+    return GLProbe(backend, device, True, done.stdout.strip())
 
 
 def select_backend() -> str:
     """The back end to use, and set in this process's environment for every process it starts.
 
-    `MUJOCO_GL`, when set, is the only candidate; otherwise EGL (on a GPU or in software), then OSMesa.
+    `MUJOCO_GL`, when set, is the only candidate; otherwise EGL (on a GPU or in software), then OSMesa. Under
+    torchrun, rank r of a machine draws on EGL's device r where there is one, unless `MUJOCO_EGL_DEVICE_ID` says
+    otherwise. EGL counts all devices, whatever `CUDA_VISIBLE_DEVICES` hides.
 
     Raises:
         GLUnavailableError: none draws a frame; the message says what each answered and what to install.
@@ -68,12 +77,30 @@ def select_backend() -> str:
             raise GLUnavailableError(
                 f"MUJOCO_GL={backend} cannot draw without a screen; use one of {', '.join(BACKENDS)}"
             )
-        outcome = probe(backend)
-        if outcome.works:
-            os.environ.update(environment(backend), PI0_GL_PROVEN=backend)
-            return backend
+        for device in _devices(backend):
+            outcome = probe(backend, device)
+            if outcome.works:
+                renderer = outcome.detail.rsplit(", ", 1)[0]
+                os.environ.update(
+                    environment(backend, device), PI0_GL_PROVEN=backend, PI0_GL_RENDERER=renderer
+                )
+                logger.info("frames are drawn by %s through %s", renderer, backend)
+                return backend
         failures.append(f"{backend}: {outcome.detail}")
     raise GLUnavailableError(f"no OpenGL back end draws a frame ({'; '.join(failures)}); {INSTALL_HINT}")
+
+
+def renderer() -> str:
+    """What draws the frames, once `select_backend` has chosen: back end and GL's name of it."""
+    return f"{os.environ.get('PI0_GL_PROVEN')}: {os.environ.get('PI0_GL_RENDERER')}"
+
+
+def _devices(backend: str) -> tuple[str | None, ...]:
+    """EGL devices to try, None being whatever the back end takes."""
+    rank = os.environ.get("LOCAL_RANK")
+    if backend != "egl" or rank is None or "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        return (None,)
+    return (rank, None)
 
 
 _PROBE = """

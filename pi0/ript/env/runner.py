@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from pi0.progress import progress
+from pi0.ript.env import gl
 from pi0.ript.env.assets import resolve_assets
 from pi0.ript.env.episodes import Episode, Rollout
 from pi0.ript.env.init_states import InitStatePool, evaluation_pools, training_pools
@@ -199,6 +200,7 @@ class LIBEROEnvRunner:
             "image_size": spec.image_size,
             "cameras": list(spec.cameras),
             "render": spec.render,
+            "gl": gl.renderer(),
             "assets": spec.assets.describe(),
             "versions": {
                 name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")
