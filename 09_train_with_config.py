@@ -33,7 +33,7 @@ from pi0.ript.ema import AveragedPolicy
 from pi0.ript.env.init_states import InitStatePool
 from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
-from pi0.ript.optimizer import make_optimizer
+from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import film_before_after, new_run_dir, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
 
@@ -188,6 +188,9 @@ def train(config: Config) -> Path:
             augmentation=Augmentation(),
         )
         optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
+        schedule = make_schedule(
+            optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
+        )
         average = AveragedPolicy(policy, algo.ema_decay)
         acting = ActingPolicy(average.policy, weight)
         generator = torch.Generator().manual_seed(seed)
@@ -205,6 +208,7 @@ def train(config: Config) -> Path:
             if usable:
                 batch = WeightedChunks.cat(usable)
                 metrics |= update_policy(config, adapter, optimizer, average, batch, generator)
+                schedule.step()
             history.append(metrics)
             average.policy.save_pretrained(run_dir / "policy")
             print(

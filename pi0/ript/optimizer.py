@@ -1,4 +1,4 @@
-"""The optimizer of a policy's weights, as configured."""
+"""The optimizer of a policy's weights and the schedule of its learning rate, as configured."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def make_optimizer(policy: PI0Policy, lr: float, optimizer: OptimizerConfig) -> 
     return kind(
         weights, lr, (optimizer.beta1, optimizer.beta2), weight_decay=optimizer.weight_decay, fused=True
     )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, final_share: float, iterations: int
+) -> torch.optim.lr_scheduler.LinearLR:
+    """A learning rate that falls in equal steps to `final_share` of itself in the last of `iterations`.
+
+    `step()` is to be called after each iteration.
+    """
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, final_share, max(1, iterations - 1))
