@@ -5,8 +5,10 @@ import pickle
 import signal
 import threading
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from pi0.ript.env.pool import WorkerError, usable_cores
 from pi0.ript.env.runner import LIBEROEnvRunner
@@ -101,6 +103,28 @@ def test_filming_changes_nothing(runner, episodes):
     assert_same(filmed, episodes[:2])
     assert len(filmed[0].video) == 8
     assert filmed[0].video[0].shape == (256, 256, 3)
+
+
+def test_debug_variables_write_what_happened_and_what_the_policy_saw(runner, episodes, monkeypatch, tmp_path):
+    monkeypatch.setenv("PI0_DEBUG_DIR", str(tmp_path / "debug"))
+    run(runner, rollouts(runner, 1))
+    assert not (tmp_path / "debug").exists()
+    monkeypatch.setenv("PI0_DEBUG_SAVE_VIDEO", "true")
+    monkeypatch.setenv("DEBUG_SAVE_PROCESSED", "1")
+    assert_same(run(runner, rollouts(runner, 2)), episodes[:2])
+    for index, episode in enumerate(episodes[:2]):
+        outcome = "success" if episode.success else "failure"
+        name = tmp_path / "debug" / f"libero_spatial-task3-state{index}-7-{index}-{outcome}"
+        with av.open(str(name) + ".mp4") as video:
+            assert sum(1 for _ in video.decode(video=0)) == 1 + episode.steps // 2 + (
+                episode.success and episode.steps % 2
+            )
+        with np.load(str(name) + ".npz", allow_pickle=False) as seen:
+            assert str(seen["prompt"]) == episode.rollout.task.prompt
+            assert np.array_equal(seen["states"], episode.states)
+            assert np.array_equal(seen["images/base_0_rgb"], episode.images["base_0_rgb"])
+        with Image.open(str(name) + ".png") as picture:
+            assert picture.size == (32 * len(episode.states), 64)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.6])

@@ -10,6 +10,7 @@ from typing import Self
 from pi0.progress import progress
 from pi0.ript.env import gl
 from pi0.ript.env.assets import resolve_assets
+from pi0.ript.env.debug import DebugOutput
 from pi0.ript.env.episodes import Episode, Rollout
 from pi0.ript.env.init_states import InitStatePool, evaluation_pools, training_pools
 from pi0.ript.env.pool import Policy, RolloutPool
@@ -148,8 +149,15 @@ class LIBEROEnvRunner:
         )
 
     def run_policy_in_env(self, policy: Policy, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Episode]]:
-        """Run rollouts in parallel; yields (index into `rollouts`, episode) as they finish."""
-        return self.pool.run(policy, rollouts, self.replan_steps)
+        """Run rollouts in parallel; yields (index into `rollouts`, episode) as they finish.
+
+        With the environment variables of `pi0.ript.env.debug`, what happened is written besides.
+        """
+        debug = DebugOutput()
+        prepared = [debug.prepare(rollout) for rollout in rollouts]
+        for index, episode in self.pool.run(policy, prepared, self.replan_steps):
+            debug.save(episode)
+            yield index, episode
 
     def run(
         self, policy: Policy, episodes: int, seed: int, record: int = 0, label: str = "evaluation"
