@@ -54,14 +54,19 @@ class InitialStateDataset:
         self.init_state_cursor = [0] * len(pools)
         self.solved_in_a_row = [[0] * len(pool) for pool in pools]
 
-    def smart_sample_group(self) -> list[Start]:
-        """The next K starts."""
+    def next_task(self) -> int:
+        """Position in `pools` of the task whose turn it is."""
         shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
         self.credit = [
             credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
         ]
         task = self.credit.index(max(self.credit))
         self.credit[task] -= 1.0
+        return task
+
+    def smart_sample_group(self) -> list[Start]:
+        """The next K starts."""
+        task = self.next_task()
         pool, solved = self.pools[task], self.solved_in_a_row[task]
         starts: list[Start] = []
         while len(starts) < self.group_size:
@@ -136,18 +141,20 @@ def update_policy(
     algo, policy = config.algo, adapter.policy
     policy.train()
     losses, norms, accumulated = [], [], 0
-    passes = algo.num_epochs * adapter.count_minibatches(batch, algo.minibatch_size)
+    parts = adapter.count_minibatches(batch, algo.minibatch_size)
+    passes = algo.num_epochs * parts
     with progress(total=passes, label="update", unit="minibatch") as bar:
         for _ in range(algo.num_epochs):
-            for minibatch in adapter.minibatches(batch, algo.minibatch_size, generator):
+            for minibatch in adapter.minibatches(batch, parts, generator):
+                accumulated += 1
+                complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
                 loss = adapter.minibatch_loss(minibatch, generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")
                 (loss / algo.gradient_accumulation_steps).backward()
                 losses.append(loss.item())
-                accumulated += 1
                 bar.update(1, f"loss {losses[-1]:.4f}")
-                if accumulated == algo.gradient_accumulation_steps or len(losses) == passes:
+                if complete:
                     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
                     norms.append(norm.item())
                     optimizer.step()
@@ -167,10 +174,9 @@ def train(config: Config) -> Path:
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
     with make_env_runner(config, policy) as env_runner:
-        print(f"training started: {len(env_runner.assigned_tasks)} tasks, writing to {run_dir}")
-        dataset = InitialStateDataset(
-            env_runner.training_states(algo.train_init_states, seed), algo.rloo_batch_size, skip_after=2
-        )
+        print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
+        pools = env_runner.training_states(algo.train_init_states, seed)
+        dataset = InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
         rollouts = RolloutGenerator(
             env_runner,
             dataset.smart_sample_group,

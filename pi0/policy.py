@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -331,13 +332,15 @@ class PI0Policy(nn.Module):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one.
+    """The device called `name`; `auto` is the GPU if there is one, under torchrun the rank's own.
 
     Raises:
         InputError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:

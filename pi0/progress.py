@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ class Bar:
 
 @contextmanager
 def progress(total: int, label: str, unit: str) -> Iterator[Bar]:
-    """A bar over `total` units; in a file or pipe it is redrawn every 10 seconds only."""
+    """A bar over `total` units; in a file or pipe it is redrawn every 10 seconds only. Under torchrun rank 0 shows it."""
+    hidden = os.environ.get("RANK", "0") != "0"
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    with tqdm(total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True, disable=hidden
+    ) as bar:
         yield Bar(bar)

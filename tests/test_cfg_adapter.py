@@ -165,8 +165,9 @@ def test_minibatches_hold_every_chunk_once(policy):
     adapter = PI0_CFG_Adapter(policy)
     batch = adapter.weigh(EPISODES, [1.0, 0.5, 0.25])
     batch.weights = torch.arange(len(batch)).float()
+    assert adapter.count_minibatches(batch, 3) == 3
     parts = list(adapter.minibatches(batch, 3, seeded()))
-    assert len(parts) == adapter.count_minibatches(batch, 3) == 3
+    assert [len(part) for part in parts] == [3, 2, 2]
     assert sorted(torch.cat([part.weights for part in parts]).tolist()) == list(range(7))
 
 

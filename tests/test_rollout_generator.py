@@ -99,12 +99,24 @@ def test_no_time_left_ends_the_collection(runner):
     assert rollouts.generate_rollouts(StillPolicy(), step=0).dropped == 2
 
 
-def test_a_broken_rollout_is_left_out_of_its_group_and_reported(runner):
-    rollouts = generator(runner, num_groups=1)
+def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(runner):
+    rollouts = generator(runner, num_groups=2)
     pool = runner.evaluation_states()[0]
-    pool.states[0].state[1] = np.nan
-    rollouts.next_group = lambda: [(pool, 0), (pool, 1), (pool, 2)]
+    pool.states[1].state[1] = np.nan
+    groups = iter([[0, 1, 2], [2, 3, 4], [5, 6, 7], [8, 9, 10]])
+    rollouts.next_group = lambda: [(pool, index) for index in next(groups)]
     collection = rollouts.generate_rollouts(StillPolicy(), step=0)
-    assert len(collection.groups[0].episodes) == 2
+    assert [episode.rollout.init_index for episode in collection.episodes] == [2, 3, 4, 5, 6, 7]
+    assert len(collection.failures) == 1
     assert "diverged" in collection.failures[0]
     assert collection.metrics()["failed_rollouts"] == 1
+
+
+def test_rollouts_that_always_break_end_the_collection_after_the_allowed_tries(runner):
+    rollouts = generator(runner, num_groups=2, max_groups=5)
+    pool = runner.evaluation_states()[0]
+    pool.states[0].state[1] = np.nan
+    rollouts.next_group = lambda: [(pool, 0), (pool, 1)]
+    collection = rollouts.generate_rollouts(StillPolicy(), step=0)
+    assert collection.groups == []
+    assert len(collection.failures) == 5

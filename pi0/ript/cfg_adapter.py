@@ -18,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pi0 import PI0Policy
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
+from pi0.ript.distributed import mean_over_ranks
 from pi0.ript.env.episodes import Episode
 
 MODES = ("weighted", "guidance")
@@ -51,6 +52,17 @@ class WeightedChunks:
         return WeightedChunks(self.chunks[index], self.weights[index], self.optimality[index])
 
     @staticmethod
+    def empty(cameras: Sequence[str], image_size: int, chunk: int) -> WeightedChunks:
+        """No chunks: what a rank has to learn from that collected nothing."""
+        none = torch.zeros(0)
+        return WeightedChunks(Chunks.empty(cameras, image_size, chunk), none, none.long())
+
+    def weightless(self) -> WeightedChunks:
+        """One blank chunk of weight 0 and the same shapes, for a network that cannot take none."""
+        blank = torch.zeros(1)
+        return WeightedChunks(self.chunks.blank(), blank, blank.long())
+
+    @staticmethod
     def cat(parts: Sequence[WeightedChunks]) -> WeightedChunks:
         """All chunks of `parts`, in order."""
         return WeightedChunks(
@@ -70,6 +82,8 @@ class PI0_CFG_Adapter:
         negative_weight: factor on negative advantages, 0 to 1 (weighted mode).
         condition_dropout: share of chunks that train the unconditional flow (guidance mode).
         augmentation: random changes to the observations.
+        model: what is called for the loss where it is not the policy itself: its distributed wrapper, which
+            averages gradients over ranks. Every rank then calls it equally often, with few or no chunks too.
     """
 
     def __init__(
@@ -81,6 +95,7 @@ class PI0_CFG_Adapter:
         negative_weight: float = 0.0,
         condition_dropout: float = 0.1,
         augmentation: Augmentation | None = None,
+        model: nn.Module | None = None,
     ):
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
@@ -92,6 +107,7 @@ class PI0_CFG_Adapter:
         self.negative_weight = negative_weight
         self.condition_dropout = condition_dropout
         self.augmentation = augmentation
+        self.model = model or policy
 
     def weigh(self, episodes: Sequence[Episode], advantages: Sequence[float]) -> WeightedChunks | None:
         """The chunks that teach something; None when no episode does."""
@@ -124,7 +140,13 @@ class PI0_CFG_Adapter:
         return self.minibatch_loss(batch, generator)
 
     def minibatch_loss(self, batch: WeightedChunks, generator: torch.Generator) -> Tensor:
-        """Weighted loss of a batch: sum(weights * loss) / sum(|weights|), a scalar with gradient."""
+        """Weighted loss of a batch: sum(weights * loss) / sum(|weights|), a scalar with gradient.
+
+        In a distributed run the divisor is the mean over ranks, so that averaging the ranks' gradients gives the
+        gradient of the loss over all their chunks together, however unevenly they are spread.
+        """
+        if len(batch) == 0:
+            batch = batch.weightless()
         condition = self._conditions(batch.optimality, generator) if self.mode == "guidance" else None
         losses = flow_loss(
             self.policy,
@@ -133,21 +155,24 @@ class PI0_CFG_Adapter:
             generator=generator,
             augmentation=self.augmentation,
             condition=condition,
+            model=self.model,
         )
         weights = batch.weights.to(losses)
         bounded = torch.where(weights < 0, losses.clamp(max=NEGATIVE_CLIP), losses)
-        return (weights * bounded).sum() / weights.abs().sum()
+        return (weights * bounded).sum() / mean_over_ranks(weights.abs().sum())
 
     @staticmethod
-    def minibatches(batch: WeightedChunks, size: int, generator: torch.Generator) -> Iterator[WeightedChunks]:
-        """One shuffled pass over `batch` in equal parts of at most `size` chunks."""
+    def minibatches(
+        batch: WeightedChunks, parts: int, generator: torch.Generator
+    ) -> Iterator[WeightedChunks]:
+        """One shuffled pass over `batch` in `parts` of equal size, empty ones where there are too few chunks."""
         order = torch.randperm(len(batch), generator=generator)
-        for index in order.tensor_split(PI0_CFG_Adapter.count_minibatches(batch, size)):
+        for index in order.tensor_split(parts):
             yield batch[index]
 
     @staticmethod
     def count_minibatches(batch: WeightedChunks, size: int) -> int:
-        """Minibatches in one pass."""
+        """Minibatches of at most `size` chunks in one pass."""
         return -(-len(batch) // size)
 
     def _weight(self, advantage: float) -> float:

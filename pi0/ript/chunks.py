@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pi0 import PI0Policy
-from pi0.ript.env.episodes import Episode
+from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Episode
 
 
 @dataclass
@@ -52,6 +52,27 @@ class Chunks:
             [prompt for part in parts for prompt in part.prompts],
             torch.cat([part.actions for part in parts]),
             torch.cat([part.valid for part in parts]),
+        )
+
+    @staticmethod
+    def empty(cameras: Sequence[str], image_size: int, chunk: int) -> Chunks:
+        """No chunks, of the right shapes: what a rank has to learn from that collected nothing."""
+        return Chunks(
+            {name: torch.zeros(0, image_size, image_size, 3, dtype=torch.uint8) for name in cameras},
+            torch.zeros(0, STATE_DIM),
+            [],
+            torch.zeros(0, chunk, ACTION_DIM),
+            torch.zeros(0, chunk, dtype=torch.bool),
+        )
+
+    def blank(self) -> Chunks:
+        """One chunk of these shapes without content, of which nothing is valid."""
+        return Chunks(
+            {name: frames.new_zeros(1, *frames.shape[1:]) for name, frames in self.images.items()},
+            self.states.new_zeros(1, *self.states.shape[1:]),
+            [""],
+            self.actions.new_zeros(1, *self.actions.shape[1:]),
+            self.valid.new_zeros(1, *self.valid.shape[1:]),
         )
 
     @staticmethod
@@ -102,6 +123,7 @@ def flow_loss(
     generator: torch.Generator,
     augmentation: Augmentation | None = None,
     condition: Tensor | None = None,
+    model: nn.Module | None = None,
 ) -> Tensor:
     """Flow-matching loss of each chunk, float [N]: mean over its valid actions, their 7 features and `samples` draws.
 
@@ -109,6 +131,7 @@ def flow_loss(
         samples: noise and time draws on each observation, which is encoded once for all of them.
         generator: source of all randomness, on the CPU.
         condition: optimality of each chunk, int [N] (`pi0.model.network`), None for unconditional.
+        model: what is called for the loss where it is not the policy itself: its distributed wrapper.
     """
     frames = chunks.images
     if augmentation is not None:
@@ -118,7 +141,7 @@ def flow_loss(
         inputs["state"] = augmentation.state(inputs["state"].cpu(), generator).to(policy.device)
     actions = policy.normalize_actions(_hold_last(chunks.actions, chunks.valid))
     noise, time = policy.draw_noise_and_time(actions.cpu(), samples, generator)
-    loss = policy(
+    loss = (model or policy)(
         **inputs,
         actions=actions,
         noise=noise.to(policy.device),

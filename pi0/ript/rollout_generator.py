@@ -26,7 +26,7 @@ class Group:
     """Finished rollouts that share a baseline.
 
     Attributes:
-        episodes: those that ran; a broken simulation is left out.
+        episodes: of the group's starts, in their order.
         advantages: leave-one-out advantage of each.
     """
 
@@ -46,14 +46,14 @@ class Collection:
     Attributes:
         groups: usable groups, in the order in which they were sampled; may be empty.
         dropped: groups left out because they were unanimous (dynamic sampling only).
-        failures: what broke, one line for each rollout that could not be used.
+        failures: rollouts whose simulation broke, one line each; their groups are not used.
         lost_workers: workers that died or hung, one line each; their rollouts were run again.
     """
 
-    groups: list[Group]
-    dropped: int
-    failures: list[str]
-    seconds: float
+    groups: list[Group] = field(default_factory=list)
+    dropped: int = 0
+    failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
     lost_workers: list[str] = field(default_factory=list)
 
     @property
@@ -86,6 +86,22 @@ class Collection:
             "control_steps": sum(episode.steps for episode in episodes),
             "rollout_seconds": self.seconds,
         }
+
+
+def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`Collection.metrics` of several ranks as one: counts are added, the slowest sets the time."""
+    merged: dict[str, Any] = dict(parts[0])
+    for part in parts[1:]:
+        for name, value in part.items():
+            if name == "tasks":
+                for task, counts in value.items():
+                    sums = merged[name].get(task, [0, 0])
+                    merged[name] = {**merged[name], task: [a + b for a, b in zip(sums, counts, strict=True)]}
+            elif name == "rollout_seconds":
+                merged[name] = max(merged[name], value)
+            else:
+                merged[name] = merged[name] + value
+    return merged
 
 
 class RolloutGenerator:
@@ -132,15 +148,16 @@ class RolloutGenerator:
     def generate_rollouts(self, policy: Policy, step: int, record: int = 0) -> Collection:
         """Collect one iteration's groups with `policy`.
 
-        Always ends: after `num_groups` usable groups, `max_groups` tries or `time_limit_s`. A policy that
-        always or never succeeds gives, under dynamic sampling, an empty collection.
+        Always ends: with exactly `num_groups` whole groups, or after `max_groups` tries or `time_limit_s` with
+        fewer. A group with a broken simulation is a failed try: reported, and another one takes its place. A
+        policy that always or never succeeds gives, under dynamic sampling, an empty collection.
 
         Args:
             step: number of the iteration; with the seed it decides the noise.
             record: draw a video frame every this many control steps.
         """
         start, losses = time.monotonic(), len(self.env_runner.pool.losses)
-        collection = Collection(groups=[], dropped=0, failures=[], seconds=0.0)
+        collection = Collection()
         tried = 0
         while len(collection.groups) < self.num_groups and tried < self.max_groups:
             wanted = min(self.num_groups - len(collection.groups), self.max_groups - tried)
@@ -172,16 +189,14 @@ class RolloutGenerator:
         return [[episodes[index] for index in group] for group in groups]
 
     def _add(self, collection: Collection, episodes: list[Episode]) -> None:
-        usable = [episode for episode in episodes if episode.failure is None]
-        collection.failures += [
-            f"{episode.rollout}: {episode.failure}" for episode in episodes if episode.failure is not None
-        ]
-        if len(usable) < 2:
+        failures = [f"{episode.rollout}: {episode.failure}" for episode in episodes if episode.failure]
+        if failures:
+            collection.failures += failures
             return
-        advantages = leave_one_out_advantages([self.reward(episode) for episode in usable])
+        advantages = leave_one_out_advantages([self.reward(episode) for episode in episodes])
         if self.shuffle_advantages:
-            np.random.default_rng(usable[0].rollout.noise_key).shuffle(advantages)
-        group = Group(usable, advantages)
+            np.random.default_rng(episodes[0].rollout.noise_key).shuffle(advantages)
+        group = Group(episodes, advantages)
         if self.enable_dynamic_sampling and group.unanimous:
             collection.dropped += 1
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -66,3 +66,7 @@ class Episode:
     def steps(self) -> int:
         """Control steps carried out."""
         return int(self.executed.sum())
+
+    def outline(self) -> Episode:
+        """The episode without what the policy saw and did: enough for a score, little to send."""
+        return replace(self, images={}, states=self.states[:0], actions=self.actions[:0], video=[])

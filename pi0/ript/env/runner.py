@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from pi0.progress import progress
+from pi0.ript import distributed
 from pi0.ript.env import gl
 from pi0.ript.env.assets import resolve_assets
 from pi0.ript.env.debug import DebugOutput
@@ -54,6 +55,12 @@ class EvaluationResult:
 class LIBEROEnvRunner:
     """Runs episodes of LIBERO tasks in parallel worker processes.
 
+    Attributes:
+        tasks: all tasks of the run, which are scored.
+        assigned_tasks: those that this rank practises; all of them unless the run is distributed.
+        task_cursor: turns taken, counted in assigned tasks.
+        current_task: the assigned task whose turn it is.
+
     Args:
         benchmark_name: suite, e.g. `libero_spatial`.
         task_names_to_use: names or indices; empty for every task of the suite.
@@ -90,7 +97,8 @@ class LIBEROEnvRunner:
         max_open_tasks: int = 10,
     ):
         self.benchmark_name = benchmark_name
-        self.assigned_tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
+        self.tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
+        self.assigned_tasks = self.tasks
         self.task_cursor = 0
         self.current_task: Task | None = None
         self.replan_steps = replan_steps
@@ -129,8 +137,8 @@ class LIBEROEnvRunner:
         return training_pools(self.pool, self.assigned_tasks, count, seed)
 
     def evaluation_states(self) -> list[InitStatePool]:
-        """LIBERO's recorded states of each assigned task."""
-        return evaluation_pools(self.pool, self.assigned_tasks, self.fixtures)
+        """LIBERO's recorded states of each task."""
+        return evaluation_pools(self.pool, self.tasks, self.fixtures)
 
     # Episodes ------------------------------------------------------------------------------------
 
@@ -162,9 +170,10 @@ class LIBEROEnvRunner:
     def run(
         self, policy: Policy, episodes: int, seed: int, record: int = 0, label: str = "evaluation"
     ) -> EvaluationResult:
-        """Score a policy on the evaluation states of the assigned tasks.
+        """Score a policy on the evaluation states of all tasks.
 
-        Two policies scored with the same `episodes` and `seed` meet the same states and the same noise.
+        Two policies scored with the same `episodes` and `seed` meet the same states and the same noise. In a
+        distributed run all ranks take part, each runs its share, and each gets the whole result.
 
         Args:
             episodes: number of episodes in all, dealt evenly over the tasks; at most 50 a task.
@@ -185,11 +194,18 @@ class LIBEROEnvRunner:
             for states, count in zip(pools, counts, strict=True)
             for index in range(count)
         ]
+        rank, world_size = distributed.rank_and_world_size()
+        share = range(rank, len(rollouts), world_size)
         results: dict[int, Episode] = {}
-        with progress(total=len(rollouts), label=label, unit="episode") as bar:
-            for index, episode in self.run_policy_in_env(policy, rollouts):
-                results[index] = episode
+        with progress(total=len(share), label=label, unit="episode") as bar:
+            for index, episode in self.run_policy_in_env(policy, [rollouts[index] for index in share]):
+                results[share[index]] = episode
                 bar.update(1, f"{sum(e.success for e in results.values())} solved")
+        if world_size > 1:
+            outlines = {index: episode.outline() for index, episode in results.items()}
+            results = {
+                index: episode for part in distributed.gather(outlines) for index, episode in part.items()
+            }
         return EvaluationResult(
             [results[index] for index in range(len(rollouts))], self.protocol(episodes=episodes, seed=seed)
         )
@@ -199,10 +215,10 @@ class LIBEROEnvRunner:
         spec = self.pool.spec
         return {
             "suite": self.benchmark_name,
-            "tasks": [task.index for task in self.assigned_tasks],
+            "tasks": [task.index for task in self.tasks],
             "init_states": "evaluation: LIBERO's recorded states, from index 0",
             "fixtures": self.fixtures,
-            "horizon": self.max_episode_length or self.assigned_tasks[0].horizon,
+            "horizon": self.max_episode_length or self.tasks[0].horizon,
             "settle_steps": self.settle_steps,
             "replan_steps": self.replan_steps,
             "image_size": spec.image_size,

@@ -1,0 +1,180 @@
+"""Ranks of a distributed run: what they tell each other, and how they notice that one of them is gone.
+
+Everything here works in a single process too, where it says the obvious: rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+BEAT_S = 1.0  # time from one sign of life to the next
+SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead
+# A rank may wait for the rollouts of others; that one has died is noticed by its silence, not by this limit.
+COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every rank, in order of rank, on every rank."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` as rank 0 works it out; the others only learn the result."""
+    rank, world_size = rank_and_world_size()
+    values = [function(*arguments) if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(values)
+    return values[0]  # type: ignore[return-value]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a tensor over ranks; takes part in no gradient."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all ranks."""
+    return max(gather(value))
+
+
+class RankWatch:
+    """Notices ranks that have died, on this host or another, and ends this process rather than let it wait.
+
+    Each rank gives a sign of life every second through the key-value store of the rendezvous. Torchrun stops
+    the ranks beside one that has died, but says which only in a long report, and on other hosts nobody
+    notices: their ranks wait in a collective until its time limit.
+    """
+
+    def __init__(self, silence_s: float = SILENCE_S):
+        self.rank, self.world_size = rank_and_world_size()
+        self._silence_s = silence_s
+        # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
+        self._store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+        )
+        self._peers: list[tuple[str, int]] = gather((socket.gethostname(), os.getpid()))
+        self._stopped = threading.Event()
+        self._beat("0")
+        dist.barrier()  # nobody looks for a sign of life before everybody has given one
+        self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
+        self._thread.start()
+
+    def stop(self, finished: bool) -> None:
+        """Stop watching; the others may wait no longer for a rank that has not `finished`."""
+        self._stopped.set()
+        self._thread.join()
+        if finished:
+            with contextlib.suppress(RuntimeError):  # the store ends with the first host's launcher
+                self._beat("finished")
+
+    def dead(self) -> str | None:
+        """One line about a rank on this host whose process is gone, None while all live."""
+        for rank, (host, process) in enumerate(self._peers):
+            here = host == socket.gethostname() and rank != self.rank
+            if here and not _is_alive(process) and self._sign(rank) != "finished":
+                return f"rank {rank} (process {process} on {host}) has died"
+        return None
+
+    def _watch(self) -> None:
+        heard = {rank: ("", time.monotonic()) for rank in range(self.world_size) if rank != self.rank}
+        beats = 0
+        while not self._stopped.wait(BEAT_S):
+            beats += 1
+            try:
+                self._beat(str(beats))
+                for rank, (last, since) in heard.items():
+                    sign = self._sign(rank)
+                    if sign != last:
+                        heard[rank] = (sign, time.monotonic())
+                    elif sign != "finished" and time.monotonic() - since > self._silence_s:
+                        host, process = self._peers[rank]
+                        silence = f"rank {rank} (process {process} on {host}) has been silent for"
+                        self._end(f"{silence} {self._silence_s:.0f} s")
+                if death := self.dead():
+                    self._end(death)
+            except RuntimeError:
+                self._end(f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks is gone")
+
+    def _beat(self, sign: str) -> None:
+        self._store.set(f"sign of life/{self.rank}", sign)
+
+    def _sign(self, rank: int) -> str:
+        return self._store.get(f"sign of life/{rank}").decode()
+
+    def _end(self, cause: str) -> NoReturn:
+        """End this process from whatever thread; its rollout workers end when their pipes close."""
+        print(f"error: {cause}; rank {self.rank} ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def watched_ranks() -> Iterator[None]:
+    """While this lasts, the death of a rank ends the others within a minute, each with a line that names it."""
+    if rank_and_world_size()[1] == 1:
+        yield
+        return
+    watch = RankWatch()
+
+    def terminated(number: int, _: object) -> NoReturn:
+        # Torchrun sends this to the ranks beside one that has failed.
+        if death := watch.dead():
+            watch._end(death)
+        sys.exit(128 + number)
+
+    previous, finished = signal.signal(signal.SIGTERM, terminated), False
+    try:
+        yield
+        finished = True
+    except RuntimeError:
+        # A collective fails at once when the other side's connection closes, before its process is gone.
+        time.sleep(2 * BEAT_S)
+        if death := watch.dead():
+            watch._end(death)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        watch.stop(finished)
+
+
+def backend() -> str:
+    """Which library carries the collectives: NCCL between GPUs, gloo for everything else."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this host still runs; one that nobody has reaped yet does not."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,299 @@
+"""Stage 10: the spec's own numbers, one gradient from many ranks, ranks without anything, ranks that die."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from pi0.paths import REPO_ROOT
+from pi0.ript.env.init_states import InitStatePool, state_hash
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.stepping import InitState
+from pi0.ript.env.suites import suite_tasks
+
+SCRIPT = "10_train_with_distributed.py"
+CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
+TASKS = suite_tasks("libero_spatial")
+# Short runs of real training: task 8 is solved now and then, so groups differ.
+SMALL = [
+    f"policy_path={CHECKPOINT}", "task.assets=standins", "algo.rloo_batch_size=4", "algo.data_batch_size=8",
+    "algo.train_init_states=8", "algo.num_epochs=1", "algo.minibatch_size=24", "training.num_train_steps=2",
+    "evaluation.episodes=4", "features.save_video=false", "task.max_episode_length=220",
+]  # fmt: skip
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stage_10", REPO_ROOT / SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stage = load_script()
+
+
+def torchrun(processes: int, *arguments: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={processes}", *arguments],
+        cwd=REPO_ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 400) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def train(processes: int, output_dir: Path, tasks: list[int], *overrides: str) -> tuple[str, Path]:
+    """A run of stage 10: what it printed, and its folder."""
+    config = "configs/multi_task_distributed.yaml"
+    settings = [*SMALL, f"output_dir={output_dir}", f"task.task_names_to_use={tasks}", *overrides]
+    output = finish(torchrun(processes, SCRIPT, "--config_path", config, "--override", *settings))
+    (run_dir,) = output_dir.glob("multi_task_distributed-*")
+    return output, run_dir
+
+
+# The spec's numbers ------------------------------------------------------------------------------------
+
+
+def test_nine_tasks_on_two_ranks_are_dealt_in_turns():
+    dealt = [[task.index for task in stage.get_distributed_tasks(TASKS[:9], rank, 2)] for rank in (0, 1)]
+    assert dealt == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+
+
+def test_one_task_on_two_ranks_leaves_the_second_without():
+    dealt = [[task.index for task in stage.get_distributed_tasks([TASKS[9]], rank, 2)] for rank in (0, 1)]
+    assert dealt == [[9], []]
+
+
+@pytest.fixture
+def runner():
+    with LIBEROEnvRunner(
+        "libero_spatial",
+        list(range(9)),
+        cameras=("base_0_rgb",),
+        image_size=32,
+        chunk=10,
+        replan_steps=10,
+        assets="standins",
+    ) as runner:
+        yield runner
+
+
+def test_six_iterations_take_the_tasks_of_each_rank_in_turns(runner):
+    turns = []
+    for rank in (0, 1):
+        runner.assigned_tasks = stage.get_distributed_tasks(runner.tasks, rank, 2)
+        runner.task_cursor = 0
+        for _ in range(6):
+            turns.append(runner.set_current_task_by_cursor().index)
+            runner.advance_task_cursor()
+    assert turns == [0, 2, 4, 6, 8, 0, 1, 3, 5, 7, 1, 3]
+
+
+def states_of(task, count: int) -> InitStatePool:
+    """States told apart by their number."""
+    return InitStatePool(
+        task, "training", [InitState(np.array([float(n)]), np.zeros((0, 7))) for n in range(count)], {}
+    )
+
+
+@pytest.fixture
+def dataset(runner):
+    runner.assigned_tasks = stage.get_distributed_tasks(runner.tasks, 1, 2)
+    pools = [states_of(task, 10) for task in runner.assigned_tasks]
+    runner.set_current_task_by_cursor()
+    return stage.DistributedInitialStateDataset(pools, 4, skip_after=2, env_runner=runner)
+
+
+def test_ten_states_taken_four_at_a_time_go_round_in_a_ring(dataset):
+    taken = [[index for _, index in dataset.sample_batch_circular(4)] for _ in range(3)]
+    assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+def test_no_two_environments_start_alike(dataset):
+    starts = dataset.get_states_for_envs(2, 4)
+    assert [index for _, index in starts] == list(range(8))
+
+
+def test_every_task_has_a_ring_of_its_own(dataset, runner):
+    dataset.smart_sample_group()
+    runner.advance_task_cursor()
+    task = runner.set_current_task_by_cursor()
+    assert [(pool.task, index) for pool, index in dataset.smart_sample_group()] == [
+        (task, n) for n in range(4)
+    ]
+
+
+def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(dataset):
+    dataset.solved_in_a_row[0][1] = 2
+    sampled = dataset.smart_sample_init_state()
+    assert [index for (_, index), _ in sampled] == [0, 2, 3, 4]
+    assert [name for _, name in sampled] == [
+        state_hash(pool.states[index].state) for (pool, index), _ in sampled
+    ]
+    dataset.init_state_cursor[0] = 0
+    assert [index for (_, index), _ in dataset.smart_sample_init_state()] == [0, 1, 2, 3]
+
+
+# One gradient ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "episodes"),
+    [
+        ("weighted", "5"),
+        ("weighted", "5,2"),
+        ("weighted", "0,4"),
+        ("weighted", "2,0,7"),
+        ("guidance", "3,1"),
+    ],
+)
+def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode, episodes):
+    ranks = len(episodes.split(","))
+    output = finish(torchrun(ranks, "tests/rank_gradient.py", str(CHECKPOINT), mode, episodes))
+    worst, size = map(float, re.search(r"worst difference (\S+) of gradients up to (\S+)", output).groups())
+    assert size > 1e-2
+    assert worst <= 1e-6 * size  # float32: summing three ranks in another order moves the last bits
+
+
+# Whole runs --------------------------------------------------------------------------------------------
+
+
+def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
+    output, run_dir = train(2, tmp_path, [8])
+    assert "rank 0: task 8, 8 trajectories" in output
+    assert "rank 1: task None, 0 trajectories" in output
+    results = json.loads((run_dir / "results.json").read_text())
+    assert [row["rollouts"] for row in results["history"]] == [8, 8]
+    assert any(row.get("updates") for row in results["history"])
+    assert results["after"]["episodes"] == 4
+
+
+def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path):
+    output, run_dir = train(3, tmp_path, [3, 8], "training.num_train_steps=1")
+    assert re.findall(r"rank (\d): task (\w+), (\d+) trajectories", output) == [
+        ("0", "3", "8"),
+        ("1", "8", "8"),
+        ("2", "None", "0"),
+    ]
+    assert load_file(run_dir / "policy" / "model.safetensors")
+
+
+def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
+    outcomes = []
+    for processes in (1, 2):
+        overrides = ("training.num_train_steps=0", "evaluation.episodes=6")
+        _, run_dir = train(processes, tmp_path / str(processes), [3, 8], *overrides)
+        results = json.loads((run_dir / "results.json").read_text())
+        outcomes.append(results["before"]["outcomes"])
+    assert outcomes[0] == outcomes[1]
+    assert len(outcomes[0]) == 6
+
+
+# Ranks that die ----------------------------------------------------------------------------------------
+
+
+def processes_of(rank: int, token: str) -> list[int]:
+    """Processes of a run (named by `token` in its arguments) with this rank, the rollout workers left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().decode().split("\0")
+            environment = (folder / "environ").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if SCRIPT in arguments and token in " ".join(arguments) and f"RANK={rank}" in environment:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for_ranks(output_dir: Path, ranks: int) -> None:
+    """Until all ranks practise."""
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        if all(processes_of(rank, str(output_dir)) for rank in range(ranks)) and list(output_dir.glob("*/")):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the ranks never started")
+
+
+def long_run(output_dir: Path) -> list[str]:
+    settings = [*SMALL, f"output_dir={output_dir}", "training.num_train_steps=50"]
+    return [SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
+
+
+def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path):
+    run = torchrun(2, *long_run(tmp_path))
+    wait_for_ranks(tmp_path, 2)
+    (victim,) = processes_of(1, str(tmp_path))
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert run.returncode != 0
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"rank 1 (process {victim} on" in line
+    assert processes_of(0, str(tmp_path)) == []
+
+
+def two_hosts(port: int, *arguments: str) -> list[subprocess.Popen]:
+    """Two launchers, as on two hosts, that meet at a port of this one."""
+    agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
+    return [torchrun(1, *arguments, agent=agent) for _ in range(2)]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_hosts_train_together(tmp_path):
+    settings = [
+        *SMALL,
+        f"output_dir={tmp_path}",
+        "task.task_names_to_use=[3,8]",
+        "training.num_train_steps=1",
+    ]
+    arguments = [SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
+    outputs = [finish(host) for host in two_hosts(free_port(), *arguments)]
+    assert any("rank 1: task 8, 8 trajectories" in output for output in outputs)
+    assert len(list(tmp_path.glob("*/results.json"))) == 1
+
+
+def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path):
+    hosts = two_hosts(free_port(), *long_run(tmp_path))
+    wait_for_ranks(tmp_path, 2)
+    # The second launcher's host goes down: launcher and rank at once, nobody says goodbye.
+    (survivor,), (victim,) = processes_of(0, str(tmp_path)), processes_of(1, str(tmp_path))
+    launchers = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+                 for rank in (survivor, victim)}  # fmt: skip
+    os.kill(launchers[victim], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    (left,) = [host for host in hosts if host.pid == launchers[survivor]]
+    output, _ = left.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert left.returncode != 0
+    assert f"error: rank 1 (process {victim} on" in output
+    for host in hosts:
+        host.communicate(timeout=60)
