@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pi0.progress import progress
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.env.episodes import Episode, Rollout
 from pi0.ript.env.init_states import InitStatePool
-from pi0.ript.env.pool import Policy
+from pi0.ript.env.pool import Phases, Policy
 from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
 from pi0.ript.rewards import BinarySuccessReward
 
@@ -48,6 +49,7 @@ class Collection:
         dropped: groups left out because they were unanimous (dynamic sampling only).
         failures: rollouts whose simulation broke, one line each; their groups are not used.
         lost_workers: workers that died or hung, one line each; their rollouts were run again.
+        phases: where `seconds` of wall time went.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -55,6 +57,7 @@ class Collection:
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
     lost_workers: list[str] = field(default_factory=list)
+    phases: Phases = field(default_factory=Phases)
 
     @property
     def episodes(self) -> list[Episode]:
@@ -67,7 +70,7 @@ class Collection:
         return [advantage for group in self.groups for advantage in group.advantages]
 
     def metrics(self) -> dict[str, Any]:
-        """Counts that describe the collection; by task: [successes, rollouts]."""
+        """What describes the collection, as docs/metrics.md explains it; by task: [successes, rollouts]."""
         episodes = self.episodes
         tasks: dict[str, list[int]] = {}
         for episode in episodes:
@@ -85,23 +88,61 @@ class Collection:
             "lost_workers": self.lost_workers,
             "control_steps": sum(episode.steps for episode in episodes),
             "rollout_seconds": self.seconds,
+            "phases": dataclasses.asdict(self.phases),
+            "advantages": _distribution(self.advantages),
         }
 
 
+def _distribution(values: Sequence[float]) -> dict[str, float]:
+    """Count, mean, standard deviation, extremes, and the share above zero; of nothing, all 0."""
+    array = np.array(values if len(values) else [0.0])
+    return {
+        "count": len(values),
+        "mean": float(array.mean()),
+        "std": float(array.std()),
+        "min": float(array.min()),
+        "max": float(array.max()),
+        "positive": float((array > 0).mean()),
+    }
+
+
 def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`Collection.metrics` of several ranks as one: counts are added, the slowest sets the time."""
-    merged: dict[str, Any] = dict(parts[0])
-    for part in parts[1:]:
-        for name, value in part.items():
-            if name == "tasks":
-                for task, counts in value.items():
-                    sums = merged[name].get(task, [0, 0])
-                    merged[name] = {**merged[name], task: [a + b for a, b in zip(sums, counts, strict=True)]}
-            elif name == "rollout_seconds":
-                merged[name] = max(merged[name], value)
-            else:
-                merged[name] = merged[name] + value
+    """`Collection.metrics` of several ranks as one: counts add up, the slowest rank sets the time."""
+    merged: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name == "tasks":
+            tasks = sorted({task for counts in values for task in counts})
+            merged[name] = {
+                task: [sum(pair) for pair in zip(*(v[task] for v in values if task in v), strict=True)]
+                for task in tasks
+            }
+        elif name == "rollout_seconds":
+            merged[name] = max(values)
+        elif name == "phases":
+            merged[name] = parts[int(np.argmax([part["rollout_seconds"] for part in parts]))][name]
+        elif name == "advantages":
+            merged[name] = _merge_distributions(values)
+        else:
+            merged[name] = sum(values[1:], start=values[0])
     return merged
+
+
+def _merge_distributions(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    filled = [part for part in parts if part["count"]] or parts[:1]
+    counts = [max(1, part["count"]) for part in filled]
+    mean, positive = (
+        float(np.average([part[name] for part in filled], weights=counts)) for name in ("mean", "positive")
+    )
+    squares = np.average([part["std"] ** 2 + part["mean"] ** 2 for part in filled], weights=counts)
+    return {
+        "count": sum(part["count"] for part in filled),
+        "mean": mean,
+        "std": float(np.sqrt(max(0.0, squares - mean**2))),
+        "min": min(part["min"] for part in filled),
+        "max": max(part["max"] for part in filled),
+        "positive": positive,
+    }
 
 
 class RolloutGenerator:
@@ -163,6 +204,7 @@ class RolloutGenerator:
             wanted = min(self.num_groups - len(collection.groups), self.max_groups - tried)
             for episodes in self._run_groups(policy, step, tried, wanted, record):
                 self._add(collection, episodes)
+            collection.phases += self.env_runner.pool.phases
             tried += wanted
             if time.monotonic() - start > self.time_limit_s:
                 break

@@ -70,6 +70,28 @@ class Loss:
         return f"worker {self.worker} {self.cause} while it ran {', '.join(self.rollouts) or 'nothing'}"
 
 
+@dataclass
+class Phases:
+    """Where the time of running rollouts went, seconds of wall time.
+
+    Time in which the trainer waits for its workers is counted as what they do meanwhile, on average over the
+    workers; what is left of it, because some had nothing to do, is `wait`.
+    """
+
+    inference: float = 0.0
+    physics: float = 0.0
+    render: float = 0.0
+    wait: float = 0.0
+
+    def __add__(self, other: Phases) -> Phases:
+        return Phases(
+            self.inference + other.inference,
+            self.physics + other.physics,
+            self.render + other.render,
+            self.wait + other.wait,
+        )
+
+
 class WorkerError(RuntimeError):
     """A worker process could not do what it was asked."""
 
@@ -142,6 +164,7 @@ class RolloutPool:
         self.spec = spec
         self.limit_s = limit_s
         self.losses: list[Loss] = []
+        self.phases = Phases()
         self._workers = [_Process(spec, number) for number in range(workers or usable_cores())]
 
     def run(
@@ -166,11 +189,14 @@ class RolloutPool:
         attempts = [1] * len(rollouts)
         # Few rollouts are dealt evenly, so that all workers have some.
         slots_used = min(self.spec.slots, -(-len(rollouts) // len(self._workers)))
+        self.phases, waited = Phases(), 0.0
         try:
             for worker in self._workers:
                 self._refill(worker, running[worker.number], waiting, [], slots_used)
             while any(running.values()):
+                started = time.perf_counter()
                 for worker, answers in self._answers(running):
+                    waited += time.perf_counter() - started
                     slots = running[worker.number]
                     if isinstance(answers, str):
                         rollouts_lost = tuple(str(recording.rollout) for _, recording in slots.values())
@@ -188,11 +214,16 @@ class RolloutPool:
                         slots.clear()
                         worker = self._replace(worker)
                         self._refill(worker, slots, waiting, [], slots_used)
+                        started = time.perf_counter()
                         continue
+                    self.phases.render += sum(answer.render_s for answer in answers)
+                    self.phases.physics += sum(answer.busy_s - answer.render_s for answer in answers)
                     yield from self._finish(answers, slots)
                     commands = self._act(policy, worker, slots, replan_steps)
                     self._refill(worker, slots, waiting, commands, slots_used)
+                    started = time.perf_counter()
         finally:
+            self._share_out(waited)
             # Abandoned half way (an interrupt, an error): what the workers still answer is of no use.
             for worker in self._workers:
                 if running[worker.number]:
@@ -266,6 +297,14 @@ class RolloutPool:
 
     # Internals -----------------------------------------------------------------------------------
 
+    def _share_out(self, waited: float) -> None:
+        """Attribute the trainer's waiting to what the workers did meanwhile (see `Phases`)."""
+        busy = (self.phases.render + self.phases.physics) / len(self._workers)
+        share = min(1.0, waited / busy) / len(self._workers) if busy else 0.0
+        self.phases.render *= share
+        self.phases.physics *= share
+        self.phases.wait = max(0.0, waited - busy)
+
     def _answers(self, running: dict[int, dict]) -> Iterator[tuple[_Process, list[Progress] | str]]:
         """Whoever has answered, with the answer; for a worker that is lost, what became of it."""
         busy = [worker for worker in self._workers if running[worker.number]]
@@ -310,7 +349,9 @@ class RolloutPool:
             noise[slot] = drawn
             prompts[slot] = recording.rollout.task.prompt
         images = {camera: arrays.images[:, index] for index, camera in enumerate(self.spec.cameras)}
+        started = time.perf_counter()
         arrays.actions[:] = policy.act(images, arrays.states, prompts, noise)[:, : self.spec.chunk]
+        self.phases.inference += time.perf_counter() - started
         for slot, (_, recording) in slots.items():
             for camera, frames in images.items():
                 recording.images.setdefault(camera, []).append(frames[slot].copy())

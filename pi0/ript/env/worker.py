@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
@@ -75,7 +76,10 @@ class SharedArrays:
 
 @dataclass
 class Progress:
-    """What a worker says of a slot after working on it: the observation is in shared memory unless done."""
+    """What a worker says of a slot after working on it: the observation is in shared memory unless done.
+
+    `render_s` of its `busy_s` seconds went into drawing frames, the others into physics.
+    """
 
     slot: int
     executed: int
@@ -83,6 +87,8 @@ class Progress:
     success: bool
     failure: str | None = None
     video: list[np.ndarray] = field(default_factory=list)
+    busy_s: float = 0.0
+    render_s: float = 0.0
 
 
 @dataclass
@@ -101,6 +107,7 @@ class Worker:
         self.arrays = arrays
         self._open: OrderedDict[Task, tuple[TaskSim, Renderer]] = OrderedDict()
         self._slots: dict[int, _Slot] = {}
+        self._render_s = 0.0
 
     def open(self, task: Task) -> tuple[TaskSim, Renderer]:
         """The scene of a task, built on first use."""
@@ -164,12 +171,16 @@ class Worker:
 
     def _observe(self, slot: int, sim: TaskSim, renderer: Renderer) -> None:
         self.arrays.states[slot] = sim.proprioception()
+        started = time.perf_counter()
         for index, camera in enumerate(self.spec.cameras):
             renderer.render(sim.data, camera, self.arrays.images[slot, index])
+        self._render_s += time.perf_counter() - started
 
     def _film(self, running: _Slot, sim: TaskSim, renderer: Renderer) -> None:
         frame = np.empty((VIDEO_SIZE, VIDEO_SIZE, 3), np.uint8)
+        started = time.perf_counter()
         renderer.render(sim.data, VIDEO_CAMERA, frame)
+        self._render_s += time.perf_counter() - started
         running.video.append(frame)
 
     def advance(self, commands: list[tuple[int, Rollout | int]]) -> list[Progress]:
@@ -179,6 +190,7 @@ class Worker:
         """
         progress = []
         for slot, command in commands:
+            started, self._render_s = time.perf_counter(), 0.0
             try:
                 progress.append(
                     self.start(slot, command) if isinstance(command, Rollout) else self.act(slot, command)
@@ -186,6 +198,8 @@ class Worker:
             except (FloatingPointError, ValueError) as error:
                 self._slots.pop(slot, None)
                 progress.append(Progress(slot, 0, True, False, failure=f"{type(error).__name__}: {error}"))
+            progress[-1].busy_s = time.perf_counter() - started
+            progress[-1].render_s = self._render_s
         return progress
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
