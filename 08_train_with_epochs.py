@@ -122,7 +122,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
     task = config.task
     return LIBEROEnvRunner(
         task.benchmark_name,
-        task.task_names_to_use if task.task_name is None else [task.task_name],
+        task.chosen,
         cameras=policy.config.cameras,
         image_size=task.image_size,
         chunk=policy.config.action_horizon,

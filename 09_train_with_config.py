@@ -114,7 +114,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
     task = config.task
     return LIBEROEnvRunner(
         task.benchmark_name,
-        task.task_names_to_use if task.task_name is None else [task.task_name],
+        task.chosen,
         cameras=policy.config.cameras,
         image_size=task.image_size,
         chunk=policy.config.action_horizon,
@@ -241,7 +241,7 @@ def validate_config(config: Config) -> None:
     validate(config)
     if not Path(config.policy_path).is_dir():
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
-    find_tasks(config.task.benchmark_name, config.task.task_names_to_use)
+    find_tasks(config.task.benchmark_name, config.task.chosen)
     print("configuration validated")
 
 

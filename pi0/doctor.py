@@ -215,7 +215,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     if config.task.replan_steps > network.action_horizon:
         mend = f"set task.replan_steps to {network.action_horizon} or less"
         yield Finding(STOP, "checkpoint", f"task.replan_steps is {config.task.replan_steps}", mend)
-    prompt = find_tasks(config.task.benchmark_name, _task_names(config))[0].prompt
+    prompt = find_tasks(config.task.benchmark_name, config.task.chosen)[0].prompt
     size = config.task.image_size
     image = np.zeros((1, size, size, 3), np.uint8)
     observation = {
@@ -275,7 +275,7 @@ def check_memory_and_cores(workers: int | None) -> Iterator[Finding]:
 
 def examine(config: "Config | None") -> Iterator[Finding]:
     """Every check in turn; one that fails in an unforeseen way is a finding too, and the others still run."""
-    suite, names = (config.task.benchmark_name, _task_names(config)) if config else ("libero_spatial", [])
+    suite, names = (config.task.benchmark_name, config.task.chosen) if config else ("libero_spatial", [])
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", check_python),
         ("packages", lambda: check_packages(locked_versions())),
@@ -330,10 +330,6 @@ def _read_config(path: str, overrides: Sequence[str]) -> "Config":
     from pi0.ript.config import load_config
 
     return load_config(path, overrides)
-
-
-def _task_names(config: "Config") -> list[str | int]:
-    return config.task.task_names_to_use if config.task.task_name is None else [config.task.task_name]
 
 
 def _available_memory() -> int:

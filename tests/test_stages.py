@@ -15,11 +15,17 @@ import yaml
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
 
-STAGES = ["08_train_with_epochs.py", "09_train_with_config.py", "10_train_with_distributed.py"]
+STAGES = [
+    "08_train_with_epochs.py",
+    "09_train_with_config.py",
+    "10_train_with_distributed.py",
+    "11_train_with_logging.py",
+]
 # Functions that a stage changes because its lesson is in them; all others it takes over to the letter.
 CHANGED = {
     "09_train_with_config.py": {"main"},
     "10_train_with_distributed.py": {"update_policy", "train", "main"},
+    "11_train_with_logging.py": {"train", "main"},
 }
 LONGEST = {
     "08_train_with_epochs.py": 300,
@@ -163,6 +169,8 @@ def config_error(tmp_path: Path, change: dict) -> str:
 def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "algo.lr" in config_error(tmp_path, {"algo": {"learning_rate": 1e-4}})
     assert "did you mean" in config_error(tmp_path, {"task": {"task_names_to_use": ["pick_up_the_bowl"]}})
+    assert "did you mean" in config_error(tmp_path, {"task": {"task_name": "pick_up_the_bowl"}})
+    assert not list(tmp_path.glob("bad-*")), "a run folder was made before the error"
     assert "no such folder" in config_error(tmp_path, {"policy_path": "nowhere"})
     assert "cannot write" in config_error(tmp_path, {"output_dir": "/proc/nowhere"})
 

@@ -1,6 +1,6 @@
 """Makes .venv from requirements.lock and installs the software-GL libraries where it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser]
 
 Runs on the system's Python before any package is there, so it imports the standard library alone. A second
 run with the same lock does nothing; a run after an interrupted one goes on where that one stopped.
@@ -24,6 +24,7 @@ LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "requirements.stamp"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # Chromium under its names, any will do
 MESA_DRIVERS = ("/usr/lib/*/dri/swrast_dri.so", "/usr/lib*/dri/swrast_dri.so", "/usr/lib/*/libgallium-*.so")
 
 
@@ -35,20 +36,22 @@ def stop(text):
     sys.exit(f"setup: {text}")
 
 
-def missing_system_packages():
-    """Debian packages, by name, whose content this machine lacks."""
+def missing_system_packages(browser):
+    """Debian packages, by name, whose content this machine lacks; Chromium is asked for by `browser` alone."""
     present = {
         "libegl1": ctypes.util.find_library("EGL"),
         "libgl1-mesa-dri": any(glob.glob(pattern) for pattern in MESA_DRIVERS),
         "libosmesa6": ctypes.util.find_library("OSMesa"),
         "python3.11-venv": VENV_PYTHON.exists() or importlib.util.find_spec("ensurepip"),
     }
+    if browser:
+        present["chromium"] = any(map(shutil.which, BROWSERS))
     return [name for name, found in present.items() if not found]
 
 
-def install_system_packages():
+def install_system_packages(browser):
     """Install what is missing (root), or say how; stop where nothing could render or .venv could not be."""
-    missing = missing_system_packages()
+    missing = missing_system_packages(browser)
     if not missing:
         return
     command = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(missing)}"
@@ -56,7 +59,7 @@ def install_system_packages():
         say(f"installing {' '.join(missing)}")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run(command.replace("apt-get", "apt-get -q"), shell=True, env=environment, check=False)
-        missing = missing_system_packages()
+        missing = missing_system_packages(browser)
     if "python3.11-venv" in missing:
         stop(f"Python's venv module is incomplete; install it with: sudo sh -c '{command}'")
     # An NVIDIA driver brings its own EGL device, so Mesa's driver is needed only without one.
@@ -64,7 +67,8 @@ def install_system_packages():
     if not has_egl and "libosmesa6" in missing:
         stop(f"no OpenGL library can render here; install one with: sudo sh -c '{command}'")
     if missing:
-        say(f"not installed, rendering may need it: sudo sh -c '{command}'")
+        needed_by = "the tests need it" if missing == ["chromium"] else "rendering may need it"
+        say(f"not installed, {needed_by}: sudo sh -c '{command}'")
 
 
 def has_nvidia_gpu():
@@ -128,11 +132,15 @@ def main():
     parser.add_argument(
         "--torch", choices=("auto", "cpu", "cuda"), default="auto", help="which build of torch"
     )
-    build = parser.parse_args().torch
+    parser.add_argument(
+        "--browser", action="store_true", help="also Chromium, in which the tests open the report"
+    )
+    options = parser.parse_args()
+    build = options.torch
     if build == "auto":
         build = "cuda" if has_nvidia_gpu() else "cpu"
 
-    install_system_packages()
+    install_system_packages(options.browser)
     lock_text = LOCK.read_text()
     stamp = f"{hashlib.sha256(lock_text.encode()).hexdigest()} torch-{build}\n"
     if STAMP.exists() and STAMP.read_text() == stamp and VENV_PYTHON.exists():

@@ -51,6 +51,11 @@ class TaskConfig:
     image_size: int = key(64, "width and height of a camera image", unit="pixels", low=16)
     render: Literal["fast", "exact"] = key("fast", "without shadows and reflections, or LIBERO's own images")
 
+    @property
+    def chosen(self) -> list[str | int]:
+        """Names or indices of the tasks to train on; empty for every task of the suite."""
+        return self.task_names_to_use if self.task_name is None else [self.task_name]
+
 
 @dataclass(kw_only=True)
 class AlgoConfig:
@@ -125,6 +130,20 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class LoggingConfig:
+    """Where metrics go besides the console, the log file and metrics.jsonl (from stage 11 on)."""
+
+    use_wandb: bool = key(True, "log to Weights & Biases")
+    wandb_project: str = key("ript-pi0", "WandB project")
+    wandb_entity: str | None = key(None, "WandB user or team; null: the key's own")
+    wandb_mode: Literal["offline", "online", "disabled"] = key(
+        "offline", "offline writes a run that `wandb sync` uploads later; online needs a key and a network"
+    )
+    wandb_run_id: str | None = key(None, "run to go on with; null: a new one")
+    log_freq: int = key(5, "steps from one report.html to the next", unit="steps", low=1)
+
+
+@dataclass(kw_only=True)
 class FeaturesConfig:
     """What is made besides the policy."""
 
@@ -145,6 +164,7 @@ class Config:
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
 
 

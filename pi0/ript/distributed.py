@@ -134,6 +134,7 @@ class RankWatch:
     def _end(self, cause: str) -> NoReturn:
         """End this process from whatever thread; its rollout workers end when their pipes close."""
         print(f"error: {cause}; rank {self.rank} ends", file=sys.stderr, flush=True)
+        time.sleep(0.5)  # whoever copies the output to a log file is a thread of this process
         os._exit(1)
 
 

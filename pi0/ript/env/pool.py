@@ -289,6 +289,11 @@ class RolloutPool:
         """Observations and actions of each worker's slots, shared with it."""
         return [worker.arrays for worker in self._workers]
 
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in self._workers]
+
     def close(self) -> None:
         """End the workers."""
         for worker in self._workers:

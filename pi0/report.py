@@ -1,0 +1,36 @@
+"""Write a run's report again, or look at a run in progress.
+
+    python -m pi0.report outputs/ript-20260102-030405
+
+Writes report.html, one page that needs nothing else to be looked at, and plots/*.png into the run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pi0.errors import InputError
+from pi0.ript.html_report import write_html_report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read a run's folder, write the page, print where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pi0.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="folder that a stage script has written"
+    )
+    options = parser.parse_args(arguments)
+    print(f"written to {write_html_report(options.run_dir)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,312 @@
+"""The page about a run, as HTML: every section a function of the run's record."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+from urllib.parse import quote
+
+from pi0.ript.plots import Picture
+from pi0.ript.run_record import Row, RunRecord, evaluation_counts, success_counts
+from pi0.stats import format_rate, paired_difference, wilson_interval
+
+EMBEDDED_VIDEO_BYTES = 12 * 2**20  # of all videos in the page; a phone still opens it
+LATEST_STEPS = 20  # rows of the table of steps
+RECENT_STEPS = 5  # steps whose practice success counts as the present one
+CSS = Path(__file__).with_suffix(".css")
+
+# The policy lets the browser load nothing from anywhere and run no script, whatever a name may hold.
+PAGE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:; \
+style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+$css</style>
+</head>
+<body>
+$body
+</body>
+</html>
+""")
+
+
+def build_page(record: RunRecord, pictures: Sequence[Picture]) -> str:
+    """The page's HTML."""
+    state = "finished" if record.finished else f"in progress, {_step_of(record)}"
+    figures = "".join(
+        _card(picture.title, f'<figure class="plot" id="{picture.name}">{picture.svg}</figure>')
+        for picture in pictures
+    )
+    parts = [
+        _header(record, state),
+        _headline(record),
+        f'<div class="plots">{figures}</div>',
+        _tasks_table(record),
+        _steps_table(record),
+        _troubles(record),
+        _videos(record.run_dir),
+        _protocol(record),
+        _configuration(record),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return PAGE.substitute(title=escape(f"{record.name}: {state}"), css=CSS.read_text(), body=body)
+
+
+def _step_of(record: RunRecord) -> str:
+    planned = record.steps_planned
+    return f"step {record.steps_done}" + (f" of {planned}" if planned is not None else "")
+
+
+def _header(record: RunRecord, state: str) -> str:
+    facts = [_step_of(record)] if record.finished else []
+    seconds = record.results.get("seconds", record.steps[-1].get("seconds") if record.steps else None)
+    if seconds is not None:
+        facts.append(
+            f"{_duration(seconds)} so far" if not record.finished else f"{_duration(seconds)} in all"
+        )
+    if left := _seconds_left(record):
+        facts.append(f"about {_duration(left)} of training left")
+    facts.append(f"written {time.strftime('%Y-%m-%d %H:%M')}")
+    bar = ""
+    if not record.finished and record.steps_planned:
+        bar = f'<progress max="{record.steps_planned}" value="{record.steps_done}">{_step_of(record)}</progress>'
+    kind = "state finished" if record.finished else "state"
+    return (
+        f'<header><h1>{escape(record.name)}</h1><p><span class="{kind}">{escape(state)}</span> '
+        f'<span class="quiet">{escape("; ".join(facts))}</span></p>{bar}</header>'
+    )
+
+
+def _seconds_left(record: RunRecord) -> float | None:
+    timed = [row for row in record.steps if "seconds" in row]
+    if record.finished or record.steps_planned is None or len(timed) < 2:
+        return None
+    a_step = (timed[-1]["seconds"] - timed[0]["seconds"]) / (timed[-1]["step"] - timed[0]["step"])
+    return max(0.0, a_step * (record.steps_planned - record.steps_done))
+
+
+def _headline(record: RunRecord) -> str:
+    """Success before and after, or where the run stands."""
+    tiles = [
+        _tile(f"Success, {label}", *evaluation_counts(score)) for label, _, score in record.first_and_last
+    ]
+    if change := record.results.get("change"):
+        low, high = change["interval_95"]
+        tiles.append(
+            f'<div class="tile">Change, paired<strong>{100 * change["difference"]:+.1f} points</strong>'
+            f'<span class="quiet">95% interval {100 * low:+.1f} to {100 * high:+.1f}; '
+            f"exact McNemar p = {change['mcnemar_p']:.2g}{_gained_and_lost(record.results)}</span></div>"
+        )
+    elif record.steps:
+        recent = record.steps[-RECENT_STEPS:]
+        successes, rollouts = success_counts(recent)
+        tiles.append(_tile(f"Practice, last {_count(len(recent), 'step')}", successes, rollouts))
+    if not tiles:
+        return '<p class="card wide">No step and no score has been recorded yet.</p>'
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _tile(title: str, successes: int, n: int) -> str:
+    share = f"{100 * successes / n:.1f}%" if n else "no episodes"
+    return (
+        f'<div class="tile">{escape(title)}<strong>{share}</strong>'
+        f'<span class="quiet">{format_rate(successes, n)}</span></div>'
+    )
+
+
+def _rate(successes: int, n: int) -> str:
+    """A rate for a narrow cell: count and rate on a line, the interval below."""
+    if not n:
+        return ""
+    low, high = wilson_interval(successes, n)
+    return f"{successes}/{n} ({100 * successes / n:.1f}%)\n{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _gained_and_lost(results: Row) -> str:
+    before, after = (
+        [o["success"] for o in results[when].get("outcomes", [])] for when in ("before", "after")
+    )
+    if len(before) != len(after) or not before:
+        return ""
+    pair = paired_difference(before, after)
+    return f"; {pair.gained} gained and {pair.lost} lost of {pair.n} on the same states and noise"
+
+
+def _tasks_table(record: RunRecord) -> str:
+    """Success of each task: all practice, recent practice, every evaluation."""
+    if not record.tasks:
+        return ""
+    recent = record.steps[-RECENT_STEPS:]
+    head = ["task"]
+    if record.steps:
+        head += ["practice, all steps", f"practice, last {_count(len(recent), 'step')}"]
+    # Of many evaluations, all are in the learning curve; a column each would hide the first and the last.
+    scores = record.evaluations if len(record.evaluations) <= 3 else record.first_and_last
+    head += [f"evaluation, {label}" for label, _, _ in scores]
+    rows = []
+    for task in [*record.tasks, None]:
+        counts = [success_counts(steps, task) for steps in (record.steps, recent) if record.steps]
+        counts += [evaluation_counts(score, task) for _, _, score in scores]
+        name = "all tasks" if task is None else task.replace("_", " ")
+        rows.append([name, *(_rate(*count) for count in counts)])
+    dropped = sum(row.get("dropped_groups", 0) for row in record.steps)
+    note = (
+        f'<p class="quiet">Practice counts the groups that were kept; {_count(dropped, "group")} whose rollouts '
+        "all agreed went uncounted.</p>"
+        if dropped
+        else ""
+    )
+    return _card(
+        "Success rates, counts, 95% intervals", _table(head, rows, "rates", total=True) + note, "wide"
+    )
+
+
+def _steps_table(record: RunRecord) -> str:
+    """The latest steps, newest first; columns that no step has are left out."""
+    latest = record.steps[: -LATEST_STEPS - 1 : -1]
+    columns: list[tuple[str, str, Any]] = [
+        ("step", "step", str),
+        ("time", "seconds", _duration),
+        ("solved", "successes", lambda _: ""),
+        ("groups", "groups", str),
+        ("unanimous", "unanimous_groups", str),
+        ("dropped", "dropped_groups", str),
+        ("skipped states", "skipped_states", str),
+        ("failed rollouts", "failed_rollouts", str),
+        ("control steps", "control_steps", str),
+        ("updates", "updates", str),
+        ("loss", "loss", "{:.4f}".format),
+        ("gradient norm", "grad_norm", "{:.3f}".format),
+        ("learning rate", "lr", "{:.2e}".format),
+    ]
+    columns = [column for column in columns if any(column[1] in row for row in latest)]
+    if not latest:
+        return ""
+    rows = []
+    for row in latest:
+        cells = []
+        for _, key, show in columns:
+            if key == "successes":
+                successes, n = success_counts([row])
+                cells.append(f"{successes}/{n} ({100 * successes / n:.0f}%)" if n else "")
+            else:
+                cells.append(show(row[key]) if key in row else "")
+        rows.append(cells)
+    title = f"Last {_count(len(latest), 'step')}" if len(latest) < len(record.steps) else "Steps"
+    return _card(title, _table([title for title, _, _ in columns], rows, kind="numbers"), "wide")
+
+
+def _troubles(record: RunRecord) -> str:
+    """Lost workers, failed rollouts, broken episodes and unreadable lines; says so where there were none."""
+    lines = [f"step {row['step']}: {loss}" for row in record.steps for loss in row.get("lost_workers", [])]
+    lines += [
+        f"step {row['step']}: {_count(row['failed_rollouts'], 'rollout')} failed; the groups were not used"
+        for row in record.steps
+        if row.get("failed_rollouts")
+    ]
+    lines += [
+        f"evaluation, {label}: {broken}"
+        for label, _, score in record.evaluations
+        for broken in score.get("broken", [])
+    ]
+    lines += [f"metrics.jsonl, line {number}: unreadable, left out" for number in record.unreadable]
+    watched = [
+        what
+        for what, key in (("no worker was lost", "lost_workers"), ("no rollout failed", "failed_rollouts"))
+        if any(key in row for row in record.steps)
+    ]
+    if lines:
+        content = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    elif watched:
+        content = f"<p>In {_count(len(record.steps), 'step')} {' and '.join(watched)}.</p>"
+    else:
+        return ""
+    return _card("Lost workers and failures", content, "wide")
+
+
+def _videos(run_dir: Path) -> str:
+    """The run's own films first, then those in its folders; embedded while there is room."""
+    paths = sorted(run_dir.rglob("*.mp4"), key=lambda path: (len(path.relative_to(run_dir).parts), path))
+    room, films, links = EMBEDDED_VIDEO_BYTES, [], []
+    for path in paths:
+        name = path.relative_to(run_dir).as_posix()
+        content = path.read_bytes() if path.stat().st_size <= room else None
+        if content is None:
+            links.append(f'<li><a href="{escape(quote(name))}">{escape(name)}</a></li>')
+        elif b"moov" in content:  # the index, which is written last: without it a film is still being made
+            room -= len(content)
+            data = base64.b64encode(content).decode()
+            films.append(
+                f'<figure><video controls muted loop playsinline preload="metadata" aria-label="{escape(name)}" '
+                f'src="data:video/mp4;base64,{data}"></video><figcaption>{escape(name)}</figcaption></figure>'
+            )
+    if not films and not links:
+        return ""
+    section = f'<div class="cards">{"".join(films)}</div>'
+    if links:
+        section += f"<p>Beside this page, too big to be in it:</p><ul>{''.join(links)}</ul>"
+    return _card("Videos", section, "wide")
+
+
+def _protocol(record: RunRecord) -> str:
+    """How the scores were taken, and on what machine."""
+    rows = [list(pair) for pair in _flat(record.protocol)]
+    rows += [[f"machine.{name}", value] for name, value in _flat(record.results.get("machine", {}))]
+    rows += [[name, str(record.results[name])] for name in ("command", "date") if name in record.results]
+    return _card("Protocol", _table(["", ""], rows), "wide") if rows else ""
+
+
+def _configuration(record: RunRecord) -> str:
+    if not record.config_text:
+        return ""
+    return (
+        '<section class="card wide"><details><summary>Configuration</summary>'
+        f"<pre>{escape(record.config_text)}</pre></details></section>"
+    )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as (dotted name, text)."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _card(title: str, content: str, kind: str = "") -> str:
+    return f'<section class="{f"card {kind}".strip()}"><h2>{escape(title)}</h2>{content}</section>'
+
+
+def _table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "", total: bool = False) -> str:
+    """A table with a head and a leading header cell a row; `total` marks the last row."""
+    rows = list(rows)
+    lines = []
+    for number, (first, *others) in enumerate(rows):
+        mark = ' class="total"' if total and number == len(rows) - 1 else ""
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        lines.append(f'<tr{mark}><th scope="row">{escape(first)}</th>{cells}</tr>')
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
+    header = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
+    return f'<div class="scroll"><table class="{kind}">{header}<tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,205 @@
+"""What differs between two stage scripts, for reading (`hunks`) and as a unified diff (`patch`).
+
+A run of added or removed lines may often be laid a few lines higher or lower with the same result; here it
+begins where a definition begins, as a reader would cut it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pi0.stage_scripts import DOCSTRING, IMPORTS, Stage, match_lines
+
+CONTEXT = 2  # unchanged lines shown around a change
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Changes in one place, with a little of what surrounds them.
+
+    Attributes:
+        scope: the definition that they are in.
+        line: number of the first changed line, from 1: in the later script, or in the earlier one where lines
+            are only removed.
+        lines: sign ("+", "-" or " ") and text each; "@@" where unchanged lines are left out.
+    """
+
+    scope: str
+    line: int
+    lines: list[str]
+
+    @property
+    def changed(self) -> list[str]:
+        """The added lines, or the removed ones where none is added."""
+        added = [line[1:] for line in self.lines if line.startswith("+")]
+        return added or [line[1:] for line in self.lines if line.startswith("-")]
+
+    @property
+    def only_removes(self) -> bool:
+        """Nothing is added."""
+        return not any(line.startswith("+") for line in self.lines)
+
+
+def hunks(before: Stage | None, after: Stage) -> list[Hunk]:
+    """What differs, for reading: each top-level definition apart, the imports together.
+
+    Without an earlier stage everything is added. Not a patch: blank lines at the ends are left out.
+    """
+    before = before or Stage(after.path, "")
+    pieces = [
+        piece for change in _changes(before.lines, after.lines) for piece in _split(change, before, after)
+    ]
+    groups: list[list[_Change]] = []
+    units: list[str] = []
+    for piece in pieces:
+        unit = after.units[piece.after] if piece.added else before.units[piece.before]
+        together = groups and units[-1] == unit
+        near = groups and piece.after - groups[-1][-1].after_end <= 2 * CONTEXT
+        if together and (near or unit in (DOCSTRING, IMPORTS)):
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+            units.append(unit)
+    found = [_hunk(group, unit, pieces, before, after) for group, unit in zip(groups, units, strict=True)]
+    return [hunk for hunk in found if any(line.strip() for line in hunk.changed)]
+
+
+def patch(before: Stage, after: Stage, context: int = CONTEXT) -> Iterator[str]:
+    """The lines of a unified diff, each hunk's header with the definition that it begins in."""
+    if before.lines == after.lines:
+        return
+    yield f"--- {before.path.name}"
+    yield f"+++ {after.path.name}"
+    groups: list[list[_Change]] = []
+    for change in _changes(before.lines, after.lines):
+        if groups and change.after - groups[-1][-1].after_end <= 2 * context:
+            groups[-1].append(change)
+        else:
+            groups.append([change])
+    for group in groups:
+        lead = min(context, group[0].after)
+        tail = min(context, len(after.lines) - group[-1].after_end)
+        ranges = [
+            f"{start + 1 if end > start else start},{end - start}"
+            for start, end in (
+                (group[0].before - lead, group[-1].before_end + tail),
+                (group[0].after - lead, group[-1].after_end + tail),
+            )
+        ]
+        yield f"@@ -{ranges[0]} +{ranges[1]} @@ {_scope(group[0], before, after)}"
+        at = group[0].after - lead
+        for change in group:
+            yield from (f" {line}" for line in after.lines[at : change.after])
+            yield from change.signed(before, after)
+            at = change.after_end
+        yield from (f" {line}" for line in after.lines[at : at + tail])
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Lines [before, before_end) of the earlier script became lines [after, after_end) of the later one."""
+
+    before: int
+    before_end: int
+    after: int
+    after_end: int
+
+    @property
+    def added(self) -> bool:
+        return self.after_end > self.after
+
+    def signed(self, before: Stage, after: Stage) -> list[str]:
+        removed = [f"-{line}" for line in before.lines[self.before : self.before_end]]
+        return removed + [f"+{line}" for line in after.lines[self.after : self.after_end]]
+
+    def moved(self, distance: int) -> _Change:
+        return _Change(
+            *(edge + distance for edge in (self.before, self.before_end, self.after, self.after_end))
+        )
+
+
+def _changes(before: Sequence[str], after: Sequence[str]) -> list[_Change]:
+    changes = [
+        _Change(i1, i2, j1, j2)
+        for tag, i1, i2, j1, j2 in match_lines(before, after).get_opcodes()
+        if tag != "equal"
+    ]
+    for index, change in enumerate(changes):
+        floor = changes[index - 1].after_end if index else 0
+        ceiling = changes[index + 1].after if index + 1 < len(changes) else len(after)
+        changes[index] = _slide(change, before, after, floor, ceiling)
+    return changes
+
+
+def _slide(change: _Change, before: Sequence[str], after: Sequence[str], floor: int, ceiling: int) -> _Change:
+    """The same change at the place where its first line is indented least."""
+    if change.added and change.before_end > change.before:
+        return change
+    lines, start, end = (
+        (after, change.after, change.after_end)
+        if change.added
+        else (before, change.before, change.before_end)
+    )
+    up = 0
+    while floor < change.after - up and lines[start - up - 1] == lines[end - up - 1]:
+        up += 1
+    down = 0
+    while change.after_end + down < ceiling and lines[start + down] == lines[end + down]:
+        down += 1
+
+    def depth(distance: int) -> tuple[int, bool]:
+        first = lines[start + distance]
+        follows_text = start + distance > 0 and bool(lines[start + distance - 1].strip())
+        indentation = len(first) - len(first.lstrip()) if first.strip() else len(max(lines, key=len))
+        return indentation, follows_text
+
+    return change.moved(min(range(-up, down + 1), key=depth))
+
+
+def _split(change: _Change, before: Stage, after: Stage) -> list[_Change]:
+    """The change cut at top-level definitions; what goes comes before what takes its place."""
+    gone = _runs(before.units, change.before, change.before_end)
+    pieces = []
+    for start, end in _runs(after.units, change.after, change.after_end):
+        same = [span for span in gone if before.units[span[0]] == after.units[start]][:1]
+        gone = [span for span in gone if span not in same]
+        pieces.append(_Change(*(same or [(change.before_end, change.before_end)])[0], start, end))
+    return [_Change(start, end, change.after, change.after) for start, end in gone] + pieces
+
+
+def _runs(units: Sequence[str], start: int, end: int) -> list[tuple[int, int]]:
+    cuts = [index for index in range(start, end) if index == start or units[index] != units[index - 1]]
+    return list(pairwise([*cuts, end]))
+
+
+def _hunk(group: list[_Change], unit: str, pieces: list[_Change], before: Stage, after: Stage) -> Hunk:
+    first, last = pieces.index(group[0]), pieces.index(group[-1])
+    floor = pieces[first - 1].after_end if first else 0
+    ceiling = pieces[last + 1].after if last + 1 < len(pieces) else len(after.lines)
+    lines: list[str] = []
+    at = floor
+    for piece in group:
+        shown = _context(after, unit, max(at, piece.after - CONTEXT), piece.after)
+        if lines and piece.after - at > 2 * CONTEXT:
+            lines += [f" {line}" for line in _context(after, unit, at, at + CONTEXT)] + ["@@"]
+        elif lines:
+            shown = _context(after, unit, at, piece.after)
+        lines += [f" {line}" for line in shown] + piece.signed(before, after)
+        at = piece.after_end
+    lines += [f" {line}" for line in _context(after, unit, at, min(at + CONTEXT, ceiling))]
+    while lines and not lines[0][1:].strip():
+        del lines[0]
+    while lines and not lines[-1][1:].strip():
+        del lines[-1]
+    changed = group[0].after if any(piece.added for piece in group) else group[0].before
+    return Hunk(_scope(group[0], before, after), changed + 1, lines)
+
+
+def _context(after: Stage, unit: str, start: int, end: int) -> list[str]:
+    return [after.lines[index] for index in range(start, end) if after.units[index] == unit]
+
+
+def _scope(change: _Change, before: Stage, after: Stage) -> str:
+    return after.scope(change.after) if change.added else before.scope(change.before)

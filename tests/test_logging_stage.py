@@ -1,0 +1,287 @@
+"""Stage 11: everything said is in the log, every step in the metrics, WandB and TensorBoard take part for real."""
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from pi0.paths import REPO_ROOT
+
+SCRIPT = REPO_ROOT / "11_train_with_logging.py"
+CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
+SMALL = [
+    f"policy_path={CHECKPOINT}", "algo.rloo_batch_size=4", "algo.data_batch_size=8", "algo.train_init_states=8",
+    "algo.num_epochs=1", "algo.minibatch_size=24", "training.num_train_steps=2", "evaluation.episodes=2",
+]  # fmt: skip
+
+
+def start(output_dir: Path, *overrides: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), "--config_path", "configs/stage11_ript_vla.yaml", "--override"]
+    return subprocess.Popen(
+        [*command, *SMALL, f"output_dir={output_dir}", *overrides],
+        cwd=REPO_ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: what reached the console, and the folder."""
+    output_dir = tmp_path_factory.mktemp("logging")
+    process = start(output_dir)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    (run_dir,) = output_dir.glob("stage11_ript_vla-*")
+    return output, run_dir
+
+
+def test_it_says_what_it_set_up(run):
+    output, run_dir = run
+    for line in ("WandB initialised", f"log file {run_dir / 'train_rank0.log'} created", "metrics recorded"):
+        assert line in output
+
+
+def test_the_log_has_every_line_of_the_console_and_of_a_progress_bar_only_the_last_state(run):
+    output, run_dir = run
+    log = (run_dir / "train_rank0.log").read_text()
+    assert "\r" not in log
+    for line in output.splitlines():
+        last_state = line.rpartition("\r")[2]
+        if "|" not in last_state:  # redraws of bars are on the console alone
+            assert last_state in log
+    bars = [line for line in log.splitlines() if line.startswith("rollouts 0:")]
+    assert len(bars) == 1
+    assert "8/8" in bars[0]
+
+
+def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):
+    _, run_dir = run
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    documented = re.findall(r"`(\w+)`", (REPO_ROOT / "docs" / "metrics.md").read_text())
+    for line in lines:
+        assert set(line) <= set(documented)
+        for group in ("phases", "memory", "advantages"):
+            assert set(line[group]) <= set(documented)
+        successes, rollouts = next(iter(line["tasks"].values()))
+        assert (successes, rollouts) == (line["successes"], 8)
+        assert line["memory"]["rss_mb"] > 100
+
+
+def test_the_phases_of_a_step_add_up_to_its_time(run):
+    _, run_dir = run
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        phases = line["phases"]
+        assert min(phases.values()) >= -1e-6
+        collecting = sum(phases[name] for name in ("inference", "physics", "render", "wait"))
+        assert 0.8 * line["rollout_seconds"] < collecting <= 1.01 * line["rollout_seconds"]
+        assert phases["physics"] > phases["render"] > 0
+
+
+def test_the_wandb_run_is_one_that_wandb_sync_accepts(run):
+    output, run_dir = run
+    folder = Path(re.search(r"upload it with: wandb sync (\S+)", output).group(1))
+    assert folder.is_relative_to(run_dir)
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", "--dry-run", str(folder)],
+        capture_output=True, text=True, check=False, env={**os.environ, "WANDB_API_KEY": "0" * 40}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert next(folder.glob("run-*.wandb")).name in done.stdout + done.stderr
+    assert b"success_rate" in next(folder.glob("run-*.wandb")).read_bytes()
+
+
+def test_tensorboard_has_the_same_numbers(run):
+    _, run_dir = run
+    (file,) = (run_dir / "tensorboard").glob("events.out.tfevents.*")
+    scalars: dict[str, list[float]] = {}
+    for event in tensorboard_events(file.read_bytes()):
+        for value in event.summary.value:
+            scalars.setdefault(value.tag, []).append(value.simple_value)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert scalars["rollouts"] == [8, 8]
+    assert scalars["successes"] == [line["successes"] for line in lines]
+    assert scalars["phases/update"] == pytest.approx([line["phases"]["update"] for line in lines])
+
+
+def tensorboard_events(data: bytes) -> list[Event]:
+    """Events of a file: length (8 bytes), its checksum (4), the event, its checksum (4), and again."""
+    events, place = [], 0
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 8], "little")
+        events.append(Event.FromString(data[place + 12 : place + 12 + length]))
+        place += 16 + length
+    return events
+
+
+def test_the_report_stands_by_itself_and_shows_the_run(run):
+    _, run_dir = run
+    page = (run_dir / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"']https?:", page)
+    assert base64.b64encode((run_dir / "before_after.mp4").read_bytes()).decode()[:200] in page
+    assert (run_dir / "plots").is_dir()
+
+
+def test_a_run_in_progress_has_a_report(tmp_path):
+    process = start(tmp_path, "training.num_train_steps=50", "logging.use_wandb=false")
+    try:
+        wait_for(lambda: list(tmp_path.glob("*/report.html")), 200)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert "WandB" not in output
+
+
+def wait_for(condition, seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "nothing came of it"
+        time.sleep(0.2)
+
+
+def test_an_uncaught_error_is_in_the_log_with_its_traceback(tmp_path):
+    process = start(tmp_path, "algo.lr=1e30", "algo.grad_norm_clip=1e30")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    log = next(tmp_path.glob("*/train_rank0.log")).read_text()
+    for text in (output, log):
+        assert "Traceback" in text
+        assert "FloatingPointError: loss is" in text
+
+
+@pytest.mark.parametrize("key", [None, "0" * 40], ids=["no key", "no network"])
+def test_online_without_a_key_or_a_network_trains_offline(tmp_path, key):
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    # A key, but a port where nobody answers.
+    unreachable = {"WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9"} if key else {}
+    process = start(
+        tmp_path,
+        "logging.wandb_mode=online",
+        "training.num_train_steps=0",
+        env=environment | unreachable,
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert "WandB online is not available" in output
+    assert "WandB initialised: offline run" in output
+
+
+def test_a_run_goes_on_under_its_wandb_id(tmp_path):
+    process = start(tmp_path, "logging.wandb_run_id=ript1234", "training.num_train_steps=0")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert "offline run ript1234" in output
+    assert list(tmp_path.glob("*/wandb/offline-run-*-ript1234/run-ript1234.wandb"))
+
+
+# The tee by itself -------------------------------------------------------------------------------------
+
+
+TEE = """
+import importlib.util, os, subprocess, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("stage_11", sys.argv[1])
+stage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stage)
+tees = stage.setup_run_logging(int(sys.argv[3]))
+print("before the file has a name")
+for tee in tees:
+    tee.log_to(Path(sys.argv[2]))
+"""
+
+
+def run_with_tee(tmp_path: Path, code: str, rank: int = 0, **options) -> subprocess.CompletedProcess:
+    log = tmp_path / "train.log"
+    return subprocess.run(
+        [sys.executable, "-c", TEE + code, str(SCRIPT), str(log), str(rank)],
+        cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)}, capture_output=True, text=True,
+        check=False, timeout=120, **options,
+    )  # fmt: skip
+
+
+def test_child_processes_and_libraries_are_logged_too(tmp_path):
+    code = 'subprocess.run(["sh", "-c", "echo from a child; echo and its errors >&2"]); os.write(1, b"below Python\\n")'
+    done = run_with_tee(tmp_path, code)
+    log = (tmp_path / "train.log").read_text()
+    for line in ("before the file has a name", "from a child", "and its errors", "below Python"):
+        assert line in log
+    assert "and its errors" in done.stderr
+    assert "below Python" in done.stdout
+
+
+def test_other_ranks_are_quiet_on_the_console_and_complete_in_their_log(tmp_path):
+    done = run_with_tee(tmp_path, 'print("of rank 1"); print("an error", file=sys.stderr)', rank=1)
+    assert done.stdout == ""
+    assert "an error" in done.stderr
+    assert (tmp_path / "train.log").read_text().splitlines() == [
+        "before the file has a name", "of rank 1", "an error",
+    ]  # fmt: skip
+
+
+def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path):
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    code = 'import time\nfor i in range(100):\n    print("line", i, "x" * 60)\n    time.sleep(0.005)\nprint("the end")'
+    done = run_with_tee(tmp_path, code, preexec_fn=small_files)
+    assert done.returncode == 0, done.stderr
+    assert "the end" in done.stdout
+    assert "the log file ends here" in done.stdout
+    assert (tmp_path / "train.log").stat().st_size <= 2000
+
+
+def test_a_terminal_stays_a_terminal(tmp_path):
+    code = "print('a terminal', sys.stdout.isatty(), sys.stderr.isatty(), os.get_terminal_size(1).columns)"
+    command = [sys.executable, "-c", TEE + code, str(SCRIPT), str(tmp_path / "train.log"), "0"]
+    import pty
+
+    master, slave = pty.openpty()
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 91, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    try:
+        while data := os.read(master, 4096):
+            shown += data
+    except OSError:  # all writers are gone
+        pass
+    assert process.wait(60) == 0
+    assert b"a terminal True True 91" in shown
+
+
+def test_metrics_keep_both_counts_of_every_rate():
+    from pi0.ript.metrics import flatten
+
+    flat = flatten({"step": 3, "tasks": {"a": [1, 4]}, "rollouts": 4, "successes": 1, "lost_workers": ["x"]})
+    assert flat["success_rate/a"] == 0.25
+    assert (flat["successes/a"], flat["rollouts/a"]) == (1, 4)
+    assert flat["success_rate"] == 0.25
+    assert flat["lost_workers"] == 1
+
+
+def test_stage_11_is_a_module_without_side_effects():
+    spec = importlib.util.spec_from_file_location("stage_11", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert issubclass(module._TeeIO, module.DescriptorTap)
