@@ -108,7 +108,7 @@ class InitialStateDataset:
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
         for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.episodes if episode.rollout.task == pool.task]
+            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
             for episode in episodes:
                 index = episode.rollout.init_index
                 self.solved_in_a_row[number][index] = (
@@ -323,6 +323,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         replan_steps=task.replan_steps,
         num_parallel_envs=task.num_parallel_envs,
         rollouts_per_env=task.rollouts_per_env,
+        max_open_tasks=task.max_open_tasks,
         max_episode_length=task.max_episode_length,
         settle_steps=task.settle_steps,
         fixtures=task.fixtures,
@@ -449,10 +450,10 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
             on_rank_zero(average.policy.save_pretrained, run_dir / "policy")
-            print(
-                f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, "
-                f"{metrics.get('updates', 0)} updates, loss {metrics.get('loss', float('nan')):.4f}"
-            )
+            learned = "nothing to learn from"
+            if "loss" in metrics:
+                learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
+            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")

@@ -41,6 +41,9 @@ class TaskConfig:
     rollouts_per_env: int = key(
         4, "rollouts a worker keeps going at once; the policy acts on them together", unit="rollouts", low=1
     )
+    max_open_tasks: int = key(
+        10, "scenes a worker keeps in memory; the one unused for longest is closed first", unit="tasks", low=1
+    )
     max_episode_length: int | None = key(
         None, "length at which an episode has failed; null: LIBERO's for the suite", unit="steps", low=1
     )
@@ -65,7 +68,28 @@ class AlgoConfig:
         "weighted", "advantage-weighted flow loss, or classifier-free guidance by an optimality condition"
     )
     rloo_batch_size: int = key(8, "rollouts whose scores are compared (a group)", unit="rollouts", low=2)
-    data_batch_size: int = key(64, "rollouts collected in an iteration", unit="rollouts", low=2)
+    group_by: Literal["state", "batch"] = key(
+        "state",
+        "a group is rollouts of one initial state, or of one task's states, one each (from stage 12 on)",
+    )
+    data_batch_size: int = key(
+        64, "rollouts collected in an iteration, on each rank that practises", unit="rollouts", low=2
+    )
+    enable_dynamic_sampling: bool = key(
+        True, "replace groups that all succeed or all fail, which teach nothing, by others (from stage 12 on)"
+    )
+    enable_rollout_stats_tracking: bool = key(
+        True, "keep the success history of initial states in a file (from stage 12 on)"
+    )
+    rollout_skip_threshold: int = key(
+        2, "visits solved in a row after which a state is passed over for a round", unit="visits", low=1
+    )
+    rollout_stats_path: str | None = key(
+        None, "statistics file, which ranks and runs may share; null: rollout_stats.json in the run's folder"
+    )
+    use_val_init: bool = key(
+        False, "periodic evaluation starts from drawn validation states, not from LIBERO's recorded ones"
+    )
     shuffle_advantages: bool = key(
         False, "control: shuffle advantages inside each group, so that reward teaches nothing"
     )
@@ -117,7 +141,7 @@ class TrainingConfig:
     """Length and reproducibility of a run."""
 
     num_train_steps: int = key(6, "times to collect and update", unit="iterations", low=0)
-    seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED)
+    seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED - 1)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -127,6 +151,9 @@ class EvaluationConfig:
 
     episodes: int = key(100, "episodes over all tasks, before and again after", unit="episodes", low=1)
     seed: int = key(0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED)
+    periodic_episodes: int = key(
+        0, "episodes over all tasks every logging.log_freq steps (from stage 12 on); 0: none", low=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -140,7 +167,9 @@ class LoggingConfig:
         "offline", "offline writes a run that `wandb sync` uploads later; online needs a key and a network"
     )
     wandb_run_id: str | None = key(None, "run to go on with; null: a new one")
-    log_freq: int = key(5, "steps from one report.html to the next", unit="steps", low=1)
+    log_freq: int = key(
+        5, "steps from one report.html, and one periodic evaluation, to the next", unit="steps", low=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -233,6 +262,11 @@ def _conflicts(config: Config) -> list[str]:
         conflicts.append(
             f"task.task_name = {show(task.task_name)} and task.task_names_to_use = "
             f"{show(task.task_names_to_use)} are both given; give one of them"
+        )
+    if task.max_open_tasks < task.rollouts_per_env:
+        conflicts.append(
+            f"task.max_open_tasks = {task.max_open_tasks} is less than task.rollouts_per_env = "
+            f"{task.rollouts_per_env}, whose tasks may all differ; give it at least as many"
         )
     if algo.data_batch_size % algo.rloo_batch_size:
         conflicts.append(

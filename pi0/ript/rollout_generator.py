@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,13 @@ from pi0.ript.rewards import BinarySuccessReward
 
 # A place to start an episode: a pool of initial states and an index into it.
 Start = tuple[InitStatePool, int]
+
+
+class InitStates(Protocol):
+    """A data set of initial states, as a loader's batches name them."""
+
+    def start(self, index: int) -> Start:
+        """Where item `index` starts an episode."""
 
 
 @dataclass
@@ -46,14 +53,17 @@ class Collection:
 
     Attributes:
         groups: usable groups, in the order in which they were sampled; may be empty.
-        dropped: groups left out because they were unanimous (dynamic sampling only).
+        dropped: groups left out because they were unanimous (dynamic sampling only), by task:
+            [all succeeded, none did].
+        tried: episodes of all groups that ran whole, dropped ones included.
         failures: rollouts whose simulation broke, one line each; their groups are not used.
         lost_workers: workers that died or hung, one line each; their rollouts were run again.
         phases: where `seconds` of wall time went.
     """
 
     groups: list[Group] = field(default_factory=list)
-    dropped: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    tried: list[Episode] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
     lost_workers: list[str] = field(default_factory=list)
@@ -83,7 +93,8 @@ class Collection:
             "successes": sum(episode.success for episode in episodes),
             "groups": len(self.groups),
             "unanimous_groups": sum(group.unanimous for group in self.groups),
-            "dropped_groups": self.dropped,
+            "dropped_groups": sum(map(sum, self.dropped.values())),
+            "dropped_by_task": self.dropped,
             "failed_rollouts": len(self.failures),
             "lost_workers": self.lost_workers,
             "control_steps": sum(episode.steps for episode in episodes),
@@ -111,7 +122,7 @@ def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
-        if name == "tasks":
+        if name in ("tasks", "dropped_by_task", "skipped_by_task"):
             tasks = sorted({task for counts in values for task in counts})
             merged[name] = {
                 task: [sum(pair) for pair in zip(*(v[task] for v in values if task in v), strict=True)]
@@ -125,6 +136,8 @@ def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             merged[name] = _merge_distributions(values)
         else:
             merged[name] = sum(values[1:], start=values[0])
+    if "skipped_by_task" in merged:
+        merged["skipped_states"] = sum(map(sum, merged["skipped_by_task"].values()))
     return merged
 
 
@@ -153,7 +166,9 @@ class RolloutGenerator:
 
     Args:
         env_runner: runs the episodes.
-        next_group: gives the starts of the next group, K of them.
+        next_group: gives the starts of the next group, K of them; or in its place:
+        init_state_dataloader: its endless batches name states of `init_state_dataset`, which share a group of
+            `rollouts_per_env` rollouts evenly: one state, K times, or K states of a task.
         num_groups: groups wanted in an iteration.
         max_groups: groups tried at most; reached only with dynamic sampling.
         enable_dynamic_sampling: drop unanimous groups and try others in their place.
@@ -166,8 +181,11 @@ class RolloutGenerator:
     def __init__(
         self,
         env_runner: LIBEROEnvRunner,
-        next_group: Callable[[], Sequence[Start]],
+        next_group: Callable[[], Sequence[Start]] | None = None,
         *,
+        init_state_dataloader: Iterable[dict[str, Any]] = (),
+        init_state_dataset: InitStates | None = None,
+        rollouts_per_env: int = 0,
         num_groups: int,
         max_groups: int,
         seed: int,
@@ -177,7 +195,10 @@ class RolloutGenerator:
         reward: Callable[[Episode], float] | None = None,
     ):
         self.env_runner = env_runner
-        self.next_group = next_group
+        self.next_group = next_group or self._next_batch
+        self._batches = iter(init_state_dataloader)
+        self._states = init_state_dataset
+        self._rollouts_per_env = rollouts_per_env
         self.num_groups = num_groups
         self.max_groups = max_groups
         self.seed = seed
@@ -186,11 +207,16 @@ class RolloutGenerator:
         self.time_limit_s = time_limit_s
         self.reward = reward or BinarySuccessReward()
 
+    def _next_batch(self) -> Sequence[Start]:
+        assert self._states is not None, "init_state_dataset says what the loader's batches name"
+        starts = [self._states.start(int(index)) for index in next(self._batches)["index"]]
+        return starts * (self._rollouts_per_env // len(starts))
+
     def generate_rollouts(self, policy: Policy, step: int, record: int = 0) -> Collection:
         """Collect one iteration's groups with `policy`.
 
         Always ends: with exactly `num_groups` whole groups, or after `max_groups` tries or `time_limit_s` with
-        fewer. A group with a broken simulation is a failed try: reported, and another one takes its place. A
+        fewer; twice as many tries where dynamic sampling has dropped every group. A group with a broken simulation is a failed try: reported, and another one takes its place. A
         policy that always or never succeeds gives, under dynamic sampling, an empty collection.
 
         Args:
@@ -199,15 +225,18 @@ class RolloutGenerator:
         """
         start, losses = time.monotonic(), len(self.env_runner.pool.losses)
         collection = Collection()
-        tried = 0
-        while len(collection.groups) < self.num_groups and tried < self.max_groups:
-            wanted = min(self.num_groups - len(collection.groups), self.max_groups - tried)
+        tried, limit = 0, self.max_groups
+        while len(collection.groups) < self.num_groups and tried < limit:
+            wanted = min(self.num_groups - len(collection.groups), limit - tried)
             for episodes in self._run_groups(policy, step, tried, wanted, record):
                 self._add(collection, episodes)
             collection.phases += self.env_runner.pool.phases
             tried += wanted
             if time.monotonic() - start > self.time_limit_s:
                 break
+            if tried == limit == self.max_groups and not collection.groups and collection.dropped:
+                print(f"all {tried} groups tried were unanimous: going on to as many other states")
+                limit *= 2
         collection.seconds = time.monotonic() - start
         collection.lost_workers = [str(loss) for loss in self.env_runner.pool.losses[losses:]]
         return collection
@@ -216,10 +245,10 @@ class RolloutGenerator:
         self, policy: Policy, step: int, first: int, count: int, record: int
     ) -> list[list[Episode]]:
         rollouts: list[Rollout] = []
-        groups: list[list[int]] = []
+        groups: list[range] = []
         for number in range(first, first + count):
             starts = self.next_group()
-            groups.append(list(range(len(rollouts), len(rollouts) + len(starts))))
+            groups.append(range(len(rollouts), len(rollouts) + len(starts)))
             for repetition, (states, index) in enumerate(starts):
                 key = (TRAINING, self.seed, step, number, states.task.index, index, repetition)
                 rollouts.append(self.env_runner.rollout(states, index, key, record))
@@ -239,7 +268,9 @@ class RolloutGenerator:
         if self.shuffle_advantages:
             np.random.default_rng(episodes[0].rollout.noise_key).shuffle(advantages)
         group = Group(episodes, advantages)
+        collection.tried += episodes
         if self.enable_dynamic_sampling and group.unanimous:
-            collection.dropped += 1
+            counts = collection.dropped.setdefault(episodes[0].rollout.task.name, [0, 0])
+            counts[0 if episodes[0].success else 1] += 1
         else:
             collection.groups.append(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -16,10 +17,16 @@ from pi0.ript.env.episodes import Episode, Rollout
 from pi0.ript.env.init_states import InitStatePool, evaluation_pools, training_pools
 from pi0.ript.env.pool import Policy, RolloutPool
 from pi0.ript.env.suites import Task, find_tasks
-from pi0.ript.env.worker import WorkerSpec
+from pi0.ript.env.worker import Worker, WorkerSpec
 
 # First number of a rollout's noise key, so that training and evaluation never share noise.
 TRAINING, EVALUATION = 0, 1
+VALIDATION_SEED = 2**31 - 1  # of the validation states; training.seed is smaller
+RECORDED_STATES = "evaluation: LIBERO's recorded states, from index 0"
+
+
+# What `LIBEROEnvRunner.create_parallel_envs` gives: the pool, the task's index, how many environments at once.
+ParallelEnvs = tuple[RolloutPool, int, int]
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class LIBEROEnvRunner:
         assigned_tasks: those that this rank practises; all of them unless the run is distributed.
         task_cursor: turns taken, counted in assigned tasks.
         current_task: the assigned task whose turn it is.
+        created_envs: by task index, the environments that `create_parallel_envs` has opened and that are
+            still open; at most `max_open_tasks`.
 
     Args:
         benchmark_name: suite, e.g. `libero_spatial`.
@@ -101,6 +110,7 @@ class LIBEROEnvRunner:
         self.assigned_tasks = self.tasks
         self.task_cursor = 0
         self.current_task: Task | None = None
+        self.created_envs: OrderedDict[int, ParallelEnvs] = OrderedDict()
         self.replan_steps = replan_steps
         self.max_episode_length = max_episode_length
         self.settle_steps = settle_steps
@@ -130,11 +140,38 @@ class LIBEROEnvRunner:
         """Move on to the next assigned task."""
         self.task_cursor += 1
 
+    # Environments --------------------------------------------------------------------------------
+
+    def create_parallel_envs(self, task_name: str | int) -> ParallelEnvs:
+        """Open a task's scene in every worker, or find it open: (env, env_id, env_num).
+
+        Rollouts open what they need by themselves; opened before, the first of them do not wait. Scenes stay
+        open from step to step until `max_open_tasks` others have been used since, or `cleanup`.
+        """
+        (task,) = find_tasks(self.benchmark_name, [task_name])
+        workers = len(self.pool.processes)
+        if task.index not in self.created_envs:
+            list(self.pool.call(_open_scene, [(task,)] * workers))  # one call each, since all are idle
+        self._used(task)
+        return self.created_envs[task.index]
+
+    def _used(self, task: Task) -> None:
+        """Keep account of which scenes are open, as the workers do: the one unused for longest goes first."""
+        envs = self.pool, task.index, len(self.pool.processes) * self.pool.spec.slots
+        self.created_envs[task.index] = envs
+        self.created_envs.move_to_end(task.index)
+        while len(self.created_envs) > self.pool.spec.max_open_tasks:
+            self.created_envs.popitem(last=False)
+
     # Initial states ------------------------------------------------------------------------------
 
     def training_states(self, count: int, seed: int) -> list[InitStatePool]:
         """A pool of `count` drawn training states for each assigned task."""
         return training_pools(self.pool, self.assigned_tasks, count, seed)
+
+    def validation_states(self, count: int) -> list[InitStatePool]:
+        """A pool of `count` states for each task, drawn as training states are and never trained on."""
+        return training_pools(self.pool, self.tasks, count, VALIDATION_SEED)
 
     def evaluation_states(self) -> list[InitStatePool]:
         """LIBERO's recorded states of each task."""
@@ -156,21 +193,32 @@ class LIBEROEnvRunner:
             record=record,
         )
 
-    def run_policy_in_env(self, policy: Policy, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, Episode]]:
+    def run_policy_in_env(
+        self, policy: Policy, rollouts: Sequence[Rollout], created_env: ParallelEnvs | None = None
+    ) -> Iterator[tuple[int, Episode]]:
         """Run rollouts in parallel; yields (index into `rollouts`, episode) as they finish.
 
+        They run in `created_env`, where given (`create_parallel_envs`), else in the runner's own pool.
         With the environment variables of `pi0.ript.env.debug`, what happened is written besides.
         """
         debug = DebugOutput()
         prepared = [debug.prepare(rollout) for rollout in rollouts]
-        for index, episode in self.pool.run(policy, prepared, self.replan_steps):
+        pool = created_env[0] if created_env else self.pool
+        for index, episode in pool.run(policy, prepared, self.replan_steps):
+            self._used(episode.rollout.task)
             debug.save(episode)
             yield index, episode
 
     def run(
-        self, policy: Policy, episodes: int, seed: int, record: int = 0, label: str = "evaluation"
+        self,
+        policy: Policy,
+        episodes: int,
+        seed: int,
+        record: int = 0,
+        label: str = "evaluation",
+        initial_states: list[InitStatePool] | None = None,
     ) -> EvaluationResult:
-        """Score a policy on the evaluation states of all tasks.
+        """Score a policy on the evaluation states of all tasks, or on other `initial_states`.
 
         Two policies scored with the same `episodes` and `seed` meet the same states and the same noise. In a
         distributed run all ranks take part, each runs its share, and each gets the whole result.
@@ -180,9 +228,9 @@ class LIBEROEnvRunner:
             seed: of the policy's noise.
             record: draw a video frame every this many control steps.
         Raises:
-            ValueError: more episodes than there are recorded states.
+            ValueError: more episodes than there are states.
         """
-        pools = self.evaluation_states()
+        pools = initial_states or self.evaluation_states()
         counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
         for states, count in zip(pools, counts, strict=True):
             if count > len(states):
@@ -207,7 +255,8 @@ class LIBEROEnvRunner:
                 index: episode for part in distributed.gather(outlines) for index, episode in part.items()
             }
         return EvaluationResult(
-            [results[index] for index in range(len(rollouts))], self.protocol(episodes=episodes, seed=seed)
+            [results[index] for index in range(len(rollouts))],
+            self.protocol(episodes=episodes, seed=seed, init_states=_describe(pools[0])),
         )
 
     def protocol(self, **extra: object) -> dict:
@@ -216,7 +265,7 @@ class LIBEROEnvRunner:
         return {
             "suite": self.benchmark_name,
             "tasks": [task.index for task in self.tasks],
-            "init_states": "evaluation: LIBERO's recorded states, from index 0",
+            "init_states": RECORDED_STATES,
             "fixtures": self.fixtures,
             "horizon": self.max_episode_length or self.tasks[0].horizon,
             "settle_steps": self.settle_steps,
@@ -241,3 +290,14 @@ class LIBEROEnvRunner:
 
     def __exit__(self, *_: object) -> None:
         self.cleanup()
+
+
+def _describe(states: InitStatePool) -> str:
+    if states.kind == "evaluation":
+        return RECORDED_STATES
+    return f"validation: drawn from LIBERO's placement distribution with seed {VALIDATION_SEED}, from index 0"
+
+
+def _open_scene(worker: Worker, task: Task) -> None:
+    """Runs in a worker."""
+    worker.open(task)

@@ -1,0 +1,303 @@
+"""A folder of training checkpoints that outlives kills, power cuts and full disks.
+
+    step-000012/manifest.json     size and SHA-256 of every file, the step, its score, facts
+    step-000012/...               what the caller wrote
+    .step-000012.tmp              being written
+    .step-000012.replaced         the step's earlier checkpoint, until the new one has taken its place
+    .step-000012.pruned           being deleted
+
+A checkpoint takes its name in one rename, after all of it has reached the disk, and loses it in one rename
+before any of it is deleted. One run at a time writes to a folder; hidden folders that `begin` finds there are
+an earlier, dead run's and are cleared away. Reading changes nothing, so every rank may read at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pi0.checkpoints import CheckpointError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_CHECKPOINT = re.compile(r"step-(\d{6,})|\.step-(\d{6,})\.replaced")
+_HIDDEN = re.compile(r"\.(step-\d{6,})\.(tmp|replaced|pruned)")
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    With many ranks, rank 0 calls `begin`, every rank then writes its own files into `temporary(step)`, and when
+    all have (a barrier before and after) rank 0 calls `seal`. A caller that could not write calls `abandon`.
+
+    Args:
+        folder: made when the first checkpoint begins.
+        keep: how many of the newest checkpoints stay; the best and the one being written come on top.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        if keep < 1:
+            raise CheckpointError(f"{keep} checkpoints to keep: at least one must stay")
+        self.folder = Path(folder)
+        self.keep = keep
+        self._damaged: set[Path] = set()
+
+    def temporary(self, step: int) -> Path:
+        """Where the files of the checkpoint that is being written go; makes nothing."""
+        return self._path(step, "tmp")
+
+    def begin(self, step: int) -> Path:
+        """Clear away what a kill left behind and make an empty `temporary(step)`.
+
+        Raises:
+            CheckpointError: the disk refuses; earlier checkpoints are as they were.
+        """
+        with self._refusals_named(step):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+            self.temporary(step).mkdir()
+        return self.temporary(step)
+
+    def abandon(self, step: int) -> None:
+        """Remove `temporary(step)`, to give its room back; what cannot be removed now is the next `begin`'s."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def seal(self, step: int, score: float | None = None, facts: dict | None = None) -> Path:
+        """Turn `temporary(step)` into a checkpoint, in place of an earlier one of the step; prune.
+
+        The newest `keep` stay, the one with the best score (of equals the newest) and this one. Damaged ones that
+        `newest_valid` passed over are counted among none of them and go.
+
+        Args:
+            score: higher is better; None never counts as best.
+            facts: anything that JSON can hold, for `facts`.
+
+        Raises:
+            CheckpointError: the disk refuses; earlier checkpoints are as they were, `temporary(step)` is gone. Or
+                the message says that this checkpoint is saved and another could not be removed.
+        """
+        temporary, final, replaced = self.temporary(step), self._path(step), self._path(step, "replaced")
+        if not temporary.is_dir():
+            raise CheckpointError(f"{temporary} is not there; call begin({step}) before seal({step})")
+        if score is not None and not math.isfinite(score):
+            raise CheckpointError(f"score of step {step} is {score}; give a finite number, or None for none")
+        with self._refusals_named(step):
+            (temporary / MANIFEST).unlink(missing_ok=True)
+            files = {
+                name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+                for name in _files(temporary)
+            }
+            content = {"format": _FORMAT, "step": step, "score": score, "facts": facts or {}, "files": files}
+            content = json.loads(json.dumps(content))  # as it will be read: keys are strings
+            content["sha256"] = _sha256_of_json(content)
+            (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            if final.exists():
+                final.rename(replaced)
+            temporary.rename(final)
+            _sync(self.folder)
+        try:
+            self._damaged.discard(final)
+            if replaced.exists():
+                self._remove(replaced)
+            self._prune(step)
+        except OSError as error:
+            raise CheckpointError(
+                f"{final} is saved, but an older checkpoint cannot be removed: {error}; remove it by hand"
+            ) from error
+        return final
+
+    def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
+        """The newest checkpoint that verifies, or None; and newer ones that do not, with the reason, newest first."""
+        damaged: list[tuple[Path, str]] = []
+        newest = None
+        for _, path in sorted(self._checkpoints().items(), reverse=True):
+            reason = self.verify(path)
+            if reason is None:
+                newest = path
+                break
+            damaged.append((path, reason))
+        self._damaged.update(path for path, _ in damaged)
+        return newest, damaged
+
+    def verify(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint, or None; reads all of it."""
+        try:
+            written = _read_manifest(path)["files"]
+            found = set(_files(path)) - {MANIFEST}
+            for name in sorted(written.keys() - found):
+                return f"{name} is missing"
+            for name in sorted(found - written.keys()):
+                return f"{name} is a surplus file"
+            for name, entry in written.items():
+                size = (path / name).stat().st_size
+                if size != entry["size"]:
+                    return f"{name} has {size} bytes, {entry['size']} were written"
+            for name, entry in written.items():
+                if _sha256(path / name) != entry["sha256"]:
+                    return f"{name}: its checksum differs from what was written"
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be read: {error}"
+        return None
+
+    def facts(self, path: Path) -> dict:
+        """What was given to `seal`.
+
+        Raises:
+            CheckpointError: the checkpoint's manifest is missing or damaged.
+        """
+        try:
+            return _read_manifest(path)["facts"]
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}; use an older checkpoint") from error
+
+    def _path(self, step: int, state: str | None = None) -> Path:
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        return self.folder / (f".step-{step:06d}.{state}" if state else f"step-{step:06d}")
+
+    def _checkpoints(self) -> dict[int, Path]:
+        """By step; where a kill came between the two renames of a replacement, what was about to be replaced."""
+        if not self.folder.is_dir():
+            return {}
+        found = {}
+        for path in sorted(self.folder.iterdir()):  # hidden names come first, and give way
+            match = _CHECKPOINT.fullmatch(path.name)
+            if match and path.is_dir():
+                found[int(match[1] or match[2])] = path
+        return found
+
+    def _prune(self, sealed: int) -> None:
+        checkpoints = self._checkpoints()
+        sound = sorted(step for step, path in checkpoints.items() if path not in self._damaged)
+        scores = []
+        for step in sound:
+            try:
+                score = _read_manifest(checkpoints[step])["score"]
+            except CheckpointError:
+                continue  # one without a readable score is not the best
+            if score is not None:
+                scores.append((score, step))
+        best = {max(scores)[1]} if scores else set()
+        for step in checkpoints.keys() - best - {sealed, *sound[-self.keep :]}:
+            self._remove(checkpoints[step])
+
+    def _remove(self, path: Path) -> None:
+        doomed = path.with_name(f".{path.name.removeprefix('.').removesuffix('.replaced')}.pruned")
+        path.rename(doomed)
+        _sync(self.folder)
+        shutil.rmtree(doomed)
+
+    def _clear_leftovers(self) -> None:
+        for path in sorted(self.folder.iterdir()):
+            match = _HIDDEN.fullmatch(path.name)
+            if match and match[2] == "replaced" and not (self.folder / match[1]).exists():
+                path.rename(self.folder / match[1])
+            elif match and match[2] == "replaced":
+                self._remove(path)
+            elif match:
+                shutil.rmtree(path)
+
+    @contextmanager
+    def _refusals_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.abandon(step)
+            raise CheckpointError(
+                f"checkpoint of step {step} is not saved: {error}; make room in {self.folder} or make it "
+                "writable. Earlier checkpoints are as they were"
+            ) from error
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write a dictionary of tensors, numbers, strings, lists and dictionaries with torch.save.
+
+    Raises:
+        CheckpointError: the disk refuses; nothing is left at `path`.
+        TypeError: `load_state` could not read it, because of a class that it does not trust.
+    """
+    try:
+        with path.open("wb") as stream:
+            torch.save(state, stream)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError about file positions, with the disk's own words beneath.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} is not written: {reason}; make room or choose another folder"
+        ) from error
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if unsafe:
+        path.unlink()
+        raise TypeError(f"{path}: {', '.join(unsafe)} cannot be read back; save tensors, numbers and strings")
+
+
+def load_state(path: Path) -> dict:
+    """Read what `save_state` wrote, with tensors on the CPU; runs no code from the file.
+
+    Raises:
+        CheckpointError: no such file, a damaged one, or one that holds something else.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}); remove {path.parent} to use an older checkpoint"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a state; save it with save_state")
+    return state
+
+
+def _read_manifest(checkpoint: Path) -> dict:
+    """Raises CheckpointError with the bare reason."""
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{MANIFEST} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise CheckpointError(f"{MANIFEST} has the unknown format {found}; this program reads {_FORMAT}")
+    if content.pop("sha256", None) != _sha256_of_json(content):
+        raise CheckpointError(f"{MANIFEST}: its checksum differs from what was written")
+    return content
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_of_json(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,143 @@
+"""Which initial states succeed how often: the memory that lets practice pass over what is solved."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pi0.errors import InputError
+from pi0.ript.env.init_states import InitStatePool, state_hash
+
+FORMAT = 1
+# A visit: [successes, rollouts] of one group's rollouts from the state.
+Visit = list[int]
+
+
+class StatsError(InputError):
+    """A statistics file cannot be read or written."""
+
+
+def state_name(pool: InitStatePool, index: int) -> str:
+    """What names a state across runs: suite, task and hash of the recorded state, joined by `/`."""
+    return f"{pool.task.suite}/{pool.task.index}/{state_hash(pool.states[index].state)}"
+
+
+class RolloutStats:
+    """Success history of initial states.
+
+    A state whose last `skip_threshold` visits were all solved is passed over when its turn comes next, once; then
+    it is visited again until it has again been solved so often. So a solved state costs `skip_threshold` of
+    `skip_threshold + 1` rounds at most, and what a policy unlearns is noticed a round later.
+
+    What a rank decides depends on the file as it was at the start and on its own visits, never on when other
+    processes write theirs, so that runs can be repeated.
+
+    Args:
+        path: JSON file that grows from run to run; ranks and runs may share it. None keeps all in memory.
+        skip_threshold: visits in a row, all of whose rollouts succeed, that make a state solved.
+    Raises:
+        StatsError: the file is there and not one of this kind.
+    """
+
+    def __init__(self, path: str | Path | None, skip_threshold: int):
+        self.path = None if path is None else Path(path)
+        self.skip_threshold = skip_threshold
+        self.history: dict[str, list[Visit]] = {}
+        self._unwritten: dict[str, list[Visit]] = {}
+        self._solved_in_a_row: dict[str, int] = {}
+        if self.path is not None:
+            self.history = _read(self.path)
+            for name, visits in self.history.items():
+                for visit in visits:
+                    self._count(name, visit)
+
+    def record(self, name: str, successes: int, rollouts: int) -> None:
+        """Remember a visit."""
+        visit = [int(successes), int(rollouts)]
+        self.history.setdefault(name, []).append(visit)
+        self._unwritten.setdefault(name, []).append(visit)
+        self._count(name, visit)
+
+    def pass_over(self, name: str) -> bool:
+        """Whether the state, whose turn it is, is passed over this time."""
+        if self._solved_in_a_row.get(name, 0) < self.skip_threshold:
+            return False
+        self._solved_in_a_row[name] = 0
+        return True
+
+    def save(self) -> None:
+        """Add the new visits to the file, whole or not at all, whoever else adds to it at the same time.
+
+        Raises:
+            StatsError: it cannot be read or written; the visits are kept for the next time.
+        """
+        if self.path is None or not self._unwritten:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.with_name(f".{self.path.name}.lock")):
+                everything = _read(self.path)
+                for name, visits in self._unwritten.items():
+                    everything.setdefault(name, []).extend(visits)
+                _write(self.path, everything)
+        except OSError as error:
+            raise StatsError(
+                f"cannot write {self.path}: {error.strerror}; choose another rollout_stats_path"
+            ) from error
+        self._unwritten = {}
+
+    def state_dict(self) -> dict:
+        """What decides from here on, for a checkpoint."""
+        return {
+            "history": self.history,
+            "unwritten": self._unwritten,
+            "solved_in_a_row": self._solved_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict()`."""
+        self.history = state["history"]
+        self._unwritten = state["unwritten"]
+        self._solved_in_a_row = state["solved_in_a_row"]
+
+    def _count(self, name: str, visit: Visit) -> None:
+        successes, rollouts = visit
+        self._solved_in_a_row[name] = self._solved_in_a_row.get(name, 0) + 1 if successes == rollouts else 0
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file at `path`; the system releases it for a process that dies."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> dict[str, list[Visit]]:
+    if not path.exists():
+        return {}
+    mend = "move it away, or choose another algo.rollout_stats_path"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise StatsError(f"{path} is not JSON ({error}); {mend}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise StatsError(f"{path} is not a statistics file of format {FORMAT}; {mend}")
+    return content["states"]
+
+
+def _write(path: Path, states: dict[str, list[Visit]]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            json.dump({"format": FORMAT, "visit": ["successes", "rollouts"], "states": states}, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,333 @@
+"""Stage 12: the ten steps from one task to LIBERO-10, each with its acceptance test."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pi0.paths import REPO_ROOT
+from pi0.ript.advantages import leave_one_out_advantages
+from pi0.ript.config import load_config
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.rollout_generator import RolloutGenerator
+from pi0.ript.rollout_stats import RolloutStats
+
+SCRIPT = REPO_ROOT / "12_train_with_dataset.py"
+CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
+SMALL = {
+    "policy_path": str(CHECKPOINT),
+    "task": {"task_names_to_use": [8], "assets": "standins"},
+    "algo": {
+        "rloo_batch_size": 4,
+        "data_batch_size": 8,
+        "max_sampling_attempts": 4,
+        "train_init_states": 8,
+        "num_epochs": 1,
+        "minibatch_size": 24,
+    },
+    "training": {"num_train_steps": 2},
+    "evaluation": {"episodes": 2, "periodic_episodes": 2},
+    "logging": {"log_freq": 1, "use_wandb": False},
+    "features": {"save_video": False},
+}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("stage_12", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stage = load_script()
+
+
+def train(folder: Path, *overrides: str) -> tuple[str, Path]:
+    """A run: what it printed, and its folder."""
+    folder.mkdir(exist_ok=True)
+    before = set(folder.glob("ript-*"))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config_path", str(folder / "config.yaml"), "--override", *overrides],
+        cwd=REPO_ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run_dir,) = set(folder.glob("ript-*")) - before
+    return done.stdout, run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs that share a statistics file."""
+    folder = tmp_path_factory.mktemp("stage_12")
+    shared = f"algo.rollout_stats_path={folder / 'shared.json'}"
+    first = train(folder, shared)
+    states = json.loads((folder / "shared.json").read_text())["states"]
+    second = train(folder, shared, "training.num_train_steps=1", "training.seed=0")
+    return first, second, states, json.loads((folder / "shared.json").read_text())["states"]
+
+
+class Wobbly:
+    """Never succeeds; what it does depends on its noise."""
+
+    def noise(self, key):
+        return np.random.default_rng(key).standard_normal((10, 8), dtype=np.float32)
+
+    def act(self, images, states, prompts, noise):
+        return 0.01 * noise[:, :, :7]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with LIBEROEnvRunner(
+        "libero_10",
+        [],
+        cameras=("base_0_rgb",),
+        image_size=32,
+        chunk=10,
+        replan_steps=10,
+        num_parallel_envs=2,
+        rollouts_per_env=2,
+        max_open_tasks=3,
+        max_episode_length=10,
+        settle_steps=0,
+        assets="standins",
+    ) as runner:
+        yield runner
+
+
+def loader_of(runner, group_size: int, stats=None, ranks=(1, 0), count: int = 3):
+    """Data set, sampler and loader over recorded states, as the script makes them over drawn ones."""
+    pools = [
+        type(pool)(pool.task, "training", pool.states[:count], {}) for pool in runner.evaluation_states()
+    ]
+    dataset = stage.LiberoInitStateDataset(pools)
+    sampler = stage.TaskAwareSampler(
+        dataset,
+        DistributedSampler(dataset, *ranks, shuffle=False),
+        group_size,
+        stats or RolloutStats(None, 2),
+    )
+    return dataset, sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=stage.collate_fn_state)
+
+
+# 1 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_1_without_dynamic_sampling_every_step_trains(tmp_path):
+    _, run_dir = train(tmp_path, "algo.enable_dynamic_sampling=false", "algo.data_batch_size=16")
+    final = json.loads((run_dir / "final_training_results.json").read_text())
+    assert final["total_steps"] == final["iterations"] == 2
+
+
+# 2 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_2_rollouts_are_collected_by_initial_state(runner):
+    dataset, _, loader = loader_of(runner, group_size=1)
+    rollouts = RolloutGenerator(
+        runner,
+        init_state_dataloader=loader,
+        init_state_dataset=dataset,
+        rollouts_per_env=4,
+        num_groups=2,
+        max_groups=2,
+        seed=0,
+    )
+    collection = rollouts.generate_rollouts(Wobbly(), step=0)
+    for group in collection.groups:
+        assert len({(e.rollout.task.index, e.rollout.init_index) for e in group.episodes}) == 1
+        assert len({e.actions.tobytes() for e in group.episodes}) == 4
+    assert [len(group.episodes) for group in collection.groups] == [4, 4]
+
+
+# 3 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_3_statistics_are_kept_by_state_and_grow_from_run_to_run(runs):
+    (_, first), _, states, more = runs
+    history = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    tried = sum(row["rollouts"] + 4 * row["dropped_groups"] for row in history)
+    assert sum(rollouts for visits in states.values() for _, rollouts in visits) == tried
+    assert all(re.fullmatch(r"libero_spatial/8/[0-9a-f]{16}", name) for name in states)
+    assert all(more[name][: len(visits)] == visits for name, visits in states.items())
+    assert sum(map(len, more.values())) > sum(map(len, states.values()))
+
+
+# 4 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_4_groups_that_agree_are_dropped_and_said_so(runs):
+    output, run_dir = runs[0]
+    history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["unanimous_groups"] == 0 for row in history)
+    for row in history:
+        for name, (solved, failed) in row["dropped_by_task"].items():
+            assert f"dropped groups of {name}: {solved} all solved, {failed} all failed" in output
+
+
+def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path):
+    # Task 3 is solved most of the time; every state that is solved once is passed over.
+    overrides = (
+        "task.task_names_to_use=[3]", "algo.rollout_skip_threshold=1", "algo.rloo_batch_size=2",
+        "algo.train_init_states=4", "evaluation.periodic_episodes=0",
+    )  # fmt: skip
+    output, run_dir = train(tmp_path, *overrides)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    skipped = sum(row["skipped_states"] for row in rows)
+    said = re.findall(r"skipped states of \w+: (\d+), solved on each of their last visits", output)
+    assert skipped == sum(map(int, said)) > 0
+
+
+def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):
+    # Episodes too short to succeed: every group fails.
+    output, run_dir = train(tmp_path, "task.max_episode_length=10", "evaluation.periodic_episodes=0")
+    assert "all 4 groups tried were unanimous: going on to as many other states" in output
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["dropped_groups"] for row in rows] == [8, 8]
+    assert "nothing to learn from" in output
+
+
+# 5 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_5_no_task_names_mean_every_task_of_libero_10(runner):
+    config = load_config(REPO_ROOT / "configs" / "stage12_libero10.yaml")
+    assert (config.task.benchmark_name, config.task.chosen) == ("libero_10", [])
+    assert [task.index for task in runner.tasks] == list(range(10))
+
+
+# 6 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_6_batches_name_their_task_and_episodes_match_it(runner):
+    dataset, _, loader = loader_of(runner, group_size=2)
+    batches = iter(loader)
+    seen = set()
+    for _ in range(10):
+        batch = next(batches)
+        (task_id,) = set(batch["task_id"].tolist())
+        seen.add(task_id)
+        for index, state in zip(batch["index"].tolist(), batch["init_state"], strict=True):
+            pool, number = dataset.start(index)
+            assert pool.task.index == task_id
+            assert np.array_equal(state, pool.states[number].state)
+    assert seen == set(range(10)), "tasks that fail alike take equal turns"
+
+
+def test_step_6_ranks_share_the_states_of_every_task(runner):
+    shares = []
+    for rank in (0, 1):
+        dataset, sampler, _ = loader_of(runner, 1, ranks=(2, rank), count=4)
+        assert all(len(ring) == 2 for ring in sampler.rings)
+        shares += [index for ring in sampler.rings for index in ring]
+    assert sorted(shares) == list(range(len(dataset)))
+
+
+def test_step_6_too_few_states_for_the_ranks_is_an_error_that_says_so(runner):
+    with pytest.raises(stage.ConfigError, match="train_init_states"):
+        loader_of(runner, 1, ranks=(4, 3), count=1)
+
+
+# 7 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_7_environments_are_kept_by_task_within_the_bound(runner):
+    for task in runner.tasks[:5]:
+        env, env_id, env_num = runner.create_parallel_envs(task.name)
+        assert (env, env_id, env_num) == (runner.pool, task.index, 4)
+    assert list(runner.created_envs) == [2, 3, 4]
+    open_now = [tasks for _, tasks in runner.pool.call(open_tasks, [()] * 2)]
+    assert open_now == [[2, 3, 4], [2, 3, 4]]
+    states = runner.evaluation_states()[4]
+    rollouts = [runner.rollout(states, 0, (1, 0, 0))]
+    envs = runner.create_parallel_envs(states.task.name)
+    (episode,) = dict(runner.run_policy_in_env(Wobbly(), rollouts, created_env=envs)).values()
+    assert episode.failure is None
+    assert [tasks for _, tasks in runner.pool.call(open_tasks, [()] * 2)] == open_now, (
+        "nothing was built again"
+    )
+
+
+def open_tasks(worker):
+    """Runs in a worker."""
+    return [task.index for task in worker._open]
+
+
+# 8 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_8_advantages_are_those_of_the_states_own_group(runner):
+    dataset, _, loader = loader_of(runner, group_size=1)
+    rollouts = RolloutGenerator(
+        runner,
+        init_state_dataloader=loader,
+        init_state_dataset=dataset,
+        rollouts_per_env=3,
+        num_groups=2,
+        max_groups=2,
+        seed=0,
+        reward=lambda episode: float(episode.rollout.noise_key[-1]),  # 0, 1, 2 within a group
+    )
+    collection = rollouts.generate_rollouts(Wobbly(), step=0)
+    for group in collection.groups:
+        assert group.advantages == [0 - 1.5, 1 - 1.0, 2 - 0.5] == leave_one_out_advantages([0, 1, 2])
+
+
+# 9 ------------------------------------------------------------------------------------------------------
+
+
+def test_step_9_the_policy_is_evaluated_periodically_into_metrics_json(runs):
+    (output, run_dir), *_ = runs
+    evaluations = json.loads((run_dir / "metrics.json").read_text())
+    assert [entry["step"] for entry in evaluations] == [1, 2]
+    for entry in evaluations:
+        assert entry["success_rate"] == entry["successes"] / entry["episodes"]
+        assert sum(task["episodes"] for task in entry["tasks"].values()) == 2
+        assert entry["protocol"]["init_states"].startswith("evaluation: LIBERO's recorded")
+    assert "evaluation after 2 steps" in output
+
+
+def test_step_9_validation_states_are_drawn_and_never_trained_on(runner):
+    (validation,) = runner.validation_states(2)[:1]
+    training = runner.training_states(2, 0)[0]
+    assert validation.provenance["seed"] != training.provenance["seed"]
+    known = {state.state.tobytes() for state in [*training.states, *runner.evaluation_states()[0].states]}
+    assert not known & {state.state.tobytes() for state in validation.states}
+    result = runner.run(Wobbly(), 10, 0, initial_states=runner.validation_states(1))
+    assert "validation" in result.protocol["init_states"]
+
+
+# 10 -----------------------------------------------------------------------------------------------------
+
+
+def test_step_10_the_long_run_is_configured_as_described_and_starts(tmp_path):
+    config = load_config(REPO_ROOT / "configs" / "stage12_libero10.yaml")
+    assert config.task.num_parallel_envs == 2
+    assert config.algo.rloo_batch_size == 4
+    assert config.algo.enable_dynamic_sampling
+    assert config.algo.enable_rollout_stats_tracking
+    assert not config.features.save_video
+    assert config.training.num_train_steps == 1000
+    overrides = [
+        f"output_dir={tmp_path}", "training.num_train_steps=1", "task.max_episode_length=20",
+        "algo.train_init_states=1", "evaluation.episodes=10", "logging.use_wandb=false",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--config_path", "configs/stage12_libero10.yaml", "--override", *overrides],
+        cwd=REPO_ROOT, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in (
+        "LiberoInitStateDataset created with 10 initial states",
+        "DataLoader created",
+        "batches sampled",
+    ):
+        assert line in done.stdout

@@ -1,0 +1,119 @@
+"""The memory of what is solved: who is passed over, what is written, and who may write at the same time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pi0.paths import REPO_ROOT
+from pi0.ript.rollout_stats import RolloutStats, StatsError
+
+
+def test_a_state_solved_on_each_of_its_last_visits_is_passed_over_once_and_then_visited_again():
+    stats = RolloutStats(None, skip_threshold=2)
+    stats.record("a", 4, 4)
+    assert not stats.pass_over("a")
+    stats.record("a", 4, 4)
+    assert stats.pass_over("a")
+    assert not stats.pass_over("a")
+    stats.record("a", 4, 4)
+    assert not stats.pass_over("a"), "solved once since it was passed over"
+    stats.record("a", 4, 4)
+    assert stats.pass_over("a")
+
+
+def test_one_failed_rollout_makes_a_state_worth_visiting():
+    stats = RolloutStats(None, skip_threshold=2)
+    for successes in (4, 4, 3):
+        stats.record("a", successes, 4)
+    assert not stats.pass_over("a")
+    assert not stats.pass_over("never visited")
+
+
+def test_the_file_grows_from_run_to_run_and_is_remembered(tmp_path):
+    file = tmp_path / "deep" / "rollout_stats.json"
+    for _ in range(2):
+        stats = RolloutStats(file, skip_threshold=2)
+        stats.record("libero_spatial/3/ab", 2, 2)
+        stats.save()
+        stats.save()  # nothing new: nothing is written twice
+    assert json.loads(file.read_text())["states"] == {"libero_spatial/3/ab": [[2, 2], [2, 2]]}
+    assert RolloutStats(file, skip_threshold=2).pass_over("libero_spatial/3/ab")
+
+
+WRITER = """
+import sys
+from pi0.ript.rollout_stats import RolloutStats
+stats = RolloutStats(sys.argv[1], 2)
+for number in range(int(sys.argv[3])):
+    stats.record(f"shared/{number % 7}", 1, 2)
+    stats.record(f"own of {sys.argv[2]}", 2, 2)
+    stats.save()
+    print(number + 1, flush=True)
+"""
+
+
+def writer(file, name: str, count: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(file), name, str(count)],
+        cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_processes_that_share_a_file_lose_no_visit(tmp_path):
+    file = tmp_path / "stats.json"
+    writers = [writer(file, name, 40) for name in "abc"]
+    for process in writers:
+        assert process.wait(120) == 0
+    states = json.loads(file.read_text())["states"]
+    assert [len(states[f"own of {name}"]) for name in "abc"] == [40, 40, 40]
+    assert sum(len(states[f"shared/{number}"]) for number in range(7)) == 120
+
+
+def test_a_killed_writer_leaves_a_whole_file_and_holds_nobody_up(tmp_path):
+    file = tmp_path / "stats.json"
+    victim = writer(file, "victim", 100_000)
+    reported = [victim.stdout.readline() for _ in range(5)][-1]
+    time.sleep(0.013)
+    victim.send_signal(signal.SIGKILL)
+    reported = int((victim.communicate()[0].split() or [reported])[-1])
+    before = len(json.loads(file.read_text())["states"]["own of victim"])
+    assert before >= reported
+    assert writer(file, "next", 3).wait(60) == 0
+    states = json.loads(file.read_text())["states"]
+    assert len(states["own of next"]) == 3
+    assert len(states["own of victim"]) == before
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "states": {}}'])
+def test_a_file_of_another_kind_is_named_and_left_alone(tmp_path, content):
+    file = tmp_path / "stats.json"
+    file.write_text(content)
+    with pytest.raises(StatsError, match=r"stats\.json .* rollout_stats_path"):
+        RolloutStats(file, 2)
+    assert file.read_text() == content
+
+
+def test_what_cannot_be_written_is_kept_for_the_next_time(tmp_path):
+    folder = tmp_path / "folder"
+    folder.write_text("a file where the folder should be")
+    stats = RolloutStats(folder / "stats.json", 2)
+    stats.record("a", 1, 1)
+    with pytest.raises(StatsError, match="cannot write"):
+        stats.save()
+    folder.unlink()
+    stats.save()
+    assert json.loads((folder / "stats.json").read_text())["states"] == {"a": [[1, 1]]}
+
+
+def test_a_checkpoint_brings_back_what_is_passed_over():
+    stats = RolloutStats(None, skip_threshold=2)
+    stats.record("a", 1, 1)
+    stats.record("a", 1, 1)
+    again = RolloutStats(None, skip_threshold=2)
+    again.load_state_dict(json.loads(json.dumps(stats.state_dict())))
+    assert again.pass_over("a")
