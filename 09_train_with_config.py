@@ -28,7 +28,15 @@ from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.chunks import Augmentation
-from pi0.ript.config import Config, ConfigError, help_text, load_config, to_dict, validate
+from pi0.ript.config import (
+    Config,
+    ConfigError,
+    check_evaluation,
+    help_text,
+    load_config,
+    to_dict,
+    validate,
+)
 from pi0.ript.ema import AveragedPolicy
 from pi0.ript.env.init_states import InitStatePool
 from pi0.ript.env.runner import LIBEROEnvRunner
@@ -242,7 +250,7 @@ def validate_config(config: Config) -> None:
     validate(config)
     if not Path(config.policy_path).is_dir():
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
-    find_tasks(config.task.benchmark_name, config.task.chosen)
+    check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
     print("configuration validated")
 
 

@@ -38,7 +38,15 @@ from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.chunks import Augmentation
-from pi0.ript.config import Config, ConfigError, help_text, load_config, to_dict, validate
+from pi0.ript.config import (
+    Config,
+    ConfigError,
+    check_evaluation,
+    help_text,
+    load_config,
+    to_dict,
+    validate,
+)
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
     backend,
@@ -156,7 +164,7 @@ def setup_distributed() -> tuple[int, int, int]:
         return 0, 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
@@ -367,7 +375,7 @@ def validate_config(config: Config) -> None:
     validate(config)
     if not Path(config.policy_path).is_dir():
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
-    find_tasks(config.task.benchmark_name, config.task.chosen)
+    check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
     print("configuration validated")
 
 

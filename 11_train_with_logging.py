@@ -26,11 +26,11 @@ import copy
 import os
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import tensorboardX
 import torch
 import torch.distributed as dist
 import wandb
@@ -43,7 +43,15 @@ from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.chunks import Augmentation
-from pi0.ript.config import Config, ConfigError, help_text, load_config, to_dict, validate
+from pi0.ript.config import (
+    Config,
+    ConfigError,
+    check_evaluation,
+    help_text,
+    load_config,
+    to_dict,
+    validate,
+)
 from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
@@ -59,7 +67,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import Task, find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.memory import memory_use
-from pi0.ript.metrics import append_line, flatten
+from pi0.ript.metrics import TensorBoard, append_line, flatten
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import film_before_after, new_run_dir, write_json, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -165,7 +173,7 @@ def setup_distributed() -> tuple[int, int, int]:
         return 0, 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
@@ -215,28 +223,41 @@ class _TeeIO(DescriptorTap):
     Of a progress bar only the last state is kept. A full disk ends the copy, never the run.
     """
 
-    _log: int | None = None
-    _line = b""  # not ended yet
-    _waiting = b""  # lines that the file does not have yet
+    def __init__(self, descriptor: int, echo: bool):
+        self._log: int | None = None
+        self._kept: (
+            list[bytes] | None
+        ) = []  # lines that the file does not have yet; None when the copy has ended
+        self._line = b""  # not ended yet
+        self._lock = threading.Lock()
+        super().__init__(descriptor, echo)
 
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.heard(b"")
 
     def heard(self, data: bytes) -> None:
         """Keep whole lines, as they stood when they ended."""
-        *lines, self._line = (self._line + data).split(b"\n")
-        self._line = self._line.rpartition(b"\r")[2]
-        shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-        self._waiting += b"".join(line + b"\n" for line in shown if line)
-        if self._log is not None and self._waiting:
-            try:
-                os.write(self._log, self._waiting)
-                self._waiting = b""
-            except OSError as error:
-                os.close(self._log)
-                self._log = None
-                os.write(self.console, f"the log file ends here: {error.strerror}\n".encode())
+        with self._lock:
+            *lines, self._line = (self._line + data).split(b"\n")
+            self._line = self._line.rpartition(b"\r")[2]
+            if self._kept is None:
+                return
+            shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
+            self._kept += [line + b"\n" for line in shown if line]
+            if self._log is not None and self._kept:
+                try:
+                    os.write(self._log, b"".join(self._kept))
+                    self._kept = []
+                except OSError as error:
+                    self._kept = None
+                    self.say(f"the log file ends here: {error.strerror}\n".encode())
+
+    def restore(self) -> None:
+        """Put the descriptor back as it was, with all that was written until now in the file."""
+        super().restore()
+        self.heard(b"\n" if self._line else b"")
 
 
 def setup_run_logging(rank: int) -> list[_TeeIO]:
@@ -276,20 +297,18 @@ def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
 
 
 def log_metrics(
-    config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: tensorboardX.SummaryWriter
+    config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: TensorBoard
 ) -> None:
     """A step's metrics: a line of metrics.jsonl, its numbers to TensorBoard and WandB, now and then the report."""
     step, numbers = metrics["step"], flatten(metrics)
-    if run is not None:
-        run.log(numbers, step=step)
     try:
         append_line(run_dir / "metrics.jsonl", metrics)
-        for name, value in numbers.items():
-            board.add_scalar(name, value, step)
-        board.flush()
-        if step % config.logging.log_freq == 0:
+        board.add(numbers, step)
+        if (step + 1) % config.logging.log_freq == 0 or step == 0:
             write_html_report(run_dir)
-    except (OSError, InputError) as error:
+        if run is not None:
+            run.log(numbers, step=step)
+    except (OSError, InputError, wandb.Error) as error:
         print(f"step {step}: metrics or report not written: {error}")
 
 
@@ -385,7 +404,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         tee.log_to(run_dir / f"train_rank{rank}.log")
     print(f"log file {run_dir / f'train_rank{rank}.log'} created")
     run = init_wandb(config, run_dir) if rank == 0 else None
-    board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=rank == 0)
+    board = TensorBoard(run_dir / "tensorboard")
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
     with make_env_runner(config, policy) as env_runner:
@@ -466,7 +485,6 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         if run is not None:
             run.summary.update({"before": before.success_rate, "after": after.success_rate})
             run.finish()
-        board.close()
     return run_dir
 
 
@@ -482,7 +500,7 @@ def validate_config(config: Config) -> None:
     validate(config)
     if not Path(config.policy_path).is_dir():
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
-    find_tasks(config.task.benchmark_name, config.task.chosen)
+    check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
     print("configuration validated")
 
 

@@ -6,7 +6,8 @@ YAML file; `--help` lists every key with its unit, default and meaning.
 
 A group is K rollouts of one initial state (algo.group_by). A group whose rollouts all agree teaches nothing and is
 replaced by one of another state; a state that keeps being solved is passed over now and then; whole suites are
-practised, all ranks taking states of all tasks. Every logging.log_freq steps the policy is evaluated.
+practised, all ranks taking states of all tasks. Every logging.log_freq steps the policy is evaluated on
+evaluation.periodic_episodes episodes.
 
 In the run's folder: train_rank0.log, metrics.jsonl (docs/metrics.md), report.html and plots/, wandb/, tensorboard/.
 Besides: rollout_stats.json, metrics.json (evaluations), final_training_results.json.
@@ -28,12 +29,12 @@ import copy
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorboardX
 import torch
 import torch.distributed as dist
 import wandb
@@ -47,7 +48,15 @@ from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.chunks import Augmentation
-from pi0.ript.config import Config, ConfigError, help_text, load_config, to_dict, validate
+from pi0.ript.config import (
+    Config,
+    ConfigError,
+    check_evaluation,
+    help_text,
+    load_config,
+    to_dict,
+    validate,
+)
 from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
@@ -63,7 +72,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.memory import memory_use
-from pi0.ript.metrics import append_line, flatten
+from pi0.ript.metrics import TensorBoard, append_line, flatten
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import film_before_after, new_run_dir, score, write_json, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -176,7 +185,7 @@ def setup_distributed() -> tuple[int, int, int]:
         return 0, 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
@@ -199,8 +208,8 @@ def distributed_collect_batches(
 ) -> tuple[Collection, dict]:
     """This rank's rollouts, and the metrics of all ranks.
 
-    Exactly `algo.data_batch_size` trajectories on each rank; fewer only
-    when `algo.max_sampling_attempts` are used up.
+    Exactly `algo.data_batch_size` trajectories on each rank; fewer only when
+    `algo.max_sampling_attempts` groups, or twice as many that were all dropped, are used up.
     """
     collection = rollouts.generate_rollouts(policy, step)
     skipped, sampler.skipped = sampler.skipped, {}
@@ -224,28 +233,41 @@ class _TeeIO(DescriptorTap):
     Of a progress bar only the last state is kept. A full disk ends the copy, never the run.
     """
 
-    _log: int | None = None
-    _line = b""  # not ended yet
-    _waiting = b""  # lines that the file does not have yet
+    def __init__(self, descriptor: int, echo: bool):
+        self._log: int | None = None
+        self._kept: (
+            list[bytes] | None
+        ) = []  # lines that the file does not have yet; None when the copy has ended
+        self._line = b""  # not ended yet
+        self._lock = threading.Lock()
+        super().__init__(descriptor, echo)
 
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.heard(b"")
 
     def heard(self, data: bytes) -> None:
         """Keep whole lines, as they stood when they ended."""
-        *lines, self._line = (self._line + data).split(b"\n")
-        self._line = self._line.rpartition(b"\r")[2]
-        shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-        self._waiting += b"".join(line + b"\n" for line in shown if line)
-        if self._log is not None and self._waiting:
-            try:
-                os.write(self._log, self._waiting)
-                self._waiting = b""
-            except OSError as error:
-                os.close(self._log)
-                self._log = None
-                os.write(self.console, f"the log file ends here: {error.strerror}\n".encode())
+        with self._lock:
+            *lines, self._line = (self._line + data).split(b"\n")
+            self._line = self._line.rpartition(b"\r")[2]
+            if self._kept is None:
+                return
+            shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
+            self._kept += [line + b"\n" for line in shown if line]
+            if self._log is not None and self._kept:
+                try:
+                    os.write(self._log, b"".join(self._kept))
+                    self._kept = []
+                except OSError as error:
+                    self._kept = None
+                    self.say(f"the log file ends here: {error.strerror}\n".encode())
+
+    def restore(self) -> None:
+        """Put the descriptor back as it was, with all that was written until now in the file."""
+        super().restore()
+        self.heard(b"\n" if self._line else b"")
 
 
 def setup_run_logging(rank: int) -> list[_TeeIO]:
@@ -285,20 +307,18 @@ def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
 
 
 def log_metrics(
-    config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: tensorboardX.SummaryWriter
+    config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: TensorBoard
 ) -> None:
     """A step's metrics: a line of metrics.jsonl, its numbers to TensorBoard and WandB, now and then the report."""
     step, numbers = metrics["step"], flatten(metrics)
-    if run is not None:
-        run.log(numbers, step=step)
     try:
         append_line(run_dir / "metrics.jsonl", metrics)
-        for name, value in numbers.items():
-            board.add_scalar(name, value, step)
-        board.flush()
-        if step % config.logging.log_freq == 0:
+        board.add(numbers, step)
+        if (step + 1) % config.logging.log_freq == 0 or step == 0:
             write_html_report(run_dir)
-    except (OSError, InputError) as error:
+        if run is not None:
+            run.log(numbers, step=step)
+    except (OSError, InputError, wandb.Error) as error:
         print(f"step {step}: metrics or report not written: {error}")
 
 
@@ -381,6 +401,31 @@ def update_policy(
     return {"loss": loss, "grad_norm": float(np.mean(norms)), "updates": len(norms)}
 
 
+def evaluate_periodically(
+    config: Config,
+    env_runner: LIBEROEnvRunner,
+    acting: ActingPolicy,
+    step: int,
+    validation: list[InitStatePool] | None,
+    evaluations: list[dict],
+    run_dir: Path,
+) -> None:
+    """After every `logging.log_freq` steps, once each: the policy's score, into `evaluations` and metrics.json."""
+    evaluation, due = config.evaluation, step and step % config.logging.log_freq == 0
+    if not evaluation.periodic_episodes or not due or step in [entry["step"] for entry in evaluations]:
+        return
+    scored = env_runner.run(
+        acting,
+        evaluation.periodic_episodes,
+        evaluation.seed,
+        label=f"evaluation {step}",
+        initial_states=validation,
+    )
+    evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
+    on_rank_zero(write_json, run_dir / "metrics.json", evaluations)
+    print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
+
+
 def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Path:
     """Score, practise, score again; returns the folder with everything that was written."""
     set_seed(config.training.seed)
@@ -394,7 +439,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         tee.log_to(run_dir / f"train_rank{rank}.log")
     print(f"log file {run_dir / f'train_rank{rank}.log'} created")
     run = init_wandb(config, run_dir) if rank == 0 else None
-    board = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=rank == 0)
+    board = TensorBoard(run_dir / "tensorboard")
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
     with make_env_runner(config, policy) as env_runner:
@@ -447,7 +492,9 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
         history, replay = [], []
         evaluations = []
-        validation = env_runner.validation_states(evaluation.periodic_episodes) if algo.use_val_init else None
+        validation = None
+        if algo.use_val_init:
+            validation = on_rank_zero(env_runner.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
             policy.config.cameras, config.task.image_size, policy.config.action_horizon
         )
@@ -469,19 +516,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             memory = memory_use(env_runner.pool.processes)
             metrics |= {"lr": lr, "phases": phases, "memory": memory}
             history.append(metrics)
-            if evaluation.periodic_episodes and (step + 1) % config.logging.log_freq == 0:
-                scored = env_runner.run(
-                    acting,
-                    evaluation.periodic_episodes,
-                    evaluation.seed,
-                    label=f"evaluation {step + 1}",
-                    initial_states=validation,
-                )
-                evaluations.append({"step": step + 1, **score(scored), "protocol": scored.protocol})
-                on_rank_zero(write_json, run_dir / "metrics.json", evaluations)
-                print(
-                    f"evaluation after {step + 1} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}"
-                )
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
             on_rank_zero(average.policy.save_pretrained, run_dir / "policy")
@@ -509,7 +544,6 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         if run is not None:
             run.summary.update({"before": before.success_rate, "after": after.success_rate})
             run.finish()
-        board.close()
     return run_dir
 
 
@@ -525,7 +559,7 @@ def validate_config(config: Config) -> None:
     validate(config)
     if not Path(config.policy_path).is_dir():
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
-    find_tasks(config.task.benchmark_name, config.task.chosen)
+    check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
     print("configuration validated")
 
 

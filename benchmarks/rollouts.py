@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--figures", nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--turns", type=int, default=3, help="measurements of each side")
     parser.add_argument(
-        "--episodes", type=int, default=8, help="episodes in `loop`; `workers` runs 4 times as many"
+        "--episodes", type=int, default=24, help="episodes in `loop`; `workers` runs 4 times as many"
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--output", default=str(ROOT / "outputs" / "rollouts"))

@@ -1,5 +1,7 @@
 """The errors that a user can mend; commands print their message without a traceback."""
 
+from collections.abc import Callable
+
 
 class InputError(Exception):
     """Something outside the program is wrong: a file, a value, the machine. The message says what and the mend."""
@@ -7,3 +9,15 @@ class InputError(Exception):
 
 class MissingFileError(InputError, FileNotFoundError):
     """A file or folder that was named is not there."""
+
+
+def attempt(function: Callable[..., object], *arguments: object) -> str | None:
+    """Call a function whose failure is to be reported and not to end the program: what went wrong, or None.
+
+    Only refusals are taken that a user can mend (`InputError`) or the system makes (`OSError`: a full disk).
+    """
+    try:
+        function(*arguments)
+    except (InputError, OSError) as error:
+        return str(error)
+    return None

@@ -6,13 +6,15 @@ begins where a definition begins, as a reader would cut it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from pi0.stage_scripts import DOCSTRING, IMPORTS, Stage, match_lines
 
 CONTEXT = 2  # unchanged lines shown around a change
+SUCCESSION = 0.25  # share of a definition's lines that another must keep to be what became of it
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ def hunks(before: Stage | None, after: Stage) -> list[Hunk]:
     Without an earlier stage everything is added. Not a patch: blank lines at the ends are left out.
     """
     before = before or Stage(after.path, "")
+    became = _successors(before, after)
     pieces = [
-        piece for change in _changes(before.lines, after.lines) for piece in _split(change, before, after)
+        piece
+        for change in _changes(before.lines, after.lines)
+        for piece in _split(change, before, after, became)
     ]
     groups: list[list[_Change]] = []
     units: list[str] = []
     for piece in pieces:
-        unit = after.units[piece.after] if piece.added else before.units[piece.before]
+        unit = after.units[piece.after] if piece.added else _name(before.units[piece.before], became)
         together = groups and units[-1] == unit
         near = groups and piece.after - groups[-1][-1].after_end <= 2 * CONTEXT
         if together and (near or unit in (DOCSTRING, IMPORTS)):
@@ -158,12 +163,31 @@ def _slide(change: _Change, before: Sequence[str], after: Sequence[str], floor: 
     return change.moved(min(range(-up, down + 1), key=depth))
 
 
-def _split(change: _Change, before: Stage, after: Stage) -> list[_Change]:
+def _successors(before: Stage, after: Stage) -> dict[str, str]:
+    """Definitions that are gone, each with the new one that keeps the most of its lines, if it keeps enough."""
+    kept: Counter[tuple[str, str]] = Counter()
+    for at, there, size in match_lines(before.lines, after.lines).get_matching_blocks():
+        for line in range(size):
+            if before.lines[at + line].strip():
+                kept[before.units[at + line], after.units[there + line]] += 1
+    sizes = Counter(unit for unit, line in zip(before.units, before.lines, strict=True) if line.strip())
+    return {
+        gone: new
+        for (gone, new), lines in reversed(kept.most_common())
+        if gone not in after.units and new not in before.units and lines >= SUCCESSION * sizes[gone]
+    }
+
+
+def _name(unit: str, became: Mapping[str, str]) -> str:
+    return became.get(unit, unit)
+
+
+def _split(change: _Change, before: Stage, after: Stage, became: Mapping[str, str]) -> list[_Change]:
     """The change cut at top-level definitions; what goes comes before what takes its place."""
     gone = _runs(before.units, change.before, change.before_end)
     pieces = []
     for start, end in _runs(after.units, change.after, change.after_end):
-        same = [span for span in gone if before.units[span[0]] == after.units[start]][:1]
+        same = [span for span in gone if _name(before.units[span[0]], became) == after.units[start]][:1]
         gone = [span for span in gone if span not in same]
         pieces.append(_Change(*(same or [(change.before_end, change.before_end)])[0], start, end))
     return [_Change(start, end, change.after, change.after) for start, end in gone] + pieces

@@ -89,7 +89,7 @@ def test_a_killed_writer_leaves_a_whole_file_and_holds_nobody_up(tmp_path):
     assert len(states["own of victim"]) == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "states": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 99, "states": {}}', '{"format": 1}'])
 def test_a_file_of_another_kind_is_named_and_left_alone(tmp_path, content):
     file = tmp_path / "stats.json"
     file.write_text(content)
@@ -115,5 +115,5 @@ def test_a_checkpoint_brings_back_what_is_passed_over():
     stats.record("a", 1, 1)
     stats.record("a", 1, 1)
     again = RolloutStats(None, skip_threshold=2)
-    again.load_state_dict(json.loads(json.dumps(stats.state_dict())))
+    again.load_state_dict([json.loads(json.dumps(stats.state_dict()))])
     assert again.pass_over("a")

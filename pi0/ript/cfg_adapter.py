@@ -51,6 +51,16 @@ class WeightedChunks:
     def __getitem__(self, index: Tensor) -> WeightedChunks:
         return WeightedChunks(self.chunks[index], self.weights[index], self.optimality[index])
 
+    def state_dict(self) -> dict:
+        """Tensors and strings, for a checkpoint."""
+        return {**vars(self.chunks), "weights": self.weights, "optimality": self.optimality}
+
+    @staticmethod
+    def from_state(state: dict) -> WeightedChunks:
+        """What `state_dict` was made from."""
+        chunks = Chunks(**{name: state[name] for name in ("images", "states", "prompts", "actions", "valid")})
+        return WeightedChunks(chunks, state["weights"], state["optimality"])
+
     @staticmethod
     def empty(cameras: Sequence[str], image_size: int, chunk: int) -> WeightedChunks:
         """No chunks: what a rank has to learn from that collected nothing."""
@@ -82,6 +92,7 @@ class PI0_CFG_Adapter:
         negative_weight: factor on negative advantages, 0 to 1 (weighted mode).
         condition_dropout: share of chunks that train the unconditional flow (guidance mode).
         augmentation: random changes to the observations.
+        mixed_precision: compute the loss in bfloat16 where PyTorch's autocast holds it safe.
         model: what is called for the loss where it is not the policy itself: its distributed wrapper, which
             averages gradients over ranks. Every rank then calls it equally often, with few or no chunks too.
     """
@@ -96,6 +107,7 @@ class PI0_CFG_Adapter:
         condition_dropout: float = 0.1,
         augmentation: Augmentation | None = None,
         model: nn.Module | None = None,
+        mixed_precision: bool = False,
     ):
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
@@ -108,6 +120,8 @@ class PI0_CFG_Adapter:
         self.condition_dropout = condition_dropout
         self.augmentation = augmentation
         self.model = model or policy
+        self.mixed_precision = mixed_precision
+        self.passes = 1  # through which a minibatch goes; more where memory was short
 
     def weigh(self, episodes: Sequence[Episode], advantages: Sequence[float]) -> WeightedChunks | None:
         """The chunks that teach something; None when no episode does."""
@@ -160,6 +174,45 @@ class PI0_CFG_Adapter:
         weights = batch.weights.to(losses)
         bounded = torch.where(weights < 0, losses.clamp(max=NEGATIVE_CLIP), losses)
         return (weights * bounded).sum() / mean_over_ranks(weights.abs().sum())
+
+    def accumulate_gradient(self, batch: WeightedChunks, generator: torch.Generator, steps: int) -> float:
+        """Add 1/`steps` of the gradient of `minibatch_loss`; returns the loss.
+
+        Where memory runs out, gradients gathered so far are dropped and the minibatch goes through in twice as
+        many passes, from then on. (Not where ranks wait for each other within a pass: there the error stands.)
+        """
+        while True:
+            try:
+                return sum(
+                    self._backward(part, share, generator, steps) for part, share in self._parts(batch)
+                )
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                if not short or self.model is not self.policy or self.passes >= len(batch):
+                    raise
+            self.policy.zero_grad(set_to_none=True)
+            self.passes *= 2
+            print(f"memory ran out: minibatches go through in {self.passes} passes")
+
+    def _parts(self, batch: WeightedChunks) -> Iterator[tuple[WeightedChunks, Tensor | float]]:
+        """Parts of a minibatch, each with its share of the minibatch's weight."""
+        if self.passes == 1 or len(batch) < 2:
+            yield batch, 1.0
+            return
+        total = batch.weights.abs().sum()
+        for index in torch.arange(len(batch)).tensor_split(min(self.passes, len(batch))):
+            part = batch[index]
+            yield part, part.weights.abs().sum() / total
+
+    def _backward(
+        self, part: WeightedChunks, share: Tensor | float, generator: torch.Generator, steps: int
+    ) -> float:
+        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            loss = self.minibatch_loss(part, generator)
+        if isinstance(share, Tensor):
+            loss = loss * share.to(loss)
+        (loss / steps).backward()
+        return loss.item()
 
     @staticmethod
     def minibatches(

@@ -163,6 +163,10 @@ class CheckpointStore:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}; use an older checkpoint") from error
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or would be."""
+        return self._path(step)
+
     def _path(self, step: int, state: str | None = None) -> Path:
         if step < 0:
             raise ValueError(f"step {step} is negative")

@@ -13,10 +13,20 @@ from typing import Any, Literal
 from pi0 import typed_yaml
 from pi0.typed_yaml import ConfigError, KeyDescription, key, show
 
-__all__ = ["Config", "ConfigError", "describe_keys", "help_text", "load_config", "to_dict", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "check_evaluation",
+    "describe_keys",
+    "help_text",
+    "load_config",
+    "to_dict",
+    "validate",
+]
 
 Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 MAX_SEED = 2**31 - 1
+RECORDED_STATES = 50  # of each task, in every suite
 
 
 @dataclass(kw_only=True)
@@ -142,6 +152,19 @@ class TrainingConfig:
 
     num_train_steps: int = key(6, "times to collect and update", unit="iterations", low=0)
     seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED - 1)
+    save_freq: int = key(
+        1, "iterations from one checkpoint to the next (from stage 13 on)", unit="iterations", low=1
+    )
+    save_best: bool = key(True, "keep the checkpoint with the best periodic evaluation, however old")
+    keep_checkpoints: int = key(2, "newest checkpoints that stay", unit="checkpoints", low=1)
+    max_bad_updates: int = key(
+        5,
+        "gradients in a row that are not finite before the last checkpoint is loaded",
+        unit="updates",
+        low=1,
+    )
+    max_rollbacks: int = key(3, "such loads for the same iteration before the run ends", unit="loads", low=0)
+    use_mixed_precision: bool = key(False, "compute losses in bfloat16 where that is safe (autocast)")
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -237,6 +260,17 @@ def validate(config: Config) -> None:
     """Check a configuration that code has made; raises `ConfigError` as `load_config` does."""
     if problems := typed_yaml.unfit_values(config) or _conflicts(config):
         raise ConfigError("\n".join(problems))
+
+
+def check_evaluation(config: Config, tasks: Sequence[object]) -> None:
+    """Refuse more evaluation episodes than the tasks have recorded states; raises `ConfigError`."""
+    most = RECORDED_STATES * len(tasks)
+    for name in ("episodes", "periodic_episodes"):
+        if (count := getattr(config.evaluation, name)) > most:
+            raise ConfigError(
+                f"evaluation.{name} = {count} is more than the {RECORDED_STATES} states that LIBERO recorded for "
+                f"each of {len(tasks)} tasks; {most} are the most"
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class DescriptorTap:
 
     def __init__(self, descriptor: int, echo: bool = True):
         self._descriptor, self._echo = descriptor, echo
-        self.console = os.dup(descriptor)
+        self._console = os.dup(descriptor)
         if os.isatty(descriptor):
             self._reader, writer = os.openpty()
             tty.setraw(writer)
@@ -42,9 +42,14 @@ class DescriptorTap:
         """Called with everything that was written, in order, from a thread of its own."""
         raise NotImplementedError
 
+    def say(self, data: bytes) -> None:
+        """Write to where the descriptor went before, unless it is gone or the disk behind it is full."""
+        with contextlib.suppress(OSError):
+            os.write(self._console, data)
+
     def restore(self) -> None:
         """Put the descriptor back as it was; what was written until now is still passed on."""
-        os.dup2(self.console, self._descriptor)
+        os.dup2(self._console, self._descriptor)
         self._end.set()
         self._thread.join()
 
@@ -60,8 +65,7 @@ class DescriptorTap:
                 if not data:
                     return
                 if self._echo:
-                    with contextlib.suppress(OSError):  # the console is gone, or the disk behind it full
-                        os.write(self.console, data)
+                    self.say(data)
                 self.heard(data)
             elif ended:
                 return

@@ -78,6 +78,7 @@ class RankWatch:
     def __init__(self, silence_s: float = SILENCE_S):
         self.rank, self.world_size = rank_and_world_size()
         self._silence_s = silence_s
+        self.stop_asked = False  # by any rank
         # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
         self._store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
@@ -97,6 +98,12 @@ class RankWatch:
             with contextlib.suppress(RuntimeError):  # the store ends with the first host's launcher
                 self._beat("finished")
 
+    def ask_to_stop(self) -> None:
+        """Let every rank know, within a second, that the run was asked to stop."""
+        if not self.stop_asked:
+            self._store.set("stop", "1")
+            self.stop_asked = True
+
     def dead(self) -> str | None:
         """One line about a rank on this host whose process is gone, None while all live."""
         for rank, (host, process) in enumerate(self._peers):
@@ -112,6 +119,7 @@ class RankWatch:
             beats += 1
             try:
                 self._beat(str(beats))
+                self.stop_asked = self.stop_asked or self._store.check(["stop"])
                 for rank, (last, since) in heard.items():
                     sign = self._sign(rank)
                     if sign != last:
@@ -139,10 +147,10 @@ class RankWatch:
 
 
 @contextlib.contextmanager
-def watched_ranks() -> Iterator[None]:
+def watched_ranks() -> Iterator[RankWatch | None]:
     """While this lasts, the death of a rank ends the others within a minute, each with a line that names it."""
     if rank_and_world_size()[1] == 1:
-        yield
+        yield None
         return
     watch = RankWatch()
 
@@ -154,7 +162,7 @@ def watched_ranks() -> Iterator[None]:
 
     previous, finished = signal.signal(signal.SIGTERM, terminated), False
     try:
-        yield
+        yield watch
         finished = True
     except RuntimeError:
         # A collective fails at once when the other side's connection closes, before its process is gone.

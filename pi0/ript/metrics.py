@@ -5,16 +5,37 @@ docs/metrics.md lists every metric with its unit.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
     """Add a line to a JSON-lines file, in one write, so that a reader sees whole lines."""
     with path.open("a") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Take out what a run wrote of `step` and later ones, which a resumed run makes again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # cut off by a kill
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -36,3 +57,24 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
     if metrics.get("rollouts"):
         flat["success_rate"] = metrics["successes"] / metrics["rollouts"]
     return flat
+
+
+class TensorBoard:
+    """An event file, written within the call: a disk that is full is an OSError here and no thread that hangs.
+
+    Args:
+        folder: of the file, made with the first numbers.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._writer: EventsWriter | None = None
+
+    def add(self, numbers: Mapping[str, float], step: int) -> None:
+        """Write the numbers of a step."""
+        if self._writer is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._folder / "events"))
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.flush()

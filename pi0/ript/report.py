@@ -44,6 +44,33 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     return run_dir
 
 
+def newest_run(output_dir: str, name: str, config: dict[str, Any]) -> Path:
+    """The newest of `output_dir/name-DATE-TIME` with a checkpoint folder; says where its configuration differed.
+
+    Raises:
+        OutputError: there is none.
+    """
+    runs = sorted(path.parent for path in Path(output_dir).glob(f"{name}-*-*/checkpoints"))
+    if not runs:
+        raise OutputError(
+            f"nothing to resume: no {name}-DATE-TIME/checkpoints in {output_dir}; start without --resume"
+        )
+    earlier = yaml.safe_load((runs[-1] / "config.yaml").read_text())
+    for key, was, now in _differences(earlier, config):
+        print(f"resuming with {key} = {now!r}, which was {was!r}")
+    return runs[-1]
+
+
+def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        return [
+            difference
+            for name in now
+            for difference in _differences(earlier.get(name), now[name], f"{key}.{name}" if key else name)
+        ]
+    return [] if earlier == now else [(key, earlier, now)]
+
+
 def writable_dir(path: str | Path) -> Path:
     """Make a folder that results can be written to; better told now than after an hour.
 

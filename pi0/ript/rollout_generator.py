@@ -170,7 +170,8 @@ class RolloutGenerator:
         init_state_dataloader: its endless batches name states of `init_state_dataset`, which share a group of
             `rollouts_per_env` rollouts evenly: one state, K times, or K states of a task.
         num_groups: groups wanted in an iteration.
-        max_groups: groups tried at most; reached only with dynamic sampling.
+        max_groups: groups tried at most, unless all were dropped; reached with dynamic sampling or broken
+            simulations.
         enable_dynamic_sampling: drop unanimous groups and try others in their place.
         shuffle_advantages: deal the advantages of a group to its episodes at random: a control that shows
             whether it is the reward that teaches.

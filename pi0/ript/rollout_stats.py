@@ -14,7 +14,7 @@ from pi0.errors import InputError
 from pi0.ript.env.init_states import InitStatePool, state_hash
 
 FORMAT = 1
-# A visit: [successes, rollouts] of one group's rollouts from the state.
+# A visit: [successes, rollouts] of all rollouts from the state in one iteration.
 Visit = list[int]
 
 
@@ -87,7 +87,7 @@ class RolloutStats:
                 _write(self.path, everything)
         except OSError as error:
             raise StatsError(
-                f"cannot write {self.path}: {error.strerror}; choose another rollout_stats_path"
+                f"cannot write {self.path}: {error.strerror}; choose another algo.rollout_stats_path"
             ) from error
         self._unwritten = {}
 
@@ -99,11 +99,13 @@ class RolloutStats:
             "solved_in_a_row": self._solved_in_a_row,
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict()`."""
-        self.history = state["history"]
-        self._unwritten = state["unwritten"]
-        self._solved_in_a_row = state["solved_in_a_row"]
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on from one `state_dict()`, or from those of several ranks, which visited different states."""
+        self.history, self._unwritten, self._solved_in_a_row = {}, {}, {}
+        for state in states:
+            self.history |= state["history"]
+            self._unwritten |= state["unwritten"]
+            self._solved_in_a_row |= state["solved_in_a_row"]
 
     def _count(self, name: str, visit: Visit) -> None:
         successes, rollouts = visit
@@ -126,7 +128,9 @@ def _read(path: Path) -> dict[str, list[Visit]]:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise StatsError(f"{path} is not JSON ({error}); {mend}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    except OSError as error:
+        raise StatsError(f"{path} cannot be read: {error.strerror}; {mend}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "states" not in content:
         raise StatsError(f"{path} is not a statistics file of format {FORMAT}; {mend}")
     return content["states"]
 
@@ -137,6 +141,7 @@ def _write(path: Path, states: dict[str, list[Visit]]) -> None:
             json.dump({"format": FORMAT, "visit": ["successes", "rollouts"], "states": states}, file)
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)  # others may share it
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

@@ -110,9 +110,10 @@ class _Process:
             [sys.executable, "-m", "pi0.ript.env.worker", str(theirs.fileno()), str(memory)],
             pass_fds=[theirs.fileno(), memory],
             stdin=subprocess.DEVNULL,
-            # One thread each: the processes are the parallelism. A process group each: Ctrl+C is for the
-            # trainer, which then closes the socket.
+            # One thread each, Mesa's software renderer included: the processes are the parallelism. A process
+            # group each: Ctrl+C is for the trainer, which then closes the socket.
             env={
+                "LP_NUM_THREADS": "0",
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",

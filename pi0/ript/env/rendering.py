@@ -1,7 +1,7 @@
 """Frames on demand: only those the policy or a video asks for, all cameras from one simulation state.
 
 `exact` draws what LIBERO draws (robosuite's off-screen renderer: visual geometry, multisampling,
-reflections). `fast` draws the robot by its collision hulls and leaves out multisampling, reflections and
+reflections), pixel by pixel; only what no pixel can show, because it is out of the camera's view, is left out. `fast` draws the robot by its collision hulls and leaves out multisampling, reflections and
 shadows; on a CPU, where frames are bound by the number of vertices, that is most of the time.
 """
 
@@ -47,6 +47,9 @@ class Renderer:
         self._option = mujoco.MjvOption()
         self._option.geomgroup[_COLLISION] = 0
         self._option.geomgroup[_VISUAL] = 1
+        # Nothing casts shadows in LIBERO's scenes; a caster out of view would have to be drawn all the same.
+        casts = mode == "exact" and bool((model.light_castshadow & model.light_active).any())
+        self._view = None if casts else _View(model)
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
 
@@ -61,6 +64,8 @@ class Renderer:
         height, width, _ = out.shape
         self._context.make_current()
         self._camera.fixedcamid = self._model.camera(CAMERAS.get(camera, camera)).id
+        if self._view is not None:
+            self._view.hide_what_is_out_of(self._camera.fixedcamid, data)
         mujoco.mjv_updateScene(
             self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
         )
@@ -74,6 +79,45 @@ class Renderer:
         """Free the GL context; the renderer is of no use afterwards."""
         self._mjr.free()
         self._context.free()
+
+
+class _View:
+    """Hides from drawing what lies outside a camera's view; whatever is hidden could have coloured no pixel.
+
+    A geom is kept when the ball around it reaches into the pyramid of view, or when its mirror image in a
+    reflecting face does (MuJoCo mirrors the scene in planes and in the upper faces of boxes).
+    """
+
+    def __init__(self, model: mujoco.MjModel):
+        self._model = model
+        self._groups = model.geom_group.copy()
+        endless = model.geom_rbound == 0  # planes
+        self._radii = np.where(endless, np.inf, 1.001 * model.geom_rbound + 1e-4)
+        reflectance = np.append(model.mat_reflectance, 0.0)[model.geom_matid]  # material -1 is none
+        is_box = model.geom_type == mujoco.mjtGeom.mjGEOM_BOX
+        flat = is_box | (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE)
+        self._mirrors = np.flatnonzero(flat & (self._groups == _VISUAL) & (reflectance > 0))
+        self._heights = np.where(is_box, model.geom_size[:, 2], 0.0)
+
+    def hide_what_is_out_of(self, camera: int, data: mujoco.MjData) -> None:
+        """Set the groups of all geoms for one frame."""
+        turn = data.cam_xmat[camera].reshape(3, 3)
+        half_angle = np.deg2rad(self._model.cam_fovy[camera]) / 2
+        cosine, sine = np.cos(half_angle), np.sin(half_angle)
+
+        def seen(centres: np.ndarray) -> np.ndarray:
+            right, up, back = ((centres - data.cam_xpos[camera]) @ turn).T
+            # Distance beyond the nearest side of the pyramid, which is as wide as high: frames are square.
+            outside = np.maximum(np.abs(right), np.abs(up)) * cosine + back * sine
+            return (outside <= self._radii) & (back <= self._radii)
+
+        kept = seen(data.geom_xpos)
+        for mirror in self._mirrors:
+            if kept[mirror]:
+                normal = data.geom_xmat[mirror].reshape(3, 3)[:, 2]
+                above = (data.geom_xpos - data.geom_xpos[mirror]) @ normal - self._heights[mirror]
+                kept |= seen(data.geom_xpos - 2 * above[:, None] * normal)
+        self._model.geom_group[:] = np.where(kept, self._groups, _HIDDEN)
 
 
 def _gl_context(width: int, height: int):

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+
+from pi0.errors import InputError
 from pi0.progress import progress
 from pi0.ript import distributed
 from pi0.ript.env import gl
 from pi0.ript.env.assets import resolve_assets
 from pi0.ript.env.debug import DebugOutput
-from pi0.ript.env.episodes import Episode, Rollout
+from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
 from pi0.ript.env.init_states import InitStatePool, evaluation_pools, training_pools
 from pi0.ript.env.pool import Policy, RolloutPool
 from pi0.ript.env.suites import Task, find_tasks
 from pi0.ript.env.worker import Worker, WorkerSpec
+from pi0.ript.interrupts import Interrupted, Interrupts
 
 # First number of a rollout's noise key, so that training and evaluation never share noise.
 TRAINING, EVALUATION = 0, 1
@@ -51,6 +56,20 @@ class EvaluationResult:
         """Share of successful episodes, 0 to 1."""
         return sum(self.outcomes) / len(self.outcomes)
 
+    def to_dict(self) -> dict:
+        """Outlines of the episodes and the protocol, for JSON; `LIBEROEnvRunner.restore_result` reads it."""
+        outlines = [
+            {
+                "task": episode.rollout.task.index,
+                "state": episode.rollout.init_index,
+                "success": episode.success,
+                "steps": episode.steps,
+                "failure": episode.failure,
+            }
+            for episode in self.episodes
+        ]
+        return {"episodes": outlines, "protocol": self.protocol}
+
     def by_task(self) -> dict[str, list[bool]]:
         """Outcomes by task name."""
         tasks: dict[str, list[bool]] = {}
@@ -67,6 +86,7 @@ class LIBEROEnvRunner:
         assigned_tasks: those that this rank practises; all of them unless the run is distributed.
         task_cursor: turns taken, counted in assigned tasks.
         current_task: the assigned task whose turn it is.
+        interrupts: whether the run was asked to stop; nobody asks unless a script installs the handlers.
         created_envs: by task index, the environments that `create_parallel_envs` has opened and that are
             still open; at most `max_open_tasks`.
 
@@ -111,6 +131,7 @@ class LIBEROEnvRunner:
         self.task_cursor = 0
         self.current_task: Task | None = None
         self.created_envs: OrderedDict[int, ParallelEnvs] = OrderedDict()
+        self.interrupts = Interrupts()
         self.replan_steps = replan_steps
         self.max_episode_length = max_episode_length
         self.settle_steps = settle_steps
@@ -198,7 +219,8 @@ class LIBEROEnvRunner:
     ) -> Iterator[tuple[int, Episode]]:
         """Run rollouts in parallel; yields (index into `rollouts`, episode) as they finish.
 
-        They run in `created_env`, where given (`create_parallel_envs`), else in the runner's own pool.
+        They run in `created_env`, where given (`create_parallel_envs`), else in the runner's own pool. Raises
+        `Interrupted` when the run is asked to stop.
         With the environment variables of `pi0.ript.env.debug`, what happened is written besides.
         """
         debug = DebugOutput()
@@ -207,6 +229,7 @@ class LIBEROEnvRunner:
         for index, episode in pool.run(policy, prepared, self.replan_steps):
             self._used(episode.rollout.task)
             debug.save(episode)
+            self.interrupts.check()
             yield index, episode
 
     def run(
@@ -228,14 +251,14 @@ class LIBEROEnvRunner:
             seed: of the policy's noise.
             record: draw a video frame every this many control steps.
         Raises:
-            ValueError: more episodes than there are states.
+            InputError: more episodes than there are states.
         """
         pools = initial_states or self.evaluation_states()
         counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
         for states, count in zip(pools, counts, strict=True):
             if count > len(states):
-                raise ValueError(
-                    f"{states.task.name} has {len(states)} evaluation states, {count} were asked for"
+                raise InputError(
+                    f"{states.task.name} has {len(states)} evaluation states, {count} were asked for; ask for fewer"
                 )
         rollouts = [
             self.rollout(states, index, (EVALUATION, seed, states.task.index, index), record)
@@ -245,10 +268,11 @@ class LIBEROEnvRunner:
         rank, world_size = distributed.rank_and_world_size()
         share = range(rank, len(rollouts), world_size)
         results: dict[int, Episode] = {}
-        with progress(total=len(share), label=label, unit="episode") as bar:
+        with progress(total=len(share), label=label, unit="episode") as bar, suppress(Interrupted):
             for index, episode in self.run_policy_in_env(policy, [rollouts[index] for index in share]):
                 results[share[index]] = episode
                 bar.update(1, f"{sum(e.success for e in results.values())} solved")
+        self.interrupts.check_together(abandoned=len(results) < len(share))
         if world_size > 1:
             outlines = {index: episode.outline() for index, episode in results.items()}
             results = {
@@ -258,6 +282,27 @@ class LIBEROEnvRunner:
             [results[index] for index in range(len(rollouts))],
             self.protocol(episodes=episodes, seed=seed, init_states=_describe(pools[0])),
         )
+
+    def restore_result(self, content: dict) -> EvaluationResult:
+        """The evaluation of recorded states that `EvaluationResult.to_dict` outlined."""
+        pools = {pool.task.index: pool for pool in self.evaluation_states()}
+        seed = content["protocol"]["seed"]
+        episodes = []
+        for outline in content["episodes"]:
+            task, state = outline["task"], outline["state"]
+            rollout = self.rollout(pools[task], state, (EVALUATION, seed, task, state))
+            episodes.append(
+                Episode(
+                    rollout,
+                    images={},
+                    states=np.zeros((0, STATE_DIM), np.float32),
+                    actions=np.zeros((0, self.pool.spec.chunk, ACTION_DIM), np.float32),
+                    executed=np.array([outline["steps"]]),
+                    success=outline["success"],
+                    failure=outline["failure"],
+                )
+            )
+        return EvaluationResult(episodes, content["protocol"])
 
     def protocol(self, **extra: object) -> dict:
         """What a score depends on besides the policy."""

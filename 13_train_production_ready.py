@@ -1,0 +1,740 @@
+"""Stage 13: stage 12 with checkpoints, exact resume, signals, recovery from bad updates, and a memory watch.
+
+A pi0 policy that half-works on LIBERO tasks practises them: each iteration runs rollouts from training
+states, scores them by success, and learns from the collected chunks for a few epochs. Settings come from a
+YAML file; `--help` lists every key with its unit, default and meaning.
+
+A group is K rollouts of one initial state (algo.group_by). A group whose rollouts all agree teaches nothing and is
+replaced by one of another state; a state that keeps being solved is passed over now and then; whole suites are
+practised, all ranks taking states of all tasks. Every logging.log_freq steps the policy is evaluated on
+evaluation.periodic_episodes episodes.
+
+In the run's folder: train_rank0.log, metrics.jsonl (docs/metrics.md), report.html and plots/, wandb/, tensorboard/.
+Besides: rollout_stats.json, metrics.json (evaluations), final_training_results.json.
+
+Ctrl+C stops after a checkpoint, `kill -USR1` makes one; --resume goes on, to the bit, from the newest one that verifies.
+
+    python 13_train_production_ready.py --config_path configs/quickstart.yaml
+    python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume
+    torchrun --nproc_per_node=2 13_train_production_ready.py --config_path configs/stage12_libero10.yaml
+
+On two hosts, the first of which is called `first`, the same on each (docs/distributed.md):
+
+    torchrun --nnodes=2 --nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=first:29500 \
+        13_train_production_ready.py --config_path configs/multi_task_distributed.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import copy
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import wandb
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from pi0 import PI0Policy, pick_device
+from pi0.errors import InputError, attempt
+from pi0.progress import progress
+from pi0.ript.acting import ActingPolicy
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
+from pi0.ript.checkpoint_store import CheckpointStore
+from pi0.ript.chunks import Augmentation
+from pi0.ript.config import (
+    Config,
+    ConfigError,
+    check_evaluation,
+    help_text,
+    load_config,
+    to_dict,
+    validate,
+)
+from pi0.ript.descriptor_tap import DescriptorTap
+from pi0.ript.distributed import (
+    COLLECTIVE_LIMIT,
+    RankWatch,
+    backend,
+    gather,
+    largest,
+    on_rank_zero,
+    watched_ranks,
+)
+from pi0.ript.ema import AveragedPolicy
+from pi0.ript.env.init_states import InitStatePool
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.suites import find_tasks
+from pi0.ript.html_report import write_html_report
+from pi0.ript.interrupts import Interrupted, Interrupts
+from pi0.ript.memory import memory_use
+from pi0.ript.metrics import TensorBoard, append_line, cut_lines, flatten
+from pi0.ript.optimizer import make_optimizer, make_schedule
+from pi0.ript.report import film_before_after, new_run_dir, newest_run, score, write_json, write_report
+from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
+from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
+from pi0.ript.training_state import TrainingState
+from pi0.stats import format_rate
+
+
+class LiberoInitStateDataset(Dataset):
+    """Training states of all tasks, one task after another: {"task_id", "init_state", "index"}."""
+
+    def __init__(self, pools: list[InitStatePool]):
+        self.pools = pools
+        self.starts: list[Start] = [(pool, index) for pool in pools for index in range(len(pool))]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict:
+        pool, number = self.starts[index]
+        return {"task_id": pool.task.index, "init_state": pool.states[number].state, "index": index}
+
+    def start(self, index: int) -> Start:
+        """Where item `index` starts an episode."""
+        return self.starts[index]
+
+
+def collate_fn_state(samples: list[dict]) -> dict:
+    """A batch: "task_id" and "index" int64 [B], "init_state" B arrays, as long as their tasks' states are."""
+    return {
+        "task_id": torch.tensor([sample["task_id"] for sample in samples]),
+        "init_state": [sample["init_state"] for sample in samples],
+        "index": torch.tensor([sample["index"] for sample in samples]),
+    }
+
+
+class TaskAwareSampler(Sampler[list[int]]):
+    """Which states practise next, a group's worth of one task at a time, without end.
+
+    Tasks take turns in proportion to how often they fail; this rank's states of a task go round in a ring, on
+    which the statistics pass over solved ones.
+    """
+
+    def __init__(
+        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
+    ):
+        pools = dataset.pools
+        self.pools = pools
+        self.group_size = group_size
+        self.stats = stats
+        self.credit = [0.0] * len(pools)
+        self.success_rate = [0.5] * len(pools)
+        self.init_state_cursor = [0] * len(pools)
+        self.rings = [[i for i in ranks if dataset.starts[i][0] is pool] for pool in pools]
+        if not all(self.rings):
+            raise ConfigError(
+                f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
+            )
+        self.names = [state_name(pool, index) for pool, index in dataset.starts]
+        self.skipped: dict[str, list[int]] = {}
+
+    def next_task(self) -> int:
+        """Position in `pools` of the task whose turn it is."""
+        shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
+        self.credit = [
+            credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
+        ]
+        task = self.credit.index(max(self.credit))
+        self.credit[task] -= 1.0
+        return task
+
+    def smart_sample_group(self) -> list[int]:
+        """The next states of one task."""
+        task = self.next_task()
+        ring, name = self.rings[task], self.pools[task].task.name
+        starts: list[int] = []
+        while len(starts) < self.group_size:
+            index = ring[self.init_state_cursor[task] % len(ring)]
+            self.init_state_cursor[task] += 1
+            if self.stats.pass_over(self.names[index]):
+                self.skipped.setdefault(name, [0])[0] += 1
+            else:
+                starts.append(index)
+        return starts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield self.smart_sample_group()
+
+    def record(self, collection: Collection) -> None:
+        """Remember what the policy solved."""
+        for number, pool in enumerate(self.pools):
+            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
+            outcomes: dict[int, list[bool]] = {}
+            for episode in episodes:
+                index = episode.rollout.init_index
+                outcomes.setdefault(index, []).append(episode.success)
+            for index, visit in outcomes.items():
+                self.stats.record(state_name(pool, index), sum(visit), len(visit))
+            if episodes:
+                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
+        try:
+            self.stats.save()
+        except StatsError as error:
+            print(f"statistics not saved: {error}")
+
+    def state_dict(self) -> dict:
+        """Where the sampler is and what it remembers."""
+        names = ("credit", "success_rate", "init_state_cursor")
+        return {**{name: getattr(self, name) for name in names}, "stats": self.stats.state_dict()}
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on from one state; of several ranks' states the memories are joined and the rings start anew."""
+        for name in ("credit", "success_rate") + (("init_state_cursor",) if len(states) == 1 else ()):
+            setattr(self, name, states[0][name])
+        self.stats.load_state_dict([state["stats"] for state in states])
+
+
+def setup_distributed() -> tuple[int, int, int]:
+    """Join the ranks that torchrun has started: (rank, rank on this host, world size); (0, 0, 1) without it."""
+    if "RANK" not in os.environ:
+        return 0, 0, 1
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+    return dist.get_rank(), local_rank, dist.get_world_size()
+
+
+def cleanup_distributed() -> None:
+    """Leave the ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def get_model_from_ddp(model: nn.Module) -> PI0Policy:
+    """The policy inside its distributed wrapper, or as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def distributed_collect_batches(
+    sampler: TaskAwareSampler, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
+) -> tuple[Collection, dict]:
+    """This rank's rollouts, and the metrics of all ranks.
+
+    Exactly `algo.data_batch_size` trajectories on each rank; fewer only when
+    `algo.max_sampling_attempts` groups, or twice as many that were all dropped, are used up.
+    """
+    collection = rollouts.generate_rollouts(policy, step)
+    skipped, sampler.skipped = sampler.skipped, {}
+    parts = gather({**collection.metrics(), "skipped_by_task": skipped})
+    for rank, part in enumerate(parts):
+        if dist.is_initialized():
+            print(f"rank {rank}: {part['rollouts']} trajectories, {part['successes']} solved")
+    metrics = merge_metrics(parts)
+    tried = metrics["groups"] + metrics["dropped_groups"]
+    print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
+    for name, (solved, failed) in metrics["dropped_by_task"].items():
+        print(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
+    for name, (count,) in metrics["skipped_by_task"].items():
+        print(f"skipped states of {name}: {count}, solved on each of their last visits")
+    return collection, metrics
+
+
+class _TeeIO(DescriptorTap):
+    """Copies what reaches the console, by whatever code or process, to a log file.
+
+    Of a progress bar only the last state is kept. A full disk ends the copy, never the run.
+    """
+
+    def __init__(self, descriptor: int, echo: bool):
+        self._log: int | None = None
+        self._kept: (
+            list[bytes] | None
+        ) = []  # lines that the file does not have yet; None when the copy has ended
+        self._line = b""  # not ended yet
+        self._lock = threading.Lock()
+        super().__init__(descriptor, echo)
+
+    def log_to(self, path: Path) -> None:
+        """From now on, and for all that was written before, into the file at `path`."""
+        self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.heard(b"")
+
+    def heard(self, data: bytes) -> None:
+        """Keep whole lines, as they stood when they ended."""
+        with self._lock:
+            *lines, self._line = (self._line + data).split(b"\n")
+            self._line = self._line.rpartition(b"\r")[2]
+            if self._kept is None:
+                return
+            shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
+            self._kept += [line + b"\n" for line in shown if line]
+            if self._log is not None and self._kept:
+                try:
+                    os.write(self._log, b"".join(self._kept))
+                    self._kept = []
+                except OSError as error:
+                    self._kept = None
+                    self.say(f"the log file ends here: {error.strerror}\n".encode())
+
+    def restore(self) -> None:
+        """Put the descriptor back as it was, with all that was written until now in the file."""
+        super().restore()
+        self.heard(b"\n" if self._line else b"")
+
+
+def setup_run_logging(rank: int) -> list[_TeeIO]:
+    """Log all output of this rank; only rank 0's standard output reaches the console."""
+    sys.stdout = sys.__stdout__
+    sys.stdout.reconfigure(line_buffering=True)  # whole lines at once, in order with the errors
+    tees = [_TeeIO(1, echo=rank == 0), _TeeIO(2, echo=True)]
+    for tee in tees:
+        atexit.register(tee.restore)  # after the interpreter has printed its last traceback
+    return tees
+
+
+def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
+    """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
+    log = config.logging
+    for mode in dict.fromkeys([log.wandb_mode, "offline"]) if log.use_wandb else []:
+        try:
+            run = wandb.init(
+                project=log.wandb_project,
+                entity=log.wandb_entity,
+                name=run_dir.name,
+                id=log.wandb_run_id,
+                resume="allow",
+                mode=mode,
+                dir=run_dir,
+                config=to_dict(config),
+                # No question is waited for, and the console is in our own log.
+                settings=wandb.Settings(console="off", init_timeout=20, login_timeout=1, silent=True),
+            )
+        except (wandb.Error, OSError) as error:
+            print(f"WandB {mode} is not available: {error}")
+        else:
+            upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
+            print(f"WandB initialised: {mode} run {run.id}{upload}")
+            return run
+    return None
+
+
+def log_metrics(
+    config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: TensorBoard
+) -> None:
+    """A step's metrics: a line of metrics.jsonl, its numbers to TensorBoard and WandB, now and then the report."""
+    step, numbers = metrics["step"], flatten(metrics)
+    try:
+        append_line(run_dir / "metrics.jsonl", metrics)
+        board.add(numbers, step)
+        if (step + 1) % config.logging.log_freq == 0 or step == 0:
+            write_html_report(run_dir)
+        if run is not None:
+            run.log(numbers, step=step)
+    except (OSError, InputError, wandb.Error) as error:
+        print(f"step {step}: metrics or report not written: {error}")
+
+
+def save_checkpoint(
+    store: CheckpointStore,
+    state: TrainingState,
+    of_rank: dict,
+    rank: int,
+    world_size: int,
+    best: float | None,
+) -> None:
+    """Write what the run is after `state.step` iterations; a disk that refuses is reported, and training goes on."""
+    problem = on_rank_zero(attempt, store.begin, state.step)
+    if problem is None:
+        folder = store.temporary(state.step)
+        problems = gather(attempt(state.write, folder, rank, world_size, of_rank))
+        problem = next((text for text in problems if text is not None), None)
+        if problem is None:
+            problem = on_rank_zero(attempt, store.seal, state.step, best, state.facts)
+        else:
+            on_rank_zero(store.abandon, state.step)
+    if problem is not None:
+        print(f"no checkpoint of step {state.step}: {problem}")
+
+
+def load_checkpoint(
+    store: CheckpointStore, state: TrainingState, rank: int, world_size: int, seed: int
+) -> bool:
+    """Go on from the newest checkpoint that verifies, saying which were passed over and why; False without any."""
+    newest, damaged = on_rank_zero(store.newest_valid)
+    for path, reason in damaged:
+        print(f"passed over {path}: {reason}")
+    if newest is None:
+        return False
+    dealt = state.read(newest, rank, world_size, seed)
+    print(f"going on from {newest}, {state.step} iterations done" + (f"; {dealt}" if dealt else ""))
+    return True
+
+
+def setup_signal_handlers(env_runner: LIBEROEnvRunner, watch: RankWatch | None) -> Interrupts:
+    """From now on signals ask the run to stop or to make a checkpoint; rollouts are abandoned when it is to stop."""
+    interrupts = env_runner.interrupts = Interrupts(watch)
+    interrupts.install()
+    return interrupts
+
+
+def monitor_memory(history: list[dict]) -> None:
+    """Collect garbage, and warn each time the processes have grown by another half since the third step."""
+    gc.collect()
+    sizes = [row["memory"]["rss_mb"] + row["memory"]["workers_mb"] for row in history[2:]]
+    if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
+        print(f"memory has grown from {sizes[0]:.0f} to {sizes[-1]:.0f} MB since step {history[2]['step']}")
+
+
+@contextlib.contextmanager
+def cleanup_on_exit(store: CheckpointStore, rank: int, world_size: int) -> Iterator[dict]:
+    """Where the run is asked to stop, leave a checkpoint of its last finished iteration.
+
+    Yields a dictionary for "state" and for "of_rank", what this rank was at the end of that iteration; "of_rank" is
+    taken out while an update moves the weights.
+    """
+    held: dict = {}
+    try:
+        yield held
+    except Interrupted:
+        if "of_rank" in held:
+            newest, _ = store.newest_valid()
+            if newest != store.path(held["state"].step):
+                save_checkpoint(store, held["state"], held["of_rank"], rank, world_size, None)
+        newest, _ = store.newest_valid()
+        print(f"stopped; --resume goes on from {newest or 'the start, since there is no checkpoint'}")
+
+
+def set_seed(seed: int) -> None:
+    """Seed every source of randomness in this process."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)  # denormal numbers make CPU updates several times slower
+
+
+def load_policy(config: Config) -> PI0Policy:
+    """The policy to improve, with an optimality condition if guidance needs one."""
+    policy = PI0Policy.from_pretrained(
+        config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+    )
+    if config.algo.mode == "guidance":
+        policy.enable_guidance()
+    return policy
+
+
+def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
+    """Environments as configured, for what the policy sees and does."""
+    task = config.task
+    return LIBEROEnvRunner(
+        task.benchmark_name,
+        task.chosen,
+        cameras=policy.config.cameras,
+        image_size=task.image_size,
+        chunk=policy.config.action_horizon,
+        replan_steps=task.replan_steps,
+        num_parallel_envs=task.num_parallel_envs,
+        rollouts_per_env=task.rollouts_per_env,
+        max_open_tasks=task.max_open_tasks,
+        max_episode_length=task.max_episode_length,
+        settle_steps=task.settle_steps,
+        fixtures=task.fixtures,
+        render=task.render,
+        assets=task.assets,
+    )
+
+
+def update_policy(
+    config: Config,
+    adapter: PI0_CFG_Adapter,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedPolicy,
+    batch: WeightedChunks,
+    generator: torch.Generator,
+    interrupts: Interrupts,
+) -> dict[str, float]:
+    """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
+    algo, policy = config.algo, adapter.policy
+    policy.train()
+    losses, norms, accumulated = [], [], 0
+    bad, bad_in_a_row = 0, 0
+    parts = largest(adapter.count_minibatches(batch, algo.minibatch_size))
+    passes = algo.num_epochs * parts
+    with progress(total=passes, label="update", unit="minibatch") as bar:
+        for _ in range(algo.num_epochs):
+            for minibatch in adapter.minibatches(batch, parts, generator):
+                accumulated += 1
+                complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
+                adapter.model.require_backward_grad_sync = (
+                    complete  # gradients meet once in an optimizer step
+                )
+                losses.append(
+                    adapter.accumulate_gradient(minibatch, generator, algo.gradient_accumulation_steps)
+                )
+                bar.update(1, f"loss {losses[-1]:.4f}")
+                if complete:
+                    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
+                    if torch.isfinite(norm):  # the same on all ranks, whichever had a loss that is not
+                        norms.append(norm.item())
+                        optimizer.step()
+                        average.update()
+                        bad_in_a_row = 0
+                    else:
+                        bad, bad_in_a_row = bad + 1, bad_in_a_row + 1
+                    optimizer.zero_grad(set_to_none=True)
+                    accumulated = 0
+                    if bad_in_a_row >= config.training.max_bad_updates:
+                        raise FloatingPointError(f"{bad} gradients in a row are not finite")
+                    interrupts.check_together()
+    policy.eval()
+    loss = float(np.mean(gather(np.mean(losses))))
+    norm = float(np.mean(norms)) if norms else float("nan")
+    return {"loss": loss, "grad_norm": norm, "updates": len(norms), "bad_updates": bad}
+
+
+def evaluate_periodically(
+    config: Config,
+    env_runner: LIBEROEnvRunner,
+    acting: ActingPolicy,
+    step: int,
+    validation: list[InitStatePool] | None,
+    evaluations: list[dict],
+    run_dir: Path,
+) -> None:
+    """After every `logging.log_freq` steps, once each: the policy's score, into `evaluations` and metrics.json."""
+    evaluation, due = config.evaluation, step and step % config.logging.log_freq == 0
+    if not evaluation.periodic_episodes or not due or step in [entry["step"] for entry in evaluations]:
+        return
+    scored = env_runner.run(
+        acting,
+        evaluation.periodic_episodes,
+        evaluation.seed,
+        label=f"evaluation {step}",
+        initial_states=validation,
+    )
+    evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
+    on_rank_zero(write_json, run_dir / "metrics.json", evaluations)
+    print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
+
+
+def train(
+    config: Config, rank: int, world_size: int, tees: list[_TeeIO], watch: RankWatch | None, resume: bool
+) -> Path:
+    """Score, practise, score again; returns the folder with everything that was written."""
+    set_seed(config.training.seed)
+    algo, seed = config.algo, config.training.seed
+    policy = load_policy(config)
+    device_ids = [policy.device] if policy.device.type == "cuda" else None
+    model = DistributedDataParallel(policy, device_ids) if dist.is_initialized() else policy
+    make_dir = newest_run if resume else new_run_dir
+    run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))
+    store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
+    run_dir.mkdir(parents=True, exist_ok=True)  # on another host
+    for tee in tees:
+        tee.log_to(run_dir / f"train_rank{rank}.log")
+    print(f"log file {run_dir / f'train_rank{rank}.log'} created")
+    if resume and config.logging.wandb_run_id is None and (newest := store.newest_valid()[0]):
+        config.logging.wandb_run_id = store.facts(newest).get("wandb_run_id")
+    run = init_wandb(config, run_dir) if rank == 0 else None
+    board = TensorBoard(run_dir / "tensorboard")
+    weight = algo.guidance_weight if algo.mode == "guidance" else None
+    started = time.monotonic()
+    with cleanup_on_exit(store, rank, world_size) as held, make_env_runner(config, policy) as env_runner:
+        interrupts = setup_signal_handlers(env_runner, watch)
+        print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
+        dataset = LiberoInitStateDataset(
+            on_rank_zero(env_runner.training_states, algo.train_init_states, seed)
+        )
+        print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
+        stats_path = algo.rollout_stats_path or run_dir / "rollout_stats.json"
+        sampler = TaskAwareSampler(
+            dataset,
+            DistributedSampler(dataset, world_size, rank, shuffle=False),
+            1 if algo.group_by == "state" else algo.rloo_batch_size,
+            RolloutStats(
+                stats_path if algo.enable_rollout_stats_tracking else None, algo.rollout_skip_threshold
+            ),
+        )
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn_state)
+        print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
+        rollouts = RolloutGenerator(
+            env_runner,
+            init_state_dataloader=loader,
+            init_state_dataset=dataset,
+            rollouts_per_env=algo.rloo_batch_size,
+            enable_dynamic_sampling=algo.enable_dynamic_sampling,
+            num_groups=algo.data_batch_size // algo.rloo_batch_size,
+            max_groups=algo.max_sampling_attempts,
+            seed=seed,
+            shuffle_advantages=algo.shuffle_advantages,
+        )
+        adapter = PI0_CFG_Adapter(
+            get_model_from_ddp(model),
+            model=model,
+            mode=algo.mode,
+            noise_samples=algo.noise_samples,
+            negative_weight=algo.negative_weight,
+            condition_dropout=algo.condition_dropout,
+            augmentation=Augmentation(),
+            mixed_precision=config.training.use_mixed_precision,
+        )
+        optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
+        schedule = make_schedule(
+            optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
+        )
+        average = AveragedPolicy(policy, algo.ema_decay)
+        acting = ActingPolicy(average.policy, weight)
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
+        evaluation = config.evaluation
+        start = ActingPolicy(copy.deepcopy(policy))
+        state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
+        if resume and load_checkpoint(store, state, rank, world_size, seed):
+            started -= state.facts["seconds"]
+            on_rank_zero(cut_lines, run_dir / "metrics.jsonl", state.step)
+        held |= {"state": state, "of_rank": state.of_rank()}
+        state.facts |= {"wandb_run_id": run.id if run else None, "seconds": time.monotonic() - started}
+        if "before" in state.facts:
+            before = env_runner.restore_result(state.facts["before"])
+        else:
+            before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
+            state.facts["before"] = before.to_dict()
+        on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
+        history, replay, evaluations = state.history, state.replay, state.evaluations
+        rollbacks = 0
+        validation = None
+        if algo.use_val_init:
+            validation = on_rank_zero(env_runner.validation_states, evaluation.periodic_episodes)
+        nothing = WeightedChunks.empty(
+            policy.config.cameras, config.task.image_size, policy.config.action_horizon
+        )
+        evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
+        if state.step == 0:
+            save_checkpoint(store, state, held["of_rank"], rank, world_size, None)
+        while (step := state.step) < config.training.num_train_steps:
+            step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
+            collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
+            sampler.record(collection)
+            chunks = adapter.weigh(collection.episodes, collection.advantages)
+            replay = (replay + [chunks])[-algo.replay_iterations :]
+            usable = [part for part in replay if part is not None]
+            metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
+            batch = WeightedChunks.cat([nothing, *usable])
+            update_started = time.monotonic()
+            del held["of_rank"]  # from here to the end of the update there is nothing whole to save
+            if largest(len(batch)):
+                try:
+                    metrics |= update_policy(
+                        config, adapter, optimizer, average, batch, generator, interrupts
+                    )
+                except FloatingPointError as error:
+                    rollbacks += 1
+                    if rollbacks > config.training.max_rollbacks:
+                        raise InputError(f"step {step}: {error}, again and again; lower algo.lr") from error
+                    print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
+                    if not load_checkpoint(store, state, rank, world_size, seed):
+                        raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
+                    generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * rollbacks)
+                    history, replay, evaluations = state.history, state.replay, state.evaluations
+                    held["of_rank"] = state.of_rank()
+                    continue
+                schedule.step()
+            phases = {**metrics["phases"], "update": time.monotonic() - update_started}
+            phases["other"] = time.monotonic() - step_started - sum(phases.values())
+            memory = memory_use(env_runner.pool.processes)
+            metrics |= {"lr": lr, "phases": phases, "memory": memory}
+            history.append(metrics)
+            state.step, state.replay, rollbacks = step + 1, replay, 0
+            state.facts["seconds"] = time.monotonic() - started
+            held["of_rank"] = state.of_rank()
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
+            if rank == 0:
+                log_metrics(config, run_dir, metrics, run, board)
+            if problem := on_rank_zero(attempt, average.policy.save_pretrained, run_dir / "policy"):
+                print(f"step {step}: the policy is not saved: {problem}")
+            monitor_memory(history)
+            asked, interrupts.checkpoint_asked = interrupts.checkpoint_asked, False
+            if largest(int(asked or state.step % config.training.save_freq == 0)):
+                best = [entry["success_rate"] for entry in evaluations if entry["step"] == state.step]
+                best = best[0] if best and config.training.save_best else None
+                save_checkpoint(store, state, held["of_rank"], rank, world_size, best)
+            learned = "nothing to learn from"
+            if "loss" in metrics:
+                learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
+            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+        after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
+        seconds = time.monotonic() - started
+        trained = [metrics for metrics in history if metrics.get("updates")]
+        final = {
+            "total_steps": len(trained),
+            "iterations": len(history),
+            "before": score(before),
+            "after": score(after),
+        }
+        on_rank_zero(write_json, run_dir / "final_training_results.json", final)
+        print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+        if rank == 0:
+            write_report(run_dir, to_dict(config), before, after, history, seconds)
+        if config.features.save_video and rank == 0:
+            film_before_after(run_dir, env_runner, start, acting, before, after)
+        if rank == 0:
+            print(f"  {write_html_report(run_dir)}")
+        if run is not None:
+            run.summary.update({"before": before.success_rate, "after": after.success_rate})
+            run.finish()
+    return run_dir
+
+
+def load_config_from_yaml(path: str, overrides: list[str]) -> Config:
+    """Defaults, then the profile, then the file, then the overrides."""
+    config = load_config(path, overrides)
+    print(f"configuration loaded: {path}, {len(overrides)} overrides, profile {config.profile or 'none'}")
+    return config
+
+
+def validate_config(config: Config) -> None:
+    """Refuse values that contradict each other, or a policy and tasks that are not there."""
+    validate(config)
+    if not Path(config.policy_path).is_dir():
+        raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
+    check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
+    print("configuration validated")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"keys of the configuration:\n\n{help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config_path", required=True, help="YAML file, see configs/")
+    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. algo.lr=2e-5")
+    parser.add_argument("--resume", action="store_true", help="go on with the newest run of this exp_name")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the configuration, check it, train."""
+    arguments = parse_arguments()
+    rank, _, world_size = setup_distributed()
+    tees = setup_run_logging(rank)
+    try:
+        config = load_config_from_yaml(arguments.config_path, arguments.override)
+        validate_config(config)
+        with watched_ranks() as watch:
+            train(config, rank, world_size, tees, watch, arguments.resume)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        cleanup_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Everything that decides how training goes on, as files of a checkpoint.
+
+policy/               the averaged policy, which acts and is scored; `PI0Policy.from_pretrained` loads it
+training.safetensors  the weights in training
+optimizer.pt          optimizer and schedule
+run.json              steps done, metrics, evaluations
+rank0.pt ...          of each rank: random states, sampler position, statistics, replayed chunks
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pi0 import PI0Policy
+from pi0.ript.cfg_adapter import WeightedChunks
+from pi0.ript.checkpoint_store import load_state, save_state
+from pi0.ript.ema import AveragedPolicy
+from pi0.ript.random_state import random_states, restore_random_states
+from pi0.ript.report import write_json
+
+
+class Sampler(Protocol):
+    """Whoever decides which states practise next."""
+
+    def state_dict(self) -> dict:
+        """Its position and memory."""
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Go on from one state, or from those of as many other ranks as are given."""
+
+
+@dataclass
+class TrainingState:
+    """The live objects of a run, and what they have done.
+
+    Attributes:
+        generator: of augmentation and flow noise.
+        replay: chunks of the last iterations, None for one that taught nothing.
+        step: iterations done.
+        history: metrics of each iteration.
+        facts: what a resumed run needs to know besides, JSON only.
+    """
+
+    policy: PI0Policy
+    average: AveragedPolicy
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: torch.Generator
+    sampler: Sampler
+    replay: list[WeightedChunks | None] = field(default_factory=list)
+    step: int = 0
+    history: list[dict] = field(default_factory=list)
+    evaluations: list[dict] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def of_rank(self) -> dict:
+        """This rank's own part, copied; the rest changes in updates alone."""
+        return {
+            "random": random_states(),
+            "generator": self.generator.get_state(),
+            "sampler": copy.deepcopy(self.sampler.state_dict()),
+            "replay": [None if chunks is None else chunks.state_dict() for chunks in self.replay],
+        }
+
+    def write(self, folder: Path, rank: int, world_size: int, of_rank: dict) -> None:
+        """Write this rank's files, and on rank 0 the shared ones, into `folder`.
+
+        Args:
+            of_rank: `of_rank()` at the end of the last finished iteration.
+        Raises:
+            CheckpointError, OSError: the disk refuses.
+        """
+        save_state(folder / f"rank{rank}.pt", of_rank)
+        if rank > 0:
+            return
+        self.average.policy.save_pretrained(folder / "policy")
+        save_file(self.policy.network.state_dict(), folder / "training.safetensors")
+        states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        save_state(folder / "optimizer.pt", states)
+        run = {name: getattr(self, name) for name in ("step", "history", "evaluations", "facts")}
+        write_json(folder / "run.json", {**run, "world_size": world_size})
+
+    def read(self, folder: Path, rank: int, world_size: int, seed: int) -> str | None:
+        """Become what was written to `folder`; returns what had to be dealt anew, for another number of ranks.
+
+        Args:
+            seed: of the run; decides the random streams where they cannot go on.
+        Raises:
+            CheckpointError: a file is damaged or of another policy.
+        """
+        run = json.loads((folder / "run.json").read_text())
+        self.step, self.history = run["step"], run["history"]
+        self.evaluations, self.facts = run["evaluations"], run["facts"]
+        averaged = PI0Policy.from_pretrained(folder / "policy", self.average.policy.device)
+        self.average.policy.network.load_state_dict(averaged.network.state_dict())
+        self.policy.network.load_state_dict(load_file(folder / "training.safetensors"))
+        states = load_state(folder / "optimizer.pt")
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.schedule.load_state_dict(states["schedule"])
+        if run["world_size"] == world_size:
+            own = load_state(folder / f"rank{rank}.pt")
+            self.sampler.load_state_dict([own["sampler"]])
+            self.generator.set_state(own["generator"])
+            self.replay = [
+                None if part is None else WeightedChunks.from_state(part) for part in own["replay"]
+            ]
+            restore_random_states(own["random"])
+            return None
+        everybody = [load_state(folder / f"rank{number}.pt") for number in range(run["world_size"])]
+        self.sampler.load_state_dict([other["sampler"] for other in everybody])
+        self.generator.manual_seed(seed + 1_000_003 * rank + 7_919 * self.step)
+        share = [other["replay"] for number, other in enumerate(everybody) if number % world_size == rank]
+        self.replay = [_joined(parts) for parts in zip(*share, strict=True)]
+        return (
+            f"written by {run['world_size']} processes, read by {world_size}: states, statistics and replayed "
+            "chunks are dealt anew, random streams start from the seed and the step"
+        )
+
+
+def _joined(parts: tuple[dict | None, ...]) -> WeightedChunks | None:
+    filled = [WeightedChunks.from_state(part) for part in parts if part is not None]
+    return WeightedChunks.cat(filled) if filled else None

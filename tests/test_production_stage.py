@@ -1,0 +1,422 @@
+"""Stage 13: exact resume, signals, kills, full disks, bad updates. Real processes, real signals, real LIBERO."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from episodes import make_episode
+from safetensors.torch import load_file
+
+from pi0 import PI0Policy
+from pi0.paths import REPO_ROOT
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.checkpoint_store import CheckpointStore
+
+SCRIPT = "13_train_production_ready.py"
+CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
+STEPS = 3
+SMALL = {
+    "policy_path": str(CHECKPOINT),
+    "exp_name": "run",
+    "task": {"task_names_to_use": [8], "assets": "standins"},
+    "algo": {
+        "rloo_batch_size": 4,
+        "data_batch_size": 8,
+        "max_sampling_attempts": 4,
+        "train_init_states": 8,
+        "num_epochs": 2,
+        "minibatch_size": 24,
+        "replay_iterations": 2,
+        "ema_decay": 0.9,
+    },
+    "training": {"num_train_steps": STEPS, "optimizer": {"final_lr_share": 0.1}},
+    "evaluation": {"episodes": 2, "periodic_episodes": 2},
+    "logging": {"log_freq": 2, "use_wandb": False},
+    "features": {"save_video": False},
+}
+
+
+def start(folder: Path, *arguments: str, processes: int = 1, **options) -> subprocess.Popen:
+    """A run whose output_dir is `folder`; the same command goes on with it when `--resume` is given."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
+    launch = (
+        []
+        if processes == 1
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    return subprocess.Popen(
+        [sys.executable, *launch, SCRIPT, "--config_path", str(folder / "config.yaml"), *arguments],
+        cwd=REPO_ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 400) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def run_of(folder: Path) -> Path:
+    (run_dir,) = folder.glob("run-*")
+    return run_dir
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return sorted(int(path.name[-6:]) for path in folder.glob("run-*/checkpoints/step-*"))
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < limit, "nothing came of it"
+        time.sleep(0.02)
+
+
+def outcome(folder: Path) -> dict:
+    """What a finished run has learned and measured, times left out."""
+    run_dir = run_of(folder)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "rollout_seconds", "phases", "memory")
+    results = json.loads((run_dir / "results.json").read_text())
+    return {
+        "rows": [{name: value for name, value in row.items() if name not in timed} for row in rows],
+        "evaluations": json.loads((run_dir / "metrics.json").read_text()),
+        "before": results["before"]["outcomes"],
+        "after": results["after"]["outcomes"],
+        "weights": {name: t.numpy().tobytes() for name, t in load_file(run_dir / "policy" / "model.safetensors").items()},
+        "stats": json.loads((run_dir / "rollout_stats.json").read_text()),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    output = finish(start(folder))
+    assert any("loss" in row for row in outcome(folder)["rows"]), "a run that learns nothing proves nothing"
+    return folder, output
+
+
+def assert_same(folder: Path, straight: Path, except_stats: bool = False) -> None:
+    ours, theirs = outcome(folder), outcome(straight)
+    for name in theirs.keys() - ({"stats"} if except_stats else set()):
+        assert ours[name] == theirs[name], name
+
+
+# Exact resume ------------------------------------------------------------------------------------------
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: 1 in steps_saved(tmp_path), process)
+    process.kill()
+    process.communicate()
+    output = finish(start(tmp_path, "--resume"))
+    assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
+    # The file of statistics may count visits again that were made after the last checkpoint.
+    assert_same(tmp_path, straight[0], except_stats=True)
+
+
+def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(tmp_path):
+    finish(start(tmp_path / "straight", processes=2))
+    process = start(tmp_path / "killed", processes=2, process_group=0)
+    wait_until(lambda: 1 in steps_saved(tmp_path / "killed"), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start(tmp_path / "killed", "--resume", processes=2))
+    assert_same(tmp_path / "killed", tmp_path / "straight", except_stats=True)
+
+
+def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(straight, tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: 1 in steps_saved(tmp_path), process)
+    process.kill()
+    process.communicate()
+    output = finish(start(tmp_path, "--resume", processes=2))
+    assert "written by 1 processes, read by 2" in output
+    assert len(outcome(tmp_path)["rows"]) == STEPS
+
+
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: 2 in steps_saved(tmp_path), process)
+    process.kill()
+    process.communicate()
+    newest = max(run_of(tmp_path).glob("checkpoints/step-*"))
+    damaged = newest / "training.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    output = finish(start(tmp_path, "--resume"))
+    assert f"passed over {newest}: training.safetensors: its checksum differs" in output
+    assert_same(tmp_path, straight[0], except_stats=True)
+
+
+def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
+    process = start(tmp_path, "--resume")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: nothing to resume" in output
+    assert "Traceback" not in output
+
+
+def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
+    folder, _ = straight
+    newest, damaged = CheckpointStore(run_of(folder) / "checkpoints", 2).newest_valid()
+    assert newest.name == f"step-{STEPS:06d}"
+    assert damaged == []
+    weights = PI0Policy.from_pretrained(newest / "policy").network.state_dict()
+    saved = load_file(run_of(folder) / "policy" / "model.safetensors")
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    assert len(steps_saved(folder)) in (2, 3)  # the newest two, and the best where it is older
+
+
+# Signals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["rollouts 1:", "update:"])
+def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tmp_path, number, moment):
+    process = start(tmp_path)
+    log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
+    saved = 1 if moment == "rollouts 1:" else 0
+    wait_until(lambda: saved in steps_saved(tmp_path), process)
+    if moment == "update:":  # the rollouts are over
+        wait_until(lambda: log() and "rollouts 0:" in log().read_text(), process)
+    asked = time.monotonic()
+    process.send_signal(number)
+    output = finish(process, timeout=30)
+    assert time.monotonic() - asked < 30
+    assert f"{number.name}: stopping after a checkpoint" in output
+    assert "stopped; --resume goes on from" in output
+    assert no_process_has(tmp_path)
+    finish(start(tmp_path, "--resume"))
+    assert_same(tmp_path, straight[0], except_stats=True)
+
+
+def test_two_processes_stop_together_when_one_is_asked(tmp_path):
+    process = start(tmp_path, processes=2)
+    wait_until(lambda: 1 in steps_saved(tmp_path), process)
+    second = ranks_of(tmp_path)[1]
+    asked = time.monotonic()
+    os.kill(second, signal.SIGTERM)
+    output = finish(process, timeout=30)
+    assert time.monotonic() - asked < 30
+    assert "stopped; --resume goes on from" in output
+
+
+def test_the_same_signal_again_stops_at_once(tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: 0 in steps_saved(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert time.monotonic() - asked < 3
+    assert process.returncode in (130, 0)  # 0 if the first had already been enough
+
+
+def test_sigusr1_makes_a_checkpoint_and_the_run_goes_on(straight, tmp_path):
+    process = start(tmp_path, "--override", "training.save_freq=100")
+    wait_until(lambda: 0 in steps_saved(tmp_path), process)
+    process.send_signal(signal.SIGUSR1)
+    finish(process)
+    assert steps_saved(tmp_path) == [0, 1]
+    assert_same(tmp_path, straight[0])
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """Process by rank of the run in `folder`."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes().decode().split("\0")
+            environment = (process / "environ").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if (
+            SCRIPT in arguments
+            and str(folder / "config.yaml") in arguments
+            and "torch.distributed.run" not in arguments
+        ):
+            for entry in environment:
+                if entry.startswith("RANK="):
+                    found[int(entry[5:])] = int(process.name)
+    return found
+
+
+def no_process_has(folder: Path) -> bool:
+    """Whether nothing that was started for `folder` still runs."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                str(folder).encode() in (process / "cmdline").read_bytes()
+                and int(process.name) != os.getpid()
+            ):
+                return False
+        except OSError:
+            continue
+    return True
+
+
+def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last_checkpoint(
+    straight, tmp_path
+):
+    moments = random.Random(0)
+    kills, seen = 0, 0
+    while kills < 20:
+        runs = list(tmp_path.glob("run-*/checkpoints/step-*"))
+        process = start(tmp_path, *(["--resume"] if runs else []))
+        time.sleep(moments.uniform(2.0, 10.0))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+        for store in tmp_path.glob("run-*/checkpoints"):
+            newest, damaged = CheckpointStore(store, 2).newest_valid()
+            assert damaged == []
+            if newest is not None:
+                assert int(newest.name[-6:]) >= seen
+                seen = int(newest.name[-6:])
+        for run_dir in tmp_path.glob("run-*"):  # killed before its first checkpoint: nothing to resume
+            if not list(run_dir.glob("checkpoints/step-*")):
+                shutil.rmtree(run_dir)
+        if seen == STEPS:  # start over: the rest is the final evaluation
+            for run_dir in tmp_path.glob("run-*"):
+                shutil.rmtree(run_dir)
+            seen = 0
+    if list(tmp_path.glob("run-*")):
+        finish(start(tmp_path, "--resume"))
+        assert_same(tmp_path, straight[0], except_stats=True)
+    assert kills == 20
+
+
+# What goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: 0 in steps_saved(tmp_path), process)
+    time.sleep(1.0)
+    workers = [
+        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
+    output = finish(process)
+    assert "SIGKILL" in output
+    assert [row["lost_workers"] for row in outcome(tmp_path)["rows"]] != [[]] * STEPS
+    ours, theirs = outcome(tmp_path), outcome(straight[0])
+    assert ours["weights"] == theirs["weights"]
+    assert ours["after"] == theirs["after"]
+
+
+def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_reported(tmp_path):
+    overrides = ["algo.lr=1e30", "training.max_rollbacks=1", "training.max_bad_updates=2"]
+    process = start(tmp_path, "--override", *overrides)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "back to the last good checkpoint" in output
+    assert "again and again; lower algo.lr" in output
+    assert "Traceback" not in output
+    newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
+    weights = load_file(newest / "training.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_a_full_disk_keeps_training_and_says_so(tmp_path):
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    output = finish(start(tmp_path, preexec_fn=small_files))
+    assert "no checkpoint of step 1" in output
+    assert "the policy is not saved" in output
+    assert "make room" in output
+    results = json.loads((run_of(tmp_path) / "results.json").read_text())
+    assert len(results["history"]) == STEPS
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from episodes import make_episode
+from pi0 import PI0Policy
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+torch.set_num_threads(1)
+policy = PI0Policy.from_pretrained(sys.argv[1])
+adapter = PI0_CFG_Adapter(policy, noise_samples=8)
+episodes = [make_episode(True, [10] * 20, seed) for seed in range(12)]
+batch = adapter.weigh(episodes, [1.0] * 12)
+adapter.accumulate_gradient(batch[torch.arange(2)], torch.Generator().manual_seed(0), 1)  # what is allocated once
+policy.zero_grad(set_to_none=True)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, -1))
+loss = adapter.accumulate_gradient(batch, torch.Generator().manual_seed(0), 1)
+assert all(p.grad is None or torch.isfinite(p.grad).all() for p in policy.parameters())
+print("passes", adapter.passes, "loss", loss)
+"""
+
+
+def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
+    environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(CHECKPOINT)],
+        cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "memory ran out: minibatches go through in 2 passes" in done.stdout
+    assert int(re.search(r"passes (\d+)", done.stdout)[1]) >= 2
+
+
+def test_more_passes_give_the_same_gradient():
+    policy = PI0Policy.from_pretrained(CHECKPOINT)
+    adapter = PI0_CFG_Adapter(policy)
+    batch = adapter.weigh([make_episode(True, [10, 10, 4], 0), make_episode(True, [10, 3], 1)], [1.0, 0.25])
+    generator = torch.Generator().manual_seed(3)
+    adapter.passes = 2
+    loss = adapter.accumulate_gradient(batch, generator, 2)
+    ours = [parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None]
+    policy.zero_grad(set_to_none=True)
+    generator.manual_seed(3)
+    parts = [batch[torch.arange(0, 3)], batch[torch.arange(3, 5)]]
+    expected = (
+        sum(adapter.minibatch_loss(part, generator) * part.weights.abs().sum() for part in parts)
+        / batch.weights.abs().sum()
+    )
+    (expected / 2).backward()
+    theirs = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_memory_that_grows_is_reported(capsys):
+    spec = importlib.util.spec_from_file_location("stage_13", REPO_ROOT / SCRIPT)
+    stage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage)
+
+    def row(step: int, size: float) -> dict:
+        return {"step": step, "memory": {"rss_mb": size, "workers_mb": 0.0}}
+
+    stage.monitor_memory([row(n, 1000.0 + n) for n in range(50)])
+    assert capsys.readouterr().out == ""
+    stage.monitor_memory([row(0, 900.0), row(1, 990.0), row(2, 1000.0), row(3, 1600.0)])
+    assert "from 1000 to 1600 MB since step 2" in capsys.readouterr().out
