@@ -7,7 +7,7 @@
 | run | what it is |
 |---|---|
 | weighted | configs/quickstart.yaml as it stands |
-| guidance | the same in guidance mode, scored under several guidance weights |
+| guidance | the same in guidance mode, failures weighing a tenth, scored under several guidance weights |
 | shuffled | the same with advantages shuffled inside groups |
 | cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same checkpoint |
 """
@@ -30,7 +30,7 @@ CONFIG = "configs/quickstart.yaml"
 CHECKPOINT = "checkpoints/pi0_tiny_libero_spatial"
 OVERRIDES: dict[str, list[str]] = {
     "weighted": [],
-    "guidance": ["algo.mode=guidance"],
+    "guidance": ["algo.mode=guidance", "algo.negative_weight=0.1", "algo.num_epochs=3"],
     "shuffled": ["algo.shuffle_advantages=true"],
 }
 GUIDANCE_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0)

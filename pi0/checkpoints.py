@@ -131,7 +131,7 @@ def save_checkpoint_files(
     try:
         for name, content in texts.items():
             temporary[name].write_text(json.dumps(content, indent=1) + "\n")
-        save_file(tensors, temporary[MODEL_FILE], metadata=TIED)
+        write_tensors(temporary[MODEL_FILE], tensors, TIED)
         # safetensors lets only the owner read; a checkpoint is as readable as its other files.
         temporary[MODEL_FILE].chmod(temporary[CONFIG_FILE].stat().st_mode)
         for name, path in temporary.items():
@@ -139,6 +139,14 @@ def save_checkpoint_files(
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; a disk that refuses is an OSError, as it is for any other file."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} is not written: {error}; make room or choose another folder") from error
 
 
 def _match(stored: dict[str, tuple], names: dict[str, str], expected: dict, path: Path) -> dict[str, str]:

@@ -7,7 +7,9 @@ would win over everything else in the end (`tests/test_cfg_adapter.py` shows bot
 
 `guidance`: classifier-free guidance RL (Frans et al. 2025). The chunk's optimality, advantage above zero or
 not, is a condition of the flow, left out for a share of the chunks so that the unconditional flow is learned
-from the same data. Acting follows v_null + w (v_positive - v_null). All chunks weigh the same.
+from the same data. Acting follows v_null + w (v_positive - v_null). Chunks weigh as much as their advantage is
+large, and failures `negative_weight` of that: with equal weights failures, which are longer, make up most of what
+little data an iteration brings, and the weights that both conditions share come to imitate them.
 
 Unanimous groups (advantage 0) say nothing about what is better and are left out in both modes.
 """
@@ -89,7 +91,7 @@ class PI0_CFG_Adapter:
         policy: trained in place; needs `config.guidance` in guidance mode.
         mode: `weighted` or `guidance`.
         noise_samples: noise and time draws on each chunk.
-        negative_weight: factor on negative advantages, 0 to 1 (weighted mode).
+        negative_weight: factor on negative advantages, 0 to 1; 0 leaves failures out.
         condition_dropout: share of chunks that train the unconditional flow (guidance mode).
         augmentation: random changes to the observations.
         mixed_precision: compute the loss in bfloat16 where PyTorch's autocast holds it safe.
@@ -229,9 +231,9 @@ class PI0_CFG_Adapter:
         return -(-len(batch) // size)
 
     def _weight(self, advantage: float) -> float:
-        if self.mode == "guidance":
-            return 1.0 if advantage != 0 else 0.0
-        return advantage if advantage > 0 else self.negative_weight * advantage
+        if advantage > 0:
+            return advantage
+        return self.negative_weight * (abs(advantage) if self.mode == "guidance" else advantage)
 
     def _conditions(self, optimality: Tensor, generator: torch.Generator) -> Tensor:
         dropped = torch.rand(len(optimality), generator=generator) < self.condition_dropout

@@ -117,7 +117,7 @@ class AlgoConfig:
     lr: float = key(1e-4, "learning rate", above=0)
     grad_norm_clip: float = key(1.0, "largest gradient norm; longer gradients are shortened to it", above=0)
     negative_weight: float = key(
-        0.0, "factor on negative advantages; 0: learn from success alone", low=0, high=1
+        0.0, "factor on negative advantages; 0: learn from success alone (guidance needs more)", low=0, high=1
     )
     ema_decay: float = key(
         0.99,

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pi0 import PI0Policy
+from pi0.checkpoints import write_tensors
 from pi0.ript.cfg_adapter import WeightedChunks
 from pi0.ript.checkpoint_store import load_state, save_state
 from pi0.ript.ema import AveragedPolicy
@@ -81,7 +82,7 @@ class TrainingState:
         if rank > 0:
             return
         self.average.policy.save_pretrained(folder / "policy")
-        save_file(self.policy.network.state_dict(), folder / "training.safetensors")
+        write_tensors(folder / "training.safetensors", self.policy.network.state_dict())
         states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         save_state(folder / "optimizer.pt", states)
         run = {name: getattr(self, name) for name in ("step", "history", "evaluations", "facts")}
