@@ -120,9 +120,10 @@ def test_pushing_away_is_bounded_and_an_unclipped_push_is_not():
     assert losses[False] > 3 * losses[True]
 
 
-def test_guidance_learns_from_good_and_bad_chunks_alike(guided):
-    batch = PI0_CFG_Adapter(guided, mode="guidance").weigh(EPISODES, [0.5, -0.5, 0.0])
-    assert batch.weights.tolist() == [1.0] * 5
+def test_guidance_learns_from_failures_too_with_a_share_of_their_weight(guided):
+    adapter = PI0_CFG_Adapter(guided, mode="guidance", negative_weight=0.5)
+    batch = adapter.weigh(EPISODES, [0.5, -0.5, 0.0])
+    assert batch.weights.tolist() == [0.5] * 3 + [0.25] * 2
     assert batch.optimality.tolist() == [1, 1, 1, 2, 2]
 
 
@@ -138,7 +139,9 @@ def test_guidance_learns_to_tell_good_from_bad():
     policy = make_policy(guidance=True)
     good, bad = make_episode(True, [10] * 4, 7), make_episode(False, [10] * 4, 7)
     good.actions[:], bad.actions[:] = 0.8, -0.8  # same observations, opposite actions
-    adapter = PI0_CFG_Adapter(policy, mode="guidance", condition_dropout=0.5, noise_samples=4)
+    adapter = PI0_CFG_Adapter(
+        policy, mode="guidance", condition_dropout=0.5, noise_samples=4, negative_weight=1.0
+    )
     batch = adapter.weigh([good, bad], [0.5, -0.5])
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     for step in range(120):
