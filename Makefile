@@ -5,7 +5,7 @@ NO_PYTHON = no python3.11 on the path: install Python 3.11 (Debian: apt-get inst
 SET_UP = test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }; "$(PYTHON)" tools/setup.py --torch $(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test test quickstart
+.PHONY: help setup setup-test test quickstart resume
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,5 +23,8 @@ test: setup-test  ## lint, check types, run the tests
 	.venv/bin/mypy
 	.venv/bin/python -m pytest
 
-quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table, curve and video at the end
-	.venv/bin/python 09_train_with_config.py --config_path configs/quickstart.yaml
+quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table, curve, video and report at the end
+	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml
+
+resume: setup  ## go on with a quickstart that was interrupted
+	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from torch.utils.data import DataLoader, DistributedSampler
+from worker_calls import open_tasks
 
 from pi0.paths import REPO_ROOT
 from pi0.ript.advantages import leave_one_out_advantages
@@ -86,6 +88,8 @@ class Wobbly:
 
 @pytest.fixture(scope="module")
 def runner():
+    previous = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(REPO_ROOT / "tests")  # where the workers find worker_calls
     with LIBEROEnvRunner(
         "libero_10",
         [],
@@ -100,6 +104,10 @@ def runner():
         settle_steps=0,
         assets="standins",
     ) as runner:
+        if previous is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = previous
         yield runner
 
 
@@ -254,11 +262,6 @@ def test_step_7_environments_are_kept_by_task_within_the_bound(runner):
     assert [tasks for _, tasks in runner.pool.call(open_tasks, [()] * 2)] == open_now, (
         "nothing was built again"
     )
-
-
-def open_tasks(worker):
-    """Runs in a worker."""
-    return [task.index for task in worker._open]
 
 
 # 8 ------------------------------------------------------------------------------------------------------

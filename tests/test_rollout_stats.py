@@ -93,7 +93,7 @@ def test_a_killed_writer_leaves_a_whole_file_and_holds_nobody_up(tmp_path):
 def test_a_file_of_another_kind_is_named_and_left_alone(tmp_path, content):
     file = tmp_path / "stats.json"
     file.write_text(content)
-    with pytest.raises(StatsError, match=r"stats\.json .* rollout_stats_path"):
+    with pytest.raises(StatsError, match=r"stats\.json .*rollout_stats_path"):
         RolloutStats(file, 2)
     assert file.read_text() == content
 
