@@ -230,7 +230,8 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
             color="black",
             label="all tasks, states never trained on" if when == "before" else None,
         )
-        axes.annotate(f"{middle:.0f}%", (place, middle), textcoords="offset points", xytext=(8, 6))
+        beside = {"xytext": (8, 6)} if when == "before" else {"xytext": (-8, -14), "ha": "right"}
+        axes.annotate(f"{middle:.0f}%", (place, middle), textcoords="offset points", **beside)
     axes.set(xlabel="iterations", ylabel="success (%), 95% interval", ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
