@@ -272,14 +272,14 @@ def setup_run_logging(rank: int) -> list[_TeeIO]:
 
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
     """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
-    log = config.logging
-    for mode in dict.fromkeys([log.wandb_mode, "offline"]) if log.use_wandb else []:
+    logging = config.logging
+    for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
         try:
             run = wandb.init(
-                project=log.wandb_project,
-                entity=log.wandb_entity,
+                project=logging.wandb_project,
+                entity=logging.wandb_entity,
                 name=run_dir.name,
-                id=log.wandb_run_id,
+                id=logging.wandb_run_id,
                 resume="allow",
                 mode=mode,
                 dir=run_dir,

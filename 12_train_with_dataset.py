@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
-from pi0.errors import InputError
+from pi0.errors import InputError, attempt
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
@@ -282,14 +282,14 @@ def setup_run_logging(rank: int) -> list[_TeeIO]:
 
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
     """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
-    log = config.logging
-    for mode in dict.fromkeys([log.wandb_mode, "offline"]) if log.use_wandb else []:
+    logging = config.logging
+    for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
         try:
             run = wandb.init(
-                project=log.wandb_project,
-                entity=log.wandb_entity,
+                project=logging.wandb_project,
+                entity=logging.wandb_entity,
                 name=run_dir.name,
-                id=log.wandb_run_id,
+                id=logging.wandb_run_id,
                 resume="allow",
                 mode=mode,
                 dir=run_dir,
@@ -422,7 +422,8 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
-    on_rank_zero(write_json, run_dir / "metrics.json", evaluations)
+    if problem := on_rank_zero(attempt, write_json, run_dir / "metrics.json", evaluations):
+        print(f"metrics.json not written: {problem}")
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
 
 
@@ -493,7 +494,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         history, replay = [], []
         evaluations = []
         validation = None
-        if algo.use_val_init:
+        if algo.use_val_init and evaluation.periodic_episodes:
             validation = on_rank_zero(env_runner.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
             policy.config.cameras, config.task.image_size, policy.config.action_horizon
@@ -516,7 +517,6 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             memory = memory_use(env_runner.pool.processes)
             metrics |= {"lr": lr, "phases": phases, "memory": memory}
             history.append(metrics)
-            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
             on_rank_zero(average.policy.save_pretrained, run_dir / "policy")
@@ -524,6 +524,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             if "loss" in metrics:
                 learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
             print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         trained = [metrics for metrics in history if metrics.get("updates")]

@@ -12,7 +12,7 @@ evaluation.periodic_episodes episodes.
 In the run's folder: train_rank0.log, metrics.jsonl (docs/metrics.md), report.html and plots/, wandb/, tensorboard/.
 Besides: rollout_stats.json, metrics.json (evaluations), final_training_results.json.
 
-Ctrl+C stops after a checkpoint, `kill -USR1` makes one; --resume goes on, to the bit, from the newest one that verifies.
+Ctrl+C stops after a checkpoint, `kill -USR1` of a rank makes one; --resume goes on, to the bit, from the newest one that verifies.
 
     python 13_train_production_ready.py --config_path configs/quickstart.yaml
     python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume
@@ -80,9 +80,17 @@ from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
 from pi0.ript.memory import memory_use
-from pi0.ript.metrics import TensorBoard, append_line, cut_lines, flatten
+from pi0.ript.metrics import TensorBoard, append_line, flatten, write_lines
 from pi0.ript.optimizer import make_optimizer, make_schedule
-from pi0.ript.report import film_before_after, new_run_dir, newest_run, score, write_json, write_report
+from pi0.ript.report import (
+    film_before_after,
+    lock_run,
+    new_run_dir,
+    newest_run,
+    score,
+    write_json,
+    write_report,
+)
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
 from pi0.ript.training_state import TrainingState
@@ -302,14 +310,14 @@ def setup_run_logging(rank: int) -> list[_TeeIO]:
 
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
     """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
-    log = config.logging
-    for mode in dict.fromkeys([log.wandb_mode, "offline"]) if log.use_wandb else []:
+    logging = config.logging
+    for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
         try:
             run = wandb.init(
-                project=log.wandb_project,
-                entity=log.wandb_entity,
+                project=logging.wandb_project,
+                entity=logging.wandb_entity,
                 name=run_dir.name,
-                id=log.wandb_run_id,
+                id=logging.wandb_run_id,
                 resume="allow",
                 mode=mode,
                 dir=run_dir,
@@ -372,6 +380,7 @@ def load_checkpoint(
     for path, reason in damaged:
         print(f"passed over {path}: {reason}")
     if newest is None:
+        print(f"no checkpoint in {store.folder}: starting from the beginning")
         return False
     dealt = state.read(newest, rank, world_size, seed)
     print(f"going on from {newest}, {state.step} iterations done" + (f"; {dealt}" if dealt else ""))
@@ -386,7 +395,7 @@ def setup_signal_handlers(env_runner: LIBEROEnvRunner, watch: RankWatch | None) 
 
 
 def monitor_memory(history: list[dict]) -> None:
-    """Collect garbage, and warn each time the processes have grown by another half since the third step."""
+    """Collect garbage, and warn at each new high that is more than half above the size after the third step."""
     gc.collect()
     sizes = [row["memory"]["rss_mb"] + row["memory"]["workers_mb"] for row in history[2:]]
     if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
@@ -404,11 +413,10 @@ def cleanup_on_exit(store: CheckpointStore, rank: int, world_size: int) -> Itera
     try:
         yield held
     except Interrupted:
-        if "of_rank" in held:
-            newest, _ = store.newest_valid()
-            if newest != store.path(held["state"].step):
-                save_checkpoint(store, held["state"], held["of_rank"], rank, world_size, None)
-        newest, _ = store.newest_valid()
+        newest = on_rank_zero(store.newest_valid)[0]
+        if "of_rank" in held and newest != store.path(held["state"].step):
+            save_checkpoint(store, held["state"], held["of_rank"], rank, world_size, None)
+            newest = on_rank_zero(store.newest_valid)[0]
         print(f"stopped; --resume goes on from {newest or 'the start, since there is no checkpoint'}")
 
 
@@ -458,7 +466,7 @@ def update_policy(
     average: AveragedPolicy,
     batch: WeightedChunks,
     generator: torch.Generator,
-    interrupts: Interrupts,
+    interrupts: Interrupts | None,
 ) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
     algo, policy = config.algo, adapter.policy
@@ -492,11 +500,15 @@ def update_policy(
                     accumulated = 0
                     if bad_in_a_row >= config.training.max_bad_updates:
                         raise FloatingPointError(f"{bad} gradients in a row are not finite")
-                    interrupts.check_together()
+                    if interrupts is not None:
+                        interrupts.check_together()
     policy.eval()
-    loss = float(np.mean(gather(np.mean(losses))))
-    norm = float(np.mean(norms)) if norms else float("nan")
-    return {"loss": loss, "grad_norm": norm, "updates": len(norms), "bad_updates": bad}
+    if not norms:
+        raise FloatingPointError("no gradient of the iteration is finite")
+    if bad:
+        print(f"{bad} gradients were not finite and were left out")
+    loss = float(np.mean(gather(np.nanmean(losses))))
+    return {"loss": loss, "grad_norm": float(np.mean(norms)), "updates": len(norms), "bad_updates": bad}
 
 
 def evaluate_periodically(
@@ -520,7 +532,8 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
-    on_rank_zero(write_json, run_dir / "metrics.json", evaluations)
+    if problem := on_rank_zero(attempt, write_json, run_dir / "metrics.json", evaluations):
+        print(f"metrics.json not written: {problem}")
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
 
 
@@ -540,13 +553,15 @@ def train(
     for tee in tees:
         tee.log_to(run_dir / f"train_rank{rank}.log")
     print(f"log file {run_dir / f'train_rank{rank}.log'} created")
-    if resume and config.logging.wandb_run_id is None and (newest := store.newest_valid()[0]):
+    on_rank_zero(lock_run, run_dir)
+    on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
+    if resume and rank == 0 and config.logging.wandb_run_id is None and (newest := store.newest_valid()[0]):
         config.logging.wandb_run_id = store.facts(newest).get("wandb_run_id")
     run = init_wandb(config, run_dir) if rank == 0 else None
     board = TensorBoard(run_dir / "tensorboard")
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
-    with cleanup_on_exit(store, rank, world_size) as held, make_env_runner(config, policy) as env_runner:
+    with make_env_runner(config, policy) as env_runner, cleanup_on_exit(store, rank, world_size) as held:
         interrupts = setup_signal_handlers(env_runner, watch)
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         dataset = LiberoInitStateDataset(
@@ -597,7 +612,7 @@ def train(
         state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
         if resume and load_checkpoint(store, state, rank, world_size, seed):
             started -= state.facts["seconds"]
-            on_rank_zero(cut_lines, run_dir / "metrics.jsonl", state.step)
+        on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
         held |= {"state": state, "of_rank": state.of_rank()}
         state.facts |= {"wandb_run_id": run.id if run else None, "seconds": time.monotonic() - started}
         if "before" in state.facts:
@@ -605,11 +620,11 @@ def train(
         else:
             before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
             state.facts["before"] = before.to_dict()
-        on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
+        on_rank_zero(attempt, write_json, run_dir / "protocol.json", before.protocol)
         history, replay, evaluations = state.history, state.replay, state.evaluations
-        rollbacks = 0
+        rollbacks, diverged = 0, -1
         validation = None
-        if algo.use_val_init:
+        if algo.use_val_init and evaluation.periodic_episodes:
             validation = on_rank_zero(env_runner.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
             policy.config.cameras, config.task.image_size, policy.config.action_horizon
@@ -620,6 +635,7 @@ def train(
         while (step := state.step) < config.training.num_train_steps:
             step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
             collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
+            interrupts.check_together(collection.abandoned)
             sampler.record(collection)
             chunks = adapter.weigh(collection.episodes, collection.advantages)
             replay = (replay + [chunks])[-algo.replay_iterations :]
@@ -627,20 +643,31 @@ def train(
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             batch = WeightedChunks.cat([nothing, *usable])
             update_started = time.monotonic()
+            saved = on_rank_zero(store.path(step).exists)  # else the update is finished before a stop
             del held["of_rank"]  # from here to the end of the update there is nothing whole to save
             if largest(len(batch)):
                 try:
                     metrics |= update_policy(
-                        config, adapter, optimizer, average, batch, generator, interrupts
+                        config,
+                        adapter,
+                        optimizer,
+                        average,
+                        batch,
+                        generator,
+                        interrupts if saved else None,
                     )
                 except FloatingPointError as error:
-                    rollbacks += 1
+                    rollbacks = rollbacks + 1 if step <= diverged else 1
+                    diverged = max(diverged, step)
                     if rollbacks > config.training.max_rollbacks:
-                        raise InputError(f"step {step}: {error}, again and again; lower algo.lr") from error
+                        raise InputError(
+                            f"step {step}: {error}, again and again; start anew with a lower algo.lr"
+                        ) from error
                     print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
                     if not load_checkpoint(store, state, rank, world_size, seed):
                         raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
-                    generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * rollbacks)
+                    generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * rollbacks + 7_919 * diverged)
+                    on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
                     history, replay, evaluations = state.history, state.replay, state.evaluations
                     held["of_rank"] = state.of_rank()
                     continue
@@ -650,24 +677,26 @@ def train(
             memory = memory_use(env_runner.pool.processes)
             metrics |= {"lr": lr, "phases": phases, "memory": memory}
             history.append(metrics)
-            state.step, state.replay, rollbacks = step + 1, replay, 0
+            state.step, state.replay = step + 1, replay
             state.facts["seconds"] = time.monotonic() - started
             held["of_rank"] = state.of_rank()
-            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
             if problem := on_rank_zero(attempt, average.policy.save_pretrained, run_dir / "policy"):
                 print(f"step {step}: the policy is not saved: {problem}")
             monitor_memory(history)
             asked, interrupts.checkpoint_asked = interrupts.checkpoint_asked, False
-            if largest(int(asked or state.step % config.training.save_freq == 0)):
-                best = [entry["success_rate"] for entry in evaluations if entry["step"] == state.step]
-                best = best[0] if best and config.training.save_best else None
+            best = [entry["success_rate"] for entry in evaluations if entry["step"] == state.step]
+            best = best[0] if best and config.training.save_best else None
+            due = state.step % config.training.save_freq == 0 or state.step == config.training.num_train_steps
+            if largest(int(asked or due or best is not None)):
                 save_checkpoint(store, state, held["of_rank"], rank, world_size, best)
+            interrupts.check_together()
             learned = "nothing to learn from"
             if "loss" in metrics:
                 learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
             print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         trained = [metrics for metrics in history if metrics.get("updates")]
@@ -677,10 +706,13 @@ def train(
             "before": score(before),
             "after": score(after),
         }
-        on_rank_zero(write_json, run_dir / "final_training_results.json", final)
+        on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final)
         print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
-        if rank == 0:
-            write_report(run_dir, to_dict(config), before, after, history, seconds)
+        held.pop("of_rank")  # nothing is left to save; what follows is for rank 0 alone
+        if rank == 0 and (
+            problem := attempt(write_report, run_dir, to_dict(config), before, after, history, seconds)
+        ):
+            print(f"results not written: {problem}")
         if config.features.save_video and rank == 0:
             film_before_after(run_dir, env_runner, start, acting, before, after)
         if rank == 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class PI0Policy(nn.Module):
         stats = None
         if norm_stats_path or stats_file.is_file():
             stats = load_norm_stats(stats_file, config.robot_state_dim, config.robot_action_dim)
-        with torch.device("meta"):
+        with torch.device("meta"), _without_start_values():
             policy = cls(config, stats)
         shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
         weights = load_weights(path, shapes, device)
@@ -329,6 +330,23 @@ class PI0Policy(nn.Module):
                 "this policy has no normalisation statistics (no norm_stats.json in its checkpoint)"
             )
         return self.norm_stats
+
+
+@contextmanager
+def _without_start_values() -> Iterator[None]:
+    """Modules made meanwhile are not initialised: their weights come from a file.
+
+    On the meta device that would do nothing, and yet take over a second: PyTorch imports its symbolic shapes.
+    """
+    names = ("normal_", "trunc_normal_", "kaiming_uniform_", "uniform_", "zeros_", "ones_")
+    originals = {name: getattr(nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(nn.init, name, original)
 
 
 def pick_device(name: str) -> torch.device:

@@ -25,7 +25,8 @@ SCRIPT = REPO_ROOT / "12_train_with_dataset.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 SMALL = {
     "policy_path": str(CHECKPOINT),
-    "task": {"task_names_to_use": [8], "assets": "standins"},
+    # Solved in 82 to 141 steps: cut off in the middle, groups differ and episodes are short.
+    "task": {"task_names_to_use": [3], "assets": "standins", "max_episode_length": 105},
     "algo": {
         "rloo_batch_size": 4,
         "data_batch_size": 8,
@@ -164,7 +165,7 @@ def test_step_3_statistics_are_kept_by_state_and_grow_from_run_to_run(runs):
     history = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     tried = sum(row["rollouts"] + 4 * row["dropped_groups"] for row in history)
     assert sum(rollouts for visits in states.values() for _, rollouts in visits) == tried
-    assert all(re.fullmatch(r"libero_spatial/8/[0-9a-f]{16}", name) for name in states)
+    assert all(re.fullmatch(r"libero_spatial/3/[0-9a-f]{16}", name) for name in states)
     assert all(more[name][: len(visits)] == visits for name, visits in states.items())
     assert sum(map(len, more.values())) > sum(map(len, states.values()))
 
@@ -184,7 +185,7 @@ def test_step_4_groups_that_agree_are_dropped_and_said_so(runs):
 def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path):
     # Task 3 is solved most of the time; every state that is solved once is passed over.
     overrides = (
-        "task.task_names_to_use=[3]", "algo.rollout_skip_threshold=1", "algo.rloo_batch_size=2",
+        "task.max_episode_length=150", "algo.rollout_skip_threshold=1", "algo.rloo_batch_size=2",
         "algo.train_init_states=4", "evaluation.periodic_episodes=0",
     )  # fmt: skip
     output, run_dir = train(tmp_path, *overrides)

@@ -84,7 +84,8 @@ def runs(tmp_path_factory):
     config = {
         "policy_path": str(CHECKPOINT),
         "output_dir": str(folder),
-        "task": {"task_names_to_use": [8], "assets": "standins"},  # solved now and then: groups differ
+        # Solved in 82 to 141 steps: cut off in the middle, groups differ and episodes are short.
+        "task": {"task_names_to_use": [3], "assets": "standins", "max_episode_length": 105},
         "algo": {
             "rloo_batch_size": 4,
             "data_batch_size": 8,

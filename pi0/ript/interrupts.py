@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 from pi0.ript.distributed import RankWatch, largest
+
+REPEAT_S = 1.0  # a signal that comes sooner after the first is the same request
 
 
 class Interrupted(Exception):
@@ -16,8 +19,8 @@ class Interrupted(Exception):
 class Interrupts:
     """What this process, or any rank of the run, was asked for.
 
-    SIGINT or SIGTERM asks to stop; the same one again ends the process at once. (One of each is one request: a
-    terminal's Ctrl+C reaches a rank as SIGINT, and as SIGTERM from its launcher.) SIGUSR1 asks for a checkpoint.
+    SIGINT or SIGTERM asks to stop; one more, a second or longer after the first, ends the process at once. (What
+    comes within the second is the same request: a launcher passes it on, too.) SIGUSR1 asks for a checkpoint.
 
     Args:
         watch: through which ranks hear of each other's requests, None in a single process.
@@ -25,7 +28,7 @@ class Interrupts:
 
     def __init__(self, watch: RankWatch | None = None):
         self._watch = watch
-        self._seen: set[int] = set()
+        self._asked_at: float | None = None
         self.checkpoint_asked = False
 
     def install(self) -> None:
@@ -38,8 +41,8 @@ class Interrupts:
     def stop_asked(self) -> bool:
         """Whether this rank knows of a request to stop."""
         if self._watch is None:
-            return bool(self._seen)
-        if self._seen:
+            return self._asked_at is not None
+        if self._asked_at is not None:
             self._watch.ask_to_stop()
         return self._watch.stop_asked
 
@@ -54,12 +57,15 @@ class Interrupts:
             raise Interrupted
 
     def _stop(self, number: int, _: FrameType | None) -> None:
-        if number in self._seen:
-            os._exit(128 + number)  # rollout workers end when their pipes close
-        self._seen.add(number)
+        now = time.monotonic()
+        if self._asked_at is not None:
+            if now - self._asked_at >= REPEAT_S:
+                os._exit(128 + number)  # rollout workers end when their pipes close
+            return
+        self._asked_at = now
         name = signal.Signals(number).name
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{name}: stopping after a checkpoint; the same again stops at once\n".encode())
+        os.write(2, f"\n{name}: stopping after a checkpoint; once more stops at once\n".encode())
 
     def _checkpoint(self, _number: int, _: FrameType | None) -> None:
         self.checkpoint_asked = True

@@ -5,11 +5,10 @@ docs/metrics.md lists every metric with its unit.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,10 @@ def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
         file.write(json.dumps(metrics) + "\n")
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Take out what a run wrote of `step` and later ones, which a resumed run makes again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # cut off by a kill
-            if json.loads(line)["step"] < step:
-                kept.append(line)
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Make a JSON-lines file hold these rows, whole or not at all: what a resumed run has behind it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import textwrap
@@ -29,6 +31,16 @@ VIDEO_EVERY = 4  # control steps from one frame to the next
 VIDEO_FPS = 10  # twice real time
 
 
+# Keys, by how they begin, that a resumed run cannot change: optimizer and schedule, what is practised, what scores
+# are compared with.
+DECIDED_AT_START = (
+    "policy_path", "task.benchmark_name", "task.task_name", "task.assets", "task.fixtures", "task.max_episode_length",
+    "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
+    "algo.train_init_states", "training.num_train_steps", "training.seed", "training.optimizer",
+    "evaluation.episodes", "evaluation.seed",
+)  # fmt: skip
+
+
 class OutputError(InputError):
     """A run's folder cannot be written."""
 
@@ -48,17 +60,44 @@ def newest_run(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     """The newest of `output_dir/name-DATE-TIME` with a checkpoint folder; says where its configuration differed.
 
     Raises:
-        OutputError: there is none.
+        OutputError: there is none, or its configuration differed in what the run was built on.
     """
-    runs = sorted(path.parent for path in Path(output_dir).glob(f"{name}-*-*/checkpoints"))
+    runs = sorted(
+        path.parent
+        for path in Path(output_dir).glob(f"{name}-*-*/checkpoints")
+        if re.fullmatch(re.escape(name) + r"-\d{8}-\d{6}", path.parent.name)
+    )
     if not runs:
         raise OutputError(
             f"nothing to resume: no {name}-DATE-TIME/checkpoints in {output_dir}; start without --resume"
         )
     earlier = yaml.safe_load((runs[-1] / "config.yaml").read_text())
-    for key, was, now in _differences(earlier, config):
+    differences = _differences(earlier, config)
+    if fixed := [difference for difference in differences if difference[0].startswith(DECIDED_AT_START)]:
+        changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in fixed)
+        raise OutputError(
+            f"{runs[-1]} cannot go on with other settings ({changes}); set them back, or start a new run with "
+            f"policy_path = {runs[-1] / 'policy'}"
+        )
+    for key, was, now in differences:
         print(f"resuming with {key} = {now!r}, which was {was!r}")
     return runs[-1]
+
+
+def lock_run(run_dir: Path) -> None:
+    """Keep other processes from writing to a run's folder for as long as this one lives.
+
+    Raises:
+        OutputError: one already does.
+    """
+    lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # open until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise OutputError(
+            f"another process writes to {run_dir}; stop it first, or choose another exp_name"
+        ) from error
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -168,10 +207,10 @@ def write_report(
         },
         "history": history,
     }
+    print(results_table(results))
     write_json(run_dir / "results.json", results)
     plot_learning_curve(run_dir / "learning_curve.png", results)
     written.append("learning_curve.png")
-    print(results_table(results))
     print("\n".join(f"  {run_dir / name}" for name in written))
 
 

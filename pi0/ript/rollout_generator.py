@@ -16,6 +16,7 @@ from pi0.ript.env.episodes import Episode, Rollout
 from pi0.ript.env.init_states import InitStatePool
 from pi0.ript.env.pool import Phases, Policy
 from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
+from pi0.ript.interrupts import Interrupted
 from pi0.ript.rewards import BinarySuccessReward
 
 # A place to start an episode: a pool of initial states and an index into it.
@@ -59,6 +60,7 @@ class Collection:
         failures: rollouts whose simulation broke, one line each; their groups are not used.
         lost_workers: workers that died or hung, one line each; their rollouts were run again.
         phases: where `seconds` of wall time went.
+        abandoned: the run was asked to stop in the middle; what there is is not whole.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Collection:
     seconds: float = 0.0
     lost_workers: list[str] = field(default_factory=list)
     phases: Phases = field(default_factory=Phases)
+    abandoned: bool = False
 
     @property
     def episodes(self) -> list[Episode]:
@@ -229,8 +232,14 @@ class RolloutGenerator:
         tried, limit = 0, self.max_groups
         while len(collection.groups) < self.num_groups and tried < limit:
             wanted = min(self.num_groups - len(collection.groups), limit - tried)
-            for episodes in self._run_groups(policy, step, tried, wanted, record):
-                self._add(collection, episodes)
+            try:
+                for episodes in self._run_groups(policy, step, tried, wanted, record):
+                    self._add(collection, episodes)
+            except (
+                Interrupted
+            ):  # other ranks may wait for this one: whoever called decides together with them
+                collection.abandoned = True
+                break
             collection.phases += self.env_runner.pool.phases
             tried += wanted
             if time.monotonic() - start > self.time_limit_s:

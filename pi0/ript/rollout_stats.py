@@ -103,9 +103,12 @@ class RolloutStats:
         """Go on from one `state_dict()`, or from those of several ranks, which visited different states."""
         self.history, self._unwritten, self._solved_in_a_row = {}, {}, {}
         for state in states:
-            self.history |= state["history"]
-            self._unwritten |= state["unwritten"]
-            self._solved_in_a_row |= state["solved_in_a_row"]
+            for name, visits in state["history"].items():
+                if len(visits) > len(self.history.get(name, [])):  # whoever visited it knows most
+                    self.history[name] = visits
+                    self._solved_in_a_row[name] = state["solved_in_a_row"].get(name, 0)
+        if len(states) == 1:  # several ranks' visits are written when a checkpoint is made
+            self._unwritten = states[0]["unwritten"]
 
     def _count(self, name: str, visit: Visit) -> None:
         successes, rollouts = visit

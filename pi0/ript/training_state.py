@@ -10,6 +10,7 @@ rank0.pt ...          of each rank: random states, sampler position, statistics,
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class TrainingState:
         run = json.loads((folder / "run.json").read_text())
         self.step, self.history = run["step"], run["history"]
         self.evaluations, self.facts = run["evaluations"], run["facts"]
-        averaged = PI0Policy.from_pretrained(folder / "policy", self.average.policy.device)
+        averaged = PI0Policy.from_pretrained(folder / "policy")
         self.average.policy.network.load_state_dict(averaged.network.state_dict())
         self.policy.network.load_state_dict(load_file(folder / "training.safetensors"))
         states = load_state(folder / "optimizer.pt")
@@ -118,7 +119,9 @@ class TrainingState:
         self.sampler.load_state_dict([other["sampler"] for other in everybody])
         self.generator.manual_seed(seed + 1_000_003 * rank + 7_919 * self.step)
         share = [other["replay"] for number, other in enumerate(everybody) if number % world_size == rank]
-        self.replay = [_joined(parts) for parts in zip(*share, strict=True)]
+        # From the newest back: a rank that has joined later has fewer.
+        newest_first = itertools.zip_longest(*(replay[::-1] for replay in share))
+        self.replay = [_joined(parts) for parts in newest_first][::-1]
         return (
             f"written by {run['world_size']} processes, read by {world_size}: states, statistics and replayed "
             "chunks are dealt anew, random streams start from the seed and the step"
