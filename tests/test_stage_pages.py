@@ -486,7 +486,7 @@ def pool(task: Task, size: int) -> InitStatePool:
 def collected(*outcomes: tuple[int, bool]) -> Collection:
     """A group of rollouts: (initial state, success) each."""
     episodes = [make_episode(success, [10], 0, index=index) for index, success in outcomes]
-    return Collection(groups=[Group(episodes, [0.0] * len(episodes))])
+    return Collection(groups=[Group(episodes, [0.0] * len(episodes))], tried=episodes)
 
 
 def test_the_settings_of_the_first_stage_are_valid(stage_08):
