@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 import wandb
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
@@ -93,6 +94,7 @@ from pi0.ript.report import (
 )
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
+from pi0.ript.sharding import shard, whole
 from pi0.ript.training_state import TrainingState
 from pi0.stats import format_rate
 
@@ -438,6 +440,16 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
+def share_among_ranks(config: Config, policy: PI0Policy) -> nn.Module:
+    """What is called for the loss: the policy with a copy (DDP) or a part (FSDP2) of it on each rank, or alone."""
+    if config.training.gradient_checkpointing:
+        policy.network.checkpoint_gradients()
+    if config.training.use_fsdp:
+        return shard(policy)
+    device_ids = [policy.device] if policy.device.type == "cuda" else None
+    return DistributedDataParallel(policy, device_ids) if dist.is_initialized() else policy
+
+
 def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
     """Environments as configured, for what the policy sees and does."""
     task = config.task
@@ -483,12 +495,14 @@ def update_policy(
                 adapter.model.require_backward_grad_sync = (
                     complete  # gradients meet once in an optimizer step
                 )
+                if isinstance(adapter.model, FSDPModule):
+                    adapter.model.set_requires_gradient_sync(complete)
                 losses.append(
                     adapter.accumulate_gradient(minibatch, generator, algo.gradient_accumulation_steps)
                 )
                 bar.update(1, f"loss {losses[-1]:.4f}")
                 if complete:
-                    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
+                    norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip))
                     if torch.isfinite(norm):  # the same on all ranks, whichever had a loss that is not
                         norms.append(norm.item())
                         optimizer.step()
@@ -544,8 +558,8 @@ def train(
     set_seed(config.training.seed)
     algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
-    device_ids = [policy.device] if policy.device.type == "cuda" else None
-    model = DistributedDataParallel(policy, device_ids) if dist.is_initialized() else policy
+    start, average = ActingPolicy(copy.deepcopy(policy)), AveragedPolicy(policy, algo.ema_decay)
+    model = share_among_ranks(config, policy)
     make_dir = newest_run if resume else new_run_dir
     run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))
     store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
@@ -604,11 +618,9 @@ def train(
         schedule = make_schedule(
             optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
         )
-        average = AveragedPolicy(policy, algo.ema_decay)
         acting = ActingPolicy(average.policy, weight)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
         evaluation = config.evaluation
-        start = ActingPolicy(copy.deepcopy(policy))
         state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
         if resume and load_checkpoint(store, state, rank, world_size, seed):
             started -= state.facts["seconds"]
@@ -736,6 +748,10 @@ def validate_config(config: Config) -> None:
     if not Path(config.policy_path).is_dir():
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
     check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
+    if config.training.use_fsdp and not dist.is_initialized():
+        raise ConfigError(
+            "training.use_fsdp = true cuts the policy over ranks: start the script with torchrun"
+        )
     print("configuration validated")
 
 

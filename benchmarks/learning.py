@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from pi0.stats import format_rate
 
-SCRIPT = "09_train_with_config.py"
+SCRIPT = "13_train_production_ready.py"
 CONFIG = "configs/quickstart.yaml"
 CHECKPOINT = "checkpoints/pi0_tiny_libero_spatial"
 OVERRIDES: dict[str, list[str]] = {

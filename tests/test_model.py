@@ -242,6 +242,30 @@ def test_every_trained_parameter_gets_a_gradient():
         assert without == []
 
 
+def test_checkpointed_gradients_are_the_same_and_keep_less():
+    config = small_config()
+    gradients, kept = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        policy = PI0Policy(config)
+        if checkpointed:
+            policy.network.checkpoint_gradients()
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, saved=saved) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = policy.forward(**random_inputs(config, 2), **random_actions(config, 2)).mean()
+        kept.append(sum(saved.values()))
+        loss.backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 def test_unused_weights_change_nothing():
     config = small_config()
     torch.manual_seed(0)

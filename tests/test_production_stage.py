@@ -118,6 +118,22 @@ def straight(tmp_path_factory):
     return folder, output
 
 
+@pytest.fixture(scope="module")
+def straight_of_two(tmp_path_factory):
+    """The same of two processes."""
+    folder = tmp_path_factory.mktemp("straight_of_two")
+    finish(start(folder, processes=2))
+    return folder
+
+
+def kill_after_a_step(folder: Path, *arguments: str) -> None:
+    """Start a run of two processes, and kill both after their first step."""
+    process = start(folder, *arguments, processes=2, process_group=0)
+    wait_until(lambda: 1 in steps_saved(folder), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def assert_same(folder: Path, straight: Path, except_stats: bool = False) -> None:
     ours, theirs = outcome(folder), outcome(straight)
     for name in theirs.keys() - ({"stats"} if except_stats else set()):
@@ -138,14 +154,10 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, tmp_path):
     assert_same(tmp_path, straight[0], except_stats=True)
 
 
-def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(tmp_path):
-    finish(start(tmp_path / "straight", processes=2))
-    process = start(tmp_path / "killed", processes=2, process_group=0)
-    wait_until(lambda: 1 in steps_saved(tmp_path / "killed"), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    finish(start(tmp_path / "killed", "--resume", processes=2))
-    assert_same(tmp_path / "killed", tmp_path / "straight", except_stats=True)
+def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
+    kill_after_a_step(tmp_path)
+    finish(start(tmp_path, "--resume", processes=2))
+    assert_same(tmp_path, straight_of_two, except_stats=True)
 
 
 def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(straight, tmp_path):
@@ -226,6 +238,49 @@ def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
     saved = PI0Policy.from_pretrained(run_of(folder) / "policy").network.state_dict()
     assert all(torch.equal(ours[name], saved[name]) for name in saved)
     assert len(steps_saved(folder)) in (2, 3)  # the newest two, and the best where it is older
+
+
+# Large policies ----------------------------------------------------------------------------------------
+
+
+def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, tmp_path):
+    fsdp = ["--override", "training.use_fsdp=true"]
+    kill_after_a_step(tmp_path, *fsdp)
+    output = finish(start(tmp_path, "--resume", *fsdp, processes=2))
+    assert "1 iterations done" in output or "2 iterations done" in output
+    ours, theirs = outcome(tmp_path), outcome(straight_of_two)
+    assert ours["after"] == theirs["after"]
+    for mine, other in zip(ours["rows"], theirs["rows"], strict=True):
+        assert mine["successes"] == other["successes"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
+    other, _ = CheckpointStore(run_of(straight_of_two) / "checkpoints", 2).newest_valid()
+    trained, copied = (load_file(path / "training.safetensors") for path in (newest, other))
+    assert all(torch.allclose(trained[name], copied[name], atol=1e-5) for name in copied)
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"), [("gradient_checkpointing", 0.0), ("use_mixed_precision", 0.02)]
+)
+def test_checkpointed_gradients_and_bfloat16_train_on_two_processes(
+    straight_of_two, tmp_path, setting, tolerance
+):
+    overrides = [f"training.{setting}=true", "training.num_train_steps=1", "evaluation.periodic_episodes=0"]
+    finish(start(tmp_path, "--override", *overrides, processes=2))
+    mine = json.loads((run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()[0])
+    other = outcome(straight_of_two)["rows"][0]
+    assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance, abs=0)
+    assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance, abs=0)
+    assert (mine["loss"] == other["loss"]) == (tolerance == 0)
+
+
+def test_shards_need_ranks(tmp_path):
+    output, _ = (process := start(tmp_path, "--override", "training.use_fsdp=true")).communicate(timeout=60)
+    assert process.returncode == 1
+    assert (
+        "error: training.use_fsdp = true cuts the policy over ranks: start the script with torchrun" in output
+    )
 
 
 # Signals -----------------------------------------------------------------------------------------------

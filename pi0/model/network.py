@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pi0.model import cpu_math
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
@@ -78,6 +80,16 @@ class Pi0Network(nn.Module):
         weight = torch.zeros(3, config.action_expert.width, device=self.state_proj.weight.device)
         self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
 
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, which hold most of the parameters and run one after another."""
+        vision = self.vision.encoder["layers"] if isinstance(self.vision, SiglipTower) else []
+        return [*vision, *self.gemma.layers, *self.expert.layers]
+
+    def checkpoint_gradients(self) -> None:
+        """From now on keep only the inputs of each block for the backward pass, which runs the block again."""
+        for block in self.blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
     def unused_parameters(self) -> list[nn.Parameter]:
         """Published weights that no output depends on: after its last keys and values the prefix is done."""
         last = self.gemma.layers[-1]
@@ -131,12 +143,10 @@ class Pi0Network(nn.Module):
         mask = _additive_mask(valid[:, None, None, :], x.dtype)
         keys, values = [], []
         for layer in self.gemma.layers:
-            h = layer.input_layernorm(x)
-            k, v = layer.keys_values(h, rope)
+            last = layer is self.gemma.layers[-1]
+            x, k, v = layer(x, rope, None if last else mask)
             keys.append(k)
             values.append(v)
-            if layer is not self.gemma.layers[-1]:
-                x = layer(x, layer.queries(h, rope), k, v, mask)
         return PrefixCache(keys, values, valid)
 
     def velocity(
@@ -167,11 +177,8 @@ class Pi0Network(nn.Module):
         positions = prefix.length[:, None] + F.pad(steps, (1, 0))  # every chunk follows the state
         rope = rotary_angles(positions, self.config.gemma.head_dim)
         mask = self._suffix_mask(prefix.valid, samples, x.dtype)
-        for layer, prefix_k, prefix_v in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
-            h = layer.input_layernorm(x)
-            k, v = layer.keys_values(h, rope)
-            k, v = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)
-            x = layer(x, layer.queries(h, rope), k, v, mask)
+        for layer, *before in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
+            x, _, _ = layer(x, rope, mask, *before)
         x = self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
         return self.action_out_proj(x).unflatten(1, (samples, -1)).transpose(0, 1).flatten(0, 1)
 
@@ -215,7 +222,7 @@ class Gemma(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """One layer; keys and values come in from outside, as those of the other expert belong to them."""
+    """One layer; its attention also sees keys and values from outside, those of the other expert."""
 
     def __init__(self, dims: GemmaDims):
         super().__init__()
@@ -238,24 +245,40 @@ class GemmaLayer(nn.Module):
             }
         )
 
-    def queries(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Of normalised tokens [N, T, width]: [N, heads, T, head_dim]."""
-        return rotate(self._heads("q_proj", h), rope)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        keys_before: Tensor | None = None,
+        values_before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens through attention and MLP.
 
-    def keys_values(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of normalised tokens [N, T, width]: [N, kv_heads, T, head_dim] each."""
-        return rotate(self._heads("k_proj", h), rope), self._heads("v_proj", h)
+        Args:
+            x: [N, T, width].
+            rope: of the tokens' positions.
+            mask: additive [N, 1, T, P + T]; None where nobody needs the tokens, only their keys and values.
+            keys_before, values_before: of the tokens that come before, [N, kv_heads, P, head_dim].
 
-    def _heads(self, name: str, h: Tensor) -> Tensor:
-        return self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Tokens [N, T, width] through attention to keys and values and through the MLP."""
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        Returns:
+            Tokens [N, T, width], `x` itself without a mask; their own keys and values, [N, kv_heads, T, head_dim].
+        """
+        h = self.input_layernorm(x)
+        k, v = rotate(self._heads("k_proj", h), rope), self._heads("v_proj", h)
+        if mask is None:
+            return x, k, v
+        q = rotate(self._heads("q_proj", h), rope)
+        seen_k = k if keys_before is None else torch.cat([keys_before, k], 2)
+        seen_v = v if values_before is None else torch.cat([values_before, v], 2)
+        attended = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=True)
         x = x + self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2))
         h = self.post_attention_layernorm(x)
         h = F.gelu(self.mlp["gate_proj"](h), approximate="tanh") * self.mlp["up_proj"](h)
-        return x + self.mlp["down_proj"](h)
+        return x + self.mlp["down_proj"](h), k, v
+
+    def _heads(self, name: str, h: Tensor) -> Tensor:
+        return self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pi0 import PI0Policy
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
-from pi0.ript.distributed import mean_over_ranks
+from pi0.ript.distributed import mean_over_ranks, rank_and_world_size
 from pi0.ript.env.episodes import Episode
 
 MODES = ("weighted", "guidance")
@@ -190,7 +190,7 @@ class PI0_CFG_Adapter:
                 )
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                if not short or self.model is not self.policy or self.passes >= len(batch):
+                if not short or rank_and_world_size()[1] > 1 or self.passes >= len(batch):
                     raise
             self.policy.zero_grad(set_to_none=True)
             self.passes *= 2

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -21,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# Of 1x1 convolutions, whose few numbers are then copied.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from pi0 import PI0Policy
+from pi0.ript.sharding import whole
 
 
 class AveragedPolicy:
     """Exponential moving average of a policy (Polyak and Juditsky 1992).
 
     Args:
-        policy: the policy in training.
+        policy: the policy in training, whole; it may be sharded afterwards, the average stays whole.
         decay: share of the average kept at each update, 0 to 1; 0 follows the policy itself.
     """
 
@@ -24,6 +26,10 @@ class AveragedPolicy:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the policy; to be called after each optimizer step."""
-        averages, weights = list(self.policy.parameters()), list(self._trained.parameters())
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
+        """Move the average towards the policy; to be called after each optimizer step, by all ranks."""
+        pairs = list(zip(self.policy.parameters(), self._trained.parameters(), strict=True))
+        if isinstance(pairs[0][1], DTensor):
+            for average, weight in pairs:  # one after another: only one is whole at a time
+                average.lerp_(whole(weight), 1.0 - self.decay)
+        else:
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1.0 - self.decay)

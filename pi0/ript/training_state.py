@@ -26,6 +26,7 @@ from pi0.ript.checkpoint_store import load_state, save_state
 from pi0.ript.ema import AveragedPolicy
 from pi0.ript.random_state import random_states, restore_random_states
 from pi0.ript.report import write_json
+from pi0.ript.sharding import load_optimizer, load_weights, whole
 
 
 class Sampler(Protocol):
@@ -79,12 +80,13 @@ class TrainingState:
         Raises:
             CheckpointError, OSError: the disk refuses.
         """
+        weights, optimizer = whole(self.policy.network.state_dict()), whole(self.optimizer.state_dict())
         save_state(folder / f"rank{rank}.pt", of_rank)
         if rank > 0:
             return
         self.average.policy.save_pretrained(folder / "policy")
-        write_tensors(folder / "training.safetensors", self.policy.network.state_dict())
-        states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        write_tensors(folder / "training.safetensors", weights)
+        states = {"optimizer": optimizer, "schedule": self.schedule.state_dict()}
         save_state(folder / "optimizer.pt", states)
         run = {name: getattr(self, name) for name in ("step", "history", "evaluations", "facts")}
         write_json(folder / "run.json", {**run, "world_size": world_size})
@@ -102,9 +104,9 @@ class TrainingState:
         self.evaluations, self.facts = run["evaluations"], run["facts"]
         averaged = PI0Policy.from_pretrained(folder / "policy")
         self.average.policy.network.load_state_dict(averaged.network.state_dict())
-        self.policy.network.load_state_dict(load_file(folder / "training.safetensors"))
+        load_weights(self.policy.network, load_file(folder / "training.safetensors"))
         states = load_state(folder / "optimizer.pt")
-        self.optimizer.load_state_dict(states["optimizer"])
+        load_optimizer(self.optimizer, states["optimizer"])
         self.schedule.load_state_dict(states["schedule"])
         if run["world_size"] == world_size:
             own = load_state(folder / f"rank{rank}.pt")

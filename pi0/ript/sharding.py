@@ -1,0 +1,64 @@
+"""FSDP2: a policy whose weights, gradients and optimizer state are cut over the ranks (Zhao et al. 2023).
+
+For a policy that does not fit one GPU together with its gradients and its optimizer state. Each transformer block is
+put together just before it runs. What is written to checkpoints is whole, so that any number of ranks, with shards
+or without, can go on from it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from pi0 import PI0Policy
+
+T = TypeVar("T")
+
+
+def shard(policy: PI0Policy) -> PI0Policy:
+    """Cut the policy's weights over all ranks, in place; needs ranks (torchrun)."""
+    mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
+    for block in policy.network.blocks():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(policy, mesh=mesh)
+
+
+def whole(tree: T) -> T:
+    """The same tensor, or nest of dictionaries and lists, with every shard made whole.
+
+    To be called by all ranks together where there are shards.
+    """
+    return tree_map_only(DTensor, DTensor.full_tensor, tree)
+
+
+def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut as `example` is; the tensor itself where that is whole."""
+    if not isinstance(example, DTensor):
+        return tensor
+    # Every rank has the same whole tensor: nothing needs to be sent.
+    tensor = tensor.to(example.device)
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """`module.load_state_dict` of whole tensors, the module being sharded or not."""
+    own = module.state_dict()
+    module.load_state_dict(
+        {name: cut_like(t, own[name]) if name in own else t for name, t in weights.items()}
+    )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """`optimizer.load_state_dict` of whole tensors, its parameters being sharded or not."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:  # not the count of steps
+                values[name] = cut_like(value, parameter)
