@@ -85,10 +85,10 @@ from pi0.ript.metrics import TensorBoard, append_line, flatten, write_lines
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
     film_before_after,
-    lock_run,
     new_run_dir,
     newest_run,
     score,
+    take_run,
     write_json,
     write_report,
 )
@@ -567,7 +567,7 @@ def train(
     for tee in tees:
         tee.log_to(run_dir / f"train_rank{rank}.log")
     print(f"log file {run_dir / f'train_rank{rank}.log'} created")
-    on_rank_zero(lock_run, run_dir)
+    on_rank_zero(take_run, run_dir, to_dict(config))
     on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
     if resume and rank == 0 and config.logging.wandb_run_id is None and (newest := store.newest_valid()[0]):
         config.logging.wandb_run_id = store.facts(newest).get("wandb_run_id")

@@ -23,7 +23,7 @@ from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 from pi0.ript.checkpoint_store import CheckpointStore
-from pi0.ript.report import OutputError, lock_run, newest_run
+from pi0.ript.report import OutputError, newest_run, take_run
 
 SCRIPT = "13_train_production_ready.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -215,7 +215,7 @@ def test_what_a_run_was_built_on_cannot_change_and_what_it_was_not_can(tmp_path,
 
 
 def test_two_processes_cannot_write_to_one_run(tmp_path):
-    code = "import sys; from pathlib import Path; from pi0.ript.report import lock_run; lock_run(Path(sys.argv[1])); input()"
+    code = "import sys; from pathlib import Path; from pi0.ript.report import take_run; take_run(Path(sys.argv[1]), {}); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=REPO_ROOT, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
@@ -223,10 +223,11 @@ def test_two_processes_cannot_write_to_one_run(tmp_path):
     wait_until(lambda: (tmp_path / ".lock").exists(), holder)
     time.sleep(0.2)
     with pytest.raises(OutputError, match="another process writes to"):
-        lock_run(tmp_path)
+        take_run(tmp_path, {})
     holder.kill()
     holder.wait()
-    lock_run(tmp_path)
+    take_run(tmp_path, {"algo": {"num_epochs": 3}})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"algo": {"num_epochs": 3}}
 
 
 def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
@@ -316,6 +317,38 @@ def test_two_processes_stop_together_when_one_is_asked(tmp_path):
     output = finish(process, timeout=30)
     assert time.monotonic() - asked < 30
     assert "stopped; --resume goes on from" in output
+
+
+WAITS_IN_A_COLLECTIVE = """
+import datetime, torch.distributed as dist
+from pi0.ript.interrupts import Interrupts
+interrupts = Interrupts()
+interrupts.install()
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print("waiting", flush=True)
+try:
+    store.wait(["what nobody sets"], datetime.timedelta(seconds=20))
+except dist.DistError:
+    print("stop asked:", interrupts.stop_asked)
+"""
+
+
+def test_a_signal_is_heard_while_python_waits_for_others():
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS_IN_A_COLLECTIVE],
+        cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == "waiting\n"
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith("SIGTERM: stopping after a checkpoint")
+    assert time.monotonic() - asked < 2
+    time.sleep(1.1)  # sooner it would be the same request
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_the_same_signal_again_stops_at_once(tmp_path):

@@ -48,12 +48,20 @@ def gather(value: T) -> list[T]:
 
 
 def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` as rank 0 works it out; the others only learn the result."""
+    """`function(*arguments)` as rank 0 works it out; the others only learn the result, or what it raised."""
     rank, world_size = rank_and_world_size()
-    values = [function(*arguments) if rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(values)
-    return values[0]  # type: ignore[return-value]
+    if world_size == 1:
+        return function(*arguments)
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except Exception as error:  # noqa: BLE001  raised below, on every rank
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

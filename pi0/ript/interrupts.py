@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
-from types import FrameType
 
 from pi0.ript.distributed import RankWatch, largest
 
@@ -32,19 +33,23 @@ class Interrupts:
         self.checkpoint_asked = False
 
     def install(self) -> None:
-        """Handle the signals from now on."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-        signal.signal(signal.SIGUSR1, self._checkpoint)
+        """Hear the signals from now on.
+
+        In a thread: Python runs handlers between two of its own instructions, and the main thread may be waiting in a
+        collective for ranks that would go on for long because nobody tells them.
+        """
+        heard, told = socket.socketpair()
+        told.setblocking(False)
+        signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)  # so that it is told and does nothing else
+        # The thread holds both ends, which would otherwise close with this call.
+        threading.Thread(target=self._hear, args=(heard, told), name="signals", daemon=True).start()
 
     @property
     def stop_asked(self) -> bool:
         """Whether this rank knows of a request to stop."""
-        if self._watch is None:
-            return self._asked_at is not None
-        if self._asked_at is not None:
-            self._watch.ask_to_stop()
-        return self._watch.stop_asked
+        return self._asked_at is not None or (self._watch is not None and self._watch.stop_asked)
 
     def check(self) -> None:
         """Raise `Interrupted` where the run was asked to stop; for places without collectives."""
@@ -56,7 +61,14 @@ class Interrupts:
         if largest(int(abandoned or self.stop_asked)):
             raise Interrupted
 
-    def _stop(self, number: int, _: FrameType | None) -> None:
+    def _hear(self, heard: socket.socket, _told: socket.socket) -> None:
+        while numbers := heard.recv(1):
+            if numbers[0] == signal.SIGUSR1:
+                self.checkpoint_asked = True
+            elif numbers[0] in (signal.SIGINT, signal.SIGTERM):
+                self._stop(numbers[0])
+
+    def _stop(self, number: int) -> None:
         now = time.monotonic()
         if self._asked_at is not None:
             if now - self._asked_at >= REPEAT_S:
@@ -64,8 +76,6 @@ class Interrupts:
             return
         self._asked_at = now
         name = signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
         os.write(2, f"\n{name}: stopping after a checkpoint; once more stops at once\n".encode())
-
-    def _checkpoint(self, _number: int, _: FrameType | None) -> None:
-        self.checkpoint_asked = True
+        if self._watch is not None:
+            self._watch.ask_to_stop()

@@ -84,8 +84,8 @@ def newest_run(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     return runs[-1]
 
 
-def lock_run(run_dir: Path) -> None:
-    """Keep other processes from writing to a run's folder for as long as this one lives.
+def take_run(run_dir: Path, config: dict[str, Any]) -> None:
+    """Keep other processes from writing to a run's folder for as long as this one lives; note what it runs with.
 
     Raises:
         OutputError: one already does.
@@ -98,6 +98,7 @@ def lock_run(run_dir: Path) -> None:
         raise OutputError(
             f"another process writes to {run_dir}; stop it first, or choose another exp_name"
         ) from error
+    _write_whole(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -128,8 +129,15 @@ def writable_dir(path: str | Path) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
+    _write_whole(path, json.dumps(content, indent=1))
+
+
+def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the name with nothing behind it
     os.replace(temporary, path)
 
 

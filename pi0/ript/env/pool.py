@@ -32,6 +32,7 @@ from pi0.ript.env.worker import Progress, SharedArrays, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
+CHECK_S = 1.0  # longest time from one call of `RolloutPool.check` to the next
 ATTEMPTS = 3  # times a rollout is given to a worker before it counts as failed
 
 
@@ -158,12 +159,20 @@ class RolloutPool:
         spec: what each worker is made from.
         workers: number of processes; None for `usable_cores`.
         limit_s: seconds after which a worker that has not answered is taken for hung.
+        check: called every second or sooner while workers are waited for; what it raises ends `run` or `call`.
     """
 
-    def __init__(self, spec: WorkerSpec, workers: int | None = None, limit_s: float = 180.0):
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        workers: int | None = None,
+        limit_s: float = 180.0,
+        check: Callable[[], None] = lambda: None,
+    ):
         gl.select_backend()
         self.spec = spec
         self.limit_s = limit_s
+        self.check = check
         self.losses: list[Loss] = []
         self.phases = Phases()
         self._workers = [_Process(spec, number) for number in range(workers or usable_cores())]
@@ -195,6 +204,7 @@ class RolloutPool:
             for worker in self._workers:
                 self._refill(worker, running[worker.number], waiting, [], slots_used)
             while any(running.values()):
+                self.check()
                 started = time.perf_counter()
                 for worker, answers in self._answers(running):
                     waited += time.perf_counter() - started
@@ -246,21 +256,33 @@ class RolloutPool:
             if waiting:
                 busy[worker.number], arguments = waiting.popleft()
                 worker.send("call", (function, *arguments), 20 * self.limit_s)
-        while busy:
-            ready = wait([worker.connection for worker in self._workers if worker.number in busy])
-            for worker in [worker for worker in self._workers if worker.connection in ready]:
-                index = busy.pop(worker.number)
-                try:
-                    result = worker.receive()
-                except EOFError:
+        try:
+            while busy:
+                self.check()
+                waited_for = [worker for worker in self._workers if worker.number in busy]
+                ready = wait([worker.connection for worker in waited_for], CHECK_S)
+                for worker in waited_for:
+                    if worker.connection not in ready:
+                        if time.monotonic() >= worker.deadline:
+                            raise WorkerError(f"worker {worker.number} hung while it ran {function.__name__}")
+                        continue
+                    try:
+                        result = worker.receive()
+                    except EOFError:
+                        raise WorkerError(
+                            f"worker {worker.number} ended while it ran {function.__name__}"
+                        ) from None
+                    except WorkerError:
+                        del busy[worker.number]
+                        raise
+                    yield busy.pop(worker.number), result
+                    if waiting:
+                        busy[worker.number], arguments = waiting.popleft()
+                        worker.send("call", (function, *arguments), 20 * self.limit_s)
+        finally:
+            for worker in self._workers:
+                if worker.number in busy:  # lost, or what it still answers is of no use
                     self._replace(worker)
-                    raise WorkerError(
-                        f"worker {worker.number} ended while it ran {function.__name__}"
-                    ) from None
-                yield index, result
-                if waiting:
-                    busy[worker.number], arguments = waiting.popleft()
-                    worker.send("call", (function, *arguments), 20 * self.limit_s)
 
     def advance(self, commands: Sequence[list[tuple[int, Rollout | int]]]) -> list[list[Progress]]:
         """One round in lock-step, for callers that bring their own loop; actions are in `arrays` before, and
@@ -315,7 +337,7 @@ class RolloutPool:
         """Whoever has answered, with the answer; for a worker that is lost, what became of it."""
         busy = [worker for worker in self._workers if running[worker.number]]
         patience = min(worker.deadline for worker in busy) - time.monotonic()
-        ready = wait([worker.connection for worker in busy], timeout=max(0.0, patience))
+        ready = wait([worker.connection for worker in busy], timeout=min(CHECK_S, max(0.0, patience)))
         for worker in busy:
             if worker.connection in ready:
                 try:

@@ -147,6 +147,7 @@ class LIBEROEnvRunner:
                 max_open_tasks=max_open_tasks,
             ),
             workers=num_parallel_envs,
+            check=lambda: self.interrupts.check(),
         )
 
     # Tasks ---------------------------------------------------------------------------------------
@@ -229,7 +230,6 @@ class LIBEROEnvRunner:
         for index, episode in pool.run(policy, prepared, self.replan_steps):
             self._used(episode.rollout.task)
             debug.save(episode)
-            self.interrupts.check()
             yield index, episode
 
     def run(
