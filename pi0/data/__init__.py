@@ -13,7 +13,6 @@ from pi0.data.demonstrations import (
     norm_stats_of,
 )
 from pi0.data.lerobot_layout import LEROBOT_NAMES, OPENPI_NAMES, FeatureNames
-from pi0.errors import MissingFileError
 
 __all__ = [
     "LEROBOT_NAMES",
@@ -40,13 +39,16 @@ def open_demonstrations(path: str | Path, **options: Any) -> DemonstrationSet:
         DataError: what is there cannot be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise MissingFileError(f"{path} not found")
     # The libraries for the two are large; each is imported for its own files only.
     if (path / "meta").is_dir():
         from pi0.data.lerobot_reader import LeRobotDemonstrations
 
         return LeRobotDemonstrations(path, **options)
+    if unfit := options.keys() & {"names", "orientation", "tolerance_s"}:
+        raise DataError(
+            f"{path} has no folder meta, so it is no LeRobot data set, of which alone "
+            f"{', '.join(sorted(unfit))} can be said"
+        )
     from pi0.data.libero_hdf5 import LiberoDemonstrations
 
     return LiberoDemonstrations(path, **options)

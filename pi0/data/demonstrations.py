@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -80,6 +80,12 @@ class Demonstration:
     def __len__(self) -> int:
         return len(self.actions)
 
+    def thinned(self, every: int) -> Demonstration:
+        """The same with images of only those steps that are multiples of `every`."""
+        kept = self.image_steps % every == 0
+        images = {camera: frames[kept] for camera, frames in self.images.items()}
+        return replace(self, image_steps=self.image_steps[kept], images=images)
+
 
 class DemonstrationSet(ABC):
     """Demonstrations in files, read one at a time: memory holds the one that is asked for, not the set.
@@ -87,8 +93,10 @@ class DemonstrationSet(ABC):
     Attributes:
         prompts: instruction of each demonstration.
         lengths: control steps of each.
+        cameras: policy camera names whose images there are.
     """
 
+    cameras: Sequence[str]
     prompts: Sequence[str]
     lengths: Sequence[int]
 

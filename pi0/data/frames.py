@@ -63,11 +63,11 @@ def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            assert stream.time_base is not None
+            tick = float(stream.time_base or 0)
             # Back to the key frame at or before the first wanted frame; decoding starts there.
-            container.seek(max(0, round(float(times[0]) / stream.time_base) - 1), stream=stream)
+            container.seek(max(0, round(float(times[0]) / tick) - 1), stream=stream)
             for frame in container.decode(stream):
-                at = float(frame.pts * stream.time_base)
+                at = (frame.pts or 0) * tick
                 if abs(at - times[len(found)]) <= tolerance_s:
                     found.append(frame.to_ndarray(format="rgb24"))
                     nearest = np.inf

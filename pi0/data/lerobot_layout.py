@@ -7,7 +7,7 @@ v3.0). v2.0 differs from v2.1 in where its statistics are, which nothing here re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,22 @@ class FeatureNames:
     executed: str = "executed_action"
     reward: str = "next.reward"
     done: str = "next.done"
+
+    @classmethod
+    def parse(cls, pairs: Sequence[str]) -> FeatureNames:
+        """Names from a command line: NAME=FEATURE each, where NAME is a policy camera or a field of this class.
+
+        Raises:
+            DataError: not of this form, or state, actions or every camera is missing.
+        """
+        fields = ("state", "actions", "executed", "reward", "done")
+        given = dict(pair.partition("=")[::2] for pair in pairs)
+        cameras = {name: feature for name, feature in given.items() if name not in fields}
+        if not all(given.values()) or not cameras or not {"state", "actions"} <= given.keys():
+            raise DataError(
+                f"features {' '.join(pairs)}: say state=FEATURE, actions=FEATURE and CAMERA=FEATURE of each camera"
+            )
+        return cls(cameras, **{name: feature for name, feature in given.items() if name in fields})
 
     def required(self) -> list[str]:
         """Those that must be there."""

@@ -59,6 +59,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         self.root = Path(root)
         self.info = DatasetInfo.read(self.root)
         self.names = self.info.find_names(names)
+        self.cameras = tuple(self.names.cameras)
         self._orientation = Orientation(orientation)
         self._tolerance_s = tolerance_s
         features = self.info.features

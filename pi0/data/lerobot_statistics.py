@@ -29,7 +29,11 @@ def number_statistics(values: np.ndarray) -> Statistics:
 
 def count_levels(frames: np.ndarray) -> np.ndarray:
     """How often each grey level occurs in frames uint8 [F, height, width, 3], by colour: int64 [3, 256]."""
-    return np.stack([np.bincount(frames[..., colour].ravel(), minlength=256) for colour in range(3)])
+    levels = np.zeros((3, 256), np.int64)
+    for frame in frames:  # one at a time: counting takes eight times the memory of what is counted
+        for colour in range(3):
+            levels[colour] += np.bincount(frame[..., colour].ravel(), minlength=256)
+    return levels
 
 
 def level_statistics(levels: np.ndarray, frames: int) -> Statistics:

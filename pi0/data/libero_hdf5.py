@@ -58,8 +58,11 @@ class LiberoDemonstrations(DemonstrationSet):
         else:
             files = [path] if path.is_file() else []
         if not files:
-            raise MissingFileError(f"{path} is no HDF5 file, nor a folder with any")
-        self._cameras = dict(cameras)
+            raise MissingFileError(
+                f"{path} is neither an HDF5 file, nor a folder with any, nor a LeRobot data set with its meta/info.json"
+            )
+        self._keys = dict(cameras)
+        self.cameras = tuple(cameras)
         self._places: list[tuple[Path, str, bool]] = []  # file, group, observed after the action
         self.prompts, self.lengths = [], []
         for file in files:
@@ -92,7 +95,7 @@ class LiberoDemonstrations(DemonstrationSet):
             ]
             actions = _array(demo, "actions", (recorded, 7), file)[done].astype(np.float32)
             images = {}
-            for camera, key in self._cameras.items() if len(steps) else ():
+            for camera, key in self._keys.items() if len(steps) else ():
                 frames = _child(obs, key, h5py.Dataset, file)
                 if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[::3] != (recorded, 3):
                     raise DataError(
