@@ -62,7 +62,6 @@ def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
             tick = float(stream.time_base or 0)
             # Back to the key frame at or before the first wanted frame; decoding starts there.
             container.seek(max(0, round(float(times[0]) / tick) - 1), stream=stream)
