@@ -41,8 +41,8 @@ def assert_same(read, expected, loss=0):
     for camera, frames in expected.images.items():
         assert read.images[camera].dtype == np.uint8
         difference = np.abs(read.images[camera].astype(int) - frames[read.image_steps])
-        # The edges of a video's colours blur; its areas do not.
-        assert (difference.max() == 0) if loss == 0 else (np.median(difference) <= loss)
+        # Where colours meet, a video blurs them; elsewhere it does not.
+        assert (difference.max() == 0) if loss == 0 else (np.quantile(difference, 0.8) <= loss)
 
 
 @pytest.mark.parametrize("video", [False, True], ids=["png", "video"])

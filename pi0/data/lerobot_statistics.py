@@ -41,7 +41,7 @@ def level_statistics(levels: np.ndarray, frames: int) -> Statistics:
     grey = np.arange(256) / 255
     shares = levels / levels.sum(axis=1, keepdims=True)
     mean = shares @ grey
-    cumulative = shares.cumsum(axis=1)
+    cumulative = levels.cumsum(axis=1)
     statistics = {
         "min": grey[(levels > 0).argmax(axis=1)],
         "max": grey[255 - (levels[:, ::-1] > 0).argmax(axis=1)],
@@ -49,7 +49,7 @@ def level_statistics(levels: np.ndarray, frames: int) -> Statistics:
         "std": np.sqrt(shares @ grey**2 - mean**2),
     }
     for name, quantile in QUANTILES.items():
-        statistics[name] = grey[(cumulative >= quantile).argmax(axis=1)]
+        statistics[name] = grey[(cumulative >= quantile * cumulative[:, -1:]).argmax(axis=1)]
     return {name: part.reshape(3, 1, 1).tolist() for name, part in statistics.items()} | {"count": [frames]}
 
 
