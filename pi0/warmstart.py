@@ -5,21 +5,30 @@
 Experts with privileged state solve the tasks from training states; the tiny pi0 is cloned from what they did
 with the flow-matching loss. Reinforcement learning needs a policy that sometimes succeeds and has something
 left to learn, so cloning stops as soon as success on further training states reaches `--target-success`.
+
+    python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart
+    python -m pi0.warmstart --tasks 3 8 --dataset demonstrations --output outputs/warmstart
+
+The first keeps the demonstrations as a LeRobot data set; the second starts from demonstrations in files, these or
+others (`docs/data.md`), and records none.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pi0 import PI0Policy
+from pi0.data import DataError, FeatureNames, Orientation, open_demonstrations
 from pi0.errors import InputError
 from pi0.model.config import Pi0Config
 from pi0.normalization import NormStats
@@ -29,6 +38,8 @@ from pi0.ript.chunks import Augmentation, Chunks, flow_loss
 from pi0.ript.demonstrations import record_demonstrations
 from pi0.ript.ema import AveragedPolicy
 from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
+from pi0.ript.env.stepping import CONTROL_HZ
+from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.ript.report import machine, writable_dir, write_json
 from pi0.stats import format_rate
 
@@ -52,7 +63,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--start-from", help="checkpoint to go on from, instead of new weights")
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
-    parser.add_argument("--demonstrations", type=int, default=75, help="demonstrations recorded of each task")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--write-dataset", metavar="DIR", help="keep the demonstrations as a LeRobot data set"
+    )
+    source.add_argument(
+        "--dataset",
+        metavar="PATH",
+        help="start from these demonstrations (LeRobot, LIBERO's HDF5); record none",
+    )
+    parser.add_argument(
+        "--dataset-features",
+        nargs="+",
+        metavar="NAME=FEATURE",
+        help="what a LeRobot data set calls its features, where that cannot be guessed: state, actions, each camera",
+    )
+    parser.add_argument(
+        "--dataset-images",
+        choices=list(Orientation),
+        help="how a LeRobot data set keeps its images; rotated is openpi's and LeRobot's way with LIBERO",
+    )
+    parser.add_argument(
+        "--dataset-video", action="store_true", help="write images as H.264 video, not as PNG"
+    )
+    parser.add_argument(
+        "--demonstrations",
+        type=int,
+        default=75,
+        help="demonstrations recorded of each task, or taken at most",
+    )
     parser.add_argument(
         "--action-noise", type=float, default=0.15, help="noise while demonstrating; 1 is 5 cm a step"
     )
@@ -92,9 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_parallel_envs=options.workers,
         assets=options.assets,
     ) as runner:
-        demonstrations, summary = record_demonstrations(
-            runner, options.demonstrations, options.seed, options.action_noise, options.frame_every
-        )
+        demonstrations, summary = get_demonstrations(runner, config, options)
         if options.start_from:
             policy = PI0Policy.from_pretrained(options.start_from)
         else:
@@ -116,6 +153,58 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(Path(options.output) / MANIFEST, manifest)
     last = scores[-1]
     print(f"{options.output}: {format_rate(last['successes'], last['episodes'])} on training states")
+
+
+def get_demonstrations(
+    runner: LIBEROEnvRunner, config: Pi0Config, options: argparse.Namespace
+) -> tuple[Chunks, dict]:
+    """Read or record, as the options say; returns the chunks and what they are of, by task name."""
+    if options.dataset:
+        return read_demonstrations(runner, config, options)
+    record = functools.partial(
+        record_demonstrations,
+        runner,
+        options.demonstrations,
+        options.seed,
+        options.action_noise,
+        options.frame_every,
+    )
+    if not options.write_dataset:
+        return record()
+    from pi0.data.lerobot_writer import LeRobotWriter
+
+    with LeRobotWriter(options.write_dataset, CONTROL_HZ, video=options.dataset_video) as writer:
+        return record(writer)
+
+
+def read_demonstrations(
+    runner: LIBEROEnvRunner, config: Pi0Config, options: argparse.Namespace
+) -> tuple[Chunks, dict]:
+    """The demonstrations that a data set holds of the runner's tasks, as chunks in memory."""
+    how: dict[str, Any] = {}
+    if options.dataset_features:
+        how["names"] = FeatureNames.parse(options.dataset_features)
+    if options.dataset_images:
+        how["orientation"] = Orientation(options.dataset_images)
+    recorded = open_demonstrations(options.dataset, **how)
+    unknown = [camera for camera in recorded.cameras if camera not in config.cameras]
+    if unknown:
+        raise DataError(
+            f"{options.dataset}: the policy has no camera {', '.join(unknown)}; it has {', '.join(config.cameras)}"
+        )
+    by_task = demonstrations_of_tasks(recorded, runner.assigned_tasks, options.demonstrations)
+    chunks = load_chunks(
+        recorded,
+        [index for indices in by_task.values() for index in indices],
+        chunk=config.action_horizon,
+        frame_every=options.frame_every,
+        image_size=config.image_size,
+    )
+    lengths = {name: [recorded.lengths[index] for index in indices] for name, indices in by_task.items()}
+    return chunks, {
+        name: {"demonstrations": len(steps), "mean_steps": float(np.mean(steps))}
+        for name, steps in lengths.items()
+    }
 
 
 def clone(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pi0 import PI0Policy
+from pi0.data import Demonstration
 from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Episode
 
 
@@ -85,6 +86,22 @@ class Chunks:
             [episode.rollout.task.prompt] * length,
             torch.from_numpy(episode.actions),
             torch.from_numpy(np.arange(chunk) < episode.executed[:, None]),
+        )
+
+    @staticmethod
+    def of_demonstration(demonstration: Demonstration, chunk: int) -> Chunks:
+        """A chunk of `chunk` actions from each step whose images are there; those after the end do not count."""
+        steps, length = demonstration.image_steps, len(demonstration)
+        following = steps[:, None] + np.arange(chunk)  # [N, C]
+        valid = following < length
+        actions = demonstration.actions[np.minimum(following, length - 1)]
+        actions[~valid] = 0
+        return Chunks(
+            {name: torch.from_numpy(frames) for name, frames in demonstration.images.items()},
+            torch.from_numpy(demonstration.states[steps]),
+            [demonstration.prompt] * len(steps),
+            torch.from_numpy(actions),
+            torch.from_numpy(valid),
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from pi0.data import Demonstration
 from pi0.progress import progress
 from pi0.ript.chunks import Chunks
 from pi0.ript.env.experts import PickAndPlace
@@ -14,6 +14,7 @@ from pi0.ript.env.stepping import InitState
 from pi0.ript.env.suites import Task
 
 if TYPE_CHECKING:
+    from pi0.data.lerobot_writer import LeRobotWriter
     from pi0.ript.env.runner import LIBEROEnvRunner
     from pi0.ript.env.worker import Worker
 
@@ -21,7 +22,12 @@ NOISE_PERSISTENCE = 0.9  # correlation of the action noise from one control step
 
 
 def record_demonstrations(
-    runner: LIBEROEnvRunner, per_task: int, seed: int, noise: float, frame_every: int
+    runner: LIBEROEnvRunner,
+    per_task: int,
+    seed: int,
+    noise: float,
+    frame_every: int,
+    writer: LeRobotWriter | None = None,
 ) -> tuple[Chunks, dict]:
     """Demonstrations of each assigned task on training states.
 
@@ -31,32 +37,47 @@ def record_demonstrations(
         seed: of training states and action noise.
         noise: standard deviation of the smooth noise added to the expert's translation (1 is 5 cm a step).
         frame_every: control steps from one kept observation to the next.
+        writer: takes the demonstrations too, with the images of every control step; the chunks are the same.
     Returns:
         The chunks, and a summary {task name: {attempts, successes, mean_steps}}.
     """
     pools = runner.training_states(per_task, seed)
+    look_every = 1 if writer else frame_every
     jobs = []
     for states in pools:
         horizon = runner.max_episode_length or states.task.horizon
         for index, init in enumerate(states.states):
             key = (seed, states.task.index, index)
-            jobs.append((states.task, init, key, noise, frame_every, runner.settle_steps, horizon))
-    results: dict[int, tuple | None] = {}
+            jobs.append((states.task, init, key, noise, look_every, runner.settle_steps, horizon))
+    chunks: list[Chunks | None] = []
+    early: dict[int, Demonstration | None] = {}  # episodes that ended before one that began earlier
     with progress(total=len(jobs), label="demonstrations", unit="episode") as bar:
         for index, result in runner.pool.call(_demonstrate, jobs):
-            results[index] = result
-            bar.update(1, f"{sum(r is not None for r in results.values())} solved")
+            early[index] = result
+            while len(chunks) in early:
+                demonstration = early.pop(len(chunks))
+                if demonstration is None:
+                    chunks.append(None)
+                    continue
+                if writer:
+                    writer.add(demonstration)
+                chunks.append(
+                    Chunks.of_demonstration(demonstration.thinned(frame_every), runner.pool.spec.chunk)
+                )
+            solved = sum(part is not None for part in (*chunks, *early.values()))
+            bar.update(1, f"{solved} solved")
     parts, summary = [], {}
     for number, states in enumerate(pools):
-        solved = [results[number * per_task + index] for index in range(per_task)]
-        kept = [_chunks(states.task, *arrays) for arrays in solved if arrays is not None]
-        steps = [len(part) * frame_every for part in kept]
+        solved_parts = [
+            part for part in chunks[number * per_task : (number + 1) * per_task] if part is not None
+        ]
+        steps = [len(part) * frame_every for part in solved_parts]
         summary[states.task.name] = {
             "attempts": per_task,
-            "successes": len(kept),
+            "successes": len(solved_parts),
             "mean_steps": float(np.mean(steps)) if steps else 0.0,
         }
-        parts += kept
+        parts += solved_parts
     if not parts:
         raise RuntimeError(f"the scripted expert solved none of {len(jobs)} episodes: {summary}")
     return Chunks.cat(parts), summary
@@ -68,58 +89,54 @@ def _demonstrate(
     init: InitState,
     key: tuple[int, ...],
     noise: float,
-    frame_every: int,
+    look_every: int,
     settle_steps: int,
     horizon: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Runs in a worker: images [T, cameras, h, w, 3], states [T, 8], actions [T, C, 7], valid [T, C]; None if failed."""
+) -> Demonstration | None:
+    """Runs in a worker: what the expert saw, would have done and did, with images every `look_every` steps; None if it failed."""
     sim, renderer = worker.open(task)
     spec = worker.spec
     sim.reset(init, settle_steps)
     expert = PickAndPlace(sim)
     random = np.random.default_rng(key)
     drift = np.zeros(3)
-    images, states, labels = [], [], []
+    images: list[np.ndarray] = []
+    states: list[np.ndarray] = []
+    labels, executed = [], []
 
     def look() -> None:
-        frames = np.empty((len(spec.cameras), spec.image_size, spec.image_size, 3), np.uint8)
-        for number, camera in enumerate(spec.cameras):
-            renderer.render(sim.data, camera, frames[number])
-        images.append(frames)
+        if len(states) % look_every == 0:
+            frames = np.empty((len(spec.cameras), spec.image_size, spec.image_size, 3), np.uint8)
+            for number, camera in enumerate(spec.cameras):
+                renderer.render(sim.data, camera, frames[number])
+            images.append(frames)
         states.append(sim.proprioception())
 
     look()
-    for step in range(horizon):
+    for _ in range(horizon):
         label = expert.action()
         labels.append(label)
         drift = NOISE_PERSISTENCE * drift + np.sqrt(1 - NOISE_PERSISTENCE**2) * random.standard_normal(3)
         action = label.copy()
         action[:3] = np.clip(action[:3] + noise * drift, -1, 1)
-        wanted = (step + 1) % frame_every == 0
-        if sim.step(action, look if wanted else None):
+        executed.append(action)
+        if sim.step(action, look):
             break
     if not sim.success:
         return None
-    chunk = spec.chunk
-    count = min(len(images), -(-len(labels) // frame_every))
-    actions = np.zeros((count, chunk, 7), np.float32)
-    valid = np.zeros((count, chunk), bool)
-    for number in range(count):
-        following = labels[number * frame_every : number * frame_every + chunk]
-        actions[number, : len(following)] = following
-        valid[number, : len(following)] = True
-    return np.array(images[:count]), np.array(states[:count]), actions, valid
-
-
-def _chunks(
-    task: Task, images: np.ndarray, states: np.ndarray, actions: np.ndarray, valid: np.ndarray
-) -> Chunks:
-    from pi0.ript.env.rendering import CAMERAS
-
-    return Chunks(
-        {camera: torch.from_numpy(images[:, number]) for number, camera in enumerate(CAMERAS)},
-        torch.from_numpy(states),
-        [task.prompt] * len(states),
-        torch.from_numpy(actions),
-        torch.from_numpy(valid),
+    length = len(labels)
+    image_steps = np.arange(0, length, look_every)
+    last = np.arange(length) == length - 1
+    return Demonstration(
+        prompt=task.prompt,
+        states=np.array(states[:length]),
+        actions=np.array(labels, np.float32),
+        image_steps=image_steps,
+        images={
+            camera: np.array([frames[number] for frames in images[: len(image_steps)]])
+            for number, camera in enumerate(spec.cameras)
+        },
+        executed=np.array(executed, np.float32),
+        rewards=last.astype(np.float32),
+        dones=last,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pi0.errors import InputError
+from pi0.instructions import instruction_in
 from pi0.ript.env.libero_import import libero_package_root
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
@@ -98,19 +99,12 @@ def suite_tasks(suite: str) -> list[Task]:
             suite=suite,
             index=index,
             name=name,
-            prompt=_prompt(name),
+            prompt=instruction_in(name),
             bddl_file=str(root / "bddl_files" / suite / f"{name}.bddl"),
             init_states_file=str(root / "init_files" / suite / f"{name}.pruned_init"),
         )
         for index, name in enumerate(names)
     ]
-
-
-def _prompt(name: str) -> str:
-    """The instruction in a task's name, less the scene that some names begin with (KITCHEN_SCENE3_...)."""
-    words = name.split("_")
-    scene = next((number for number, word in enumerate(words) if word.startswith("SCENE")), -1)
-    return " ".join(words[scene + 1 :])
 
 
 def find_tasks(suite: str, names: list[str | int]) -> list[Task]:

@@ -1,0 +1,137 @@
+"""The one form in which demonstrations are read and written, whatever file they are in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+
+from pi0.errors import InputError
+from pi0.normalization import NormStats
+
+
+class DataError(InputError, ValueError):
+    """Demonstrations that cannot be read or written; names the file and what in it."""
+
+
+class Orientation(StrEnum):
+    """How a file keeps its images, beside how a viewer would see the scene.
+
+    LIBERO's images are OpenGL's, whose rows count from the bottom (robosuite 1.4, `macros.IMAGE_CONVENTION`);
+    openpi (examples/libero/main.py) and LeRobot (processor/env_processor.py, `LiberoProcessorStep`) turn them
+    by 180 degrees, which leaves them upright but mirrored.
+    """
+
+    UPRIGHT = "upright"
+    FLIPPED = "flipped"  # upside down: LIBERO's own
+    ROTATED = "rotated"  # LIBERO's turned by 180 degrees: left and right exchanged
+
+    def convert(self, frames: np.ndarray) -> np.ndarray:
+        """Stored frames [..., height, width, 3] to upright ones, or upright ones to stored ones: it is its own inverse."""
+        if self is Orientation.FLIPPED:
+            return frames[..., ::-1, :, :]
+        return frames[..., ::-1, :] if self is Orientation.ROTATED else frames
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of T control steps. What is at step t was seen before the action of step t was carried out.
+
+    Attributes:
+        prompt: the instruction.
+        states: float32 [T, S]; LIBERO's are position 3 (m), axis-angle 3 (rad), gripper 2 (m).
+        actions: float32 [T, A], what to do; LIBERO's are translation 3, rotation 3, gripper 1, in [-1, 1].
+        image_steps: int64 [F], the steps whose images are here, in ascending order.
+        images: policy camera name to uint8 [F, height, width, 3], upright.
+        executed: float32 [T, A], what was done; differs from `actions` where noise was added while demonstrating.
+        rewards: float32 [T], reward of each step's action; None where the file says nothing of it.
+        dones: bool [T], whether the episode ended with the step; None where the file says nothing of it.
+
+    Raises:
+        DataError: lengths that disagree.
+    """
+
+    prompt: str
+    states: np.ndarray
+    actions: np.ndarray
+    image_steps: np.ndarray
+    images: Mapping[str, np.ndarray]
+    executed: np.ndarray
+    rewards: np.ndarray | None = None
+    dones: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        steps = {
+            name: len(values)
+            for name in ("states", "actions", "executed", "rewards", "dones")
+            if (values := getattr(self, name)) is not None
+        }
+        if len(set(steps.values())) > 1 or not len(self):
+            raise DataError(f"a demonstration of {self.prompt!r} has {steps}; all must be equal and above 0")
+        frames = {camera: len(images) for camera, images in self.images.items()}
+        if any(count != len(self.image_steps) for count in frames.values()):
+            raise DataError(
+                f"a demonstration of {self.prompt!r} has {frames} frames at {len(self.image_steps)} steps"
+            )
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def thinned(self, every: int) -> Demonstration:
+        """The same with images of only those steps that are multiples of `every`."""
+        kept = self.image_steps % every == 0
+        images = {camera: frames[kept] for camera, frames in self.images.items()}
+        return replace(self, image_steps=self.image_steps[kept], images=images)
+
+
+class DemonstrationSet(ABC):
+    """Demonstrations in files, read one at a time: memory holds the one that is asked for, not the set.
+
+    Attributes:
+        prompts: instruction of each demonstration.
+        lengths: control steps of each.
+        cameras: policy camera names whose images there are.
+    """
+
+    cameras: Sequence[str]
+    prompts: Sequence[str]
+    lengths: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Demonstration]:
+        return (self.read(index) for index in range(len(self)))
+
+    @abstractmethod
+    def read(self, index: int, image_steps: Sequence[int] | None = None) -> Demonstration:
+        """One demonstration.
+
+        Args:
+            index: in 0 .. len - 1.
+            image_steps: the steps whose images are wanted, ascending; None for all, () for none. Images are nearly
+                all of the time and memory, so a trainer that draws windows asks for those it looks at.
+
+        Raises:
+            DataError: the files contradict each other or themselves.
+            MissingFileError: a file is not there.
+            IndexError: no such demonstration or step.
+        """
+
+    def _image_steps(self, index: int, wanted: Sequence[int] | None) -> np.ndarray:
+        length = self.lengths[index]
+        steps = np.arange(length) if wanted is None else np.asarray(wanted, np.int64)
+        if steps.ndim != 1 or (np.diff(steps) <= 0).any() or (steps < 0).any() or (steps >= length).any():
+            raise IndexError(
+                f"image steps of demonstration {index} must ascend within 0 to {length - 1}: {wanted}"
+            )
+        return steps
+
+
+def norm_stats_of(demonstrations: DemonstrationSet) -> NormStats:
+    """Normalisation statistics over every step, without reading an image."""
+    read = [demonstrations.read(index, image_steps=()) for index in range(len(demonstrations))]
+    return NormStats.of(np.concatenate([d.states for d in read]), np.concatenate([d.actions for d in read]))

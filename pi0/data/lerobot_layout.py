@@ -1,0 +1,205 @@
+"""Where a LeRobot data set keeps what, and under which names.
+
+Facts are from huggingface/lerobot: src/lerobot/datasets/utils.py of v0.3.3 (layout v2.1) and of v0.6.1 (layout
+v3.0). v2.0 differs from v2.1 in where its statistics are, which nothing here reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pi0.data.demonstrations import DataError
+from pi0.errors import MissingFileError
+
+EPISODE_FILES = ("v2.0", "v2.1")  # one parquet file and one video a camera for each episode
+SHARED_FILES = "v3.0"  # many episodes in a file, found by meta/episodes
+
+INFO = "meta/info.json"
+STATS = "meta/stats.json"
+EPISODES_JSONL = "meta/episodes.jsonl"  # v2
+TASKS_PARQUET = "meta/tasks.parquet"
+CHUNK_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+EPISODES_PARQUET = f"meta/episodes/{CHUNK_FILE}.parquet"
+DATA_PATH = f"data/{CHUNK_FILE}.parquet"
+VIDEO_PATH = f"videos/{{video_key}}/{CHUNK_FILE}.mp4"
+FILES_IN_CHUNK = 1000
+DATA_FILE_MB = 100
+VIDEO_FILE_MB = 200
+
+# Columns that every data set has beside its own features.
+INDEX_FEATURES: dict[str, dict[str, Any]] = {
+    "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
+    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
+    "index": {"dtype": "int64", "shape": [1], "names": None},
+    "task_index": {"dtype": "int64", "shape": [1], "names": None},
+}
+
+
+@dataclass(frozen=True)
+class FeatureNames:
+    """What a data set calls its features. The last three need not be there.
+
+    Attributes:
+        cameras: policy camera name to feature.
+        state, actions: features of `Demonstration.states` and `actions`.
+        executed, reward, done: of `Demonstration.executed`, `rewards` and `dones`.
+    """
+
+    cameras: Mapping[str, str]
+    state: str
+    actions: str
+    executed: str = "executed_action"
+    reward: str = "next.reward"
+    done: str = "next.done"
+
+    @classmethod
+    def parse(cls, pairs: Sequence[str]) -> FeatureNames:
+        """Names from a command line: NAME=FEATURE each, where NAME is a policy camera or a field of this class.
+
+        Raises:
+            DataError: not of this form, or state, actions or every camera is missing.
+        """
+        fields = ("state", "actions", "executed", "reward", "done")
+        given = dict(pair.partition("=")[::2] for pair in pairs)
+        cameras = {name: feature for name, feature in given.items() if name not in fields}
+        if not all(given.values()) or not cameras or not {"state", "actions"} <= given.keys():
+            raise DataError(
+                f"features {' '.join(pairs)}: say state=FEATURE, actions=FEATURE and CAMERA=FEATURE of each camera"
+            )
+        return cls(cameras, **{name: feature for name, feature in given.items() if name in fields})
+
+    def required(self) -> list[str]:
+        """Those that must be there."""
+        return [*self.cameras.values(), self.state, self.actions]
+
+
+# huggingface/lerobot, src/lerobot/envs/configs.py (`LiberoEnv.features_map`) and utils/constants.py.
+LEROBOT_NAMES = FeatureNames(
+    {"base_0_rgb": "observation.images.image", "left_wrist_0_rgb": "observation.images.image2"},
+    "observation.state",
+    "action",
+)
+# Physical-Intelligence/openpi, examples/libero/convert_libero_data_to_lerobot.py.
+OPENPI_NAMES = FeatureNames(
+    {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}, "state", "actions", "executed_actions"
+)
+# LIBERO sets on the hub that LeRobot's own tools made (IPEC-COMMUNITY and lerobot, libero_*).
+WRIST_IMAGE_NAMES = replace(
+    LEROBOT_NAMES,
+    cameras={
+        "base_0_rgb": "observation.images.image",
+        "left_wrist_0_rgb": "observation.images.wrist_image",
+    },
+)
+KNOWN_NAMES = (LEROBOT_NAMES, WRIST_IMAGE_NAMES, OPENPI_NAMES)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What meta/info.json says, checked.
+
+    Attributes:
+        path: of info.json.
+        version: codebase_version.
+        fps: frames a second.
+        features: name to {dtype, shape, ...}.
+        episodes: how many there are.
+        chunk_size: of v2, episodes in a folder.
+        data_path, video_path: templates of file names; the second is None without videos.
+    """
+
+    path: Path
+    version: str
+    fps: float
+    features: dict[str, dict[str, Any]]
+    episodes: int
+    chunk_size: int
+    data_path: str
+    video_path: str | None
+
+    @classmethod
+    def read(cls, root: Path) -> DatasetInfo:
+        """Read meta/info.json below `root`.
+
+        Raises:
+            MissingFileError: no such folder or file.
+            DataError: not JSON, a layout that is not known, or a key that is missing or of the wrong type.
+        """
+        path = root / INFO
+        if not path.is_file():
+            raise MissingFileError(f"{path} not found: {root} is no LeRobot data set")
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise DataError(f"{path}: not valid JSON: {error}") from error
+        version = content.get("codebase_version") if isinstance(content, dict) else None
+        if version not in (*EPISODE_FILES, SHARED_FILES):
+            raise DataError(
+                f"{path}: codebase_version is {version!r}; {', '.join(EPISODE_FILES)} and {SHARED_FILES} can be read. "
+                "LeRobot's own scripts convert older ones"
+            )
+        features = _value(content, "features", dict, path)
+        for name, feature in features.items():
+            if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
+                raise DataError(f"{path}: features.{name} needs dtype and shape")
+        return cls(
+            path=path,
+            version=version,
+            fps=_value(content, "fps", (int, float), path),
+            features=features,
+            episodes=_value(content, "total_episodes", int, path),
+            chunk_size=_value(content, "chunks_size", int, path),
+            data_path=_value(content, "data_path", str, path),
+            video_path=_value(content, "video_path", (str, type(None)), path),
+        )
+
+    def find_names(self, names: FeatureNames | None) -> FeatureNames:
+        """The names given, or of the known ones those that fit.
+
+        Raises:
+            DataError: some are not there, or of another kind; lists what is.
+        """
+        if names is None:
+            fitting = [known for known in KNOWN_NAMES if self.features.keys() >= set(known.required())]
+            if not fitting:
+                known = " nor ".join(", ".join(names.required()) for names in KNOWN_NAMES)
+                raise DataError(f"{self.path}: has neither {known}. {self._there()}")
+            names = fitting[0]
+        missing = [name for name in names.required() if name not in self.features]
+        if missing:
+            raise DataError(f"{self.path}: has no feature {', '.join(missing)}. {self._there()}")
+        for name in names.cameras.values():
+            dtype, shape = self.features[name]["dtype"], self.features[name]["shape"]
+            if dtype not in ("image", "video") or len(shape) != 3 or 3 not in (shape[0], shape[-1]):
+                raise DataError(
+                    f"{self.path}: features.{name} is {dtype} {shape}, not an image or video of 3 colours"
+                )
+            if dtype == "video" and self.video_path is None:
+                raise DataError(f"{self.path}: features.{name} is a video, but there is no video_path")
+        for name in (names.state, names.actions):
+            dtype, shape = self.features[name]["dtype"], self.features[name]["shape"]
+            if dtype not in ("float32", "float64") or len(shape) != 1:
+                raise DataError(f"{self.path}: features.{name} is {dtype} {shape}, not a vector of floats")
+        return names
+
+    def _there(self) -> str:
+        own = ", ".join(name for name in self.features if name not in INDEX_FEATURES)
+        return f"Its features are {own}; say which are which"
+
+    def image_size(self, name: str) -> tuple[int, int]:
+        """Height and width of an image feature; the colours come first or last."""
+        shape = tuple(self.features[name]["shape"])
+        return shape[:2] if shape[-1] == 3 else shape[1:]
+
+
+def _value(content: dict, key: str, kinds: Any, path: Path) -> Any:
+    if key not in content:
+        raise DataError(f"{path}: missing {key}")
+    if not isinstance(content[key], kinds) or isinstance(content[key], bool):
+        raise DataError(f"{path}: {key} is {content[key]!r}, which is of the wrong type")
+    return content[key]

@@ -1,0 +1,290 @@
+"""Demonstrations from a LeRobot data set on disk, layouts v2.0, v2.1 and v3.0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Orientation
+from pi0.data.frames import decode_image, read_video
+from pi0.data.lerobot_layout import EPISODE_FILES, EPISODES_JSONL, DatasetInfo, FeatureNames
+from pi0.errors import MissingFileError
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """Where one episode is: its number, its parquet file, and each camera's video with the second it begins at."""
+
+    number: int
+    prompt: str
+    length: int
+    data: Path
+    videos: dict[str, tuple[Path, float]]
+
+
+class LeRobotDemonstrations(DemonstrationSet):
+    """The episodes of a LeRobot data set; memory holds one episode and the part of a file that it is in.
+
+    Args:
+        root: folder of the data set.
+        names: what its features are called; None to find out among `KNOWN_NAMES`.
+        orientation: how its images are kept. Of LIBERO they are LIBERO's turned by 180 degrees, by openpi's and by
+            LeRobot's convention alike; the files do not say.
+        tolerance_s: how far from its time stamp a video frame may be; the default is LeRobot's.
+
+    Attributes:
+        info: what meta/info.json says.
+        names: what its features are called.
+
+    Raises:
+        MissingFileError: no such folder, or its meta files are not there.
+        DataError: a layout or features that cannot be read; says what is there and what was expected.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: FeatureNames | None = None,
+        orientation: Orientation = Orientation.ROTATED,
+        tolerance_s: float = 1e-4,
+    ):
+        self.root = Path(root)
+        self.info = DatasetInfo.read(self.root)
+        self.names = self.info.find_names(names)
+        self.cameras = tuple(self.names.cameras)
+        self._orientation = Orientation(orientation)
+        self._tolerance_s = tolerance_s
+        features = self.info.features
+        self._video_cameras = {
+            camera: name for camera, name in self.names.cameras.items() if features[name]["dtype"] == "video"
+        }
+        listed = (
+            self._separate_episodes()
+            if self.info.version in EPISODE_FILES
+            else self._episodes_in_shared_files()
+        )
+        self._episodes = sorted(listed, key=lambda episode: episode.number)
+        if len(self._episodes) != self.info.episodes or not self._episodes:
+            raise DataError(
+                f"{self.info.path}: total_episodes is {self.info.episodes}, but {len(self._episodes)} are listed in meta"
+            )
+        self.prompts = [episode.prompt for episode in self._episodes]
+        self.lengths = [episode.length for episode in self._episodes]
+        # Files may keep many episodes in one row group, so neighbours are likely to be asked for next.
+        self._cached: tuple[Any, pa.Table] | None = None
+
+    def read(self, index: int, image_steps: Sequence[int] | None = None) -> Demonstration:
+        """One demonstration: see `DemonstrationSet.read`."""
+        episode = self._episodes[index]
+        steps = self._image_steps(index, image_steps)
+        columns = [self.names.state, self.names.actions, "timestamp"]
+        columns += [
+            name
+            for name in (self.names.executed, self.names.reward, self.names.done)
+            if name in self.info.features
+        ]
+        stored_images = set(self.names.cameras.values()) - set(self._video_cameras.values())
+        table = self._rows(episode, columns + (sorted(stored_images) if len(steps) else []))
+        actions = self._numbers(table, self.names.actions, episode)
+        executed, rewards, dones = (
+            self._numbers(table, name, episode) if name in columns else None
+            for name in (self.names.executed, self.names.reward, self.names.done)
+        )
+        return Demonstration(
+            prompt=episode.prompt,
+            states=self._numbers(table, self.names.state, episode),
+            actions=actions,
+            image_steps=steps,
+            images={
+                camera: np.ascontiguousarray(
+                    self._orientation.convert(self._frames(table, camera, episode, steps))
+                )
+                for camera in self.names.cameras
+            }
+            if len(steps)
+            else {},
+            executed=actions if executed is None else executed,
+            rewards=rewards,
+            dones=None if dones is None else dones.astype(bool),
+        )
+
+    # Where episodes are
+
+    def _separate_episodes(self) -> list[_Episode]:
+        path = self.root / EPISODES_JSONL
+        if not path.is_file():
+            raise MissingFileError(f"{path} not found; the data set was perhaps not copied whole")
+        episodes = []
+        for line, text in enumerate(path.read_text().splitlines(), start=1):
+            where = f"{path}, line {line}"
+            try:
+                record = json.loads(text)
+                number, length = int(record["episode_index"]), int(record["length"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{where}: needs JSON with episode_index, tasks and length") from error
+            fields = {"episode_index": number, "episode_chunk": number // self.info.chunk_size}
+            videos = {
+                camera: (self.root / self._format(self.info.video_path, video_key=name, **fields), 0.0)
+                for camera, name in self._video_cameras.items()
+            }
+            data = self.root / self._format(self.info.data_path, **fields)
+            episodes.append(_Episode(number, _prompt(record.get("tasks"), where), length, data, videos))
+        return episodes
+
+    def _episodes_in_shared_files(self) -> list[_Episode]:
+        files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
+        if not files:
+            raise MissingFileError(
+                f"no parquet file in {self.root / 'meta/episodes'}; the data set was perhaps not copied whole"
+            )
+        columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
+        for name in self._video_cameras.values():
+            columns += [f"videos/{name}/{what}" for what in ("chunk_index", "file_index", "from_timestamp")]
+        episodes = []
+        for file in files:
+            for record in _read_table(file, columns).to_pylist():
+                videos = {}
+                for camera, name in self._video_cameras.items():
+                    chunk, part, start = (
+                        record[f"videos/{name}/{what}"]
+                        for what in ("chunk_index", "file_index", "from_timestamp")
+                    )
+                    template = self.info.video_path
+                    path = self._format(template, video_key=name, chunk_index=chunk, file_index=part)
+                    videos[camera] = (self.root / path, float(start))
+                data = self._format(
+                    self.info.data_path,
+                    chunk_index=record["data/chunk_index"],
+                    file_index=record["data/file_index"],
+                )
+                number = record["episode_index"]
+                prompt = _prompt(record["tasks"], f"{file}, episode {number}")
+                episodes.append(_Episode(number, prompt, record["length"], self.root / data, videos))
+        return episodes
+
+    def _format(self, template: str | None, **fields: Any) -> str:
+        assert template is not None  # find_names refuses videos without a template
+        try:
+            return template.format(**fields)
+        except (KeyError, ValueError, IndexError) as error:
+            known = ", ".join(fields)
+            raise DataError(f"{self.info.path}: {template!r} is not a template of {known}") from error
+
+    # What is in them
+
+    def _rows(self, episode: _Episode, columns: list[str]) -> pa.Table:
+        """The episode's rows of these columns, in order of time."""
+        if not episode.data.is_file():
+            raise MissingFileError(f"{episode.data} not found; the data set was perhaps not copied whole")
+        with _parquet(episode.data) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in (*columns, "episode_index") if name not in names]
+            if missing:
+                raise DataError(f"{episode.data}: no column {', '.join(missing)}; it has {', '.join(names)}")
+            groups = _row_groups_with(file, episode.number)
+            key = (episode.data, groups, tuple(columns))
+            if self._cached is None or self._cached[0] != key:
+                self._cached = None  # before the next one is read, for one to be in memory at a time
+                self._cached = key, file.read_row_groups(list(groups), [*columns, "episode_index"])
+        table = self._cached[1]
+        table = table.filter(pc.equal(table["episode_index"], episode.number))
+        if len(table) != episode.length:
+            raise DataError(
+                f"{episode.data}: {len(table)} frames of episode {episode.number}, which has {episode.length} by meta"
+            )
+        return table.combine_chunks()
+
+    def _numbers(self, table: pa.Table, name: str, episode: _Episode) -> np.ndarray:
+        """A column of numbers or vectors as float32 [T] or [T, D]."""
+        where = f"{episode.data}, episode {episode.number}: column {name}"
+        shape = list(self.info.features[name]["shape"]) if name in self.info.features else [1]
+        column = table[name]
+        if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+            values = pc.list_flatten(column)
+        else:
+            values = column
+        if column.null_count or values.null_count:
+            raise DataError(f"{where} has gaps")
+        if not (
+            pa.types.is_floating(values.type)
+            or pa.types.is_integer(values.type)
+            or pa.types.is_boolean(values.type)
+        ):
+            raise DataError(f"{where} is {column.type}, not numbers")
+        width = int(np.prod(shape))
+        lengths = [] if values is column else pc.unique(pc.list_value_length(column)).to_pylist()
+        if (lengths or [1]) != [width]:
+            raise DataError(f"{where} has {lengths or 1} values a frame; by meta/info.json it is {shape}")
+        numbers = values.to_numpy().astype(np.float32)
+        if not np.isfinite(numbers).all():
+            raise DataError(f"{where} has values that are not finite")
+        return numbers if shape == [1] and values is column else numbers.reshape(-1, width)
+
+    def _frames(self, table: pa.Table, camera: str, episode: _Episode, steps: np.ndarray) -> np.ndarray:
+        """The stored frames of a camera at some steps, uint8 [F, height, width, 3]."""
+        name = self.names.cameras[camera]
+        if camera in self._video_cameras:
+            path, start = episode.videos[camera]
+            times = start + self._numbers(table, "timestamp", episode)[steps].astype(np.float64)
+            frames = read_video(path, times, self._tolerance_s)
+        else:
+            where = f"{episode.data}, episode {episode.number}: column {name}"
+            kept = table[name].take(pa.array(steps)).to_pylist()
+            frames = np.stack([self._decode(image, where) for image in kept])
+        size = self.info.image_size(name)
+        if frames.shape[1:3] != size:
+            raise DataError(
+                f"{self.info.path}: features.{name} is {size[0]} x {size[1]} pixels, "
+                f"but episode {episode.number} has {frames.shape[1]} x {frames.shape[2]}"
+            )
+        return frames
+
+    def _decode(self, image: Any, where: str) -> np.ndarray:
+        """A value of an image column: {bytes, path}, of which one may be empty (Hugging Face datasets, `Image`)."""
+        if isinstance(image, dict) and image.get("bytes"):
+            return decode_image(image["bytes"], where)
+        if isinstance(image, dict) and image.get("path"):
+            return decode_image(self.root / image["path"], where)
+        raise DataError(f"{where} holds no image")
+
+
+def _prompt(tasks: Any, where: str) -> str:
+    if not isinstance(tasks, list) or len(tasks) != 1 or not isinstance(tasks[0], str):
+        raise DataError(f"{where}: tasks is {tasks!r}; an episode needs exactly one instruction")
+    return tasks[0]
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a parquet file that can be read: {error}") from error
+
+
+def _read_table(path: Path, columns: list[str]) -> pa.Table:
+    with _parquet(path) as file:
+        missing = [name for name in columns if name not in file.schema_arrow.names]
+        if missing:
+            raise DataError(f"{path}: no column {', '.join(missing)}")
+        return file.read(columns)
+
+
+def _row_groups_with(file: pq.ParquetFile, episode: int) -> tuple[int, ...]:
+    """The row groups that may hold rows of an episode, by their statistics where they have some."""
+    metadata = file.metadata
+    # Nested columns have several leaves, so the leaf of episode_index is found by its path.
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "episode_index")
+    groups = []
+    for group in range(metadata.num_row_groups):
+        statistics = metadata.row_group(group).column(leaf).statistics
+        if statistics is None or not statistics.has_min_max or statistics.min <= episode <= statistics.max:
+            groups.append(group)
+    return tuple(groups)

@@ -1,0 +1,136 @@
+"""Action chunks from demonstrations in files: all at once, or as an endless stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0.data import DataError, Demonstration, DemonstrationSet
+from pi0.images import to_network_images
+from pi0.ript.chunks import Chunks
+from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM
+from pi0.ript.env.suites import Task
+
+# Actions may leave the controller's range by this much, in which float32 and a file's own rounding lose themselves.
+RANGE_SLACK = 1e-3
+
+
+def demonstrations_of_tasks(
+    demonstrations: DemonstrationSet, tasks: Sequence[Task], per_task: int
+) -> dict[str, list[int]]:
+    """Which demonstrations show which task, told by the instruction: {task name: at most `per_task` indices}.
+
+    Raises:
+        DataError: none shows some task; lists what is shown.
+    """
+    by_prompt: dict[str, list[int]] = {}
+    for index, prompt in enumerate(demonstrations.prompts):
+        by_prompt.setdefault(_plain(prompt), []).append(index)
+    found = {task.name: by_prompt.get(_plain(task.prompt), [])[:per_task] for task in tasks}
+    missing = [name for name, indices in found.items() if not indices]
+    if missing:
+        raise DataError(
+            f"no demonstration of {', '.join(missing)}; the data set shows: {'; '.join(sorted(by_prompt))}"
+        )
+    return found
+
+
+def load_chunks(
+    demonstrations: DemonstrationSet, indices: Sequence[int], *, chunk: int, frame_every: int, image_size: int
+) -> Chunks:
+    """The chunks of some demonstrations, all in memory; images are brought to `image_size` first.
+
+    Args:
+        chunk: actions in a chunk.
+        frame_every: control steps from one observation to the next.
+        image_size: pixels a side; other sizes are resized as the network's input is (`pi0.images`).
+
+    Raises:
+        DataError: states or actions that are not LIBERO's, and what reading raises.
+    """
+    return Chunks.cat([_chunks(demonstrations, index, chunk, frame_every, image_size) for index in indices])
+
+
+def stream_chunks(
+    demonstrations: DemonstrationSet,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    chunk: int,
+    frame_every: int,
+    image_size: int,
+    generator: torch.Generator,
+    chunks_in_memory: int = 2048,
+) -> Iterator[Chunks]:
+    """Endless batches of chunks in random order, for data that does not fit into memory.
+
+    Each round takes every demonstration once, in random order; batches are drawn without replacement from
+    `chunks_in_memory` chunks, which are filled up when half of them are used.
+
+    Args:
+        generator: of the order; the same seed gives the same batches.
+        chunk, frame_every, image_size: as of `load_chunks`.
+
+    Raises:
+        DataError: as `load_chunks`; and there is no demonstration.
+    """
+    if not indices:
+        raise DataError("no demonstration to draw batches from")
+
+    def rounds() -> Iterator[Chunks]:
+        while True:
+            for position in torch.randperm(len(indices), generator=generator).tolist():
+                yield _chunks(demonstrations, indices[position], chunk, frame_every, image_size)
+
+    incoming = rounds()
+    pool = next(incoming)
+    unused = torch.arange(len(pool))
+    while True:
+        if len(unused) < max(batch_size, chunks_in_memory // 2):
+            parts = [pool[unused]]
+            while sum(map(len, parts)) < max(batch_size, chunks_in_memory):
+                parts.append(next(incoming))
+            pool = Chunks.cat(parts)
+            unused = torch.randperm(len(pool), generator=generator)
+        yield pool[unused[:batch_size]]
+        unused = unused[batch_size:]
+
+
+def _chunks(
+    demonstrations: DemonstrationSet, index: int, chunk: int, frame_every: int, image_size: int
+) -> Chunks:
+    steps = np.arange(0, demonstrations.lengths[index], frame_every)
+    demonstration = demonstrations.read(index, steps.tolist())
+    _check(demonstration, index)
+    chunks = Chunks.of_demonstration(demonstration, chunk)
+    chunks.images = {camera: _resized(frames, image_size) for camera, frames in chunks.images.items()}
+    return chunks
+
+
+def _check(demonstration: Demonstration, index: int) -> None:
+    widths = demonstration.states.shape[1:], demonstration.actions.shape[1:]
+    if widths != ((STATE_DIM,), (ACTION_DIM,)):
+        raise DataError(
+            f"demonstration {index} has states of {widths[0]} and actions of {widths[1]} features; "
+            f"LIBERO's have {STATE_DIM} and {ACTION_DIM}"
+        )
+    largest = float(np.abs(demonstration.actions).max())
+    if largest > 1 + RANGE_SLACK:
+        raise DataError(
+            f"demonstration {index} has actions up to {largest:.3g}; LIBERO's controller takes -1 to 1"
+        )
+
+
+def _resized(frames: Tensor, size: int) -> Tensor:
+    """Frames uint8 [N, h, w, 3] as uint8 [N, size, size, 3]: what the network will see of them, kept small."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    pixels = (to_network_images(frames, size) + 1) * 127.5
+    return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.lower().split())

@@ -1,0 +1,113 @@
+"""LIBERO's HDF5 demonstrations: paired rightly, turned upright, and broken files are named."""
+
+import h5py
+import numpy as np
+import pytest
+from recordings import CAMERAS, make_demonstration, write_hdf5
+
+from pi0.data import DataError, open_demonstrations
+from pi0.data.libero_hdf5 import LiberoDemonstrations
+from pi0.errors import MissingFileError
+
+
+@pytest.fixture
+def recorded():
+    return {f"demo_{number}": make_demonstration(6 + number, number) for number in (0, 2, 10)}
+
+
+def test_liberos_own_observations_are_paired_with_the_action_that_followed_them(tmp_path, recorded):
+    # LIBERO steps and then records: what is at index j was seen after action j.
+    write_hdf5(tmp_path / "task_demo.hdf5", recorded, instruction='"open the drawer"')
+    found = open_demonstrations(tmp_path / "task_demo.hdf5")
+    assert list(found.lengths) == [5, 7, 15]
+    for read, source in zip(found, recorded.values(), strict=True):
+        assert read.prompt == "open the drawer"
+        assert np.array_equal(read.states, source.states[:-1])
+        assert np.array_equal(read.actions, source.actions[1:])
+        assert np.array_equal(read.rewards, source.rewards[1:])
+        assert read.dones.tolist() == [False] * (len(read) - 1) + [True]
+        for camera in CAMERAS:
+            assert np.array_equal(read.images[camera], source.images[camera][:-1])
+
+
+def test_replayed_files_are_taken_as_they_are_and_named_by_their_file(tmp_path, recorded):
+    write_hdf5(tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", recorded, instruction=None)
+    found = open_demonstrations(tmp_path)
+    assert set(found.prompts) == {"turn on the stove"}
+    read = found.read(2)
+    assert np.array_equal(read.actions, recorded["demo_10"].actions)
+    assert np.array_equal(read.images[CAMERAS[1]], recorded["demo_10"].images[CAMERAS[1]])
+
+
+def test_the_pairing_can_be_said(tmp_path, recorded):
+    write_hdf5(tmp_path / "task_demo.hdf5", recorded, instruction="open")
+    read = LiberoDemonstrations(tmp_path / "task_demo.hdf5", observed_after_action=False).read(0)
+    assert np.array_equal(read.actions, recorded["demo_0"].actions)
+    assert np.array_equal(read.states, recorded["demo_0"].states)
+
+
+@pytest.mark.parametrize("steps", [[0, 3, 6, 9, 12], [1, 2, 7], [4], []])
+def test_only_the_frames_asked_for_are_read(tmp_path, recorded, steps):
+    write_hdf5(tmp_path / "task_demo.hdf5", recorded, instruction="open")
+    read = open_demonstrations(tmp_path).read(2, steps)
+    assert len(read) == 15
+    for camera, frames in read.images.items():
+        assert np.array_equal(frames, recorded["demo_10"].images[camera][steps])
+
+
+def replace(demo, key, values):
+    del demo[key]
+    demo[key] = values
+
+
+FAULTS = {
+    "no data": (lambda file: file.pop("data"), "has no group data"),
+    "no actions": (
+        lambda file: file["data/demo_0"].pop("actions"),
+        "/data/demo_0 has no dataset actions; it has",
+    ),
+    "no image": (
+        lambda file: file["data/demo_0/obs"].pop("agentview_rgb"),
+        "obs has no dataset agentview_rgb",
+    ),
+    "width": (
+        lambda file: replace(file["data/demo_0"], "actions", np.zeros((6, 6))),
+        r"/data/demo_0/actions has shape \(6, 6\), expected \(6, 7\)",
+    ),
+    "length": (
+        lambda file: replace(file["data/demo_0/obs"], "ee_states", np.zeros((4, 6))),
+        r"ee_states has shape \(4, 6\), expected \(6, 6\)",
+    ),
+    "kind": (
+        lambda file: replace(file["data/demo_0/obs"], "agentview_rgb", np.zeros((6, 8, 8, 3), np.float32)),
+        "agentview_rgb is float32",
+    ),
+    "nan": (
+        lambda file: replace(file["data/demo_0"], "actions", np.full((6, 7), np.nan)),
+        "actions holds values that are not finite",
+    ),
+    "name": (lambda file: file["data"].move("demo_0", "first"), "data/first is not called demo_NUMBER"),
+    "instruction": (lambda file: file["data"].attrs.update(problem_info="{}"), "problem_info"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named_with_its_file(tmp_path, recorded, fault):
+    path = tmp_path / "task_demo.hdf5"
+    write_hdf5(path, recorded, instruction="open")
+    spoil, message = FAULTS[fault]
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    with pytest.raises(DataError, match=message) as caught:
+        open_demonstrations(path).read(0)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_none_are_named(tmp_path):
+    with pytest.raises(MissingFileError, match="nowhere is neither an HDF5 file"):
+        open_demonstrations(tmp_path / "nowhere")
+    (tmp_path / "text.hdf5").write_text("text")
+    with pytest.raises(DataError, match="not an HDF5 file that can be read"):
+        open_demonstrations(tmp_path)
+    with pytest.raises(DataError, match="no LeRobot data set"):
+        open_demonstrations(tmp_path, orientation="upright")

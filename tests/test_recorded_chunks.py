@@ -1,0 +1,178 @@
+"""Demonstrations in files become the chunks that recording makes, all at once or as a stream."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from recordings import CAMERAS, FPS, SIZE, make_demonstration
+
+from pi0 import warmstart
+from pi0.data import DataError, open_demonstrations
+from pi0.data.lerobot_writer import LeRobotWriter
+from pi0.images import to_network_images
+from pi0.ript.chunks import Chunks
+from pi0.ript.demonstrations import record_demonstrations
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.stepping import CONTROL_HZ
+from pi0.ript.env.suites import find_tasks
+from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks, stream_chunks
+
+TASKS = find_tasks("libero_spatial", [3, 8])
+LENGTHS = (7, 5, 9, 4)
+
+
+def write_set(root, demonstrations):
+    with LeRobotWriter(root, FPS) as writer:
+        for demonstration in demonstrations:
+            writer.add(demonstration)
+    return open_demonstrations(root)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return write_set(
+        tmp_path / "set",
+        [make_demonstration(length, seed, TASKS[seed % 2].prompt) for seed, length in enumerate(LENGTHS)],
+    )
+
+
+def assert_equal(chunks, others):
+    assert chunks.prompts == others.prompts
+    for name, frames in chunks.images.items():
+        assert torch.equal(frames, others.images[name])
+    for name in ("states", "actions", "valid"):
+        assert torch.equal(getattr(chunks, name), getattr(others, name)), name
+
+
+def test_a_chunk_is_what_followed_its_observation():
+    demonstration = make_demonstration(5, 0)
+    chunks = Chunks.of_demonstration(demonstration.thinned(2), chunk=3)
+    assert len(chunks) == 3
+    assert torch.equal(chunks.actions[1], torch.from_numpy(demonstration.actions[2:5]))
+    assert torch.equal(chunks.states, torch.from_numpy(demonstration.states[[0, 2, 4]]))
+    assert chunks.valid.tolist() == [[True] * 3, [True] * 3, [True, False, False]]
+    assert not chunks.actions[2, 1:].any()
+    assert np.array_equal(chunks.images[CAMERAS[0]][1], demonstration.images[CAMERAS[0]][2])
+
+
+def test_recorded_demonstrations_are_the_same_with_a_data_set_and_from_it(tmp_path):
+    with LIBEROEnvRunner(
+        "libero_spatial",
+        [3],
+        cameras=CAMERAS,
+        image_size=64,
+        chunk=10,
+        replan_steps=10,
+        num_parallel_envs=2,
+        assets="standins",
+    ) as runner:
+        how = {"per_task": 2, "seed": 0, "noise": 0.1, "frame_every": 3}
+        plain, summary = record_demonstrations(runner, **how)
+        with LeRobotWriter(tmp_path / "set", CONTROL_HZ) as writer:
+            kept, same_summary = record_demonstrations(runner, **how, writer=writer)
+    assert_equal(plain, kept)
+    assert summary == same_summary
+    stored = open_demonstrations(tmp_path / "set")
+    found = demonstrations_of_tasks(stored, TASKS[:1], per_task=75)
+    (indices,) = found.values()
+    read = load_chunks(stored, indices, chunk=10, frame_every=3, image_size=64)
+    assert_equal(plain, read)
+    demonstration = stored.read(0, ())
+    # What was done is the expert's action with noise on its translation.
+    assert not np.array_equal(demonstration.executed[:, :3], demonstration.actions[:, :3])
+    assert np.array_equal(demonstration.executed[:, 3:], demonstration.actions[:, 3:])
+    assert demonstration.dones.tolist() == [False] * (len(demonstration) - 1) + [True]
+
+
+def test_demonstrations_are_found_by_the_tasks_instruction(stored):
+    assert demonstrations_of_tasks(stored, TASKS, per_task=75) == {
+        TASKS[0].name: [0, 2],
+        TASKS[1].name: [1, 3],
+    }
+    assert demonstrations_of_tasks(stored, TASKS[:1], per_task=1) == {TASKS[0].name: [0]}
+    other = find_tasks("libero_goal", [7])
+    with pytest.raises(DataError, match=f"no demonstration of turn_on_the_stove.*shows: .*{TASKS[1].prompt}"):
+        demonstrations_of_tasks(stored, other, per_task=75)
+
+
+def test_images_are_kept_at_the_size_of_the_networks_input(stored):
+    small = load_chunks(stored, [0], chunk=4, frame_every=1, image_size=SIZE // 2)
+    seen = to_network_images(torch.from_numpy(stored.read(0).images[CAMERAS[0]]), SIZE // 2)
+    assert torch.equal(to_network_images(small.images[CAMERAS[0]], SIZE // 2), seen)
+
+
+def stream(stored, batch_size=4, seed=0, chunks_in_memory=6):
+    return stream_chunks(
+        stored,
+        range(len(stored)),
+        batch_size=batch_size,
+        chunk=3,
+        frame_every=1,
+        image_size=SIZE,
+        generator=torch.Generator().manual_seed(seed),
+        chunks_in_memory=chunks_in_memory,
+    )
+
+
+def test_a_stream_gives_every_chunk_equally_often_in_an_order_of_the_seed(stored):
+    total = sum(LENGTHS)
+    batches = stream(stored)
+    given = torch.cat([next(batches).states for _ in range(200)])
+    counts = torch.unique(given, dim=0, return_counts=True)[1]
+    assert len(counts) == total
+    assert counts.max() - counts.min() <= 2  # the last round is not complete
+    first, again, other = (next(stream(stored, seed=seed)) for seed in (0, 0, 1))
+    assert_equal(first, again)
+    assert not torch.equal(first.states, other.states)
+
+
+def test_a_stream_keeps_few_demonstrations_in_memory(stored, monkeypatch):
+    reads = []
+    read = type(stored).read
+    monkeypatch.setattr(type(stored), "read", lambda self, *args: reads.append(args[0]) or read(self, *args))
+    batches = stream(stored, batch_size=2, chunks_in_memory=6)
+    next(batches)
+    assert 1 <= len(reads) <= 2  # episodes of 4 to 9 chunks
+
+
+def test_actions_beyond_the_controllers_range_are_refused(tmp_path):
+    demonstration = make_demonstration(4, 0)
+    demonstration.actions[2, 1] = 5
+    stored = write_set(tmp_path / "set", [demonstration])
+    with pytest.raises(DataError, match="demonstration 0 has actions up to 5; LIBERO's controller"):
+        load_chunks(stored, [0], chunk=3, frame_every=1, image_size=SIZE)
+
+
+def start(root, output, *options):
+    tiny = ["--score-every", "1", "--score-episodes", "1", "--max-minutes", "0", "--batch-size", "2"]
+    warmstart.main(
+        ["--tasks", "3", "--output", str(output), "--workers", "1", "--dataset", str(root), *tiny, *options]
+    )
+
+
+def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored):
+    start(stored.root, tmp_path / "policy", "--frame-every", "2")
+    manifest = json.loads((tmp_path / "policy/warmstart.json").read_text())
+    assert manifest["demonstrations"] == {TASKS[0].name: {"demonstrations": 2, "mean_steps": 8.0}}
+    assert manifest["chunks"] == 4 + 5
+    stats = json.loads((tmp_path / "policy/norm_stats.json").read_text())["norm_stats"]["state"]["mean"]
+    states = np.concatenate([stored.read(index, ()).states[::2] for index in (0, 2)])
+    assert np.allclose(stats, states.mean(0), atol=1e-6)
+
+
+def test_a_warm_start_names_what_is_wrong_with_its_data_set(tmp_path, stored):
+    with pytest.raises(DataError, match="has no feature camera"):
+        start(
+            stored.root,
+            tmp_path / "policy",
+            "--dataset-features",
+            *("state=observation.state", "actions=action", "base_0_rgb=camera"),
+        )
+    with pytest.raises(DataError, match="the policy has no camera front"):
+        start(
+            stored.root,
+            tmp_path / "policy",
+            "--dataset-features",
+            *("state=observation.state", "actions=action", "front=observation.images.image"),
+        )
