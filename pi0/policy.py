@@ -69,6 +69,7 @@ class PI0Policy(nn.Module):
             CheckpointError: a file is broken or does not fit the others.
         """
         config = read_config(path)
+        stats: NormStats | None
         if norm_stats_path:
             stats = load_norm_stats(norm_stats_path, config.robot_state_dim, config.robot_action_dim)
         else:

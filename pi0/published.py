@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pi0.errors import CheckpointError, MissingFileError
@@ -306,6 +307,9 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
             raise NormStatsError(f"{path}: normalises by {mapping}, otherwise than config.json says")
         if Path(state_file).name != state_file or not (directory / state_file).is_file():
             raise MissingFileError(f"{path} names {state_file}, which is not in {directory}")
-        vectors = {key: tensor.float().numpy() for key, tensor in load_file(directory / state_file).items()}
+        try:
+            vectors = {k: tensor.float().numpy() for k, tensor in load_file(directory / state_file).items()}
+        except SafetensorError as error:
+            raise NormStatsError(f"{directory / state_file}: not a safetensors file: {error}") from error
         parts[part] = _under(vectors, feature + ".")
     return parts
