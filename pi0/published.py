@@ -82,24 +82,31 @@ def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) ->
         CheckpointError: a key is missing or asks for what this project does not compute; names it.
     """
     pi05 = holds_pi05(shapes)
-    translated = (
-        _from_lerobot(content, pi05, source) if is_lerobot(content) else _from_openpi(content, source)
-    )
-    if translated.get("pi05", pi05) != pi05:
-        raise CheckpointError(
-            f"{source}: pi05 is {translated['pi05']}, but the tensors are not of such a model"
-        )
+    if content.get("pi05", pi05) != pi05:
+        raise CheckpointError(f"{source}: pi05 is {content['pi05']}, but the tensors are not of such a model")
     try:
         base = Pi0Config.preset("pi05" if pi05 else "pi0")
     except ValueError as error:
         raise CheckpointError(
             f"{source}: the tensors are of pi0.5, which this version does not run"
         ) from error
+    if is_lerobot(content):
+        translated = _from_lerobot(content, pi05, source)
+        quantiles = _mode(content.get("normalization_mapping") or {}, source) == "QUANTILES"
+        if quantiles != uses_quantiles(base):
+            translated["use_quantile_norm"] = quantiles
+    else:
+        translated = _from_openpi(content, source)
     merged = base.to_dict() | _sizes(base, shapes) | translated
     try:
         return Pi0Config.from_dict(merged, source)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def uses_quantiles(config: Pi0Config) -> bool:
+    """Whether states and actions are normalised by their 1st and 99th percentile."""
+    return getattr(config, "use_quantile_norm", False)
 
 
 def _from_openpi(content: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -134,8 +141,6 @@ def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[s
         "prompt_length": content.get("tokenizer_max_length", 200 if pi05 else 48),
         "cameras": _cameras(content["input_features"] or {}, source),
     }
-    if _mode(content.get("normalization_mapping") or {}, source) == "QUANTILES":
-        translated["use_quantile_norm"] = True
     for ours, part, key in (
         ("robot_state_dim", "input_features", STATE_FEATURE),
         ("robot_action_dim", "output_features", ACTION_FEATURE),
@@ -284,7 +289,6 @@ def _under(vectors: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
 
 def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, np.ndarray]]:
     """Statistics of states from the preprocessor's normalizer, of actions from the postprocessor's inverse."""
-    quantiles = getattr(config, "use_quantile_norm", False)
     parts: dict[str, dict[str, np.ndarray]] = {}
     for part, file, step, feature in (
         ("state", PREPROCESSOR_FILE, "normalizer_processor", STATE_FEATURE),
@@ -303,7 +307,7 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
         parts[part] = {}
         if state_file is None:
             continue
-        if (_mode(mapping, str(path)) == "QUANTILES") != quantiles:
+        if (_mode(mapping, str(path)) == "QUANTILES") != uses_quantiles(config):
             raise NormStatsError(f"{path}: normalises by {mapping}, otherwise than config.json says")
         if Path(state_file).name != state_file or not (directory / state_file).is_file():
             raise MissingFileError(f"{path} names {state_file}, which is not in {directory}")
