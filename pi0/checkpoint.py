@@ -21,8 +21,8 @@ import torch
 from pi0.checkpoints import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
 from pi0.errors import InputError
 from pi0.model.config import Pi0Config
-from pi0.model.network import Pi0Network
 from pi0.normalization import NormStats
+from pi0.policy import PI0Policy
 from pi0.tensor_names import WRITABLE, describe, holds_pi05
 
 FITS, STOP = "fits", "STOP"
@@ -77,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def convert_checkpoint(path: str, output: str, layout: str, dtype: str | None) -> None:
     """Load a checkpoint and write it in another layout. Raises `InputError`."""
-    from pi0.policy import PI0Policy
-
     if (Path(output) / MODEL_FILE).exists():
         raise InputError(f"{output} holds a {MODEL_FILE} already; name another directory")
     policy = PI0Policy.from_pretrained(path, dtype=getattr(torch, dtype) if dtype else None)
@@ -113,8 +111,8 @@ def inspect_checkpoint(path: str | Path) -> Iterator[tuple[str, str]]:
         if config.tokenizer == "paligemma":
             yield "tokenizer", _tokenizer(config)
         with torch.device("meta"):
-            shapes = {name: weight.shape for name, weight in Pi0Network(config).named_parameters()}
-        sources = pair(header, shapes)
+            network = PI0Policy(config, stats.stats).network
+        sources = pair(header, {name: weight.shape for name, weight in network.named_parameters()})
     except InputError as error:
         yield STOP, str(error)
         return
