@@ -1,139 +1,255 @@
-"""Checkpoint files: a directory of model.safetensors, config.json and norm_stats.json.
+"""Checkpoint directories: read as openpi, LeRobot and this project write them, written as this project and LeRobot do.
 
-Tensor names are those of openpi's PyTorch checkpoints, where the network's parts have other names; `PREFIXES`
-is the whole mapping. Parts that published checkpoints do not have (the convolutional tower, the condition
-embedding) keep a name of their own. Only safetensors are read, never pickles.
+This project's own is model.safetensors under openpi's names (pi0.tensor_names), config.json and norm_stats.json.
+Those of openpi and LeRobot have configurations of their own (pi0.published). docs/checkpoints.md says how to come by
+them. Only safetensors and JSON are read, never pickles.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pi0.errors import InputError, MissingFileError
+from pi0.errors import CheckpointError, MissingFileError
+from pi0.lerobot_files import lerobot_files
 from pi0.model.config import ConvDims, Pi0Config
-
-MODEL_FILE, CONFIG_FILE, NORM_STATS_FILE = "model.safetensors", "config.json", "norm_stats.json"
-
-_PALIGEMMA = "paligemma_with_expert.paligemma."
-_EXPERT = "paligemma_with_expert.gemma_expert."
-
-# name in the network -> name in the file, by prefix; a name that none matches is the same in both
-PREFIXES = (
-    ("vision.towers.", "conv_vision_tower."),
-    ("vision.", _PALIGEMMA + "model.vision_tower.vision_model."),
-    ("projector.", _PALIGEMMA + "model.multi_modal_projector.linear."),
-    ("token_embedding.", _PALIGEMMA + "lm_head."),
-    ("gemma.", _PALIGEMMA + "model.language_model."),
-    ("expert.", _EXPERT + "model."),
+from pi0.normalization import NormStats
+from pi0.published import (
+    NORM_STATS_FILE,
+    FoundStats,
+    find_norm_stats,
+    is_lerobot,
+    is_openpi,
+    published_config,
 )
-# The embedding is tied to the output head; files hold either name, or both.
-TIED = {_PALIGEMMA + "model.language_model.embed_tokens.weight": _PALIGEMMA + "lm_head.weight"}
-# In published files, but nothing is computed from it. Not read; written as zeros, as openpi's loader wants it.
-UNUSED = _EXPERT + "lm_head.weight"
+from pi0.tensor_names import (
+    EMBEDDING,
+    LEROBOT,
+    OPENPI,
+    OUTPUT_HEAD,
+    STATISTICS,
+    UNUSED,
+    WRITABLE,
+    Layout,
+    describe,
+    file_name,
+    layout_of,
+)
+
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+SLAB_BYTES = 4 << 20  # read at a time: what loading needs beyond the weights themselves
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class CheckpointError(InputError, ValueError):
-    """A checkpoint that cannot be used as it is; the message names the file and what is wrong."""
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself, by openpi's names.
+
+    Args:
+        keys: each weight's key in the file.
+        shapes, dtypes: of each weight.
+        statistics: keys of LeRobot's normalisation buffers.
+        metadata: the free text in the header.
+    """
+
+    path: Path
+    layout: Layout
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    statistics: tuple[str, ...]
+    metadata: dict[str, str] | None
 
 
-def file_name(parameter: str) -> str:
-    """Name in a checkpoint file of one of the network's parameters."""
-    for ours, theirs in PREFIXES:
-        if parameter.startswith(ours):
-            return theirs + parameter.removeprefix(ours)
-    return parameter
+@dataclass(frozen=True)
+class Origin:
+    """What a loaded policy must remember of its file to write it back as it was.
+
+    Args:
+        layout, dtypes, metadata: of the file.
+        unread: tensors from which nothing is computed, by openpi's names: mapped, so that they take no memory.
+        config: content of a LeRobot config.json, else None.
+    """
+
+    layout: Layout
+    dtypes: dict[str, torch.dtype]
+    metadata: dict[str, str] | None
+    unread: dict[str, Tensor]
+    config: dict[str, Any] | None
+
+    def __deepcopy__(self, _memo: dict) -> Origin:
+        return self  # a copy would read what is only mapped
+
+
+def read_header(directory: str | Path) -> Header:
+    """Names, shapes and types of the weights in a checkpoint directory, without reading them.
+
+    Raises:
+        FileNotFoundError: no such directory, or no model.safetensors; says what the directory looks like.
+        CheckpointError: not a safetensors file, or tensors of a type that weights cannot have.
+    """
+    path = _directory(directory) / MODEL_FILE
+    if not path.is_file():
+        raise MissingFileError(_no_weights(path.parent))
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    layout = layout_of(slices)
+    keys, shapes, dtypes = {}, {}, {}
+    for key, entry in slices.items():
+        if key.startswith(STATISTICS):
+            continue
+        name = layout.to_openpi(key)
+        if entry.get_dtype() not in _DTYPES:
+            raise CheckpointError(
+                f"{path}: {key} has type {entry.get_dtype()}; weights are {', '.join(_DTYPES)}"
+            )
+        keys[name], shapes[name], dtypes[name] = key, tuple(entry.get_shape()), _DTYPES[entry.get_dtype()]
+    statistics = tuple(key for key in slices if key.startswith(STATISTICS))
+    return Header(path, layout, keys, shapes, dtypes, statistics, metadata)
 
 
 def read_config(directory: str | Path) -> Pi0Config:
-    """Read config.json of a checkpoint directory.
+    """The configuration in config.json of a checkpoint directory; openpi's and LeRobot's are translated.
 
     Raises:
         FileNotFoundError: no such directory or no config.json in it.
-        CheckpointError: config.json is broken.
+        CheckpointError: config.json is broken, or asks for what this project does not compute.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise MissingFileError(f"checkpoint directory {directory} not found")
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise MissingFileError(f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}")
+    content = _read_config_file(_directory(directory))
+    source = str(Path(directory) / CONFIG_FILE)
+    if is_lerobot(content) or is_openpi(content):
+        return published_config(content, read_header(directory).shapes, source)
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected an object, got {content!r:.80}")
-    try:
-        return Pi0Config.from_dict(content, source=str(path))
+        return Pi0Config.from_dict(content, source)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
+def read_norm_stats(directory: str | Path, config: Pi0Config) -> FoundStats:
+    """The statistics in a checkpoint directory: see `find_norm_stats`."""
+    buffers = {}
+    if (Path(directory) / MODEL_FILE).is_file():
+        header = read_header(directory)
+        if header.statistics:
+            with _opened(header.path) as file:
+                buffers = {key: file.get_tensor(key).float().numpy() for key in header.statistics}
+    return find_norm_stats(Path(directory), buffers, config)
+
+
 def load_weights(
-    directory: str | Path, expected: dict[str, torch.Size], device: str | torch.device
-) -> dict[str, Tensor]:
+    directory: str | Path,
+    expected: Mapping[str, torch.Size],
+    dtypes: Mapping[str, torch.dtype],
+    device: str | torch.device,
+) -> tuple[dict[str, Tensor], Origin]:
     """Read model.safetensors into tensors under the network's own names.
+
+    The file is mapped, and a few megabytes of it at a time are cast and placed; nothing of it stays in memory.
 
     Args:
         directory: the checkpoint.
         expected: shape of each of the network's parameters.
+        dtypes: wanted type of each.
         device: where the tensors go.
+
+    Returns:
+        The tensors, and what `save_checkpoint_files` needs to write the file back.
 
     Raises:
         FileNotFoundError: no model.safetensors.
         CheckpointError: an unreadable file, or missing, surplus or mis-shaped tensors, all of them listed.
     """
-    path = Path(directory) / MODEL_FILE
-    if not path.is_file():
-        hint = "; only safetensors are read, never pickles" if _pickles(Path(directory)) else ""
-        raise MissingFileError(f"{directory} has no {MODEL_FILE}; it holds {_listing(Path(directory))}{hint}")
-    names = {file_name(parameter): parameter for parameter in expected}
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            sources = _match(stored, names, expected, path)
-            return {names[name]: file.get_tensor(key) for name, key in sources.items()}
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path} ({size} bytes) is truncated or not a safetensors file: {error}"
-        ) from error
+    header = read_header(directory)
+    sources = pair(header, expected)
+    content = _read_config_file(Path(directory))
+    weights = {}
+    for parameter, name in sources.items():
+        target = torch.empty(expected[parameter], dtype=dtypes[parameter], device=device)
+        rows = max(1, SLAB_BYTES // max(1, target[:1].numel() * header.dtypes[name].itemsize))
+        for start in range(0, len(target), rows):
+            # Opened anew each time: pages that were read count as this process's memory until the map is gone.
+            with _opened(header.path) as file:
+                target[start : start + rows] = file.get_slice(header.keys[name])[start : start + rows]
+        weights[parameter] = target
+    with _opened(header.path) as file:
+        unread = {name: file.get_tensor(header.keys[name]) for name in _unread(header)}
+    origin = Origin(
+        layout=header.layout,
+        dtypes=header.dtypes,
+        metadata=header.metadata,
+        unread=unread,
+        config=content if is_lerobot(content) else None,
+    )
+    return weights, origin
 
 
 def save_checkpoint_files(
-    directory: str | Path, weights: dict[str, Tensor], config: Pi0Config, norm_stats: dict | None
+    directory: str | Path,
+    weights: Mapping[str, Tensor],
+    config: Pi0Config,
+    norm_stats: NormStats | None,
+    origin: Origin | None = None,
+    layout: str = OPENPI.name,
 ) -> None:
     """Write a checkpoint directory; each file is complete before it takes its name.
 
+    Weights that came from a file are written in its types where that loses nothing, and what nothing is computed
+    from as it was: a checkpoint that was loaded and not changed is written back byte by byte.
+
     Args:
         weights: by the network's own names.
-        norm_stats: content of norm_stats.json, or None for none.
+        norm_stats: None for none.
+        origin: what `load_weights` returned, of a policy that came from a file.
+        layout: "openpi" writes this project's directory, whose model.safetensors openpi's PyTorch code and LeRobot
+            load; "lerobot" a directory that LeRobot loads, with its configuration and processors.
+
+    Raises:
+        CheckpointError: the model has parts that the layout has no place for.
     """
+    chosen = WRITABLE.get(layout)
+    if chosen is None:
+        raise CheckpointError(f"layout is {' or '.join(WRITABLE)}, not {layout!r}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {file_name(name): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    if not isinstance(config.vision, ConvDims):
-        tensors[UNUSED] = torch.zeros(
-            config.vocab_size,
-            config.action_expert.width,
-            dtype=tensors[file_name("gemma.layers.0.mlp.up_proj.weight")].dtype,
+    files: dict[str, bytes | dict[str, Tensor]]
+    if chosen is LEROBOT:
+        files = lerobot_files(
+            config, norm_stats, origin.config if origin and origin.layout is LEROBOT else None
         )
-    texts = {CONFIG_FILE: config.to_dict()} | ({NORM_STATS_FILE: norm_stats} if norm_stats else {})
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in [*texts, MODEL_FILE]}
+    else:
+        files = {CONFIG_FILE: _json(config.to_dict())}
+        if norm_stats:
+            files[NORM_STATS_FILE] = _json(norm_stats.to_dict())
+    same = origin is not None and origin.layout is chosen
+    metadata = (
+        origin.metadata
+        if origin and same
+        else {chosen.from_openpi(k): chosen.from_openpi(v) for k, v in _TIED}
+    )
+    files[MODEL_FILE] = {
+        chosen.from_openpi(name): tensor for name, tensor in _tensors(weights, config, origin, chosen).items()
+    }
+
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
-        for name, content in texts.items():
-            temporary[name].write_text(json.dumps(content, indent=1) + "\n")
-        write_tensors(temporary[MODEL_FILE], tensors, TIED)
-        # safetensors lets only the owner read; a checkpoint is as readable as its other files.
-        temporary[MODEL_FILE].chmod(temporary[CONFIG_FILE].stat().st_mode)
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                temporary[name].write_bytes(content)
+            else:
+                write_tensors(temporary[name], content, metadata if name == MODEL_FILE else None)
+                # safetensors lets only the owner read; a checkpoint is as readable as its other files.
+                temporary[name].chmod(temporary[CONFIG_FILE].stat().st_mode)
         for name, path in temporary.items():
             os.replace(path, directory / name)
     finally:
@@ -149,63 +265,139 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise OSError(f"{path} is not written: {error}; make room or choose another folder") from error
 
 
-def _match(stored: dict[str, tuple], names: dict[str, str], expected: dict, path: Path) -> dict[str, str]:
-    """For each wanted name the key that holds it in the file; raises when they do not pair up one to one."""
-    sources = {TIED.get(key, key): key for key in sorted(stored, reverse=True) if key != UNUSED}
-    missing = [name for name in names if name not in sources]
-    surplus = [key for name, key in sources.items() if name not in names]
-    shapes = [
-        f"{key} {list(stored[key])}, expected {list(expected[names[name]])}"
-        for name, key in sources.items()
-        if name in names and stored[key] != tuple(expected[names[name]])
-    ]
-    problems = [
-        f"{len(found)} {kind}:\n    " + "\n    ".join(found)
-        for kind, found in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
-        if found
-    ]
+def pair(header: Header, expected: Mapping[str, torch.Size]) -> dict[str, str]:
+    """For each of the network's parameters the openpi name of the tensor that holds it.
+
+    Raises:
+        CheckpointError: they do not pair up one to one; lists all keys and says what the file looks like.
+    """
+    shapes = {name: shape for name, shape in header.shapes.items() if name not in _unread(header)}
+    sources = {parameter: file_name(parameter) for parameter in expected}
+    if EMBEDDING in shapes:
+        sources = {p: EMBEDDING if name == OUTPUT_HEAD else name for p, name in sources.items()}
+    wanted = {name: tuple(expected[parameter]) for parameter, name in sources.items()}
+    key = header.keys.get
+    found = {
+        "missing": [header.layout.from_openpi(name) for name in wanted if name not in shapes],
+        "surplus": [key(name, name) for name in shapes if name not in wanted],
+        "of another shape": [
+            f"{key(name)} {list(shapes[name])}, expected {list(shape)}"
+            for name, shape in wanted.items()
+            if name in shapes and shapes[name] != shape
+        ],
+    }
+    problems = [f"{len(keys)} {kind}:\n    " + "\n    ".join(keys) for kind, keys in found.items() if keys]
     if problems:
-        lines = "\n  ".join(
-            [f"{path} does not fit its {CONFIG_FILE}.", *problems, f"It looks like {describe(stored)}."]
+        looks = f"It looks like {describe(shapes)}; its names are those of {header.layout.title}."
+        raise CheckpointError(
+            "\n  ".join([f"{header.path} does not fit its {CONFIG_FILE}.", *problems, looks])
         )
-        raise CheckpointError(lines)
     return sources
 
 
-def describe(stored: dict[str, tuple]) -> str:
-    """In words, what kind of model tensors of these names and shapes belong to."""
-    if not stored:
-        return "an empty file"
-    parts = []
-    for label, prefix in (
-        ("a SigLIP tower", _PALIGEMMA + "model.vision_tower."),
-        ("a convolutional tower", "conv_vision_tower."),
-        ("a Gemma prefix expert", _PALIGEMMA + "model.language_model."),
-        ("an action expert", _EXPERT + "model."),
-    ):
-        keys = [key for key in stored if key.startswith(prefix)]
-        if keys:
-            layers = {int(m.group(1)) for key in keys if (m := re.search(r"\.layers\.(\d+)\.", key))}
-            widths = {
-                stored[key][0]
-                for key in keys
-                if key.endswith(("model.norm.weight", "language_model.norm.weight"))
-            }
-            detail = [f"{len(layers)} layers"] * bool(layers) + [f"width {w}" for w in widths]
-            parts.append(label + (f" ({', '.join(detail)})" if detail else ""))
-    if "action_in_proj.weight" in stored:
-        parts.append(f"actions of {stored['action_in_proj.weight'][-1]} features")
-    if "time_mlp_in.weight" in stored:
-        parts.append("a pi0.5 time embedding (not supported yet)")
-    if not parts:
-        return f"no pi0 checkpoint in openpi's layout: its tensors begin with {', '.join(sorted(stored)[:3])}"
-    return "a model with " + ", ".join(parts)
+_TIED = (
+    (EMBEDDING, OUTPUT_HEAD),
+)  # as openpi's files note it: the absent name and the one that stands for it
 
 
-def _pickles(directory: Path) -> list[str]:
-    return [p.name for p in directory.iterdir() if p.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")]
+def _unread(header: Header) -> set[str]:
+    """Names of the tensors that nothing is computed from."""
+    return {UNUSED} & set(header.keys) | (
+        {OUTPUT_HEAD} if {EMBEDDING, OUTPUT_HEAD} <= set(header.keys) else set()
+    )
+
+
+def _tensors(
+    weights: Mapping[str, Tensor], config: Pi0Config, origin: Origin | None, layout: Layout
+) -> dict[str, Tensor]:
+    """What goes into the file, by openpi's names."""
+    tensors = {file_name(name): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    unread = dict(origin.unread) if origin else {}
+    if origin:
+        stored = origin.dtypes | (
+            {OUTPUT_HEAD: origin.dtypes[EMBEDDING]} if EMBEDDING in origin.dtypes else {}
+        )
+        tensors = {name: _narrowed(tensor, stored.get(name)) for name, tensor in tensors.items()}
+    head = unread.pop(OUTPUT_HEAD, None)
+    if head is not None and layout is LEROBOT:
+        # openpi's loader refuses both names, LeRobot's wants both where they are untied.
+        tensors |= {EMBEDDING: tensors[OUTPUT_HEAD], OUTPUT_HEAD: head}
+    if UNUSED not in unread and not isinstance(config.vision, ConvDims):
+        dtype = tensors[file_name("gemma.layers.0.mlp.up_proj.weight")].dtype
+        unread[UNUSED] = torch.zeros(config.vocab_size, config.action_expert.width, dtype=dtype)
+    return tensors | unread
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in a narrower type, if that loses nothing."""
+    if dtype is None or dtype.itemsize >= tensor.dtype.itemsize:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise MissingFileError(f"checkpoint directory {directory} not found")
+    return directory
+
+
+def _read_config_file(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        hint = ""
+        if (directory / MODEL_FILE).is_file():
+            hint = (
+                '. If openpi\'s training made it, write {"action_horizon": 50} there, '
+                "with the action_horizon of its training configuration"
+            )
+        raise MissingFileError(f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}{hint}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected an object, got {content!r:.80}")
+    return content
+
+
+@contextmanager
+def _opened(path: Path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or not a safetensors file: {error}"
+        ) from error
+
+
+def _no_weights(directory: Path) -> str:
+    """What to say of a directory without model.safetensors."""
+    message = f"{directory} has no {MODEL_FILE}; it holds {_listing(directory)}"
+    names = {path.name for path in directory.iterdir()}
+    if "params" in names or "_METADATA" in names:
+        return f"{message}. This is openpi's JAX checkpoint: convert it as docs/checkpoints.md says"
+    if MODEL_FILE + ".index.json" in names:
+        return f"{message}. It is split into shards: join them as docs/checkpoints.md says"
+    if "adapter_model.safetensors" in names:
+        return (
+            f"{message}. It holds an adapter only: merge it into its base model with the tool that trained it"
+        )
+    for inner in ("pretrained_model", "checkpoints/last/pretrained_model"):
+        if (directory / inner / MODEL_FILE).is_file():
+            return f"{message}. The checkpoint is in {directory / inner}"
+    if any(Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl") for name in names):
+        return f"{message}; only safetensors are read, never pickles"
+    return message
 
 
 def _listing(directory: Path) -> str:
     names = sorted(p.name for p in directory.iterdir())
     return (", ".join(names[:10]) + (" ..." if len(names) > 10 else "")) or "nothing"
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -11,6 +11,10 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or folder that was named is not there."""
 
 
+class CheckpointError(InputError, ValueError):
+    """A checkpoint that cannot be used as it is; the message names the file and what is wrong."""
+
+
 def attempt(function: Callable[..., object], *arguments: object) -> str | None:
     """Call a function whose failure is to be reported and not to end the program: what went wrong, or None.
 

@@ -75,6 +75,11 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
     parts = content.get("norm_stats") if isinstance(content, dict) else None
     if not isinstance(parts, dict):
         raise NormStatsError(f'{path}: no "norm_stats" object at the top')
+    return norm_stats_from(parts, state_dim, action_dim, path)
+
+
+def norm_stats_from(parts: dict, state_dim: int, action_dim: int, path: Path) -> NormStats:
+    """The statistics in `parts`, the object under "norm_stats"; refuses as `load_norm_stats` does, naming `path`."""
     return NormStats(
         state=_read_stats(parts, "state", state_dim, path),
         actions=_read_stats(parts, "actions", action_dim, path),

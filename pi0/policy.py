@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pi0.checkpoints import NORM_STATS_FILE, load_weights, read_config, save_checkpoint_files
+from pi0.checkpoints import Origin, load_weights, read_config, read_norm_stats, save_checkpoint_files
 from pi0.errors import InputError
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
@@ -41,6 +41,7 @@ class PI0Policy(nn.Module):
         self.norm_stats = norm_stats
         self.network = Pi0Network(config)
         self._tokenizer: Tokenizer | None = None
+        self._origin: Origin | None = None  # what its file held, if it came from one
 
     # Files
 
@@ -52,30 +53,33 @@ class PI0Policy(nn.Module):
         dtype: torch.dtype | None = None,
         norm_stats_path: str | Path | None = None,
     ) -> PI0Policy:
-        """Load a checkpoint directory, in evaluation mode.
+        """Load a checkpoint directory of this project, openpi or LeRobot, in evaluation mode.
+
+        Beyond the weights in their type this takes a few megabytes of memory; see `load_weights`.
 
         Args:
-            path: holds model.safetensors, config.json and, for acting, norm_stats.json.
+            path: holds model.safetensors, config.json and, for acting, statistics; docs/checkpoints.md says which.
             device: where the weights go.
-            dtype: of the two experts and the vision tower; norms, embeddings of position and the flow head
-                stay in float32. None is float32.
-            norm_stats_path: a norm_stats.json to use instead of the directory's own.
+            dtype: of the two experts and the vision tower; what openpi keeps in float32 stays so: norms, patch
+                and position embeddings, the flow head. None is float32.
+            norm_stats_path: a norm_stats.json to use instead of the directory's own statistics.
 
         Raises:
             FileNotFoundError: the directory, config.json, model.safetensors or norm_stats_path is missing.
             CheckpointError: a file is broken or does not fit the others.
         """
         config = read_config(path)
-        stats_file = Path(norm_stats_path or Path(path) / NORM_STATS_FILE)
-        stats = None
-        if norm_stats_path or stats_file.is_file():
-            stats = load_norm_stats(stats_file, config.robot_state_dim, config.robot_action_dim)
+        stats: NormStats | None
+        if norm_stats_path:
+            stats = load_norm_stats(norm_stats_path, config.robot_state_dim, config.robot_action_dim)
+        else:
+            stats = read_norm_stats(path, config).stats
         with torch.device("meta"), _without_start_values():
             policy = cls(config, stats)
         shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
-        weights = load_weights(path, shapes, device)
         low = policy.network.low_precision_parameters() if dtype else set()
-        weights = {name: w.to(dtype if name in low else torch.float32) for name, w in weights.items()}
+        dtypes = {name: dtype if dtype and name in low else torch.float32 for name in shapes}
+        weights, policy._origin = load_weights(path, shapes, dtypes, device)
         frozen = {
             name for name, parameter in policy.network.named_parameters() if not parameter.requires_grad
         }
@@ -84,10 +88,17 @@ class PI0Policy(nn.Module):
             parameter.requires_grad_(name not in frozen)
         return policy.eval()
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway."""
-        stats = self.norm_stats.to_dict() if self.norm_stats else None
-        save_checkpoint_files(path, self.network.state_dict(), self.config, stats)
+    def save_pretrained(self, path: str | Path, layout: str = "openpi") -> None:
+        """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway.
+
+        Args:
+            layout: "openpi": openpi's PyTorch code and LeRobot load its weights; "lerobot": LeRobot loads all of it.
+
+        Raises:
+            CheckpointError: the model has parts that the layout has no place for.
+        """
+        weights = self.network.state_dict()
+        save_checkpoint_files(path, weights, self.config, self.norm_stats, self._origin, layout)
 
     def enable_guidance(self) -> None:
         """Give the policy an optimality condition, for guidance; it changes no output until it is trained."""

@@ -1,0 +1,165 @@
+"""Checkpoint directories of this project, openpi and LeRobot: say what one is, write it in another layout.
+
+examples:
+    python -m pi0.checkpoint inspect CHECKPOINT                 what it is, what fits and what is missing
+    python -m pi0.checkpoint convert CHECKPOINT OUTPUT          as this project's directory
+    python -m pi0.checkpoint convert CHECKPOINT OUTPUT --layout lerobot
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from pi0.checkpoints import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
+from pi0.errors import InputError
+from pi0.model.config import Pi0Config
+from pi0.normalization import NormStats
+from pi0.policy import PI0Policy
+from pi0.tensor_names import WRITABLE, describe, holds_pi05
+
+FITS, STOP = "fits", "STOP"
+LABEL_WIDTH = 13
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    description, examples = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m pi0.checkpoint",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint is, what fits and what is missing; status 1 if it cannot be loaded"
+    )
+    inspect.add_argument("path", help="a checkpoint directory, or the model.safetensors in it")
+    convert = commands.add_parser("convert", help="write a checkpoint in another layout")
+    convert.add_argument("path", help="a checkpoint directory")
+    convert.add_argument("output", help="directory to write; must not hold a checkpoint yet")
+    convert.add_argument(
+        "--layout",
+        default="openpi",
+        choices=list(WRITABLE),
+        help="openpi: this project's directory, whose weights openpi and LeRobot load; lerobot: LeRobot's",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the experts and the vision tower; default: as they are stored",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Raises `InputError`."""
+    options = parse_arguments(arguments)
+    if options.command == "convert":
+        convert_checkpoint(options.path, options.output, options.layout, options.dtype)
+        print(f"{options.output} written")
+        return 0
+    status = 0
+    for label, text in inspect_checkpoint(options.path):
+        head, *more = text.split("\n")
+        print(f"{label:<{LABEL_WIDTH}}{head}", *more, sep="\n" + " " * LABEL_WIDTH)
+        status |= label == STOP
+    return status
+
+
+def convert_checkpoint(path: str, output: str, layout: str, dtype: str | None) -> None:
+    """Load a checkpoint and write it in another layout. Raises `InputError`."""
+    if (Path(output) / MODEL_FILE).exists():
+        raise InputError(f"{output} holds a {MODEL_FILE} already; name another directory")
+    policy = PI0Policy.from_pretrained(path, dtype=getattr(torch, dtype) if dtype else None)
+    policy.save_pretrained(output, layout)
+
+
+def inspect_checkpoint(path: str | Path) -> Iterator[tuple[str, str]]:
+    """What a checkpoint is, in pairs of a label and a text of one or more lines.
+
+    The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it. Nothing but the header of
+    the weights and the statistics is read.
+
+    Raises:
+        FileNotFoundError: no such directory, or no weights in it.
+        CheckpointError: the weights are not a safetensors file.
+    """
+    path = Path(path)
+    if path.is_file() and path.name != MODEL_FILE:
+        raise InputError(f"{path}: the weights of a checkpoint are called {MODEL_FILE}; name its directory")
+    directory = path.parent if path.is_file() else path
+    header = read_header(directory)
+    kind = "pi0.5" if holds_pi05(header.shapes) else "pi0"
+    yield "file", f"{header.path} ({header.path.stat().st_size / 1e9:.3g} GB)"
+    yield "layout", f"{header.layout.title}: names like {next(iter(header.keys.values()), '(none)')}"
+    yield "model", f"{kind}: {describe(header.shapes)}"
+    yield "weights", _weights(header)
+    try:
+        config = read_config(directory)
+        yield CONFIG_FILE, _config(config)
+        stats = read_norm_stats(directory, config)
+        yield "statistics", f"{_statistics(stats.stats)}; found: {stats.place}"
+        if config.tokenizer == "paligemma":
+            yield "tokenizer", _tokenizer(config)
+        with torch.device("meta"):
+            network = PI0Policy(config, stats.stats).network
+        sources = pair(header, {name: weight.shape for name, weight in network.named_parameters()})
+    except InputError as error:
+        yield STOP, str(error)
+        return
+    if unread := [key for name, key in header.keys.items() if name not in sources.values()]:
+        yield "not used", "\n".join(unread)
+    yield FITS, f"all {len(sources)} tensors of the network are there, and nothing else"
+
+
+def _weights(header: Header) -> str:
+    sizes: Counter[str] = Counter()
+    for name, dtype in header.dtypes.items():
+        sizes[str(dtype).removeprefix("torch.")] += math.prod(header.shapes[name])
+    types = ", ".join(f"{_millions(count)} {dtype}" for dtype, count in sizes.most_common())
+    return f"{len(header.shapes)} tensors, {_millions(sizes.total())} parameters: {types}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
+
+
+def _config(config: Pi0Config) -> str:
+    return (
+        f"chunks of {config.action_horizon} actions of {config.action_dim} features, of which the robot has "
+        f"{config.robot_action_dim}; its state has {config.robot_state_dim}\n"
+        f"cameras {', '.join(config.cameras)} at {config.image_size} pixels; prompt of {config.prompt_length} tokens"
+    )
+
+
+def _statistics(stats: NormStats | None) -> str:
+    if stats is None:
+        return "none, and acting needs them: name a norm_stats.json as norm_stats_path"
+    quantiles = "with" if stats.state.q01 is not None and stats.actions.q01 is not None else "without"
+    return f"state of {len(stats.state.mean)}, actions of {len(stats.actions.mean)} features, {quantiles} quantiles"
+
+
+def _tokenizer(config: Pi0Config) -> str:
+    path = config.tokenizer_path or os.environ.get("PALIGEMMA_TOKENIZER")
+    if path and Path(path).is_file():
+        return f"PaliGemma's, {path}"
+    return (
+        f"PaliGemma's, {path or 'which is not configured'}; acting needs it: see PALIGEMMA_TOKENIZER "
+        "in docs/checkpoints.md"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,147 @@
+"""What LeRobot wants beside model.safetensors to load a pi0 policy: its configuration and its two processors.
+
+Sources: LeRobot, policies/pi0/{configuration_pi0,processor_pi0}.py, processor/{pipeline,normalize_processor,
+tokenizer_processor,device_processor}.py and configs/policies.py, whose parser refuses a key that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi0.errors import CheckpointError
+from pi0.model.config import ConvDims, GemmaDims, Pi0Config
+from pi0.normalization import NormStats, Stats
+from pi0.published import ACTION_FEATURE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE, STATE_FEATURE
+
+# The only sizes that LeRobot builds (get_gemma_config in policies/pi0/modeling_pi0.py).
+_VARIANTS = {
+    "gemma_2b": GemmaDims(2048, 18, 16384, 8, 1, 256),
+    "gemma_300m": GemmaDims(1024, 18, 4096, 8, 1, 256),
+}
+_NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+
+
+def lerobot_files(
+    config: Pi0Config, norm_stats: NormStats | None, original: Mapping[str, Any] | None = None
+) -> dict[str, bytes | dict[str, Tensor]]:
+    """LeRobot's config.json, policy_preprocessor.json, policy_postprocessor.json and their statistics.
+
+    Args:
+        original: content of the LeRobot config.json that the policy came with; its other keys are kept.
+
+    Returns:
+        By file name: text, or tensors for a safetensors file.
+
+    Raises:
+        CheckpointError: the model is not one that LeRobot can build; says why.
+    """
+    content = lerobot_config(config, original)
+    features = {**content["input_features"], **content["output_features"]}
+    tensors: dict[str, Tensor] = {}
+    if norm_stats is not None:
+        for feature, stats in ((STATE_FEATURE, norm_stats.state), (ACTION_FEATURE, norm_stats.actions)):
+            tensors |= {f"{feature}.{name}": vector for name, vector in _vectors(stats).items()}
+    before = [
+        _step("rename_observations_processor", rename_map={}),
+        _step("to_batch_processor"),
+        _step("pi0_new_line_processor"),
+        _step(
+            "tokenizer_processor",
+            max_length=config.prompt_length,
+            task_key="task",
+            padding_side="right",
+            padding="max_length",
+            truncation=True,
+            tokenizer_name="google/paligemma-3b-pt-224",
+        ),
+        _step("device_processor", device=content.get("device") or "cpu", float_dtype=None),
+        _step("normalizer_processor", eps=1e-8, features=features, norm_map=_NORM_MAP),
+    ]
+    after = [
+        _step("unnormalizer_processor", eps=1e-8, features=content["output_features"], norm_map=_NORM_MAP),
+        _step("device_processor", device="cpu", float_dtype=None),
+    ]
+    files: dict[str, bytes | dict[str, Tensor]] = {"config.json": _json(content)}
+    for file, steps in ((PREPROCESSOR_FILE, before), (POSTPROCESSOR_FILE, after)):
+        name = file.removesuffix(".json")
+        for index, step in enumerate(steps):
+            if tensors and "norm_map" in step["config"]:
+                step["state_file"] = f"{name}_step_{index}_{step['registry_name']}.safetensors"
+                files[step["state_file"]] = tensors
+        files[file] = _json({"name": name, "steps": steps})
+    return files
+
+
+def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a LeRobot config.json; see `lerobot_files`."""
+    for unfit, what in (
+        (isinstance(config.vision, ConvDims), "a convolutional tower"),
+        (config.guidance, "an optimality condition (guidance)"),
+        (config.tokenizer != "paligemma", f"the tokenizer {config.tokenizer!r}"),
+        (getattr(config, "pi05", False), "the network of pi0.5, which is not written in this layout yet"),
+        (getattr(config, "delta_actions", False), "actions less the state (delta_actions)"),
+        (
+            any(getattr(d, "lora_rank", 0) for d in (config.gemma, config.action_expert)),
+            "low-rank adaptation",
+        ),
+    ):
+        if unfit:
+            raise CheckpointError(f"LeRobot's pi0 has no place for {what}; save it in the layout 'openpi'")
+    content: dict[str, Any] = {
+        "type": "pi0",
+        "n_obs_steps": 1,
+        "input_features": {
+            **{
+                f"observation.images.{camera}": _feature("VISUAL", 3, config.image_size, config.image_size)
+                for camera in config.cameras
+            },
+            STATE_FEATURE: _feature("STATE", config.robot_state_dim),
+        },
+        "output_features": {ACTION_FEATURE: _feature("ACTION", config.robot_action_dim)},
+        "normalization_mapping": _NORM_MAP,
+        "n_action_steps": min(10, config.action_horizon),
+        "dtype": "float32",
+        "image_resolution": [config.image_size, config.image_size],
+    }
+    if original is None:
+        content |= {
+            "paligemma_variant": _variant(config.gemma, "gemma"),
+            "action_expert_variant": _variant(config.action_expert, "action_expert"),
+        }
+    else:
+        content = dict(original)
+    return content | {
+        "chunk_size": config.action_horizon,
+        "max_state_dim": config.action_dim,
+        "max_action_dim": config.action_dim,
+        "num_inference_steps": config.num_steps,
+        "tokenizer_max_length": config.prompt_length,
+    }
+
+
+def _variant(dims: GemmaDims, name: str) -> str:
+    for variant, known in _VARIANTS.items():
+        if dims == known:
+            return variant
+    raise CheckpointError(f"LeRobot builds only {' and '.join(_VARIANTS)}; {name} is neither: {dims}")
+
+
+def _vectors(stats: Stats) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in vars(stats).items() if value is not None}
+
+
+def _feature(kind: str, *shape: int) -> dict[str, Any]:
+    return {"type": kind, "shape": list(shape)}
+
+
+def _step(name: str, **config: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": config}
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=4) + "\n").encode()

@@ -1,0 +1,319 @@
+"""What openpi and LeRobot write beside the weights: their configurations and their normalisation statistics.
+
+Both say less than this project's config.json (no sizes of layers, no cameras' meaning), so the rest comes from the
+tensors' shapes and from what openpi and LeRobot fix in their code. Sources: openpi,
+src/openpi/{models/pi0_config.py,models/gemma.py,training/checkpoints.py,shared/normalize.py} and
+examples/convert_jax_model_to_pytorch.py; LeRobot, policies/pi0/configuration_pi0.py,
+processor/{pipeline,normalize_processor}.py, and common/policies/normalize.py of February 2025.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pi0.errors import CheckpointError, MissingFileError
+from pi0.model.config import PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
+from pi0.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
+from pi0.tensor_names import EMBEDDING, EXPERT, OUTPUT_HEAD, PALIGEMMA, holds_pi05
+
+NORM_STATS_FILE = "norm_stats.json"
+PREPROCESSOR_FILE, POSTPROCESSOR_FILE = "policy_preprocessor.json", "policy_postprocessor.json"
+STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
+
+# Of transformers' PaliGemma: SigLIP So400m has 16 heads of 72 features. openpi's Gemma variants have one key-value
+# head. Neither can be told from shapes.
+_SIGLIP_HEAD_DIM, _KV_HEADS = 72, 1
+# Names that LeRobot's LIBERO data sets and environment give the two cameras (lerobot docs/source/libero.mdx).
+_CAMERAS = {name: name for name in PUBLISHED_CAMERAS} | {
+    "image": "base_0_rgb",
+    "image2": "left_wrist_0_rgb",
+    "wrist_image": "left_wrist_0_rgb",
+}
+_OPENPI_KEYS = {
+    "action_dim",
+    "action_horizon",
+    "paligemma_variant",
+    "action_expert_variant",
+    "precision",
+    "pi05",
+}
+# Keys of LeRobot's that would change what the policy computes, with the only values that this project computes.
+_LEROBOT_ONLY = {
+    "n_obs_steps": 1,
+    "adapt_to_pi_aloha": False,
+    "use_delta_joint_actions_aloha": False,
+    "use_relative_actions": False,
+    "min_period": 4e-3,
+    "max_period": 4.0,
+}
+
+Shapes = Mapping[str, tuple[int, ...]]  # by openpi's names
+
+
+def is_lerobot(content: Mapping[str, Any]) -> bool:
+    """Whether this is the content of a LeRobot config.json."""
+    return "type" in content
+
+
+def is_openpi(content: Mapping[str, Any]) -> bool:
+    """Whether this is a config.json of openpi's converter, or one written by hand for its training's checkpoints."""
+    return not is_lerobot(content) and "action_horizon" in content and "gemma" not in content
+
+
+def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) -> Pi0Config:
+    """The configuration of an openpi or LeRobot checkpoint.
+
+    Args:
+        content: of its config.json. In openpi's, any other field of `Pi0Config` may stand too and is taken over.
+        shapes: of the tensors. What they cannot tell is as in the published model.
+        source: names config.json in errors.
+
+    Raises:
+        CheckpointError: a key is missing or asks for what this project does not compute; names it.
+    """
+    pi05 = holds_pi05(shapes)
+    if content.get("pi05", pi05) != pi05:
+        raise CheckpointError(f"{source}: pi05 is {content['pi05']}, but the tensors are not of such a model")
+    try:
+        base = Pi0Config.preset("pi05" if pi05 else "pi0")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: the tensors are of pi0.5, which this version does not run"
+        ) from error
+    if is_lerobot(content):
+        translated = _from_lerobot(content, pi05, source)
+        quantiles = _mode(content.get("normalization_mapping") or {}, source) == "QUANTILES"
+        if quantiles != uses_quantiles(base):
+            translated["use_quantile_norm"] = quantiles
+    else:
+        translated = _from_openpi(content, source)
+    merged = base.to_dict() | _sizes(base, shapes) | translated
+    try:
+        return Pi0Config.from_dict(merged, source)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def uses_quantiles(config: Pi0Config) -> bool:
+    """Whether states and actions are normalised by their 1st and 99th percentile."""
+    return getattr(config, "use_quantile_norm", False)
+
+
+def _from_openpi(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(Pi0Config)}
+    unknown = sorted(set(content) - fields - _OPENPI_KEYS)
+    if unknown:
+        raise CheckpointError(
+            f"{source}: unknown key {unknown[0]!r}; openpi's are {', '.join(sorted(_OPENPI_KEYS))}"
+        )
+    return {key: value for key, value in content.items() if key in fields | {"pi05"}}
+
+
+def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[str, Any]:
+    expected = "pi05" if pi05 else "pi0"
+    if content["type"] != expected:
+        raise CheckpointError(f"{source}: type is {content['type']!r}, but the tensors are of {expected}")
+    for key, only in _LEROBOT_ONLY.items():
+        if content.get(key, only) != only:
+            raise CheckpointError(f"{source}: {key} is {content[key]!r}; this project computes only {only!r}")
+    missing = [key for key in ("chunk_size", "input_features", "output_features") if key not in content]
+    if missing:
+        raise CheckpointError(f"{source}: missing {', '.join(missing)}")
+    width = content.get("max_action_dim", 32)
+    if content.get("max_state_dim", width) != width:
+        raise CheckpointError(
+            f"{source}: max_state_dim {content['max_state_dim']} is not max_action_dim {width}"
+        )
+    translated = {
+        "action_dim": width,
+        "action_horizon": content["chunk_size"],
+        "num_steps": content.get("num_inference_steps", content.get("num_steps", 10)),
+        "prompt_length": content.get("tokenizer_max_length", 200 if pi05 else 48),
+        "cameras": _cameras(content["input_features"] or {}, source),
+    }
+    for ours, part, key in (
+        ("robot_state_dim", "input_features", STATE_FEATURE),
+        ("robot_action_dim", "output_features", ACTION_FEATURE),
+    ):
+        shape = (content[part] or {}).get(key, {}).get("shape", [width])
+        if shape != [width]:  # base models name the padded width: they are of no robot
+            translated[ours] = shape[0]
+    return translated
+
+
+def _mode(mapping: Mapping[str, str], source: str) -> str:
+    """How states and actions are normalised: MEAN_STD or QUANTILES."""
+    modes = {mapping.get(part, "MEAN_STD") for part in ("STATE", "ACTION")}
+    if (
+        mapping.get("VISUAL", "IDENTITY") != "IDENTITY"
+        or len(modes) != 1
+        or not modes <= {"MEAN_STD", "QUANTILES"}
+    ):
+        raise CheckpointError(
+            f"{source}: normalises by {dict(mapping)}; this project leaves VISUAL at IDENTITY and takes MEAN_STD or "
+            "QUANTILES for both STATE and ACTION"
+        )
+    return modes.pop()
+
+
+def _cameras(features: Mapping[str, Any], source: str) -> tuple[str, ...]:
+    """This project's names of LeRobot's image features, in their order.
+
+    Names that are not known take the published places that are left, in order. Empty cameras are left out: they
+    are masked, so nothing depends on them.
+    """
+    images = [key.rsplit(".", 1)[-1] for key in features if key.startswith("observation.image")]
+    images = [name for name in images if not name.startswith("empty_camera")]
+    taken = [_CAMERAS[name] for name in images if name in _CAMERAS]
+    free = [name for name in PUBLISHED_CAMERAS if name not in taken]
+    if len(set(taken)) < len(taken) or len(images) > len(PUBLISHED_CAMERAS):
+        raise CheckpointError(
+            f"{source}: image features {', '.join(images)} cannot be told apart as {', '.join(PUBLISHED_CAMERAS)}"
+        )
+    return tuple(_CAMERAS.get(name) or free.pop(0) for name in images) or PUBLISHED_CAMERAS
+
+
+def _sizes(base: Pi0Config, shapes: Shapes) -> dict[str, Any]:
+    """Sizes under config.json's names, as far as the tensors tell; the rest from `base`."""
+    assert isinstance(base.vision, SiglipDims)
+    tower = PALIGEMMA + "model.vision_tower.vision_model."
+    sizes: dict[str, Any] = {
+        "siglip": _siglip(base.vision, tower, shapes),
+        "gemma": _gemma(base.gemma, PALIGEMMA + "model.language_model.", shapes),
+        "action_expert": _gemma(base.action_expert, EXPERT + "model.", shapes),
+    }
+    embedding = shapes.get(EMBEDDING, shapes.get(OUTPUT_HEAD))
+    if embedding:
+        sizes["vocab_size"] = embedding[0]
+    if len(shapes.get("action_in_proj.weight", ())) == 2:
+        sizes["action_dim"] = shapes["action_in_proj.weight"][1]
+    return sizes
+
+
+def _siglip(base: SiglipDims, prefix: str, shapes: Shapes) -> dict[str, int]:
+    sizes = dataclasses.asdict(base) | {"depth": _depth(shapes, prefix + "encoder.", base.depth)}
+    patches = shapes.get(prefix + "embeddings.patch_embedding.weight", ())
+    if len(patches) == 4:
+        sizes |= {"width": patches[0], "patch_size": patches[2]}
+    if sizes["width"] % _SIGLIP_HEAD_DIM == 0:
+        sizes["num_heads"] = sizes["width"] // _SIGLIP_HEAD_DIM
+    mlp = shapes.get(prefix + "encoder.layers.0.mlp.fc1.weight")
+    positions = shapes.get(prefix + "embeddings.position_embedding.weight")
+    if mlp:
+        sizes["mlp_dim"] = mlp[0]
+    if positions:
+        sizes["image_size"] = math.isqrt(positions[0]) * sizes["patch_size"]
+    return sizes
+
+
+def _gemma(base: GemmaDims, prefix: str, shapes: Shapes) -> dict[str, int]:
+    sizes = dataclasses.asdict(base) | {"depth": _depth(shapes, prefix, base.depth)}
+    q, k, gate = (
+        shapes.get(f"{prefix}layers.0.{name}.weight", ())
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
+    )
+    if len(q) == len(k) == 2 and k[0]:
+        sizes |= {"width": q[1], "head_dim": k[0], "num_heads": q[0] // k[0], "num_kv_heads": _KV_HEADS}
+    if len(gate) == 2:
+        sizes["mlp_dim"] = gate[0]
+    return sizes
+
+
+def _depth(shapes: Shapes, prefix: str, otherwise: int) -> int:
+    pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
+    layers = [int(found.group(1)) for key in shapes if (found := pattern.match(key))]
+    return max(layers) + 1 if layers else otherwise
+
+
+# Statistics
+
+
+class FoundStats(NamedTuple):
+    """Normalisation statistics of a checkpoint directory and where they were."""
+
+    stats: NormStats | None
+    place: str
+
+
+def find_norm_stats(directory: Path, buffers: Mapping[str, Any], config: Pi0Config) -> FoundStats:
+    """The statistics that a checkpoint directory holds.
+
+    Looked for in this order: norm_stats.json (this project's, openpi's); assets/ASSET_ID/norm_stats.json (openpi's
+    checkpoints); LeRobot's processor files; buffers among the weights (LeRobot's before September 2025, which are
+    infinite where nobody has set them). LeRobot divides by std + 1e-8 and multiplies by std, this project like
+    openpi uses std + 1e-6 both ways.
+
+    Args:
+        buffers: those among the weights, arrays by their keys in the file.
+
+    Raises:
+        NormStatsError: broken, or several that differ in meaning.
+    """
+    dims = config.robot_state_dim, config.robot_action_dim
+    direct = directory / NORM_STATS_FILE
+    assets = [direct] if direct.is_file() else sorted((directory / "assets").rglob(NORM_STATS_FILE))
+    if len(assets) > 1:
+        found = ", ".join(str(path.relative_to(directory)) for path in assets)
+        raise NormStatsError(f"{directory} has several statistics: {found}; name one as norm_stats_path")
+    if assets:
+        return FoundStats(load_norm_stats(assets[0], *dims), str(assets[0].relative_to(directory)))
+    if (directory / PREPROCESSOR_FILE).is_file():
+        parts = _processor_stats(directory, config)
+        path, label = directory / PREPROCESSOR_FILE, "processor files"
+    else:
+        parts = {
+            "state": _under(buffers, "normalize_inputs.buffer_observation_state."),
+            "actions": _under(buffers, "unnormalize_outputs.buffer_action."),
+        }
+        path, label = directory, "buffers among the weights"
+        if any(np.isinf(value).any() for part in parts.values() for value in part.values()):
+            return FoundStats(None, f"{label}, which nobody has set")
+    if not any(parts.values()):
+        return FoundStats(None, "nowhere")
+    return FoundStats(norm_stats_from({k: v or None for k, v in parts.items()}, *dims, path), label)
+
+
+def _under(vectors: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): value for key, value in vectors.items() if key.startswith(prefix)}
+
+
+def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, np.ndarray]]:
+    """Statistics of states from the preprocessor's normalizer, of actions from the postprocessor's inverse."""
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for part, file, step, feature in (
+        ("state", PREPROCESSOR_FILE, "normalizer_processor", STATE_FEATURE),
+        ("actions", POSTPROCESSOR_FILE, "unnormalizer_processor", ACTION_FEATURE),
+    ):
+        path = directory / file
+        if not path.is_file():
+            raise MissingFileError(f"{directory} has a {PREPROCESSOR_FILE}, but no {file}")
+        try:
+            entries = json.loads(path.read_text())["steps"]
+            entry = next((e for e in entries if e.get("registry_name") == step), None)
+            state_file = entry and entry.get("state_file")
+            mapping = entry["config"].get("norm_map", {}) if entry else {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NormStatsError(f"{path}: not a LeRobot processor file: {error!r}") from error
+        parts[part] = {}
+        if state_file is None:
+            continue
+        if (_mode(mapping, str(path)) == "QUANTILES") != uses_quantiles(config):
+            raise NormStatsError(f"{path}: normalises by {mapping}, otherwise than config.json says")
+        if Path(state_file).name != state_file or not (directory / state_file).is_file():
+            raise MissingFileError(f"{path} names {state_file}, which is not in {directory}")
+        try:
+            vectors = {k: tensor.float().numpy() for k, tensor in load_file(directory / state_file).items()}
+        except SafetensorError as error:
+            raise NormStatsError(f"{directory / state_file}: not a safetensors file: {error}") from error
+        parts[part] = _under(vectors, feature + ".")
+    return parts

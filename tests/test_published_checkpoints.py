@@ -1,0 +1,483 @@
+"""openpi's and LeRobot's checkpoints: read as they are, written back as they were, refused where they do not fit."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pi0 import PI0Policy
+from pi0.checkpoint import main
+from pi0.checkpoints import CheckpointError
+from pi0.errors import InputError
+from pi0.lerobot_files import lerobot_config
+from pi0.model.config import Pi0Config
+from tests.published_files import (
+    EMBED_TOKENS,
+    EXPERT_HEAD,
+    HORIZON,
+    LEROBOT_CONFIG,
+    LM_HEAD,
+    NORM_MAP,
+    STATS,
+    shapes,
+    weights,
+    write_json,
+    write_lerobot,
+    write_lerobot_early,
+    write_openpi,
+)
+from tests.test_model import random_actions, random_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITERS = {"openpi": write_openpi, "lerobot": write_lerobot, "lerobot_early": write_lerobot_early}
+
+
+def sampled(policy: PI0Policy) -> torch.Tensor:
+    inputs = random_inputs(policy.config, 2)
+    return policy.sample_actions(**inputs, noise=random_actions(policy.config, 2)["noise"], num_steps=2)
+
+
+def edit_config(path: Path, **changes) -> None:
+    write_json(path / "config.json", json.loads((path / "config.json").read_text()) | changes)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_published_directory_gives_network_and_statistics(tmp_path, name):
+    tensors = weights()
+    policy = PI0Policy.from_pretrained(WRITERS[name](tmp_path / "checkpoint", tensors))
+    assert policy.config.action_horizon == HORIZON
+    assert policy.config.prompt_length == 48
+    assert policy.config.gemma.num_heads == 8
+    assert policy.config.vision.num_heads == 1  # 72 features each
+    assert policy.config.image_size == 28
+    assert (policy.config.robot_state_dim, policy.config.robot_action_dim) == (8, 7)
+    assert policy.norm_stats.state.std.tolist() == STATS["state"]["std"]
+    assert policy.norm_stats.actions.mean.tolist() == STATS["actions"]["mean"]
+    assert torch.equal(policy.network.token_embedding.weight, tensors[LM_HEAD])
+    assert torch.equal(policy.network.state_proj.bias, tensors["state_proj.bias"])
+
+
+def test_all_layouts_of_one_model_act_alike(tmp_path):
+    tensors = weights()
+    policies = [PI0Policy.from_pretrained(write(tmp_path / name, tensors)) for name, write in WRITERS.items()]
+    config = policies[0].config  # with a third camera, which is masked here and absent in the others
+    inputs, noise = random_inputs(config, 2), random_actions(config, 2)["noise"]
+    inputs["image_masks"]["right_wrist_0_rgb"] = torch.zeros(2, dtype=torch.bool)
+    openpi, lerobot, early = (
+        policy.sample_actions(**inputs, noise=noise, num_steps=2) for policy in policies
+    )
+    torch.testing.assert_close(lerobot, openpi, rtol=0, atol=1e-5)
+    assert torch.equal(early, lerobot)
+
+
+def test_statistics_normalise_as_by_hand(tmp_path):
+    policy = PI0Policy.from_pretrained(write_lerobot(tmp_path / "checkpoint", weights()))
+    assert policy.normalize_actions(torch.full((1, 7), 0.75))[0, 0].item() == pytest.approx(1.0, abs=1e-5)
+    assert policy.unnormalize_actions(torch.full((1, 32), 2.0))[0, 0].item() == pytest.approx(1.25, abs=1e-5)
+
+
+def test_named_statistics_come_before_those_of_the_checkpoint(tmp_path):
+    other = STATS | {"state": STATS["state"] | {"mean": [9.0] * 8}}
+    write_json(tmp_path / "norm_stats.json", {"norm_stats": other})
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    policy = PI0Policy.from_pretrained(directory, norm_stats_path=tmp_path / "norm_stats.json")
+    assert policy.norm_stats.state.mean.tolist() == [9.0] * 8
+
+
+def test_buffers_that_nobody_has_set_are_no_statistics(tmp_path):
+    directory = write_lerobot_early(tmp_path / "checkpoint", weights())
+    tensors = load_file(directory / "model.safetensors")
+    infinite = {k: torch.full_like(v, torch.inf) for k, v in tensors.items() if ".buffer_" in k}
+    save_file(tensors | infinite, directory / "model.safetensors")
+    assert PI0Policy.from_pretrained(directory).norm_stats is None
+
+
+def test_directory_of_openpis_training_needs_its_horizon(tmp_path):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape('write {"action_horizon": 50} there')):
+        PI0Policy.from_pretrained(directory)
+    write_json(directory / "config.json", {"action_horizon": 9, "num_steps": 3})
+    config = PI0Policy.from_pretrained(directory).config
+    assert (config.action_horizon, config.num_steps, config.action_dim) == (9, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("features", "cameras"),
+    [
+        (["images.image", "images.image2"], ("base_0_rgb", "left_wrist_0_rgb")),
+        (["images.wrist_image", "images.image"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (["images.left_wrist_0_rgb", "images.top"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (["images.image", "images.image2", "images.empty_camera_0"], ("base_0_rgb", "left_wrist_0_rgb")),
+        ([], ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")),
+    ],
+)
+def test_cameras_are_told_by_name_then_by_order(tmp_path, features, cameras):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    image = {"type": "VISUAL", "shape": [3, 224, 224]}
+    edit_config(directory, input_features={f"observation.{name}": image for name in features})
+    assert PI0Policy.from_pretrained(directory).config.cameras == cameras
+
+
+def test_base_models_padded_features_are_no_robots(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    edit_config(
+        directory,
+        input_features={"observation.state": {"type": "STATE", "shape": [32]}},
+        output_features={"action": {"type": "ACTION", "shape": [32]}},
+    )
+    config = PI0Policy.from_pretrained(directory).config
+    assert (config.robot_state_dim, config.robot_action_dim) == (8, 7)
+
+
+# Refusing
+
+
+def test_misfits_are_listed_under_the_files_own_names(tmp_path):
+    directory = write_lerobot_early(tmp_path / "checkpoint", weights())
+    tensors = load_file(directory / "model.safetensors")
+    prefix = "model.paligemma_with_expert.paligemma.language_model.model."
+    del tensors[prefix + "layers.1.self_attn.q_proj.weight"]
+    tensors[prefix + "layers.1.self_attn.q_norm.weight"] = torch.zeros(4)
+    tensors["model.state_proj.bias"] = torch.zeros(5)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        PI0Policy.from_pretrained(directory)
+    message = str(error.value)
+    assert f"1 missing:\n    {prefix}layers.1.self_attn.q_proj.weight" in message
+    assert f"1 surplus:\n    {prefix}layers.1.self_attn.q_norm.weight" in message
+    assert "1 of another shape:\n    model.state_proj.bias [5], expected [32]" in message
+    assert "SigLIP tower (2 layers, width 72)" in message
+    assert "LeRobot of the first half of 2025" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "act"}, "type is 'act', but the tensors are of pi0"),
+        ({"use_relative_actions": True}, "use_relative_actions is True"),
+        ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha is True"),
+        ({"max_state_dim": 24}, "max_state_dim 24 is not max_action_dim 32"),
+        ({"normalization_mapping": NORM_MAP | {"STATE": "MIN_MAX"}}, "normalises by .*MIN_MAX"),
+        ({"normalization_mapping": NORM_MAP | {"VISUAL": "MEAN_STD"}}, "leaves VISUAL at IDENTITY"),
+        ({"chunk_size": "6"}, "action_horizon must be int"),
+    ],
+)
+def test_what_lerobot_computes_otherwise_is_refused(tmp_path, change, message):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    edit_config(directory, **change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        PI0Policy.from_pretrained(directory)
+    assert str(directory / "config.json") in str(error.value)
+
+
+def test_unknown_key_beside_openpis_is_refused(tmp_path):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    edit_config(directory, action_horizont=50)
+    with pytest.raises(CheckpointError, match="unknown key 'action_horizont'"):
+        PI0Policy.from_pretrained(directory)
+
+
+def test_several_statistics_are_not_chosen_from(tmp_path):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    (directory / "assets" / "droid").mkdir()
+    write_json(directory / "assets" / "droid" / "norm_stats.json", {"norm_stats": STATS})
+    with pytest.raises(InputError, match=r"assets/droid/norm_stats\.json, assets/physical.*norm_stats_path"):
+        PI0Policy.from_pretrained(directory)
+
+
+def test_processors_that_contradict_the_configuration_are_refused(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    file = directory / "policy_preprocessor.json"
+    file.write_text(file.read_text().replace("MEAN_STD", "QUANTILES"))
+    with pytest.raises(InputError, match=r"policy_preprocessor\.json: normalises by .*otherwise than config"):
+        PI0Policy.from_pretrained(directory)
+
+
+def test_processors_without_their_statistics_are_refused(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    (directory / "policy_postprocessor_step_0_unnormalizer_processor.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"policy_postprocessor\.json names policy_postprocessor_step_0"
+    ):
+        PI0Policy.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("params/_METADATA", "openpi's JAX checkpoint: convert it"),
+        ("model.safetensors.index.json", "split into shards"),
+        ("adapter_model.safetensors", "holds an adapter only"),
+        ("pretrained_model/model.safetensors", "The checkpoint is in .*pretrained_model"),
+        ("pytorch_model.bin", "never pickles"),
+    ],
+)
+def test_directories_without_weights_are_told_apart(tmp_path, content, message):
+    (tmp_path / content).parent.mkdir(exist_ok=True)
+    (tmp_path / content).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=message):
+        main(["inspect", str(tmp_path)])
+
+
+# Writing
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stored", "loaded"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16), (torch.float16, None)],
+)
+def test_openpis_weights_are_written_back_byte_by_byte(tmp_path, stored, loaded):
+    tensors = {name: tensor.to(stored) for name, tensor in weights().items()}
+    directory = write_openpi(tmp_path / "checkpoint", tensors)
+    PI0Policy.from_pretrained(directory, dtype=loaded).save_pretrained(tmp_path / "again")
+    assert_same_weights(tmp_path / "again", directory)
+    PI0Policy.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "thrice")
+    assert_same_weights(tmp_path / "thrice", directory)
+
+
+def test_lerobots_weights_are_written_back_byte_by_byte(tmp_path):
+    tensors = weights()  # of mixed types, as LeRobot keeps them
+    tensors |= {k: v.bfloat16() for k, v in tensors.items() if "layers" in k and "norm" not in k}
+    directory = write_lerobot(tmp_path / "checkpoint", tensors)
+    PI0Policy.from_pretrained(directory).save_pretrained(tmp_path / "again", layout="lerobot")
+    assert_same_weights(tmp_path / "again", directory)
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == LEROBOT_CONFIG
+
+
+def test_copy_is_written_after_the_file_is_gone(tmp_path):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    before = (directory / "model.safetensors").read_bytes()
+    policy = copy.deepcopy(PI0Policy.from_pretrained(directory))
+    (directory / "model.safetensors").unlink()
+    policy.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == before
+
+
+def test_trained_weights_lose_nothing_to_the_stored_type(tmp_path):
+    directory = write_openpi(tmp_path / "checkpoint", {k: v.bfloat16() for k, v in weights().items()})
+    policy = PI0Policy.from_pretrained(directory)
+    with torch.no_grad():
+        policy.network.state_proj.bias += 1e-6
+    policy.save_pretrained(tmp_path / "trained")
+    stored = load_file(tmp_path / "trained" / "model.safetensors")
+    assert torch.equal(stored["state_proj.bias"], policy.network.state_proj.bias)
+    assert stored["state_proj.weight"].dtype == torch.bfloat16
+
+
+class Tree(nn.Module):
+    """Modules nested as the names of their parameters say."""
+
+    def __init__(self, named: dict[str, torch.Tensor]):
+        super().__init__()
+        for name, tensor in named.items():
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]
+            module.register_parameter(last, nn.Parameter(torch.zeros_like(tensor), requires_grad=False))
+
+
+@pytest.mark.parametrize("source", WRITERS)
+def test_written_weights_load_as_openpi_loads_them(tmp_path, source):
+    tensors = weights()
+    PI0Policy.from_pretrained(WRITERS[source](tmp_path / "in", tensors)).save_pretrained(tmp_path / "out")
+    model = Tree(tensors | {EMBED_TOKENS: tensors[LM_HEAD]})
+    paligemma = model.paligemma_with_expert.paligemma
+    paligemma.lm_head.weight = paligemma.model.language_model.embed_tokens.weight  # as transformers ties them
+    # openpi: src/openpi/models/model.py load_pytorch; strict is the default
+    safetensors.torch.load_model(model, tmp_path / "out" / "model.safetensors")
+    assert torch.equal(paligemma.model.language_model.embed_tokens.weight, tensors[LM_HEAD])
+    assert torch.equal(model.action_time_mlp_in.weight, tensors["action_time_mlp_in.weight"])
+
+
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+@pytest.mark.parametrize("source", ["openpi", "lerobot"])
+def test_written_weights_load_as_lerobot_loads_them(tmp_path, monkeypatch, source, layout):
+    monkeypatch.setattr(
+        "pi0.lerobot_files._variant", lambda dims, name: "gemma_2b"
+    )  # sizes that it does not build
+    tensors = weights()
+    PI0Policy.from_pretrained(WRITERS[source](tmp_path / "in", tensors)).save_pretrained(
+        tmp_path / "out", layout
+    )
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    # LeRobot: policies/pi0/modeling_pi0.py, _fix_pytorch_state_dict_keys and from_pretrained
+    fixed = {}
+    for key, value in stored.items():
+        if key in ("model." + LM_HEAD, LM_HEAD):
+            fixed["model." + EMBED_TOKENS] = value.clone()
+        fixed[key] = value
+    prefixed = {key if key.startswith("model.") else "model." + key: value for key, value in fixed.items()}
+    model = Tree({"model." + k: v for k, v in (tensors | {EMBED_TOKENS: tensors[LM_HEAD]}).items()})
+    model.load_state_dict(prefixed, strict=True)
+    embedding = model.model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight
+    assert torch.equal(embedding, tensors[LM_HEAD])
+
+
+def test_lerobots_directory_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "checkpoint", weights()))
+    policy.save_pretrained(tmp_path / "out", layout="lerobot")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    known = set(LEROBOT_CONFIG) | {"dtype", "image_resolution"}  # its parser refuses any other key
+    assert set(config) == known
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        for step in json.loads((tmp_path / "out" / f"{name}.json").read_text())["steps"]:
+            if "norm_map" in step["config"]:
+                stored = load_file(tmp_path / "out" / step["state_file"])
+                assert stored["action.std"].tolist() == STATS["actions"]["std"]
+    again = PI0Policy.from_pretrained(tmp_path / "out")
+    assert again.config == policy.config
+    assert again.norm_stats.state.q99.tolist() == STATS["state"]["q99"]
+    assert torch.equal(sampled(again), sampled(policy))
+
+
+def test_published_sizes_have_lerobots_names():
+    config = lerobot_config(Pi0Config.preset("pi0"))
+    assert (config["paligemma_variant"], config["action_expert_variant"]) == ("gemma_2b", "gemma_300m")
+    assert (config["chunk_size"], config["max_action_dim"], config["tokenizer_max_length"]) == (50, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Pi0Config.preset("pi0_tiny"), "no place for a convolutional tower"),
+        (Pi0Config.preset("pi0", guidance=True), "no place for an optimality condition"),
+        (Pi0Config.preset("pi0", gemma=Pi0Config.preset("pi0").action_expert, tokenizer="tiny"), "'tiny'"),
+    ],
+)
+def test_what_lerobot_has_no_place_for_is_not_written(config, message):
+    with pytest.raises(CheckpointError, match=message):
+        lerobot_config(config)
+
+
+def test_unknown_layout_is_refused(tmp_path):
+    policy = PI0Policy(Pi0Config.preset("pi0_tiny"))
+    with pytest.raises(CheckpointError, match="layout is openpi or lerobot, not 'jax'"):
+        policy.save_pretrained(tmp_path / "out", layout="jax")
+    assert not (tmp_path / "out").exists()
+
+
+# Memory
+
+MEASURE = """
+import sys, torch
+from pi0 import PI0Policy
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+PI0Policy.from_pretrained(sys.argv[1], dtype=torch.bfloat16)  # everything is imported
+open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+before = status("VmRSS")
+policy = PI0Policy.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
+weights = sum(p.numel() * p.element_size() for p in policy.network.parameters())
+print((status("VmHWM") - before) / weights, weights / 1e6)
+"""
+
+
+def test_loading_takes_a_tenth_more_memory_than_the_weights(tmp_path):
+    small = write_openpi(tmp_path / "small", weights())
+    large = write_openpi(tmp_path / "large", weights(width=768, mlp=6144, vocab=20_000))
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, small, large], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    ratio, megabytes = map(float, run.stdout.split())
+    assert 80 < megabytes < 100  # half of it in float32
+    assert 0.95 < ratio < 1.1
+
+
+# inspect and convert
+
+
+def inspected(directory: Path, capsys) -> tuple[int, str]:
+    status = main(["inspect", str(directory)])
+    return status, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("openpi", ["openpi PyTorch", "assets/physical-intelligence/libero/norm_stats.json"]),
+        ("lerobot", ["LeRobot: names like model.", "processor files", LM_HEAD]),
+        ("lerobot_early", ["LeRobot of the first half of 2025", "without quantiles; found: buffers"]),
+    ],
+)
+def test_inspect_says_what_a_checkpoint_is(tmp_path, capsys, name, says):
+    status, text = inspected(WRITERS[name](tmp_path / "checkpoint", weights()), capsys)
+    assert status == 0
+    for part in (
+        *says,
+        "pi0: a model with a SigLIP tower (2 layers, width 72)",
+        EXPERT_HEAD,
+        "chunks of 6 actions",
+    ):
+        assert part in text
+    assert re.search(r"^fits +all \d+ tensors", text, re.MULTILINE)
+
+
+def test_inspect_takes_the_file_too(tmp_path, capsys):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    assert inspected(directory / "model.safetensors", capsys) == inspected(directory, capsys)
+
+
+def test_inspect_lists_what_is_missing(tmp_path, capsys):
+    tensors = weights()
+    del tensors["action_out_proj.bias"]
+    status, text = inspected(write_openpi(tmp_path / "checkpoint", tensors), capsys)
+    assert status == 1
+    assert re.search(r"^STOP .*does not fit.*\n +1 missing:\n +action_out_proj\.bias$", text, re.MULTILINE)
+
+
+def test_inspect_recognises_pi05(tmp_path, capsys):
+    _, text = inspected(write_openpi(tmp_path / "checkpoint", weights(pi05=True)), capsys)
+    assert "pi0.5: a model with a SigLIP tower" in text
+    assert "an action expert (2 layers, width 32)" in text
+    assert "adaptive norms and time embedding of pi0.5" in text
+    assert f"{len(shapes(pi05=True))} tensors" in text
+
+
+def test_inspect_says_what_a_broken_file_is(tmp_path):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    (directory / "model.safetensors").write_bytes(b"no weights at all")
+    run = subprocess.run(
+        [sys.executable, "-m", "pi0.checkpoint", "inspect", directory],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "model.safetensors (17 bytes) is truncated or not a safetensors file" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_convert_writes_another_layout(tmp_path, capsys):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    assert main(["convert", str(directory), str(tmp_path / "out")]) == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert LM_HEAD in file.keys()  # noqa: SIM118
+    assert torch.equal(
+        sampled(PI0Policy.from_pretrained(tmp_path / "out")), sampled(PI0Policy.from_pretrained(directory))
+    )
+    with pytest.raises(InputError, match="holds a model.safetensors already"):
+        main(["convert", str(directory), str(tmp_path / "out")])
