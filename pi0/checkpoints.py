@@ -196,7 +196,7 @@ def describe(stored: dict[str, tuple]) -> str:
     if "action_in_proj.weight" in stored:
         parts.append(f"actions of {stored['action_in_proj.weight'][-1]} features")
     if "time_mlp_in.weight" in stored:
-        parts.append("a pi0.5 time embedding (not supported yet)")
+        parts.append("the time embedding of pi0.5")
     if not parts:
         return f"no pi0 checkpoint in openpi's layout: its tensors begin with {', '.join(sorted(stored)[:3])}"
     return "a model with " + ", ".join(parts)

@@ -217,7 +217,7 @@ class PI0Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.network.state_proj.weight.device
+        return self.network.action_in_proj.weight.device
 
     @property
     def tokenizer(self) -> Tokenizer:
