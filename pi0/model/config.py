@@ -85,6 +85,9 @@ class Pi0Config:
     robot_action_dim: int = 7  # LIBERO: position 3, rotation 3, gripper 1
     pi05: bool = False  # pi0.5: flow time acts through adaptive norms, and no token holds the state
     discrete_state_input: bool = False  # pi0.5 alone: the prompt spells the state in bins (pi0.tokenizer)
+    pad_discrete_state: bool = (
+        False  # and its zero-padding too, as LeRobot's code from 2025-10 to 2026-03 did
+    )
     use_quantile_norm: bool = False  # normalise by 1st and 99th percentile instead of mean and deviation
     delta_actions: bool | None = None  # actions less the state (pi0.normalization); None: as statistics show
     mirror_images: bool = False  # see LIBERO's frames turned by 180 degrees, as openpi does (pi0.images)
@@ -239,4 +242,4 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 _PRESETS["pi05"] = _PRESETS["pi0"] | _PI05
-_PRESETS["pi05_tiny"] = _PRESETS["pi0_tiny"] | _PI05 | {"prompt_length": 64}
+_PRESETS["pi05_tiny"] = _PRESETS["pi0_tiny"] | _PI05 | {"prompt_length": 80}
