@@ -39,9 +39,10 @@ def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float 
     """
     actions = subtract_state(chunks.actions, chunks.states) if delta_actions else chunks.actions
     stats = NormStats.of(chunks.states.numpy(), actions[chunks.valid].numpy())
-    return NormStats(
-        *(replace(part, std=np.maximum(part.std, smallest_std)) for part in (stats.state, stats.actions))
+    state, learned = (
+        replace(part, std=np.maximum(part.std, smallest_std)) for part in (stats.state, stats.actions)
     )
+    return NormStats(state, learned)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
