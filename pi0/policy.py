@@ -113,6 +113,26 @@ class PI0Policy(nn.Module):
             self.config = dataclasses.replace(self.config, guidance=True)
             self.network.add_condition(self.config)
 
+    def enable_lora(self, gemma_rank: int = 16, expert_rank: int = 32) -> None:
+        """From now on train by low-rank adaptation (`pi0.model.lora`); changes no output until it is trained.
+
+        Args:
+            gemma_rank, expert_rank: of what is added to the matrices of either transformer, openpi's by default; 0
+                adds nothing, and goes on training that transformer whole.
+        """
+        self._set_lora(gemma_rank, expert_rank)
+        self.network.add_lora(self.config)
+
+    def merge_lora(self) -> None:
+        """Put what low-rank adaptation has learned into the weights: to save a policy that other programs load."""
+        self._set_lora(0, 0)
+        self.network.merge_lora(self.config)
+
+    def _set_lora(self, gemma_rank: int, expert_rank: int) -> None:
+        gemma = dataclasses.replace(self.config.gemma, lora_rank=gemma_rank)
+        expert = dataclasses.replace(self.config.action_expert, lora_rank=expert_rank)
+        self.config = dataclasses.replace(self.config, gemma=gemma, action_expert=expert)
+
     # What the network sees
 
     def forward(

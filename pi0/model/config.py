@@ -59,6 +59,10 @@ class GemmaDims:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora_rank: int = 0  # of low-rank adaptation, which freezes all else of the transformer; 0: none
+
+    def __post_init__(self):
+        _require(self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; it is 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,10 @@ class Pi0Config:
     )
     use_quantile_norm: bool = False  # normalise by 1st and 99th percentile instead of mean and deviation
     delta_actions: bool | None = None  # actions less the state (pi0.normalization); None: as statistics show
+    freeze_vision_encoder: bool = False  # do not train the vision tower
+    train_expert_only: bool = (
+        False  # train the action expert and the projections around it, not what sees and reads
+    )
     mirror_images: bool = False  # see LIBERO's frames turned by 180 degrees, as openpi does (pi0.images)
     tokenizer: str = "paligemma"  # "paligemma" or "tiny"
     tokenizer_path: str | None = None  # sentencepiece file of "paligemma"; else $PALIGEMMA_TOKENIZER
@@ -120,6 +128,10 @@ class Pi0Config:
         _require(
             self.pi05 or not self.discrete_state_input,
             "discrete_state_input is true but pi05 is false; only pi0.5 reads the state from its prompt",
+        )
+        _require(
+            not (self.train_expert_only and self.gemma.lora_rank),
+            "train_expert_only is true, and gemma.lora_rank asks to train the prefix; choose one",
         )
         _require(
             not self.delta_actions or min(self.robot_state_dim, self.robot_action_dim) >= POSE_DIM,

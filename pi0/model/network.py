@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pi0.model import cpu_math
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
+from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.vision import ConvTowers, SiglipTower
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2  # rows of `condition_embedding`
@@ -80,14 +81,58 @@ class Pi0Network(nn.Module):
         self.apply(_initialise)
         if config.guidance:
             self.add_condition(config)
-        for parameter in self.unused_parameters():
-            parameter.requires_grad_(False)
+        self.add_lora(config)
 
     def add_condition(self, config: Pi0Config) -> None:
         """Add the optimality condition: zero, so that a model without one keeps its actions under all of them."""
         self.config = config
         weight = torch.zeros(3, config.action_expert.width, device=self.action_in_proj.weight.device)
         self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+
+    def add_lora(self, config: Pi0Config) -> None:
+        """Add low-rank adaptation of the ranks in `config` where there is none, and freeze what it says."""
+        self.config = config
+        for expert, dims in self._transformers():
+            for part in _parts(expert) if dims.lora_rank else ():
+                for name, linear in part.items():
+                    if not isinstance(linear, LoRALinear):
+                        part[name] = LoRALinear(linear, dims.lora_rank)
+        self._freeze()
+
+    def merge_lora(self, config: Pi0Config) -> None:
+        """Put low-rank adaptation into the weights and take it away, for a `config` without it."""
+        self.config = config
+        for expert, _ in self._transformers():
+            for part in _parts(expert):
+                for name, linear in part.items():
+                    if isinstance(linear, LoRALinear):
+                        part[name] = linear.merged()
+        self._freeze()
+
+    def _transformers(self) -> list[tuple[Gemma, GemmaDims]]:
+        return [(self.gemma, self.config.gemma), (self.expert, self.config.action_expert)]
+
+    def _freeze(self) -> None:
+        """Train what the configuration asks for, and nothing that no output depends on.
+
+        Low-rank adaptation freezes its transformer, and with the prefix's the token embedding, but not the vision
+        tower, as openpi does (src/openpi/models/pi0_config.py: get_freeze_filter). `freeze_vision_encoder` and
+        `train_expert_only` are LeRobot's (src/lerobot/policies/pi0/modeling_pi0.py: _set_requires_grad).
+        """
+        config = self.config
+        frozen: tuple[str, ...] = ()
+        if config.freeze_vision_encoder or config.train_expert_only:
+            frozen += ("vision.",)
+        if config.train_expert_only:
+            frozen += ("projector.",)
+        if config.train_expert_only or config.gemma.lora_rank:
+            frozen += ("token_embedding.", "gemma.")
+        if config.action_expert.lora_rank:
+            frozen += ("expert.",)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_lora(name) or not name.startswith(frozen))
+        for parameter in self.unused_parameters():
+            parameter.requires_grad_(False)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, which hold most of the parameters and run one after another."""
@@ -111,7 +156,7 @@ class Pi0Network(nn.Module):
         return [p for module in [*modules, last.mlp] for p in module.parameters()]
 
     def low_precision_parameters(self) -> set[str]:
-        """Names of the parameters that openpi keeps in bfloat16 for inference; the others stay in float32."""
+        """Names of the parameters that openpi keeps in bfloat16; the others stay in float32."""
         norms = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
         exact = (*norms, "patch_embedding", "position_embedding")
         return {
@@ -119,6 +164,7 @@ class Pi0Network(nn.Module):
             for name, _ in self.named_parameters()
             if name.startswith(("vision.", "projector.", "token_embedding.", "gemma.", "expert."))
             and not any(part in name for part in exact)
+            and not is_lora(name)
         }
 
     def encode_prefix(
@@ -347,6 +393,11 @@ class AdaptiveRMSNorm(nn.Module):
         scale, shift, gate = self.dense(condition)[:, :, None].to(h.dtype).chunk(3, -1)
         h = h * (1.0 + scale) + shift
         return h.flatten(1, 2).to(x.dtype), gate.to(x.dtype).expand_as(h).flatten(1, 2)
+
+
+def _parts(transformer: Gemma) -> list[nn.ModuleDict]:
+    """Where the matrices of a transformer's layers are."""
+    return [part for layer in transformer.layers for part in (layer.self_attn, layer.mlp)]
 
 
 def make_norm(width: int, adaptive: bool) -> nn.Module:
