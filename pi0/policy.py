@@ -113,6 +113,13 @@ class PI0Policy(nn.Module):
             self.config = dataclasses.replace(self.config, guidance=True)
             self.network.add_condition(self.config)
 
+    def freeze(self, *, vision_encoder: bool = False, all_but_expert: bool = False) -> None:
+        """From now on train without the vision tower, or the action expert and the projections around it alone."""
+        self.config = dataclasses.replace(
+            self.config, freeze_vision_encoder=vision_encoder, train_expert_only=all_but_expert
+        )
+        self.network.choose_trained(self.config)
+
     def enable_lora(self, gemma_rank: int = 16, expert_rank: int = 32) -> None:
         """From now on train by low-rank adaptation (`pi0.model.lora`); changes no output until it is trained.
 
@@ -121,7 +128,7 @@ class PI0Policy(nn.Module):
                 adds nothing, and goes on training that transformer whole.
         """
         self._set_lora(gemma_rank, expert_rank)
-        self.network.add_lora(self.config)
+        self.network.choose_trained(self.config)
 
     def merge_lora(self) -> None:
         """Put what low-rank adaptation has learned into the weights: to save a policy that other programs load."""

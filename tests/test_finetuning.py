@@ -13,6 +13,7 @@ from pi0 import PI0Policy
 from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.network import AdaptiveRMSNorm, Pi0Network
+from pi0.policy import _without_start_values
 from pi0.ript.config import OptimizerConfig
 from pi0.ript.optimizer import make_optimizer
 
@@ -94,7 +95,7 @@ def test_default_ranks_are_openpis():
         "action_expert": dataclasses.replace(preset.action_expert, depth=1),
         "vision": dataclasses.replace(preset.vision, depth=1),
     }
-    with torch.device("meta"):
+    with torch.device("meta"), _without_start_values():
         big = PI0Policy(dataclasses.replace(preset, **one_layer))
         big.enable_lora()
     layer, expert = big.network.gemma.layers[0], big.network.expert.layers[0]
@@ -142,6 +143,20 @@ def test_vision_encoder_can_be_frozen():
     names = trained(policy(freeze_vision_encoder=True))
     assert not [name for name in names if name.startswith("vision.")]
     assert {"projector", "gemma", "token_embedding"} <= parts(names)
+
+
+def test_what_is_trained_can_be_chosen_later_and_goes_into_the_checkpoint(tmp_path):
+    later = policy().float()
+    everything = trained(later)
+    later.freeze(all_but_expert=True)
+    assert trained(later) == trained(policy(train_expert_only=True))
+    later.save_pretrained(tmp_path)
+    loaded = PI0Policy.from_pretrained(tmp_path)
+    assert trained(loaded) == trained(later)
+    loaded.freeze(vision_encoder=True)
+    assert trained(loaded) == trained(policy(freeze_vision_encoder=True))
+    loaded.freeze()
+    assert trained(loaded) == everything
 
 
 def test_contradicting_choices_are_refused():

@@ -12,6 +12,9 @@ from pi0 import PI0Policy
 from pi0.checkpoints import file_name
 from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.network import POSITIVE, AdaptiveRMSNorm, Pi0Network, RMSNorm, unit_rms
+from pi0.normalization import NormStats
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
+from pi0.ript.chunks import Augmentation, Chunks
 
 
 def small_policy(awake: bool = True, **changes) -> PI0Policy:
@@ -292,3 +295,29 @@ def test_file_that_says_pi05_alone_has_openpis_defaults():
 def test_state_in_the_prompt_of_pi0_is_refused():
     with pytest.raises(ValueError, match="only pi0.5 reads the state from its prompt"):
         Pi0Config.preset("pi0_tiny", discrete_state_input=True)
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_ript_lowers_the_loss_of_a_new_policy(mixed_precision):
+    config = Pi0Config.preset("pi05_tiny", guidance=True)
+    rng = np.random.default_rng(0)
+    chunks = Chunks(
+        {name: torch.from_numpy(rng.integers(0, 256, (8, 64, 64, 3), np.uint8)) for name in config.cameras},
+        torch.from_numpy(rng.uniform(-1, 1, (8, 8)).astype(np.float32)),
+        ["put the bowl on the plate"] * 8,
+        torch.from_numpy(rng.uniform(-1, 1, (8, 1, 7)).astype(np.float32)).expand(8, 10, 7),
+        torch.ones(8, 10, dtype=torch.bool),
+    )
+    torch.manual_seed(0)
+    policy = PI0Policy(config, NormStats.of(chunks.states.numpy(), chunks.actions.numpy()))
+    adapter = PI0_CFG_Adapter(
+        policy, mode="guidance", augmentation=Augmentation(), mixed_precision=mixed_precision
+    )
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
+    batch = WeightedChunks(chunks, torch.ones(8), torch.full((8,), POSITIVE))
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        losses.append(adapter.accumulate_gradient(batch, torch.Generator().manual_seed(1), 1))
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]

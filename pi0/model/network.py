@@ -81,7 +81,7 @@ class Pi0Network(nn.Module):
         self.apply(_initialise)
         if config.guidance:
             self.add_condition(config)
-        self.add_lora(config)
+        self.choose_trained(config)
 
     def add_condition(self, config: Pi0Config) -> None:
         """Add the optimality condition: zero, so that a model without one keeps its actions under all of them."""
@@ -89,8 +89,8 @@ class Pi0Network(nn.Module):
         weight = torch.zeros(3, config.action_expert.width, device=self.action_in_proj.weight.device)
         self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
 
-    def add_lora(self, config: Pi0Config) -> None:
-        """Add low-rank adaptation of the ranks in `config` where there is none, and freeze what it says."""
+    def choose_trained(self, config: Pi0Config) -> None:
+        """Freeze what `config` says, and add low-rank adaptation of its ranks where there is none yet."""
         self.config = config
         for expert, dims in self._transformers():
             for part in _parts(expert) if dims.lora_rank else ():
