@@ -77,6 +77,14 @@ def test_published_policies_see_what_openpi_shows_them(preset, mirrored):
     assert Pi0Config.preset(preset).mirror_images is mirrored
 
 
+def test_file_that_is_silent_about_mirroring_is_taken_for_what_it_most_likely_is():
+    for preset, mirrored in (("pi0", True), ("pi0_tiny", False)):
+        content = Pi0Config.preset(preset).to_dict()
+        del content["mirror_images"]
+        assert Pi0Config.from_dict(content).mirror_images is mirrored
+        assert Pi0Config.from_dict(content | {"mirror_images": not mirrored}).mirror_images is not mirrored
+
+
 def test_policy_mirrors_what_it_sees_when_it_learned_so():
     plain, mirrored = (policy(mirror_images=flag).prepare(observations()) for flag in (False, True))
     for name, picture in plain["images"].items():

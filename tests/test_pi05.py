@@ -247,6 +247,18 @@ def test_every_trained_parameter_gets_a_gradient():
         assert [n for n, p in policy.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+def test_checkpointed_gradients_are_the_same():
+    gradients = []
+    for checkpointed in (False, True):
+        policy = small_policy()
+        if checkpointed:
+            policy.network.checkpoint_gradients()
+        noise, time = chunks_of(policy, 2, seed=9), torch.tensor([0.3, 0.8]).double()
+        policy(**inputs_of(policy), actions=chunks_of(policy, 2), noise=noise, time=time).mean().backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_gradients_are_finite_differences():
     policy = small_policy()
     inputs, actions = inputs_of(policy), chunks_of(policy, 2)

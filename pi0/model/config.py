@@ -165,9 +165,11 @@ class Pi0Config:
     def from_dict(cls, content: dict[str, Any], source: str = "config.json") -> Pi0Config:
         """Read config.json's content; `source` names the file in errors.
 
-        Where a pi0.5 model's file is silent, its defaults are openpi's: see `_PI05`.
+        Where a pi0.5 model's file is silent, its defaults are openpi's: see `_PI05`. And as every published policy
+        learned from mirrored images, so does one with PaliGemma's tokenizer unless its file says otherwise.
         """
         content = (_PI05 if content.get("pi05") else {}) | content
+        content.setdefault("mirror_images", content.get("tokenizer", "paligemma") == "paligemma")
         content.pop("batch", None)  # reference outputs note their batch size here
         kinds = [kind for kind in ("siglip", "conv") if kind in content]
         if len(kinds) != 1:
