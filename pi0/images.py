@@ -1,9 +1,10 @@
 """Camera images to the network's input.
 
-LIBERO's own frames stand on their head. openpi and LeRobot turn them by 180 degrees (openpi, examples/libero/main.py;
-LeRobot, src/lerobot/processor/env_processor.py: LiberoProcessorStep), in training data as in evaluation, which sets them upright but
-leaves right and left exchanged. Everywhere in this project frames are upright and true; a policy that learned from
-turned ones has them mirrored here (`Pi0Config.mirror_images`), which is the same picture.
+LIBERO's own frames stand on their head. openpi and LeRobot turn them by 180 degrees (openpi,
+examples/libero/main.py; LeRobot, src/lerobot/processor/env_processor.py: LiberoProcessorStep), in training
+data as in evaluation, which sets them upright but leaves right and left exchanged. Everywhere in this project
+frames are upright and true; a policy that learned from turned ones has them mirrored here
+(`Pi0Config.mirror_images`), which is the same picture.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 def to_network_images(images: Tensor, size: int, mirror: bool = False) -> Tensor:
     """Resize without distortion, pad with black and scale: uint8 [B, h, w, 3] to float32 [B, 3, size, size].
 
-    As openpi (packages/openpi-client/src/openpi_client/image_tools.py, src/openpi/models/model.py): sides cut to whole
-    pixels, antialiased bilinear, rounded to whole grey levels, centred with the odd pixel of padding at the end, pixels
-    from [0, 255] to [-1, 1]. LeRobot (policies/common/vla_utils.py) differs: no antialiasing and no rounding.
+    As openpi (packages/openpi-client/src/openpi_client/image_tools.py, src/openpi/models/model.py): sides cut
+    to whole pixels, antialiased bilinear, rounded to whole grey levels, centred with the odd pixel of padding
+    at the end, pixels from [0, 255] to [-1, 1]. LeRobot (policies/common/vla_utils.py) differs: no
+    antialiasing and no rounding.
 
     Args:
         images: upright.

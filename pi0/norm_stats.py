@@ -1,9 +1,9 @@
-"""Compute norm_stats.json from demonstrations: of the scripted experts, whose states and actions are LIBERO's.
+"""Compute norm_stats.json from demonstrations of the scripted experts.
 
     python -m pi0.norm_stats --suite libero_spatial --tasks 3 8 --output outputs/norm_stats.json
 
-A policy needs the statistics of the data that it was trained on. Those made here fit one that is to be trained on such
-demonstrations, not a published one.
+A policy needs the statistics of the data that it was trained on. Those made here fit one that is to be
+trained on such demonstrations, not a published one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ IMAGE_SIZE = 16  # pixels; nothing looks at the frames
 def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float = 0.0) -> NormStats:
     """Mean, deviation and quantiles of states and of the actions that count.
 
-    As openpi (scripts/compute_norm_stats.py) actions are counted once for each chunk that holds them, and relative to
-    its state where the policy learns them so. Unlike there, the repetitions of an episode's last action that fill its
-    last chunks are left out, as they are in training here.
+    As openpi (scripts/compute_norm_stats.py) actions are counted once for each chunk that holds them, and
+    relative to its state where the policy learns them so. Unlike there, the repetitions of an episode's last
+    action that fill its last chunks are left out, as they are in training here.
 
     Args:
         chunks: demonstrations.

@@ -1,8 +1,8 @@
-"""Statistics of state and actions in openpi's norm_stats.json, normalisation, and actions relative to the state.
+"""Statistics of state and actions in openpi's norm_stats.json, and what is done with them.
 
-All as in openpi, src/openpi/transforms.py and training/config.py. What it does to actions before they are learned, and in the
-other direction after they are sampled: less the state of the chunk's observation (`delta_actions`, old checkpoints
-only), normalised, zero-padded to the network's width.
+All as in openpi, src/openpi/transforms.py and training/config.py. What it does to actions before they are
+learned, and in the other direction after they are sampled: less the state of the chunk's observation
+(`delta_actions`, old checkpoints only), normalised, zero-padded to the network's width.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from pi0.errors import InputError, MissingFileError
 from pi0.model.config import POSE_DIM
 
-# Added to the divisor, as openpi does in both directions. LeRobot (src/lerobot/processor/normalize_processor.py) adds
-# 1e-8 to the deviation, only to divide by it, and to a range of quantiles only where that is 0.
+# Added to the divisor, as openpi does in both directions. LeRobot
+# (src/lerobot/processor/normalize_processor.py) adds 1e-8 to the deviation, only to divide by it, and to a
+# range of quantiles only where that is 0.
 EPSILON = 1e-6
 
 
@@ -56,8 +57,8 @@ class NormStats:
     def of(cls, states: np.ndarray, actions: np.ndarray) -> NormStats:
         """Statistics of recorded states [..., 8] and actions [..., 7].
 
-        Quantiles are exact. openpi (src/openpi/shared/normalize.py) reads them off histograms of 5000 bins and LeRobot
-        off histograms too, so theirs differ by about a 5000th of the range.
+        Quantiles are exact. openpi (src/openpi/shared/normalize.py) reads them off histograms of 5000 bins
+        and LeRobot off histograms too, so theirs differ by about a 5000th of the range.
         """
         return cls(Stats.of(states), Stats.of(actions))
 
@@ -97,7 +98,7 @@ def _tensors(like: Tensor, *vectors: np.ndarray | None) -> list[Tensor]:
 
 
 def subtract_state(actions: Tensor, states: Tensor) -> Tensor:
-    """Chunks [..., H, 7] relative to the pose [..., 8] at which each was chosen; the gripper stays as it is."""
+    """Chunks [..., H, 7] relative to the states [..., 8] at which they were chosen; the gripper stays."""
     return torch.cat([actions[..., :POSE_DIM] - _pose(states), actions[..., POSE_DIM:]], -1)
 
 
@@ -113,16 +114,17 @@ def _pose(states: Tensor) -> Tensor:
 def learned_delta_actions(stats: NormStats, stated: bool | None) -> bool:
     """Whether actions were learned less the state (`subtract_state`); the statistics must not contradict it.
 
-    LIBERO's actions are themselves changes of pose. Yet openpi's pi0_libero and pi0_fast_libero learned them with the
-    state subtracted on top, and its pi05_libero and whatever LeRobot trained without `use_relative_actions` did not
-    (openpi, src/openpi/training/config.py: extra_delta_transform). A policy that is run the other way moves, and never
-    succeeds. LIBERO's actions lie in [-1, 1], and so does the mean of each; the mean of such actions less the state
-    lies around the negative mean of the state, which is about 3 rad for the first rotation.
+    LIBERO's actions are themselves changes of pose. Yet openpi's pi0_libero and pi0_fast_libero learned them
+    with the state subtracted on top, and its pi05_libero and whatever LeRobot trained without
+    `use_relative_actions` did not (openpi, src/openpi/training/config.py: extra_delta_transform). A policy
+    that is run the other way moves, and never succeeds. LIBERO's actions lie in [-1, 1], and so does the mean
+    of each; the mean of such actions less the state lies around the negative mean of the state, which is
+    about 3 rad for the first rotation.
 
     Args:
         stats: of a robot whose first six features of state and actions are a pose.
-        stated: what the configuration says; None to go by the statistics, and by openpi's newer habit (False) where
-            they fit both.
+        stated: what the configuration says; None to go by the statistics, and by openpi's newer habit (False)
+            where they fit both.
 
     Raises:
         NormStatsError: statistics that belong to the other kind, or to neither.
@@ -139,7 +141,7 @@ def learned_delta_actions(stats: NormStats, stated: bool | None) -> bool:
             else ("take the statistics of the data that the policy was trained on")
         )
         raise NormStatsError(
-            f"{stats.source}: the mean actions {np.round(actions, 3).tolist()} cannot be those of LIBERO actions "
+            f"{stats.source}: mean actions {np.round(actions, 3).tolist()} cannot be those of LIBERO actions "
             f"{'less the state' if chosen else 'in [-1, 1]'} (delta_actions is {str(stated).lower()}); {mend}"
         )
     return chosen

@@ -114,7 +114,7 @@ class PI0Policy(nn.Module):
             self.network.add_condition(self.config)
 
     def freeze(self, *, vision_encoder: bool = False, all_but_expert: bool = False) -> None:
-        """From now on train without the vision tower, or the action expert and the projections around it alone."""
+        """From now on train all but the vision tower, or only the action expert and its projections."""
         self.config = dataclasses.replace(
             self.config, freeze_vision_encoder=vision_encoder, train_expert_only=all_but_expert
         )
@@ -124,14 +124,19 @@ class PI0Policy(nn.Module):
         """From now on train by low-rank adaptation (`pi0.model.lora`); changes no output until it is trained.
 
         Args:
-            gemma_rank, expert_rank: of what is added to the matrices of either transformer, openpi's by default; 0
-                adds nothing, and goes on training that transformer whole.
+            gemma_rank, expert_rank: of what is added to the matrices of either transformer, openpi's by
+                default; 0 adds nothing, and goes on training that transformer whole.
+
+        Raises:
+            ValueError: it has been enabled before.
         """
+        if self.config.gemma.lora_rank or self.config.action_expert.lora_rank:
+            raise ValueError("this policy has low-rank adaptation already; merge_lora() before new ranks")
         self._set_lora(gemma_rank, expert_rank)
         self.network.choose_trained(self.config)
 
     def merge_lora(self) -> None:
-        """Put what low-rank adaptation has learned into the weights: to save a policy that other programs load."""
+        """Put what low-rank adaptation has learned into the weights, to save it for other programs."""
         self._set_lora(0, 0)
         self.network.merge_lora(self.config)
 
@@ -288,8 +293,8 @@ class PI0Policy(nn.Module):
                 images: by camera, uint8 [B, h, w, 3], upright. A configured camera that is not here is black
                     and masked out (openpi, src/openpi/policies/libero_policy.py: LIBERO has no second
                     wrist); other names are an error.
-                state: float [B, robot_state_dim]; LIBERO's is end-effector position 3 (m), axis-angle 3 (rad),
-                    gripper fingers 2 (m) (openpi, examples/libero/main.py).
+                state: float [B, robot_state_dim]; LIBERO's is end-effector position 3 (m), axis-angle 3
+                    (rad), gripper fingers 2 (m) (openpi, examples/libero/main.py).
                 prompt: B strings.
             state_noise: added to the normalised state before anything is made of it, float [B, A].
 
@@ -351,8 +356,8 @@ class PI0Policy(nn.Module):
             num_steps, guidance_weight: as in `sample_actions`.
 
         Returns:
-            Actions, float32 [B, H, robot_action_dim] or [S, B, H, robot_action_dim], clipped to the controller's
-            range [-1, 1].
+            Actions, float32 [B, H, robot_action_dim] or [S, B, H, robot_action_dim], clipped to the
+            controller's range [-1, 1].
         """
         noise = noise.to(self.device)
         actions = self.sample_actions(

@@ -1,10 +1,11 @@
 """Prompts to token ids.
 
-Both tokenizers follow openpi (src/openpi/models/tokenizer.py: PaligemmaTokenizer). pi0: beginning-of-sequence, the
-cleaned text, then a newline as "start of answer". pi0.5: beginning-of-sequence and a text that spells the state, too
-(`state_prompt`). Both are padded with id 0 to a fixed length. Cleaning strips the ends and turns underscores and
-newlines into spaces. Where openpi cuts a prompt that is too long, it is an error here. LeRobot
-(src/lerobot/policies/pi0/processor_pi0.py) does not clean pi0's prompts, and encodes text and newline together.
+Both tokenizers follow openpi (src/openpi/models/tokenizer.py: PaligemmaTokenizer). pi0:
+beginning-of-sequence, the cleaned text, then a newline as "start of answer". pi0.5: beginning-of-sequence and
+a text that spells the state, too (`state_prompt`). Both are padded with id 0 to a fixed length. Cleaning
+strips the ends and turns underscores and newlines into spaces. Where openpi cuts a prompt that is too long,
+it is an error here. LeRobot (src/lerobot/policies/pi0/processor_pi0.py) does not clean pi0's prompts, and
+encodes text and newline together.
 
 `python -m pi0.tokenizer` rebuilds the vocabulary of `TinyTokenizer` from the installed LIBERO tasks.
 """
@@ -35,14 +36,15 @@ def clean_prompt(prompt: str) -> str:
 
 
 def state_bins(state: np.ndarray) -> np.ndarray:
-    """Bins of a normalised state, int [...]: [-1, 1) in 256 equal parts, 0 to 255; -1 below that, 255 above."""
+    """Bins of a normalised state, int [...]: [-1, 1) in 256 equal parts, 0 to 255; -1 is below, 255 also above."""
     return np.digitize(state, np.linspace(-1, 1, STATE_BINS + 1)[:-1]) - 1
 
 
 def state_prompt(prompt: str, state: np.ndarray) -> str:
     """pi0.5's text: the cleaned prompt and the bins of a normalised state [D].
 
-    LeRobot (src/lerobot/policies/pi05/processor_pi05.py) writes the same; until March 2026 its state was padded first.
+    LeRobot (src/lerobot/policies/pi05/processor_pi05.py) writes the same; until March 2026 its state was
+    padded first.
     """
     bins = " ".join(str(number) for number in state_bins(state))
     return f"Task: {clean_prompt(prompt)}, State: {bins};\nAction: "

@@ -1,10 +1,10 @@
-"""pi0.5 once more, in NumPy and float64, token by token: what `tests/golden/pi05.safetensors` was computed with.
+"""pi0.5 once more, in NumPy and float64: what `tests/golden/pi05.safetensors` was computed with.
 
     PYTHONPATH=. python tests/pi05_reference.py     # writes the golden file again
 
-Shares no code with `pi0.model`. It follows openpi's formulation (src/openpi/models/pi0.py, gemma.py, siglip.py): all
-tokens in one sequence, both experts in one attention under one mask, nothing cached, one example at a time; and its
-names of tensors, which are those of its PyTorch checkpoints.
+Shares no code with `pi0.model`. It follows openpi's formulation (src/openpi/models/pi0.py, gemma.py,
+siglip.py): all tokens in one sequence, both experts in one attention under one mask, nothing cached, one
+example at a time; and its names of tensors, which are those of its PyTorch checkpoints.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What of a policy is trained: low-rank adaptation, the action expert alone, never what no output depends on."""
+"""What of a policy is trained: low-rank adaptation, the expert alone, never what no output depends on."""
 
 import dataclasses
 
@@ -162,6 +162,15 @@ def test_what_is_trained_can_be_chosen_later_and_goes_into_the_checkpoint(tmp_pa
 def test_contradicting_choices_are_refused():
     with pytest.raises(ValueError, match="choose one"):
         policy(train_expert_only=True).enable_lora()
+
+
+def test_adaptation_is_not_put_on_adaptation():
+    adapted = with_lora()
+    with pytest.raises(ValueError, match="already"):
+        adapted.enable_lora()
+    adapted.merge_lora()
+    adapted.enable_lora(gemma_rank=2, expert_rank=2)
+    assert adapted.network.expert.layers[0].mlp["up_proj"].lora_a.shape == (2, 12)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""LIBERO as published checkpoints know it: pictures, state, prompt, numbers. Every expected value is worked out by hand."""
+"""LIBERO as published checkpoints know it, in numbers worked out by hand."""
 
 import json
 import math
@@ -27,7 +27,8 @@ from pi0.ript.chunks import Augmentation, Chunks, flow_loss
 from pi0.ript.env.stepping import quat_to_axis_angle
 from pi0.tokenizer import TinyTokenizer, libero_prompts, state_bins, state_prompt
 
-# Means as LIBERO demonstrations have them: position (m), axis-angle (rad; the hand points down), gripper (m); actions.
+# Means as LIBERO demonstrations have them: position (m), axis-angle (rad; the hand points down), gripper (m);
+# actions.
 STATE_MEAN = [-0.047, 0.034, 0.765, 2.972, -0.220, -0.126, 0.027, -0.027]
 ACTION_MEAN = [0.063, 0.087, -0.090, 0.001, 0.006, -0.005, -0.050]
 DELTA_MEAN = [*(a - s for a, s in zip(ACTION_MEAN[:6], STATE_MEAN[:6], strict=True)), ACTION_MEAN[6]]
@@ -255,7 +256,8 @@ def test_policy_adds_the_state_back_before_it_clips():
     relative = policy(action_mean=DELTA_MEAN, delta_actions=True)
     torch.nn.init.zeros_(relative.network.action_out_proj.weight)
     torch.nn.init.zeros_(relative.network.action_out_proj.bias)
-    # A field of zero leaves noise 0 where it is, which is the mean action; with the mean state added, LIBERO's mean.
+    # A field of zero leaves noise 0 where it is, which is the mean action; with the mean state added,
+    # LIBERO's mean.
     actions = relative.select_action(observations(), noise=torch.zeros(1, 10, 8))
     np.testing.assert_allclose(actions[0, 0], ACTION_MEAN, atol=1e-5)
     back = relative.normalize_actions(actions, observations()["state"])

@@ -1,4 +1,4 @@
-"""pi0.5's network: against an independent float64 reference, and the properties that set it apart from pi0."""
+"""pi0.5's network against an independent float64 reference, and what sets it apart from pi0."""
 
 import dataclasses
 

@@ -147,9 +147,9 @@ class Pi0Config:
     def preset(cls, name: str, **changes: Any) -> Pi0Config:
         """A preset, with fields changed by name.
 
-        `pi0` is the published model: 3.24 B parameters, and 0.26 B more in its files that nothing uses. `pi05` is
-        pi0.5, of 3.35 B. `pi0_tiny` and `pi05_tiny` are for a CPU: 1.4 and 1.8 M parameters, two 64-pixel
-        cameras, chunks of 10.
+        `pi0` is the published model: 3.24 B parameters, and 0.26 B more in its files that nothing uses.
+        `pi05` is pi0.5, of 3.35 B. `pi0_tiny` and `pi05_tiny` are for a CPU: 1.4 and 1.8 M parameters, two
+        64-pixel cameras, chunks of 10.
         """
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(_PRESETS))}")
@@ -165,8 +165,9 @@ class Pi0Config:
     def from_dict(cls, content: dict[str, Any], source: str = "config.json") -> Pi0Config:
         """Read config.json's content; `source` names the file in errors.
 
-        Where a pi0.5 model's file is silent, its defaults are openpi's: see `_PI05`. And as every published policy
-        learned from mirrored images, so does one with PaliGemma's tokenizer unless its file says otherwise.
+        Where a pi0.5 model's file is silent, its defaults are openpi's: see `_PI05`. And as every published
+        policy learned from mirrored images, so does one with PaliGemma's tokenizer unless its file says
+        otherwise.
         """
         content = (_PI05 if content.get("pi05") else {}) | content
         content.setdefault("mirror_images", content.get("tokenizer", "paligemma") == "paligemma")
@@ -225,8 +226,9 @@ def _build(cls: type, content: Any, where: str) -> Any:
     return cls(**values)
 
 
-# openpi, src/openpi/models/pi0_config.py and ModelTransformFactory and create_base_config in training/config.py.
-# Its pi05_libero alone leaves the state out of the prompt: discrete_state_input is false there.
+# openpi, src/openpi/models/pi0_config.py and ModelTransformFactory and create_base_config in
+# training/config.py. Its pi05_libero alone leaves the state out of the prompt: discrete_state_input is false
+# there.
 _PI05 = {"pi05": True, "discrete_state_input": True, "use_quantile_norm": True, "prompt_length": 200}
 
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -1,9 +1,10 @@
 """Low-rank adaptation (Hu et al. 2021): a frozen matrix learns by a product of two thin ones added to it.
 
-Ranks, scale and where it acts are openpi's (src/openpi/models/gemma.py: gemma_2b_lora has rank 16, gemma_300m_lora 32;
-lora.py: scale alpha / rank, which is 1 for both): on every matrix of a Gemma layer, attention and MLP. Two things differ.
-openpi gives each attention head thin matrices of its own; here a matrix has one pair for all its heads. And openpi draws
-both at random; here the second starts at zero, so that a policy acts as before until it has learned something.
+Ranks, scale and where it acts are openpi's (src/openpi/models/gemma.py: gemma_2b_lora has rank 16,
+gemma_300m_lora 32; lora.py: scale alpha / rank, which is 1 for both): on every matrix of a Gemma layer,
+attention and MLP. Two things differ. openpi gives each attention head thin matrices of its own; here a matrix
+has one pair for all its heads. And openpi draws both at random; here the second starts at zero, so that a
+policy acts as before until it has learned something.
 """
 
 from __future__ import annotations

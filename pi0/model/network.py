@@ -6,9 +6,10 @@ Black et al. 2024, "pi0: A Vision-Language-Action Flow Model for General Robot C
     state    one token                                     run by the action expert
     actions  one token per action of the noisy chunk       run by the action expert
 
-pi0.5 (Physical Intelligence 2025, "pi0.5: a VLA with Open-World Generalization") has no state block, its prompt may
-spell the state instead; and flow time does not enter the action tokens but scales, shifts and gates every layer of
-the action expert (`AdaptiveRMSNorm`). Both follow openpi, src/openpi/models_pytorch/pi0_pytorch.py.
+pi0.5 (Physical Intelligence 2025, "pi0.5: a VLA with Open-World Generalization") has no state block, its
+prompt may spell the state instead; and flow time does not enter the action tokens but scales, shifts and
+gates every layer of the action expert (`AdaptiveRMSNorm`). Both follow openpi,
+src/openpi/models_pytorch/pi0_pytorch.py.
 
 A block attends to itself and to all blocks before it. In every layer the two experts use their own weights, but
 one attention. As the prefix never looks at what follows, its keys and values are computed once and the action
@@ -115,9 +116,10 @@ class Pi0Network(nn.Module):
     def _freeze(self) -> None:
         """Train what the configuration asks for, and nothing that no output depends on.
 
-        Low-rank adaptation freezes its transformer, and with the prefix's the token embedding, but not the vision
-        tower, as openpi does (src/openpi/models/pi0_config.py: get_freeze_filter). `freeze_vision_encoder` and
-        `train_expert_only` are LeRobot's (src/lerobot/policies/pi0/modeling_pi0.py: _set_requires_grad).
+        Low-rank adaptation freezes its transformer, and with the prefix's the token embedding, but not the
+        vision tower, as openpi does (src/openpi/models/pi0_config.py: get_freeze_filter).
+        `freeze_vision_encoder` and `train_expert_only` are LeRobot's
+        (src/lerobot/policies/pi0/modeling_pi0.py: _set_requires_grad).
         """
         config = self.config
         frozen: tuple[str, ...] = ()
@@ -272,7 +274,7 @@ class Pi0Network(nn.Module):
         return tokens, time
 
     def _suffix_mask(self, prefix_valid: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
-        """Additive [B, 1, T, P + T], T state and action tokens: all see prefix and state, actions their own chunk."""
+        """Additive [B, 1, T, P + T]: all tokens see prefix and state, actions also their own chunk."""
         chunk = torch.arange(samples, device=prefix_valid.device).repeat_interleave(
             self.config.action_horizon
         )
@@ -378,9 +380,10 @@ class RMSNorm(nn.Module):
 class AdaptiveRMSNorm(nn.Module):
     """Root-mean-square norm whose scale and shift, and the gate of what it feeds, depend on a condition.
 
-    As openpi's GemmaRMSNorm with a condition (models_pytorch/transformers_replace/models/gemma/modeling_gemma.py):
-    the three are one linear map of the condition, in this order. All zero at the start, as in its models/gemma.py:
-    tokens then are only normed, and a layer that is gated by 0 passes them on as they are.
+    As openpi's GemmaRMSNorm with a condition
+    (models_pytorch/transformers_replace/models/gemma/modeling_gemma.py): the three are one linear map of the
+    condition, in this order. All zero at the start, as in its models/gemma.py: tokens then are only normed,
+    and a layer that is gated by 0 passes them on as they are.
     """
 
     def __init__(self, width: int):
@@ -388,7 +391,7 @@ class AdaptiveRMSNorm(nn.Module):
         self.dense = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N, S * H, width] under conditions [N, S, width]: normed tokens and their gates, of that shape."""
+        """Tokens [N, S * H, width] under conditions [N, S, width]: normed tokens and their gates, as many."""
         h = unit_rms(x).unflatten(1, (condition.shape[1], -1))  # [N, S, H, width]
         scale, shift, gate = self.dense(condition)[:, :, None].to(h.dtype).chunk(3, -1)
         h = h * (1.0 + scale) + shift
