@@ -1,4 +1,11 @@
-"""Camera images to the network's input."""
+"""Camera images to the network's input.
+
+LIBERO's own frames stand on their head. openpi and LeRobot turn them by 180 degrees (openpi,
+examples/libero/main.py; LeRobot, src/lerobot/processor/env_processor.py: LiberoProcessorStep), in training
+data as in evaluation, which sets them upright but leaves right and left exchanged. Everywhere in this project
+frames are upright and true; a policy that learned from turned ones has them mirrored here
+(`Pi0Config.mirror_images`), which is the same picture.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def to_network_images(images: Tensor, size: int) -> Tensor:
+def to_network_images(images: Tensor, size: int, mirror: bool = False) -> Tensor:
     """Resize without distortion, pad with black and scale: uint8 [B, h, w, 3] to float32 [B, 3, size, size].
 
-    As openpi: antialiased bilinear, rounded to whole grey levels, centred, pixels from [0, 255] to [-1, 1].
+    As openpi (packages/openpi-client/src/openpi_client/image_tools.py, src/openpi/models/model.py): sides cut
+    to whole pixels, antialiased bilinear, rounded to whole grey levels, centred with the odd pixel of padding
+    at the end, pixels from [0, 255] to [-1, 1]. LeRobot (policies/common/vla_utils.py) differs: no
+    antialiasing and no rounding.
+
+    Args:
+        images: upright.
+        size: height and width of the result, pixels.
+        mirror: exchange right and left, before anything else.
 
     Raises:
         ValueError: not uint8, or not [B, h, w, 3].
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be uint8 [B, h, w, 3], not {images.dtype} {list(images.shape)}")
+    if mirror:
+        images = images.flip(2)
     pixels = images.permute(0, 3, 1, 2).float()
     h, w = pixels.shape[-2:]
     if (h, w) != (size, size):

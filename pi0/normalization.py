@@ -1,4 +1,9 @@
-"""Normalisation statistics of state and actions, in openpi's norm_stats.json."""
+"""Statistics of state and actions in openpi's norm_stats.json, and what is done with them.
+
+All as in openpi, src/openpi/transforms.py and training/config.py. What it does to actions before they are
+learned, and in the other direction after they are sampled: less the state of the chunk's observation
+(`delta_actions`, old checkpoints only), normalised, zero-padded to the network's width.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pi0.errors import InputError, MissingFileError
+from pi0.model.config import POSE_DIM
 
-EPSILON = 1e-6  # added to the standard deviation, as openpi does
+# Added to the divisor, as openpi does in both directions. LeRobot
+# (src/lerobot/processor/normalize_processor.py) adds 1e-8 to the deviation, only to divide by it, and to a
+# range of quantiles only where that is 0.
+EPSILON = 1e-6
 
 
 class NormStatsError(InputError, ValueError):
@@ -36,14 +47,19 @@ class Stats:
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of the robot's state and of its actions."""
+    """Statistics of the robot's state and of its actions; `source` names where they are from, for errors."""
 
     state: Stats
     actions: Stats
+    source: str = "the normalisation statistics"
 
     @classmethod
     def of(cls, states: np.ndarray, actions: np.ndarray) -> NormStats:
-        """Statistics of recorded states [..., 8] and actions [..., 7]."""
+        """Statistics of recorded states [..., 8] and actions [..., 7].
+
+        Quantiles are exact. openpi (src/openpi/shared/normalize.py) reads them off histograms of 5000 bins
+        and LeRobot off histograms too, so theirs differ by about a 5000th of the range.
+        """
         return cls(Stats.of(states), Stats.of(actions))
 
     def to_dict(self) -> dict:
@@ -54,6 +70,92 @@ class NormStats:
                 for part in ("state", "actions")
             }
         }
+
+
+def normalize(values: Tensor, stats: Stats, quantiles: bool) -> Tensor:
+    """Values [..., D] to z-scores; or with `quantiles` so that the 1st percentile is -1 and the 99th is 1.
+
+    Neither is clipped.
+    """
+    if quantiles:
+        low, high = _tensors(values, stats.q01, stats.q99)
+        return (values - low) / (high - low + EPSILON) * 2 - 1
+    mean, std = _tensors(values, stats.mean, stats.std)
+    return (values - mean) / (std + EPSILON)
+
+
+def unnormalize(values: Tensor, stats: Stats, quantiles: bool) -> Tensor:
+    """What `normalize` made `values` from."""
+    if quantiles:
+        low, high = _tensors(values, stats.q01, stats.q99)
+        return (values + 1) / 2 * (high - low + EPSILON) + low
+    mean, std = _tensors(values, stats.mean, stats.std)
+    return values * (std + EPSILON) + mean
+
+
+def _tensors(like: Tensor, *vectors: np.ndarray | None) -> list[Tensor]:
+    return [torch.as_tensor(vector, device=like.device) for vector in vectors]
+
+
+def subtract_state(actions: Tensor, states: Tensor) -> Tensor:
+    """Chunks [..., H, 7] relative to the states [..., 8] at which they were chosen; the gripper stays."""
+    return torch.cat([actions[..., :POSE_DIM] - _pose(states), actions[..., POSE_DIM:]], -1)
+
+
+def add_state(actions: Tensor, states: Tensor) -> Tensor:
+    """What `subtract_state` made `actions` from."""
+    return torch.cat([actions[..., :POSE_DIM] + _pose(states), actions[..., POSE_DIM:]], -1)
+
+
+def _pose(states: Tensor) -> Tensor:
+    return states[..., None, :POSE_DIM]
+
+
+def learned_delta_actions(stats: NormStats, stated: bool | None) -> bool:
+    """Whether actions were learned less the state (`subtract_state`); the statistics must not contradict it.
+
+    LIBERO's actions are themselves changes of pose. Yet openpi's pi0_libero and pi0_fast_libero learned them
+    with the state subtracted on top, and its pi05_libero and whatever LeRobot trained without
+    `use_relative_actions` did not (openpi, src/openpi/training/config.py: extra_delta_transform). A policy
+    that is run the other way moves, and never succeeds. LIBERO's actions lie in [-1, 1], and so does the mean
+    of each; the mean of such actions less the state lies around the negative mean of the state, which is
+    about 3 rad for the first rotation.
+
+    Args:
+        stats: of a robot whose first six features of state and actions are a pose.
+        stated: what the configuration says; None to go by the statistics, and by openpi's newer habit (False)
+            where they fit both.
+
+    Raises:
+        NormStatsError: statistics that belong to the other kind, or to neither.
+    """
+    actions, state = (part.mean[:POSE_DIM] for part in (stats.actions, stats.state))
+    plain = bool((np.abs(actions) <= 1).all())
+    relative = len(actions) == len(state) == POSE_DIM and bool((np.abs(actions + state) <= 1).all())
+    fits = {False: plain, True: relative}
+    chosen = (relative and not plain) if stated is None else stated
+    if not fits[chosen]:
+        mend = (
+            f"set delta_actions to {str(not chosen).lower()} in config.json"
+            if fits[not chosen]
+            else ("take the statistics of the data that the policy was trained on")
+        )
+        raise NormStatsError(
+            f"{stats.source}: mean actions {np.round(actions, 3).tolist()} cannot be those of LIBERO actions "
+            f"{'less the state' if chosen else 'in [-1, 1]'} (delta_actions is {str(stated).lower()}); {mend}"
+        )
+    return chosen
+
+
+def require_quantiles(stats: NormStats) -> None:
+    """Refuse statistics without the 1st and 99th percentile."""
+    for name in ("state", "actions"):
+        part = getattr(stats, name)
+        if part.q01 is None or part.q99 is None:
+            raise NormStatsError(
+                f"{stats.source}: norm_stats.{name} has no q01 and q99, by which this policy normalises "
+                "(use_quantile_norm); python -m pi0.norm_stats computes them from demonstrations"
+            )
 
 
 def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormStats:
@@ -83,6 +185,7 @@ def norm_stats_from(parts: dict, state_dim: int, action_dim: int, path: Path) ->
     return NormStats(
         state=_read_stats(parts, "state", state_dim, path),
         actions=_read_stats(parts, "actions", action_dim, path),
+        source=str(path),
     )
 
 

@@ -18,7 +18,17 @@ from pi0.errors import InputError
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
 from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
-from pi0.normalization import EPSILON, NormStats, Stats, load_norm_stats
+from pi0.normalization import (
+    NormStats,
+    Stats,
+    add_state,
+    learned_delta_actions,
+    load_norm_stats,
+    normalize,
+    require_quantiles,
+    subtract_state,
+    unnormalize,
+)
 from pi0.tokenizer import PaligemmaTokenizer, TinyTokenizer, Tokenizer
 
 
@@ -33,12 +43,20 @@ class PI0Policy(nn.Module):
     Args:
         config: sizes.
         norm_stats: of the data it is trained on; without them only the lower level works.
+
+    Raises:
+        NormStatsError: statistics that the configuration cannot be used with.
     """
 
     def __init__(self, config: Pi0Config, norm_stats: NormStats | None = None):
         super().__init__()
         self.config = config
         self.norm_stats = norm_stats
+        self.delta_actions = bool(config.delta_actions)  # whether actions are learned less the state
+        if norm_stats is not None:
+            self.delta_actions = learned_delta_actions(norm_stats, config.delta_actions)
+            if config.use_quantile_norm:
+                require_quantiles(norm_stats)
         self.network = Pi0Network(config)
         self._tokenizer: Tokenizer | None = None
         self._origin: Origin | None = None  # what its file held, if it came from one
@@ -105,6 +123,38 @@ class PI0Policy(nn.Module):
         if not self.config.guidance:
             self.config = dataclasses.replace(self.config, guidance=True)
             self.network.add_condition(self.config)
+
+    def freeze(self, *, vision_encoder: bool = False, all_but_expert: bool = False) -> None:
+        """From now on train all but the vision tower, or only the action expert and its projections."""
+        self.config = dataclasses.replace(
+            self.config, freeze_vision_encoder=vision_encoder, train_expert_only=all_but_expert
+        )
+        self.network.choose_trained(self.config)
+
+    def enable_lora(self, gemma_rank: int = 16, expert_rank: int = 32) -> None:
+        """From now on train by low-rank adaptation (`pi0.model.lora`); changes no output until it is trained.
+
+        Args:
+            gemma_rank, expert_rank: of what is added to the matrices of either transformer, openpi's by
+                default; 0 adds nothing, and goes on training that transformer whole.
+
+        Raises:
+            ValueError: it has been enabled before.
+        """
+        if self.config.gemma.lora_rank or self.config.action_expert.lora_rank:
+            raise ValueError("this policy has low-rank adaptation already; merge_lora() before new ranks")
+        self._set_lora(gemma_rank, expert_rank)
+        self.network.choose_trained(self.config)
+
+    def merge_lora(self) -> None:
+        """Put what low-rank adaptation has learned into the weights, to save it for other programs."""
+        self._set_lora(0, 0)
+        self.network.merge_lora(self.config)
+
+    def _set_lora(self, gemma_rank: int, expert_rank: int) -> None:
+        gemma = dataclasses.replace(self.config.gemma, lora_rank=gemma_rank)
+        expert = dataclasses.replace(self.config.action_expert, lora_rank=expert_rank)
+        self.config = dataclasses.replace(self.config, gemma=gemma, action_expert=expert)
 
     # What the network sees
 
@@ -191,23 +241,24 @@ class PI0Policy(nn.Module):
 
         Args:
             images, image_masks, state, tokenized_prompt, tokenized_prompt_mask: as in `forward`.
-            noise: standard normal, float [B, H, A].
+            noise: standard normal, float [B, H, A]; or [S, B, H, A] for S chunks from each observation, whose
+                images and prompt are then encoded once for all of them.
             num_steps: Euler steps; None takes the configuration's.
             guidance_weight: w of v_null + w * (v_positive - v_null), only with `config.guidance`; 0 and None
                 are the unconditional field, 1 the positive one.
 
         Returns:
-            Normalised actions, float [B, H, A].
+            Normalised actions, float, of the shape of the noise.
         """
         prefix = self.network.encode_prefix(images, image_masks, tokenized_prompt, tokenized_prompt_mask)
         steps = self.config.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {steps}")
-        x_t = noise
+        x_t = noise.reshape(-1, *noise.shape[-2:])
         for step in range(steps):
-            t = torch.full((len(noise),), 1 - step / steps, dtype=noise.dtype, device=noise.device)
+            t = torch.full((len(x_t),), 1 - step / steps, dtype=noise.dtype, device=noise.device)
             x_t = x_t - self.guided_velocity(prefix, state, x_t, t, guidance_weight) / steps
-        return x_t
+        return x_t.view(noise.shape)
 
     def guided_velocity(
         self, prefix: PrefixCache, state: Tensor, x_t: Tensor, t: Tensor, weight: float | None
@@ -228,7 +279,7 @@ class PI0Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.network.state_proj.weight.device
+        return self.network.action_in_proj.weight.device
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -245,15 +296,18 @@ class PI0Policy(nn.Module):
                 )
         return self._tokenizer
 
-    def prepare(self, observations: Mapping[str, Any]) -> dict[str, Any]:
+    def prepare(self, observations: Mapping[str, Any], state_noise: Tensor | None = None) -> dict[str, Any]:
         """Turn raw observations into the keyword arguments of `forward` and `sample_actions`.
 
         Args:
             observations: a batch, as arrays or tensors:
                 images: by camera, uint8 [B, h, w, 3], upright. A configured camera that is not here is black
-                    and masked out; other names are an error.
-                state: float [B, robot_state_dim].
+                    and masked out (openpi, src/openpi/policies/libero_policy.py: LIBERO has no second
+                    wrist); other names are an error.
+                state: float [B, robot_state_dim]; LIBERO's is end-effector position 3 (m), axis-angle 3
+                    (rad), gripper fingers 2 (m) (openpi, examples/libero/main.py).
                 prompt: B strings.
+            state_noise: added to the normalised state before anything is made of it, float [B, A].
 
         Returns:
             images, image_masks, state, tokenized_prompt and tokenized_prompt_mask, on the policy's device.
@@ -273,20 +327,27 @@ class PI0Policy(nn.Module):
             masks[name] = torch.full((len(state),), name in given, device=device)
             if name in given:
                 images[name] = to_network_images(
-                    torch.as_tensor(given[name], device=device), config.image_size
+                    torch.as_tensor(given[name], device=device), config.image_size, config.mirror_images
                 )
             else:
                 images[name] = torch.full(
                     (len(state), 3, config.image_size, config.image_size), -1.0, device=device
                 )
-        tokens, token_masks = self.tokenizer.encode_batch(list(observations["prompt"]))
+        state = self._normalize(state, self._stats().state)
+        if state_noise is not None:
+            state = state + state_noise.to(device)
+        spelt = None
+        if config.discrete_state_input:
+            spelt = state if config.pad_discrete_state else state[:, : config.robot_state_dim]
+            spelt = spelt.float().cpu().numpy()
+        tokens, token_masks = self.tokenizer.encode_batch(list(observations["prompt"]), spelt)
         sizes = {len(state), len(tokens), *(len(image) for image in images.values())}
         if len(sizes) > 1:
             raise ValueError(f"images, state and prompt disagree on the batch size: {sorted(sizes)}")
         return {
             "images": images,
             "image_masks": masks,
-            "state": self._normalize(state, self._stats().state),
+            "state": state,
             "tokenized_prompt": torch.as_tensor(tokens, device=device),
             "tokenized_prompt_mask": torch.as_tensor(token_masks, device=device),
         }
@@ -302,38 +363,56 @@ class PI0Policy(nn.Module):
 
         Args:
             observations: as in `prepare`.
-            noise: standard normal, float [B, H, A]: the only randomness.
+            noise: standard normal, float [B, H, A] or [S, B, H, A]: the only randomness.
             num_steps, guidance_weight: as in `sample_actions`.
 
         Returns:
-            Actions, float32 [B, H, robot_action_dim], clipped to the controller's range [-1, 1].
+            Actions, float32 [B, H, robot_action_dim] or [S, B, H, robot_action_dim], clipped to the
+            controller's range [-1, 1].
         """
         noise = noise.to(self.device)
         actions = self.sample_actions(
             **self.prepare(observations), noise=noise, num_steps=num_steps, guidance_weight=guidance_weight
         )
-        return self.unnormalize_actions(actions).clamp(-1, 1)
+        return self.unnormalize_actions(actions, observations["state"]).clamp(-1, 1)
 
-    def normalize_actions(self, actions: Tensor | np.ndarray) -> Tensor:
-        """Robot actions [..., robot_action_dim] to what the network learns, [..., A]: z-scores, zero-padded."""
+    def normalize_actions(
+        self, actions: Tensor | np.ndarray, states: Tensor | np.ndarray | None = None
+    ) -> Tensor:
+        """Robot actions [..., H, robot_action_dim] to what the network learns, [..., H, A], zero-padded.
+
+        Args:
+            actions: chunks.
+            states: raw states [..., robot_state_dim] at which the chunks were chosen; for `delta_actions`.
+        """
         actions = torch.as_tensor(actions, dtype=torch.float32, device=self.device)
         if actions.shape[-1] != self.config.robot_action_dim:
             raise ValueError(
                 f"actions have {actions.shape[-1]} features, expected {self.config.robot_action_dim}"
             )
+        if self.delta_actions:
+            actions = subtract_state(actions, self._states(states))
         return self._normalize(actions, self._stats().actions)
 
-    def unnormalize_actions(self, actions: Tensor) -> Tensor:
-        """Network actions [..., A] to the robot's, float32 [..., robot_action_dim], not clipped."""
-        stats = self._stats().actions
-        mean, std = (torch.as_tensor(v, device=actions.device) for v in (stats.mean, stats.std))
-        return actions[..., : self.config.robot_action_dim].float() * (std + EPSILON) + mean
+    def unnormalize_actions(self, actions: Tensor, states: Tensor | np.ndarray | None = None) -> Tensor:
+        """Network actions [..., H, A] to the robot's, float32 [..., H, robot_action_dim], not clipped.
+
+        Args:
+            actions: chunks.
+            states: as in `normalize_actions`.
+        """
+        actions = actions[..., : self.config.robot_action_dim].float()
+        actions = unnormalize(actions, self._stats().actions, self.config.use_quantile_norm)
+        return add_state(actions, self._states(states)) if self.delta_actions else actions
+
+    def _states(self, states: Tensor | np.ndarray | None) -> Tensor:
+        if states is None:
+            raise ValueError("this policy's actions are relative to the state (delta_actions); pass states")
+        return torch.as_tensor(states, dtype=torch.float32, device=self.device)
 
     def _normalize(self, values: Tensor, stats: Stats) -> Tensor:
-        mean, std = (torch.as_tensor(v, device=values.device) for v in (stats.mean, stats.std))
-        return nn.functional.pad(
-            (values - mean) / (std + EPSILON), (0, self.config.action_dim - values.shape[-1])
-        )
+        normal = normalize(values, stats, self.config.use_quantile_norm)
+        return nn.functional.pad(normal, (0, self.config.action_dim - values.shape[-1]))
 
     def _stats(self) -> NormStats:
         if self.norm_stats is None:

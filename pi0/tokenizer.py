@@ -1,8 +1,11 @@
 """Prompts to token ids.
 
-Both tokenizers follow pi0's convention: beginning-of-sequence, the cleaned text, then a newline as
-"start of answer", padded with id 0 to a fixed length. Cleaning strips the ends and turns underscores and
-newlines into spaces.
+Both tokenizers follow openpi (src/openpi/models/tokenizer.py: PaligemmaTokenizer). pi0:
+beginning-of-sequence, the cleaned text, then a newline as "start of answer". pi0.5: beginning-of-sequence and
+a text that spells the state, too (`state_prompt`). Both are padded with id 0 to a fixed length. Cleaning
+strips the ends and turns underscores and newlines into spaces. Where openpi cuts a prompt that is too long,
+it is an error here. LeRobot (src/lerobot/policies/pi0/processor_pi0.py) does not clean pi0's prompts, and
+encodes text and newline together.
 
 `python -m pi0.tokenizer` rebuilds the vocabulary of `TinyTokenizer` from the installed LIBERO tasks.
 """
@@ -24,11 +27,27 @@ from pi0.errors import MissingFileError
 VOCABULARY_FILE = Path(__file__).with_name("tiny_vocabulary.json")
 PIECES = 125  # words and phrases of the tiny vocabulary: 384 ids with the 3 special ones and 256 bytes
 LONGEST_PHRASE = 6  # words
+STATE_BINS = 256
 
 
 def clean_prompt(prompt: str) -> str:
     """Prompt as openpi's pi0 cleans it before tokenisation."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def state_bins(state: np.ndarray) -> np.ndarray:
+    """Bins of a normalised state, int [...]: [-1, 1) in 256 equal parts, 0 to 255; -1 is below, 255 also above."""
+    return np.digitize(state, np.linspace(-1, 1, STATE_BINS + 1)[:-1]) - 1
+
+
+def state_prompt(prompt: str, state: np.ndarray) -> str:
+    """pi0.5's text: the cleaned prompt and the bins of a normalised state [D].
+
+    LeRobot (src/lerobot/policies/pi05/processor_pi05.py) writes the same; until March 2026 its state was
+    padded first.
+    """
+    bins = " ".join(str(number) for number in state_bins(state))
+    return f"Task: {clean_prompt(prompt)}, State: {bins};\nAction: "
 
 
 class Tokenizer:
@@ -42,30 +61,41 @@ class Tokenizer:
         self.length = length
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def token_ids(self, text: str) -> list[int]:
-        """Ids of a cleaned prompt with its beginning and end, not padded."""
+    def token_ids(self, text: str, newline: bool = True) -> list[int]:
+        """Ids of a text with its beginning, and a newline as its end; not padded."""
         raise NotImplementedError
 
-    def encode(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, prompt: str, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [length] and mask bool [length], False for padding.
+
+        Args:
+            prompt: the instruction.
+            state: normalised, float [D]: to spell in the prompt, as pi0.5 wants it.
 
         Raises:
             ValueError: a prompt of more than `length` tokens.
         """
+        if state is not None:
+            return self._pad(self.token_ids(state_prompt(prompt, state), newline=False), prompt)
         if prompt not in self._known:
-            ids = self.token_ids(clean_prompt(prompt))
-            if len(ids) > self.length:
-                raise ValueError(
-                    f"prompt {prompt!r} takes {len(ids)} tokens; the model is built for {self.length}"
-                )
-            padded = np.zeros(self.length, np.int64)
-            padded[: len(ids)] = ids
-            self._known[prompt] = padded, np.arange(self.length) < len(ids)
+            self._known[prompt] = self._pad(self.token_ids(clean_prompt(prompt)), prompt)
         return self._known[prompt]
 
-    def encode_batch(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [B, length] and mask bool [B, length]."""
-        ids, masks = zip(*(self.encode(prompt) for prompt in prompts), strict=True)
+    def _pad(self, ids: list[int], prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        if len(ids) > self.length:
+            raise ValueError(
+                f"prompt {prompt!r} takes {len(ids)} tokens; the model is built for {self.length}"
+            )
+        padded = np.zeros(self.length, np.int64)
+        padded[: len(ids)] = ids
+        return padded, np.arange(self.length) < len(ids)
+
+    def encode_batch(
+        self, prompts: list[str], states: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [B, length] and mask bool [B, length] of B prompts, with states [B, D] as in `encode`."""
+        spelt = [None] * len(prompts) if states is None else states
+        ids, masks = zip(*(self.encode(p, s) for p, s in zip(prompts, spelt, strict=True)), strict=True)
         return np.stack(ids), np.stack(masks)
 
 
@@ -87,14 +117,14 @@ class TinyTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return self.FIRST_PIECE + len(self.pieces)
 
-    def token_ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str, newline: bool = True) -> list[int]:
         ids = [self.BOS]
         for piece in split_pieces(text.lower().split(" "), self._ids):
             if piece in self._ids:
                 ids.append(self._ids[piece])
             else:
                 ids.extend(self.FIRST_BYTE + byte for byte in f" {piece}".encode())
-        return [*ids, self.NEWLINE]
+        return [*ids, self.NEWLINE] if newline else ids
 
     def decode(self, ids: list[int]) -> str:
         """Cleaned, lower-case prompt of a sequence of ids."""
@@ -132,8 +162,9 @@ class PaligemmaTokenizer(Tokenizer):
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.vocab_size = self._model.vocab_size()
 
-    def token_ids(self, text: str) -> list[int]:
-        return self._model.encode(text, add_bos=True) + self._model.encode("\n")
+    def token_ids(self, text: str, newline: bool = True) -> list[int]:
+        ids = self._model.encode(text, add_bos=True)
+        return ids + self._model.encode("\n") if newline else ids
 
 
 def split_pieces(words: list[str], pieces: dict[str, int] | set[str]) -> list[str]:

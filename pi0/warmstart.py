@@ -20,18 +20,16 @@ import functools
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pi0 import PI0Policy
 from pi0.data import DataError, FeatureNames, Orientation, open_demonstrations
 from pi0.errors import InputError
 from pi0.model.config import Pi0Config
-from pi0.normalization import NormStats
+from pi0.norm_stats import norm_stats
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
@@ -135,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.start_from:
             policy = PI0Policy.from_pretrained(options.start_from)
         else:
-            policy = PI0Policy(config, norm_stats(demonstrations))
+            policy = PI0Policy(config, norm_stats(demonstrations, smallest_std=SMALLEST_STD))
         average = AveragedPolicy(policy, options.ema_decay)
         scores = clone(policy, average, demonstrations, runner, options)
         average.policy.save_pretrained(options.output)
@@ -268,14 +266,6 @@ def score_on_training_states(runner: LIBEROEnvRunner, policy: PI0Policy, episode
         pool, index = pools[number % len(pools)], number // len(pools)
         rollouts.append(runner.rollout(pool, index, (TRAINING, seed, pool.task.index, index)))
     return sum(episode.success for _, episode in runner.run_policy_in_env(ActingPolicy(policy), rollouts))
-
-
-def norm_stats(demonstrations: Chunks) -> NormStats:
-    """Mean, deviation and quantiles of states and of the actions that count."""
-    stats = NormStats.of(demonstrations.states.numpy(), demonstrations.actions[demonstrations.valid].numpy())
-    return NormStats(
-        *(replace(part, std=np.maximum(part.std, SMALLEST_STD)) for part in (stats.state, stats.actions))
-    )
 
 
 if __name__ == "__main__":

@@ -354,8 +354,3 @@ def test_misspelt_config_key_is_named():
         ValueError, match="config.json: unknown key 'action_horizn'; did you mean 'action_horizon'"
     ):
         Pi0Config.from_dict(content)
-
-
-def test_pi05_is_refused():
-    with pytest.raises(ValueError, match=r"pi0\.5 checkpoints are not supported yet"):
-        Pi0Config.from_dict(small_config().to_dict() | {"pi05": True})

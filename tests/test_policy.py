@@ -317,6 +317,9 @@ def test_paligemma_prompt_is_bos_text_newline(tmp_path, monkeypatch):
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model.model"))
     assert ids[mask].tolist() == [2, *model.encode(PROMPT), *model.encode("\n")]
     assert (ids[~mask] == 0).all()
+    # pi0.5's text is encoded whole, and ends without a newline of its own.
+    ids, mask = PaligemmaTokenizer(None, 200).encode(PROMPT, np.array([-1.0, 0.0]))
+    assert ids[mask].tolist() == [2, *model.encode(f"Task: {PROMPT}, State: 0 128;\nAction: ")]
 
 
 def test_guidance_can_be_added_and_changes_no_action_until_it_is_trained():

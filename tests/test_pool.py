@@ -208,6 +208,12 @@ def test_workers_end_with_the_pool():
     assert process.returncode == 0
 
 
+def test_the_policy_looks_again_after_five_actions_of_a_chunk(runner, monkeypatch):
+    monkeypatch.setattr(runner, "replan_steps", 5)
+    (episode,) = run(runner, rollouts(runner, 1))
+    assert episode.executed.tolist() == [5] * 7  # 35 control steps
+
+
 def test_replanning_beyond_the_chunk_is_refused(runner, monkeypatch):
     monkeypatch.setattr(runner, "replan_steps", 11)
     with pytest.raises(ValueError, match="replan_steps is 11, the policy's chunks have 1 to 10"):

@@ -10,7 +10,7 @@ import pytest
 from pi0.ript.env import suites
 from pi0.ript.env.assets import resolve_assets, use_assets
 from pi0.ript.env.libero_import import prepare_libero
-from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
+from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim, quat_to_axis_angle
 from pi0.ript.env.suites import find_tasks, suite_tasks
 
 # A table, an open drawer, a floor of groceries, a stove to turn on, a kitchen with articulated doors.
@@ -88,6 +88,8 @@ def test_states_observations_and_success_are_bit_identical(pair):
         assert done == success
         assert len(seen) == step + 1
         assert np.array_equal(seen[-1][:3], observation["robot0_eef_pos"].astype(np.float32))
+        turn = quat_to_axis_angle(observation["robot0_eef_quat"]).astype(np.float32)
+        assert np.array_equal(seen[-1][3:6], turn)
         assert np.array_equal(seen[-1][6:], observation["robot0_gripper_qpos"].astype(np.float32))
 
 

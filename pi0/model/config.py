@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from typing import Any
 
+POSE_DIM = 6  # first features of LIBERO's state and of its actions: position 3, rotation 3
 PUBLISHED_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
@@ -58,6 +59,10 @@ class GemmaDims:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora_rank: int = 0  # of low-rank adaptation, which freezes all else of the transformer; 0: none
+
+    def __post_init__(self):
+        _require(self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; it is 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,18 @@ class Pi0Config:
     guidance: bool = False  # learned optimality condition for classifier-free guidance
     robot_state_dim: int = 8  # LIBERO: end-effector position 3, axis-angle 3, gripper 2
     robot_action_dim: int = 7  # LIBERO: position 3, rotation 3, gripper 1
+    pi05: bool = False  # pi0.5: flow time acts through adaptive norms, and no token holds the state
+    discrete_state_input: bool = False  # pi0.5 alone: the prompt spells the state in bins (pi0.tokenizer)
+    pad_discrete_state: bool = (
+        False  # and its zero-padding too, as LeRobot's code from 2025-10 to 2026-03 did
+    )
+    use_quantile_norm: bool = False  # normalise by 1st and 99th percentile instead of mean and deviation
+    delta_actions: bool | None = None  # actions less the state (pi0.normalization); None: as statistics show
+    freeze_vision_encoder: bool = False  # do not train the vision tower
+    train_expert_only: bool = (
+        False  # train the action expert and the projections around it, not what sees and reads
+    )
+    mirror_images: bool = False  # see LIBERO's frames turned by 180 degrees, as openpi does (pi0.images)
     tokenizer: str = "paligemma"  # "paligemma" or "tiny"
     tokenizer_path: str | None = None  # sentencepiece file of "paligemma"; else $PALIGEMMA_TOKENIZER
 
@@ -108,6 +125,18 @@ class Pi0Config:
             self.tokenizer in ("tiny", "paligemma"),
             f'tokenizer is "tiny" or "paligemma", not {self.tokenizer!r}',
         )
+        _require(
+            self.pi05 or not self.discrete_state_input,
+            "discrete_state_input is true but pi05 is false; only pi0.5 reads the state from its prompt",
+        )
+        _require(
+            not (self.train_expert_only and self.gemma.lora_rank),
+            "train_expert_only is true, and gemma.lora_rank asks to train the prefix; choose one",
+        )
+        _require(
+            not self.delta_actions or min(self.robot_state_dim, self.robot_action_dim) >= POSE_DIM,
+            f"delta_actions needs {POSE_DIM} features of pose in robot_state_dim and robot_action_dim",
+        )
 
     @property
     def image_size(self) -> int:
@@ -118,8 +147,9 @@ class Pi0Config:
     def preset(cls, name: str, **changes: Any) -> Pi0Config:
         """A preset, with fields changed by name.
 
-        `pi0` is the published model: 3.24 B parameters, and 0.26 B more in its files that nothing uses. `pi0_tiny`
-        is for a CPU: 1.4 M parameters, two 64-pixel cameras, chunks of 10.
+        `pi0` is the published model: 3.24 B parameters, and 0.26 B more in its files that nothing uses.
+        `pi05` is pi0.5, of 3.35 B. `pi0_tiny` and `pi05_tiny` are for a CPU: 1.4 and 1.8 M parameters, two
+        64-pixel cameras, chunks of 10.
         """
         if name not in _PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(_PRESETS))}")
@@ -129,14 +159,18 @@ class Pi0Config:
         """The content of config.json."""
         fields = dataclasses.asdict(self)
         kind = "siglip" if isinstance(self.vision, SiglipDims) else "conv"
-        return {"pi05": False, kind: fields.pop("vision"), **fields}
+        return {"pi05": fields.pop("pi05"), kind: fields.pop("vision"), **fields}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str = "config.json") -> Pi0Config:
-        """Read config.json's content; `source` names the file in errors."""
-        content = dict(content)
-        if content.pop("pi05", False):
-            raise ValueError(f"{source}: pi05 is true; pi0.5 checkpoints are not supported yet")
+        """Read config.json's content; `source` names the file in errors.
+
+        Where a pi0.5 model's file is silent, its defaults are openpi's: see `_PI05`. And as every published
+        policy learned from mirrored images, so does one with PaliGemma's tokenizer unless its file says
+        otherwise.
+        """
+        content = (_PI05 if content.get("pi05") else {}) | content
+        content.setdefault("mirror_images", content.get("tokenizer", "paligemma") == "paligemma")
         content.pop("batch", None)  # reference outputs note their batch size here
         kinds = [kind for kind in ("siglip", "conv") if kind in content]
         if len(kinds) != 1:
@@ -186,10 +220,16 @@ def _build(cls: type, content: Any, where: str) -> Any:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in fields}
     for name, value in values.items():
         expected = fields[name].type
-        if expected in ("int", "bool", "str") and type(value).__name__ != expected:
+        known = expected in ("int", "bool", "str", "bool | None", "str | None")
+        if known and (type(value).__name__ if value is not None else "None") not in expected.split(" | "):
             raise ValueError(f"{where}: {name} must be {expected}, not {value!r}")
     return cls(**values)
 
+
+# openpi, src/openpi/models/pi0_config.py and ModelTransformFactory and create_base_config in
+# training/config.py. Its pi05_libero alone leaves the state out of the prompt: discrete_state_input is false
+# there.
+_PI05 = {"pi05": True, "discrete_state_input": True, "use_quantile_norm": True, "prompt_length": 200}
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "pi0": {
@@ -201,6 +241,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 257152,
         "action_dim": 32,
         "action_horizon": 50,
+        "mirror_images": True,
     },
     "pi0_tiny": {
         # 1.4 M parameters. At equal CPU time narrower towers and experts learn demonstrations faster than wider ones.
@@ -216,3 +257,5 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "tokenizer": "tiny",
     },
 }
+_PRESETS["pi05"] = _PRESETS["pi0"] | _PI05
+_PRESETS["pi05_tiny"] = _PRESETS["pi0_tiny"] | _PI05 | {"prompt_length": 80}

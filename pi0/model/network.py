@@ -6,6 +6,11 @@ Black et al. 2024, "pi0: A Vision-Language-Action Flow Model for General Robot C
     state    one token                                     run by the action expert
     actions  one token per action of the noisy chunk       run by the action expert
 
+pi0.5 (Physical Intelligence 2025, "pi0.5: a VLA with Open-World Generalization") has no state block, its
+prompt may spell the state instead; and flow time does not enter the action tokens but scales, shifts and
+gates every layer of the action expert (`AdaptiveRMSNorm`). Both follow openpi,
+src/openpi/models_pytorch/pi0_pytorch.py.
+
 A block attends to itself and to all blocks before it. In every layer the two experts use their own weights, but
 one attention. As the prefix never looks at what follows, its keys and values are computed once and the action
 expert runs alone against them: `encode_prefix`, then `velocity` as often as wanted. Training and sampling both
@@ -26,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pi0.model import cpu_math
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
+from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.vision import ConvTowers, SiglipTower
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2  # rows of `condition_embedding`
@@ -62,23 +68,73 @@ class Pi0Network(nn.Module):
         self.projector = nn.Linear(config.vision.width, config.gemma.width)
         self.token_embedding = nn.Embedding(config.vocab_size, config.gemma.width)
         self.gemma = Gemma(config.gemma)
-        self.expert = Gemma(config.action_expert)
-        self.state_proj = nn.Linear(config.action_dim, width)
+        self.expert = Gemma(config.action_expert, adaptive=config.pi05)
+        if not config.pi05:
+            self.state_proj = nn.Linear(config.action_dim, width)
         self.action_in_proj = nn.Linear(config.action_dim, width)
-        self.action_time_mlp_in = nn.Linear(2 * width, width)
-        self.action_time_mlp_out = nn.Linear(width, width)
+        if config.pi05:
+            self.time_mlp_in = nn.Linear(width, width)
+            self.time_mlp_out = nn.Linear(width, width)
+        else:
+            self.action_time_mlp_in = nn.Linear(2 * width, width)
+            self.action_time_mlp_out = nn.Linear(width, width)
         self.action_out_proj = nn.Linear(width, config.action_dim)
         self.apply(_initialise)
         if config.guidance:
             self.add_condition(config)
-        for parameter in self.unused_parameters():
-            parameter.requires_grad_(False)
+        self.choose_trained(config)
 
     def add_condition(self, config: Pi0Config) -> None:
         """Add the optimality condition: zero, so that a model without one keeps its actions under all of them."""
         self.config = config
-        weight = torch.zeros(3, config.action_expert.width, device=self.state_proj.weight.device)
+        weight = torch.zeros(3, config.action_expert.width, device=self.action_in_proj.weight.device)
         self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+
+    def choose_trained(self, config: Pi0Config) -> None:
+        """Freeze what `config` says, and add low-rank adaptation of its ranks where there is none yet."""
+        self.config = config
+        for expert, dims in self._transformers():
+            for part in _parts(expert) if dims.lora_rank else ():
+                for name, linear in part.items():
+                    if not isinstance(linear, LoRALinear):
+                        part[name] = LoRALinear(linear, dims.lora_rank)
+        self._freeze()
+
+    def merge_lora(self, config: Pi0Config) -> None:
+        """Put low-rank adaptation into the weights and take it away, for a `config` without it."""
+        self.config = config
+        for expert, _ in self._transformers():
+            for part in _parts(expert):
+                for name, linear in part.items():
+                    if isinstance(linear, LoRALinear):
+                        part[name] = linear.merged()
+        self._freeze()
+
+    def _transformers(self) -> list[tuple[Gemma, GemmaDims]]:
+        return [(self.gemma, self.config.gemma), (self.expert, self.config.action_expert)]
+
+    def _freeze(self) -> None:
+        """Train what the configuration asks for, and nothing that no output depends on.
+
+        Low-rank adaptation freezes its transformer, and with the prefix's the token embedding, but not the
+        vision tower, as openpi does (src/openpi/models/pi0_config.py: get_freeze_filter).
+        `freeze_vision_encoder` and `train_expert_only` are LeRobot's
+        (src/lerobot/policies/pi0/modeling_pi0.py: _set_requires_grad).
+        """
+        config = self.config
+        frozen: tuple[str, ...] = ()
+        if config.freeze_vision_encoder or config.train_expert_only:
+            frozen += ("vision.",)
+        if config.train_expert_only:
+            frozen += ("projector.",)
+        if config.train_expert_only or config.gemma.lora_rank:
+            frozen += ("token_embedding.", "gemma.")
+        if config.action_expert.lora_rank:
+            frozen += ("expert.",)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_lora(name) or not name.startswith(frozen))
+        for parameter in self.unused_parameters():
+            parameter.requires_grad_(False)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, which hold most of the parameters and run one after another."""
@@ -102,7 +158,7 @@ class Pi0Network(nn.Module):
         return [p for module in [*modules, last.mlp] for p in module.parameters()]
 
     def low_precision_parameters(self) -> set[str]:
-        """Names of the parameters that openpi keeps in bfloat16 for inference; the others stay in float32."""
+        """Names of the parameters that openpi keeps in bfloat16; the others stay in float32."""
         norms = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
         exact = (*norms, "patch_embedding", "position_embedding")
         return {
@@ -110,6 +166,7 @@ class Pi0Network(nn.Module):
             for name, _ in self.named_parameters()
             if name.startswith(("vision.", "projector.", "token_embedding.", "gemma.", "expert."))
             and not any(part in name for part in exact)
+            and not is_lora(name)
         }
 
     def encode_prefix(
@@ -158,7 +215,7 @@ class Pi0Network(nn.Module):
 
         Args:
             prefix: of B observations.
-            state: normalised and padded, float [B, A].
+            state: normalised and padded, float [B, A]; pi0.5 does not look at it.
             x_t: noisy actions, float [N, H, A].
             t: flow time in [0, 1], 1 being noise, float [N].
             condition: NULL, POSITIVE or NEGATIVE, int [N]; None means NULL. Only with `config.guidance`.
@@ -166,41 +223,62 @@ class Pi0Network(nn.Module):
         Returns:
             Velocity from actions to noise, float [N, H, A].
         """
-        batch, samples = len(state), len(x_t) // len(state)
+        batch = len(prefix.valid)
+        samples = len(x_t) // batch
         if len(x_t) != samples * batch:
             raise ValueError(f"{len(x_t)} noisy chunks cannot share {batch} prefixes evenly")
         # One sequence per prefix: the state token, then its chunks one after the other, blind to each other.
-        chunks = self._embed_actions(x_t, t, condition).unflatten(0, (samples, batch))  # [S, B, H, width]
-        x = torch.cat([self.state_proj(state)[:, None], chunks.transpose(0, 1).flatten(1, 2)], 1)
-        x = x.to(self.expert.dtype)  # [B, 1 + S * H, width]
-        steps = torch.arange(1, self.config.action_horizon + 1, device=x.device).repeat(samples)
-        positions = prefix.length[:, None] + F.pad(steps, (1, 0))  # every chunk follows the state
+        chunks, time = self._embed_actions(x_t, t, condition)
+        x = chunks.unflatten(0, (samples, batch)).transpose(0, 1).flatten(1, 2)  # [B, S * H, width]
+        if time is not None:
+            time = time.unflatten(0, (samples, batch)).transpose(0, 1)  # [B, S, width]
+        if not self.config.pi05:
+            x = torch.cat([self.state_proj(state)[:, None], x], 1)
+        x = x.to(self.expert.dtype)  # [B, T, width]
+        states = self._state_tokens
+        steps = torch.arange(states, states + self.config.action_horizon, device=x.device).repeat(samples)
+        positions = prefix.length[:, None] + F.pad(steps, (states, 0))  # every chunk follows the state
         rope = rotary_angles(positions, self.config.gemma.head_dim)
         mask = self._suffix_mask(prefix.valid, samples, x.dtype)
         for layer, *before in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
-            x, _, _ = layer(x, rope, mask, *before)
-        x = self.expert.norm(x[:, 1:]).to(self.action_out_proj.weight.dtype)
-        return self.action_out_proj(x).unflatten(1, (samples, -1)).transpose(0, 1).flatten(0, 1)
+            x, _, _ = layer(x, rope, mask, *before, time)
+        x, _ = normed(self.expert.norm, x[:, states:], time)
+        x = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
+        return x.unflatten(1, (samples, -1)).transpose(0, 1).flatten(0, 1)
 
-    def _embed_actions(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        """Mix noisy actions [N, H, A] with flow time [N] and condition [N] into tokens [N, H, width]."""
-        actions = self.action_in_proj(x_t)
-        time = time_embedding(t, actions.shape[-1]).to(actions.dtype)[:, None].expand_as(actions)
-        mixed = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat([actions, time], -1))))
+    @property
+    def _state_tokens(self) -> int:
+        """Tokens of the state block."""
+        return 0 if self.config.pi05 else 1
+
+    def _embed_actions(
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [N, H, width] of noisy actions [N, H, A] under a condition [N].
+
+        Flow time [N] is mixed into them, or for pi0.5 comes back as what its adaptive norms take, [N, width].
+        """
+        tokens = self.action_in_proj(x_t)
+        time = time_embedding(t, tokens.shape[-1]).to(tokens.dtype)
+        if self.config.pi05:
+            time = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+        else:
+            mixed = torch.cat([tokens, time[:, None].expand_as(tokens)], -1)
+            tokens, time = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed))), None
         if self.config.guidance:
             if condition is None:
                 condition = torch.full((len(x_t),), NULL, device=x_t.device)
-            mixed = mixed + self.condition_embedding(condition)[:, None]
+            tokens = tokens + self.condition_embedding(condition)[:, None]
         elif condition is not None:
             raise ValueError("this model has no optimality condition; build it with guidance=True")
-        return mixed
+        return tokens, time
 
     def _suffix_mask(self, prefix_valid: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
-        """Additive [B, 1, T, P + T] with T = 1 + S * H: all see prefix and state; actions see their own chunk."""
+        """Additive [B, 1, T, P + T]: all tokens see prefix and state, actions also their own chunk."""
         chunk = torch.arange(samples, device=prefix_valid.device).repeat_interleave(
             self.config.action_horizon
         )
-        chunk = F.pad(chunk, (1, 0), value=-1)  # the state is -1
+        chunk = F.pad(chunk, (self._state_tokens, 0), value=-1)  # the state is -1
         own = (chunk[:, None] == chunk) | (chunk == -1)  # [T, T]
         batch = len(prefix_valid)
         allowed = torch.cat([prefix_valid[:, None].expand(-1, len(own), -1), own.expand(batch, -1, -1)], 2)
@@ -208,12 +286,17 @@ class Pi0Network(nn.Module):
 
 
 class Gemma(nn.Module):
-    """Layers and final norm of a Gemma transformer (Gemma Team 2024); `Pi0Network` runs them."""
+    """Layers and final norm of a Gemma transformer (Gemma Team 2024); `Pi0Network` runs them.
 
-    def __init__(self, dims: GemmaDims):
+    Args:
+        dims: sizes.
+        adaptive: norms are `AdaptiveRMSNorm`.
+    """
+
+    def __init__(self, dims: GemmaDims, adaptive: bool = False):
         super().__init__()
-        self.layers = nn.ModuleList(GemmaLayer(dims) for _ in range(dims.depth))
-        self.norm = RMSNorm(dims.width)
+        self.layers = nn.ModuleList(GemmaLayer(dims, adaptive) for _ in range(dims.depth))
+        self.norm = make_norm(dims.width, adaptive)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,10 +307,10 @@ class Gemma(nn.Module):
 class GemmaLayer(nn.Module):
     """One layer; its attention also sees keys and values from outside, those of the other expert."""
 
-    def __init__(self, dims: GemmaDims):
+    def __init__(self, dims: GemmaDims, adaptive: bool):
         super().__init__()
         self.head_dim = dims.head_dim
-        self.input_layernorm = RMSNorm(dims.width)
+        self.input_layernorm = make_norm(dims.width, adaptive)
         self.self_attn = nn.ModuleDict(
             {
                 "q_proj": nn.Linear(dims.width, dims.num_heads * dims.head_dim, bias=False),
@@ -236,7 +319,7 @@ class GemmaLayer(nn.Module):
                 "o_proj": nn.Linear(dims.num_heads * dims.head_dim, dims.width, bias=False),
             }
         )
-        self.post_attention_layernorm = RMSNorm(dims.width)
+        self.post_attention_layernorm = make_norm(dims.width, adaptive)
         self.mlp = nn.ModuleDict(
             {
                 "gate_proj": nn.Linear(dims.width, dims.mlp_dim, bias=False),
@@ -252,6 +335,7 @@ class GemmaLayer(nn.Module):
         mask: Tensor | None,
         keys_before: Tensor | None = None,
         values_before: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens through attention and MLP.
 
@@ -260,11 +344,12 @@ class GemmaLayer(nn.Module):
             rope: of the tokens' positions.
             mask: additive [N, 1, T, P + T]; None where nobody needs the tokens, only their keys and values.
             keys_before, values_before: of the tokens that come before, [N, kv_heads, P, head_dim].
+            condition: of adaptive norms, [N, S, width].
 
         Returns:
             Tokens [N, T, width], `x` itself without a mask; their own keys and values, [N, kv_heads, T, head_dim].
         """
-        h = self.input_layernorm(x)
+        h, gate = normed(self.input_layernorm, x, condition)
         k, v = rotate(self._heads("k_proj", h), rope), self._heads("v_proj", h)
         if mask is None:
             return x, k, v
@@ -272,10 +357,10 @@ class GemmaLayer(nn.Module):
         seen_k = k if keys_before is None else torch.cat([keys_before, k], 2)
         seen_v = v if values_before is None else torch.cat([values_before, v], 2)
         attended = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=True)
-        x = x + self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2))
-        h = self.post_attention_layernorm(x)
+        x = gated_sum(x, self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2)), gate)
+        h, gate = normed(self.post_attention_layernorm, x, condition)
         h = F.gelu(self.mlp["gate_proj"](h), approximate="tanh") * self.mlp["up_proj"](h)
-        return x + self.mlp["down_proj"](h), k, v
+        return gated_sum(x, self.mlp["down_proj"](h), gate), k, v
 
     def _heads(self, name: str, h: Tensor) -> Tensor:
         return self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -289,9 +374,54 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
-        return (h * (1.0 + self.weight)).to(x.dtype)
+        return (unit_rms(x) * (1.0 + self.weight)).to(x.dtype)
+
+
+class AdaptiveRMSNorm(nn.Module):
+    """Root-mean-square norm whose scale and shift, and the gate of what it feeds, depend on a condition.
+
+    As openpi's GemmaRMSNorm with a condition
+    (models_pytorch/transformers_replace/models/gemma/modeling_gemma.py): the three are one linear map of the
+    condition, in this order. All zero at the start, as in its models/gemma.py: tokens then are only normed,
+    and a layer that is gated by 0 passes them on as they are.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [N, S * H, width] under conditions [N, S, width]: normed tokens and their gates, as many."""
+        h = unit_rms(x).unflatten(1, (condition.shape[1], -1))  # [N, S, H, width]
+        scale, shift, gate = self.dense(condition)[:, :, None].to(h.dtype).chunk(3, -1)
+        h = h * (1.0 + scale) + shift
+        return h.flatten(1, 2).to(x.dtype), gate.to(x.dtype).expand_as(h).flatten(1, 2)
+
+
+def _parts(transformer: Gemma) -> list[nn.ModuleDict]:
+    """Where the matrices of a transformer's layers are."""
+    return [part for layer in transformer.layers for part in (layer.self_attn, layer.mlp)]
+
+
+def make_norm(width: int, adaptive: bool) -> nn.Module:
+    """One of the two norms."""
+    return AdaptiveRMSNorm(width) if adaptive else RMSNorm(width)
+
+
+def normed(norm: nn.Module, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens through either norm: normed tokens, and the gate of an adaptive one."""
+    return (norm(x), None) if condition is None else norm(x, condition)
+
+
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """Residual connection; a gate scales what is added."""
+    return x + y if gate is None else x + y * gate
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Vectors of root mean square 1, in no less than float32."""
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -333,3 +463,5 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+    elif isinstance(module, AdaptiveRMSNorm):  # after its linear map, which comes first
+        nn.init.zeros_(module.dense.weight)

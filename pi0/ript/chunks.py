@@ -127,9 +127,9 @@ class Augmentation:
         columns = (torch.arange(width) + shifts[:, 1:]).clamp(0, width - 1)  # [N, w]
         return frames[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-    def state(self, state: Tensor, generator: torch.Generator) -> Tensor:
-        """Normalised states [N, A] with noise."""
-        return state + self.state_noise * torch.randn(state.shape, generator=generator)
+    def noise_on_state(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Noise for normalised states of this shape."""
+        return self.state_noise * torch.randn(shape, generator=generator)
 
 
 def flow_loss(
@@ -150,13 +150,13 @@ def flow_loss(
         condition: optimality of each chunk, int [N] (`pi0.model.network`), None for unconditional.
         model: what is called for the loss where it is not the policy itself: its distributed wrapper.
     """
-    frames = chunks.images
+    frames, state_noise = chunks.images, None
     if augmentation is not None:
         frames = {name: augmentation.images(images, generator) for name, images in frames.items()}
-    inputs = policy.prepare({"images": frames, "state": chunks.states, "prompt": chunks.prompts})
-    if augmentation is not None:
-        inputs["state"] = augmentation.state(inputs["state"].cpu(), generator).to(policy.device)
-    actions = policy.normalize_actions(_hold_last(chunks.actions, chunks.valid))
+        state_noise = augmentation.noise_on_state((len(chunks), policy.config.action_dim), generator)
+    observations = {"images": frames, "state": chunks.states, "prompt": chunks.prompts}
+    inputs = policy.prepare(observations, state_noise)
+    actions = policy.normalize_actions(_hold_last(chunks.actions, chunks.valid), chunks.states)
     noise, time = policy.draw_noise_and_time(actions.cpu(), samples, generator)
     loss = (model or policy)(
         **inputs,

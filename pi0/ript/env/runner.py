@@ -96,7 +96,9 @@ class LIBEROEnvRunner:
         cameras: policy camera names, in the policy's order.
         image_size: pixels a side.
         chunk: actions in one of the policy's chunks.
-        replan_steps: actions of a chunk carried out before the policy looks again.
+        replan_steps: actions of a chunk carried out before the policy looks again. openpi's LIBERO script
+            takes 5 (examples/libero/main.py), LeRobot's pi0.5 for LIBERO 10 (docs/source/pi05.mdx:
+            n_action_steps).
         num_parallel_envs: worker processes; None for one on each core there is.
         rollouts_per_env: rollouts a worker keeps going at once; the policy acts on them in one batch.
         max_episode_length: control steps an episode may take, None for the suite's usual horizon.

@@ -1,0 +1,104 @@
+"""Compute norm_stats.json from demonstrations of the scripted experts.
+
+    python -m pi0.norm_stats --suite libero_spatial --tasks 3 8 --output outputs/norm_stats.json
+
+A policy needs the statistics of the data that it was trained on. Those made here fit one that is to be
+trained on such demonstrations, not a published one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pi0.errors import InputError
+from pi0.normalization import NormStats, subtract_state
+from pi0.ript.chunks import Chunks
+from pi0.ript.demonstrations import record_demonstrations
+from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.report import writable_dir, write_json
+
+IMAGE_SIZE = 16  # pixels; nothing looks at the frames
+
+
+def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float = 0.0) -> NormStats:
+    """Mean, deviation and quantiles of states and of the actions that count.
+
+    As openpi (scripts/compute_norm_stats.py) actions are counted once for each chunk that holds them, and
+    relative to its state where the policy learns them so. Unlike there, the repetitions of an episode's last
+    action that fill its last chunks are left out, as they are in training here.
+
+    Args:
+        chunks: demonstrations.
+        delta_actions: subtract the state first, for a policy with `Pi0Config.delta_actions`.
+        smallest_std: deviations below this are raised to it.
+    """
+    actions = subtract_state(chunks.actions, chunks.states) if delta_actions else chunks.actions
+    stats = NormStats.of(chunks.states.numpy(), actions[chunks.valid].numpy())
+    state, learned = (
+        replace(part, std=np.maximum(part.std, smallest_std)) for part in (stats.state, stats.actions)
+    )
+    return NormStats(state, learned)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pi0.norm_stats",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks by index or name; all of the suite")
+    parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
+    parser.add_argument("--demonstrations", type=int, default=10, help="demonstrations recorded of each task")
+    parser.add_argument(
+        "--action-noise", type=float, default=0.15, help="noise while demonstrating; 1 is 5 cm a step"
+    )
+    parser.add_argument("--frame-every", type=int, default=1, help="control steps between kept observations")
+    parser.add_argument("--horizon", type=int, default=50, help="actions in a chunk of the policy")
+    parser.add_argument(
+        "--delta-actions", action="store_true", help="for a policy whose actions are relative to the state"
+    )
+    parser.add_argument("--smallest-std", type=float, default=0.0, help="raise smaller deviations to this")
+    parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Record, compute, save."""
+    from pi0.ript.env.rendering import CAMERAS
+
+    options = parse_arguments(arguments)
+    output = Path(options.output)
+    writable_dir(output.parent)
+    with LIBEROEnvRunner(
+        options.suite,
+        options.tasks,
+        cameras=tuple(CAMERAS),
+        image_size=IMAGE_SIZE,
+        chunk=options.horizon,
+        replan_steps=options.horizon,
+        num_parallel_envs=options.workers,
+        assets=options.assets,
+    ) as runner:
+        demonstrations, summary = record_demonstrations(
+            runner, options.demonstrations, options.seed, options.action_noise, options.frame_every
+        )
+    stats = norm_stats(demonstrations, options.delta_actions, options.smallest_std)
+    write_json(output, stats.to_dict())
+    solved = sum(task["successes"] for task in summary.values())
+    print(f"{output}: from {len(demonstrations)} observations in {solved} demonstrations")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

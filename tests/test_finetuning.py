@@ -1,0 +1,250 @@
+"""What of a policy is trained: low-rank adaptation, the expert alone, never what no output depends on."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save
+from test_pi05 import chunks_of, inputs_of
+from torch.nn.parallel import DistributedDataParallel
+
+from pi0 import PI0Policy
+from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
+from pi0.model.lora import LoRALinear, is_lora
+from pi0.model.network import AdaptiveRMSNorm, Pi0Network
+from pi0.policy import _without_start_values
+from pi0.ript.config import OptimizerConfig
+from pi0.ript.optimizer import make_optimizer
+
+
+def policy(pi05: bool = False, **changes) -> PI0Policy:
+    dims = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    config = Pi0Config(
+        vision=SiglipDims(width=8, depth=1, mlp_dim=12, num_heads=2, patch_size=8, image_size=16),
+        gemma=GemmaDims(width=16, mlp_dim=24, **dims),
+        action_expert=GemmaDims(width=12, mlp_dim=20, **dims),
+        vocab_size=32,
+        action_dim=8,
+        action_horizon=4,
+        prompt_length=6,
+        cameras=("base_0_rgb", "left_wrist_0_rgb"),
+        tokenizer="tiny",
+        pi05=pi05,
+    )
+    torch.manual_seed(0)
+    made = PI0Policy(dataclasses.replace(config, **changes)).double()
+    # In a new pi0.5 all gates are closed; where they are frozen, too, nothing behind them could learn.
+    for module in made.modules():
+        if isinstance(module, AdaptiveRMSNorm):
+            torch.nn.init.normal_(module.dense.weight, std=0.3)
+            torch.nn.init.normal_(module.dense.bias, std=0.3)
+    return made
+
+
+def with_lora(pi05: bool = False, learned: bool = True) -> PI0Policy:
+    adapted = policy(pi05)
+    adapted.enable_lora(gemma_rank=3, expert_rank=5)
+    if learned:
+        for name, parameter in adapted.network.named_parameters():
+            if is_lora(name):
+                torch.nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+def trained(policy: PI0Policy) -> set[str]:
+    return {name for name, parameter in policy.network.named_parameters() if parameter.requires_grad}
+
+
+def parts(names: set[str]) -> set[str]:
+    """First parts of parameter names."""
+    return {name.split(".")[0] for name in names}
+
+
+def sampled(policy: PI0Policy) -> torch.Tensor:
+    return policy.sample_actions(**inputs_of(policy), noise=chunks_of(policy, 2))
+
+
+def one_loss(policy: torch.nn.Module, of: PI0Policy) -> torch.Tensor:
+    return policy(
+        **inputs_of(of), actions=chunks_of(of, 2), generator=torch.Generator().manual_seed(0)
+    ).mean()
+
+
+def test_low_rank_adaptation_starts_without_effect():
+    before = sampled(policy())
+    assert torch.equal(sampled(with_lora(learned=False)), before)
+    assert not torch.allclose(sampled(with_lora()), before)
+
+
+def test_low_rank_adaptation_is_a_sum_of_matrices():
+    linear = torch.nn.Linear(2, 2, bias=False)
+    adapted = LoRALinear(linear, 1)
+    with torch.no_grad():
+        adapted.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        adapted.lora_a.copy_(torch.tensor([[1.0, -1.0]]))
+        adapted.lora_b.copy_(torch.tensor([[10.0], [100.0]]))
+    assert adapted(torch.tensor([3.0, 5.0])).tolist() == [3 + 10 * -2, 10 + 100 * -2]
+    assert adapted.merged().weight.tolist() == [[11.0, -10.0], [100.0, -98.0]]
+
+
+def test_default_ranks_are_openpis():
+    preset = Pi0Config.preset("pi0")
+    one_layer = {
+        "gemma": dataclasses.replace(preset.gemma, depth=1),
+        "action_expert": dataclasses.replace(preset.action_expert, depth=1),
+        "vision": dataclasses.replace(preset.vision, depth=1),
+    }
+    with torch.device("meta"), _without_start_values():
+        big = PI0Policy(dataclasses.replace(preset, **one_layer))
+        big.enable_lora()
+    layer, expert = big.network.gemma.layers[0], big.network.expert.layers[0]
+    assert layer.mlp["gate_proj"].lora_a.shape == (16, 2048)
+    assert layer.mlp["gate_proj"].lora_b.shape == (16384, 16)
+    assert expert.self_attn["q_proj"].lora_a.shape == (32, 1024)
+    assert expert.self_attn["q_proj"].lora_b.shape == (2048, 32)
+    adapted = {name.rsplit(".", 2)[-2] for name in trained(big) if is_lora(name)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_low_rank_adaptation_freezes_its_transformers_and_not_the_tower(pi05):
+    names = trained(with_lora(pi05))
+    assert {n for n in names if n.startswith(("gemma.", "expert."))} == {
+        n for n in names if n.startswith(("gemma.", "expert.")) and is_lora(n)
+    }
+    projections = {"state_proj", "action_time_mlp_in", "action_time_mlp_out"}
+    projections = {"time_mlp_in", "time_mlp_out"} if pi05 else projections
+    expected = {"vision", "projector", "gemma", "expert", "action_in_proj", "action_out_proj"} | projections
+    assert parts(names) == expected
+
+
+def test_one_transformer_alone_can_be_adapted():
+    adapted = policy()
+    adapted.enable_lora(gemma_rank=3, expert_rank=0)
+    names = trained(adapted)
+    assert "expert.layers.0.self_attn.q_proj.weight" in names
+    assert "gemma.layers.0.self_attn.q_proj.weight" not in names
+    assert "gemma.layers.0.self_attn.q_proj.lora_b" in names
+
+
+def test_expert_only_trains_no_eye_and_no_reader():
+    expert_only = policy(train_expert_only=True)
+    assert parts(trained(expert_only)) == {
+        "expert", "state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out",
+        "action_out_proj",
+    }  # fmt: skip
+    adapted = policy(train_expert_only=True)
+    adapted.enable_lora(gemma_rank=0, expert_rank=2)
+    assert not [n for n in trained(adapted) if n.startswith("expert.") and not is_lora(n)]
+
+
+def test_vision_encoder_can_be_frozen():
+    names = trained(policy(freeze_vision_encoder=True))
+    assert not [name for name in names if name.startswith("vision.")]
+    assert {"projector", "gemma", "token_embedding"} <= parts(names)
+
+
+def test_what_is_trained_can_be_chosen_later_and_goes_into_the_checkpoint(tmp_path):
+    later = policy().float()
+    everything = trained(later)
+    later.freeze(all_but_expert=True)
+    assert trained(later) == trained(policy(train_expert_only=True))
+    later.save_pretrained(tmp_path)
+    loaded = PI0Policy.from_pretrained(tmp_path)
+    assert trained(loaded) == trained(later)
+    loaded.freeze(vision_encoder=True)
+    assert trained(loaded) == trained(policy(freeze_vision_encoder=True))
+    loaded.freeze()
+    assert trained(loaded) == everything
+
+
+def test_contradicting_choices_are_refused():
+    with pytest.raises(ValueError, match="choose one"):
+        policy(train_expert_only=True).enable_lora()
+
+
+def test_adaptation_is_not_put_on_adaptation():
+    adapted = with_lora()
+    with pytest.raises(ValueError, match="already"):
+        adapted.enable_lora()
+    adapted.merge_lora()
+    adapted.enable_lora(gemma_rank=2, expert_rank=2)
+    assert adapted.network.expert.layers[0].mlp["up_proj"].lora_a.shape == (2, 12)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize("way", ["full", "lora", "expert", "no_vision"])
+def test_ddp_trains_every_parameter_that_asks_for_it(one_rank, way, pi05):
+    # DDP fails at the second pass if a parameter that asks for a gradient got none in the first.
+    flags = {"expert": {"train_expert_only": True}, "no_vision": {"freeze_vision_encoder": True}}
+    trainee = with_lora(pi05) if way == "lora" else policy(pi05, **flags.get(way, {}))
+    wrapped = DistributedDataParallel(trainee)
+    optimizer = make_optimizer(trainee, 1e-3, OptimizerConfig())
+    before = {name: p.clone() for name, p in trainee.named_parameters()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        one_loss(wrapped, trainee).backward()
+        optimizer.step()
+    moved = {name for name, p in trainee.named_parameters() if not torch.equal(p, before[name])}
+    asked = {name for name, p in trainee.named_parameters() if p.requires_grad}
+    assert moved <= asked
+    # A bias of attention's keys shifts all scores alike, and rows of the embedding that no prompt holds stay.
+    assert asked - moved <= {n for n in asked if n.endswith("k_proj.bias")}
+
+
+def test_frozen_prefix_keeps_nothing_for_a_backward_pass():
+    expert_only = policy(train_expert_only=True)
+    inputs = inputs_of(expert_only)
+    prefix = expert_only.network.encode_prefix(
+        inputs["images"], inputs["image_masks"], inputs["tokenized_prompt"], inputs["tokenized_prompt_mask"]
+    )
+    assert not any(key.requires_grad for key in prefix.keys)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_merged_policy_acts_the_same_and_has_the_published_tensors(pi05):
+    adapted = with_lora(pi05)
+    expected = sampled(adapted)
+    adapted.merge_lora()
+    torch.testing.assert_close(sampled(adapted), expected, rtol=0, atol=1e-12)
+    plain = policy(pi05)
+    assert list(adapted.network.state_dict()) == list(plain.network.state_dict())
+    assert trained(adapted) == trained(plain)
+    assert adapted.config == plain.config
+
+
+def test_adapted_policy_comes_back_from_its_checkpoint(tmp_path):
+    adapted = with_lora().float()
+    adapted.save_pretrained(tmp_path)
+    loaded = PI0Policy.from_pretrained(tmp_path)
+    assert loaded.config == adapted.config
+    assert save(loaded.network.state_dict()) == save(adapted.network.state_dict())
+    assert trained(loaded) == trained(adapted)
+    names = load_file(tmp_path / "model.safetensors")
+    assert "paligemma_with_expert.gemma_expert.model.layers.1.mlp.up_proj.lora_a" in names
+
+
+def test_frozen_weights_in_bfloat16_are_adapted_in_float32(tmp_path):
+    with_lora().float().save_pretrained(tmp_path)
+    loaded = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    q = loaded.network.expert.layers[0].self_attn["q_proj"]
+    assert (q.weight.dtype, q.lora_a.dtype, q.lora_b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    inputs = inputs_of(loaded)
+    inputs["images"] = {name: image.float() for name, image in inputs["images"].items()}
+    inputs["state"] = inputs["state"].float()
+    actions = loaded.sample_actions(**inputs, noise=chunks_of(loaded, 2).float())
+    torch.testing.assert_close(actions, sampled(with_lora()).float(), rtol=0, atol=0.2)
+
+
+def test_plain_network_has_no_trace_of_adaptation():
+    assert not [
+        name for name, _ in Pi0Network(Pi0Config.preset("pi0_tiny")).named_parameters() if is_lora(name)
+    ]
