@@ -468,6 +468,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         fixtures=task.fixtures,
         render=task.render,
         assets=task.assets,
+        demonstrations=task.demonstrations,
     )
 
 

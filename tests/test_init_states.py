@@ -1,9 +1,18 @@
 """Two pools of initial states that never mix."""
 
+import h5py
 import numpy as np
 import pytest
 
-from pi0.ript.env.init_states import FIXTURE_MODES, evaluation_pools, state_hash, training_pools
+from pi0.data import DataError
+from pi0.errors import MissingFileError
+from pi0.ript.env.init_states import (
+    FIXTURE_MODES,
+    evaluation_pools,
+    state_hash,
+    training_pools,
+    with_demonstrated,
+)
 from pi0.ript.env.runner import LIBEROEnvRunner
 
 
@@ -43,6 +52,48 @@ def test_training_and_evaluation_states_never_mix(runner):
         hashes = {state_hash(state.state) for state in training.states}
         assert len(hashes) == 12
         assert not hashes & {state_hash(state.state) for state in evaluation.states}
+
+
+def write_demonstrations(folder, task, states, fixtures):
+    """An HDF5 file as LIBERO writes them, as far as it says where episodes began."""
+    with h5py.File(folder / f"{task.name}_demo.hdf5", "w") as file:
+        for number, (state, placement) in enumerate(zip(states, fixtures, strict=True)):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["states"] = np.stack([state, state + 1.0])
+            bodies = "".join(
+                f'<body name="{name}" pos="{x} {y} {z}" quat="{a} {b} {c} {d}"/>'
+                for name, (x, y, z, a, b, c, d) in placement.items()
+            )
+            demo.attrs["model_file"] = f"<mujoco><worldbody><body>{bodies}</body></worldbody></mujoco>"
+
+
+def test_training_states_begin_where_demonstrations_did_except_evaluations_own(runner, tmp_path):
+    drawn, other = runner.training_states(4, seed=0)
+    moved = [state.state + 0.001 for state in drawn.states[:2]]
+    recorded = drawn.task.recorded_init_states()[7]
+    placement = {"wooden_cabinet_1_main": (0.1, -0.2, 0.9, 0.0, 0.0, 0.0, 1.0),
+                 "flat_stove_1_main": (-0.4, 0.2, 0.9, 1.0, 0.0, 0.0, 0.0)}  # fmt: skip
+    write_demonstrations(tmp_path, drawn.task, [moved[0], recorded, moved[1]], [placement] * 3)
+    ours, theirs = with_demonstrated(runner.pool, [drawn, other], tmp_path)
+    assert [state.state.tolist() for state in ours.states[:2]] == [state.tolist() for state in moved]
+    assert ours.states[0].fixtures.tolist() == [list(placement[name]) for name in placement]
+    assert [state_hash(state.state) for state in ours.states[2:]] == [
+        state_hash(state.state) for state in drawn.states[:2]
+    ]
+    assert (ours.provenance["demonstrated"], ours.provenance["left_out"], len(ours)) == (2, 1, 4)
+    assert theirs is other
+
+
+def test_demonstrations_of_another_scene_or_none_are_named(runner, tmp_path):
+    (drawn, _) = runner.training_states(2, seed=0)
+    with pytest.raises(MissingFileError, match=f"has no demonstrations .*{drawn.task.name}_demo.hdf5"):
+        with_demonstrated(runner.pool, [drawn], tmp_path)
+    write_demonstrations(tmp_path, drawn.task, [drawn.states[0].state], [{"another_main": (0,) * 7}])
+    with pytest.raises(DataError, match="the scene has no wooden_cabinet_1_main"):
+        with_demonstrated(runner.pool, [drawn], tmp_path)
+    write_demonstrations(tmp_path, drawn.task, [drawn.states[0].state[:-1]], [{}])
+    with pytest.raises(DataError, match="demo_0/states has shape"):
+        with_demonstrated(runner.pool, [drawn], tmp_path)
 
 
 def test_training_states_spread_like_the_recorded_ones(runner):

@@ -119,6 +119,26 @@ class LiberoDemonstrations(DemonstrationSet):
         )
 
 
+def read_starts(file: Path, state_dim: int) -> list[tuple[np.ndarray, str]]:
+    """Where the demonstrations of a file began: state of the simulation, float64 [state_dim], and scene as MJCF.
+
+    Raises:
+        DataError: not HDF5, of another layout, or of a scene whose states have another size.
+    """
+    with _open(file) as content:
+        data = _child(content, "data", h5py.Group, file)
+        starts = []
+        for name in sorted(data, key=_demo_number(file)):
+            states = _child(data[name], "states", h5py.Dataset, file)
+            if states.ndim != 2 or not len(states) or states.shape[1] != state_dim:
+                raise DataError(f"{file}: {states.name} has shape {states.shape}, not (steps, {state_dim})")
+            scene = data[name].attrs.get("model_file")
+            if not isinstance(scene, str):
+                raise DataError(f"{file}: data/{name} has no attribute model_file, the scene")
+            starts.append((states[0].astype(np.float64), scene))
+    return starts
+
+
 def _open(file: Path) -> h5py.File:
     try:
         return h5py.File(file, "r")

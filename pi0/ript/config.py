@@ -42,6 +42,9 @@ class TaskConfig:
         None,
         "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
     )
+    demonstrations: str | None = key(
+        None, "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states"
+    )
     fixtures: Literal["libero_eval", "pinned"] = key(
         "libero_eval", "cabinet and stove: as in LIBERO's evaluation after env.seed(0), or always its first"
     )

@@ -1,7 +1,8 @@
 """The two pools of initial states, which never mix.
 
 Evaluation: the 50 states a task that LIBERO recorded, as in the benchmark. Training: drawn with a seed
-from LIBERO's own placement distribution, as many as wanted, and kept in a file with their provenance.
+from LIBERO's own placement distribution, as many as wanted, and kept in a file with their provenance; where there
+are demonstrations, the states at which they began come first.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
 
+from pi0.data.demonstrations import DataError
+from pi0.errors import MissingFileError
 from pi0.paths import cache_dir
 from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
 from pi0.ript.env.suites import Task
@@ -134,6 +138,58 @@ def training_pools(pool: Caller, tasks: list[Task], count: int, seed: int) -> li
         states = [InitState(*pair) for pair in zip(arrays["states"], arrays["fixtures"], strict=True)]
         pools.append(InitStatePool(task, "training", states, {**provenance, "file": str(file)}))
     return pools
+
+
+def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Path) -> list[InitStatePool]:
+    """Pools as large as the drawn ones, in which the states at which demonstrations began come first.
+
+    Args:
+        drawn: training states of each task.
+        folder: LIBERO's HDF5 files, named as it names them: TASK_demo.hdf5. A task without one keeps its drawn states.
+
+    Raises:
+        MissingFileError: no file of any of the tasks.
+        DataError: a file that cannot be read, or of another scene.
+    """
+    from pi0.data.libero_hdf5 import read_starts  # large; most runs have no demonstrations
+
+    files = [Path(folder) / f"{states.task.name}_demo.hdf5" for states in drawn]
+    there = [index for index, file in enumerate(files) if file.is_file()]
+    if not there:
+        raise MissingFileError(f"{folder} has no demonstrations of the tasks, such as {files[0].name}")
+    pools = list(drawn)
+    starts = [read_starts(files[index], drawn[index].task.recorded_init_states().shape[1]) for index in there]
+    jobs = [
+        (drawn[index].task, [scene for _, scene in begun]) for index, begun in zip(there, starts, strict=True)
+    ]
+    for job, fixtures in pool.call(_fixtures_in, jobs):
+        index = there[job]
+        task, recorded = drawn[index].task, set(map(state_hash, drawn[index].task.recorded_init_states()))
+        if isinstance(fixtures, str):
+            raise DataError(f"{files[index]}: {fixtures}; it is of another task than {task.name}")
+        states = [
+            InitState(state, placement)
+            for (state, _), placement in zip(starts[job], fixtures, strict=True)
+            if state_hash(state) not in recorded  # evaluation's are never trained on
+        ]
+        provenance = {
+            **drawn[index].provenance,
+            "demonstrations": str(files[index]),
+            "demonstrated": min(len(states), len(drawn[index])),
+            "left_out": len(starts[job]) - len(states),
+        }
+        chosen = (states + drawn[index].states)[: len(drawn[index])]
+        pools[index] = InitStatePool(task, "training", chosen, provenance)
+    return pools
+
+
+def _fixtures_in(worker: Worker, task: Task, scenes: list[str]) -> list[np.ndarray] | str:
+    """Runs in a worker: placements of the fixtures in each scene, or why there are none."""
+    sim, _ = worker.open(task)
+    try:
+        return [sim.fixtures_in(scene) for scene in scenes]
+    except (ValueError, ElementTree.ParseError) as error:
+        return str(error)
 
 
 def _place_fixtures(worker: Worker, task: Task, count: int, mode: str) -> np.ndarray:

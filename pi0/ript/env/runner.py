@@ -18,7 +18,12 @@ from pi0.ript.env import gl
 from pi0.ript.env.assets import resolve_assets
 from pi0.ript.env.debug import DebugOutput
 from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
-from pi0.ript.env.init_states import InitStatePool, evaluation_pools, training_pools
+from pi0.ript.env.init_states import (
+    InitStatePool,
+    evaluation_pools,
+    training_pools,
+    with_demonstrated,
+)
 from pi0.ript.env.pool import Policy, RolloutPool
 from pi0.ript.env.suites import Task, find_tasks
 from pi0.ript.env.worker import Worker, WorkerSpec
@@ -107,6 +112,7 @@ class LIBEROEnvRunner:
         render: `exact` or `fast` (`pi0.ript.env.rendering`).
         assets: folder of LIBERO's assets, `standins`, or None to look for them.
         max_open_tasks: scenes a worker keeps in memory.
+        demonstrations: folder of LIBERO's HDF5 files, at whose beginnings training states are taken first.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class LIBEROEnvRunner:
         render: str = "fast",
         assets: str | None = None,
         max_open_tasks: int = 10,
+        demonstrations: str | None = None,
     ):
         self.benchmark_name = benchmark_name
         self.tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
@@ -134,6 +141,7 @@ class LIBEROEnvRunner:
         self.current_task: Task | None = None
         self.created_envs: OrderedDict[int, ParallelEnvs] = OrderedDict()
         self.interrupts = Interrupts()
+        self.demonstrations = demonstrations
         self.replan_steps = replan_steps
         self.max_episode_length = max_episode_length
         self.settle_steps = settle_steps
@@ -190,8 +198,9 @@ class LIBEROEnvRunner:
     # Initial states ------------------------------------------------------------------------------
 
     def training_states(self, count: int, seed: int) -> list[InitStatePool]:
-        """A pool of `count` drawn training states for each assigned task."""
-        return training_pools(self.pool, self.assigned_tasks, count, seed)
+        """A pool of `count` training states for each assigned task: where demonstrations began, then drawn ones."""
+        drawn = training_pools(self.pool, self.assigned_tasks, count, seed)
+        return with_demonstrated(self.pool, drawn, self.demonstrations) if self.demonstrations else drawn
 
     def validation_states(self, count: int) -> list[InitStatePool]:
         """A pool of `count` states for each task, drawn as training states are and never trained on."""

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
@@ -98,7 +99,8 @@ class TaskSim:
         self.model: mujoco.MjModel = self.libero.sim.model._model
         self.data: mujoco.MjData = self.libero.sim.data._data
         fixtures = self.libero.fixtures_dict.values()
-        self._fixture_bodies = [self.model.body(fixture.root_body).id for fixture in fixtures]
+        self._fixture_names = [fixture.root_body for fixture in fixtures]
+        self._fixture_bodies = [self.model.body(name).id for name in self._fixture_names]
         # Placements before the first reset: a rebuilt scene starts from them, so must every draw.
         self._compiled_fixtures = np.array(
             [_xml_placement(fixture.get_obj()) for fixture in fixtures]
@@ -162,6 +164,13 @@ class TaskSim:
     def hand_site(self) -> int:
         """Id of the site between the fingertips."""
         return self._arm.site
+
+    def fixtures_in(self, scene: str) -> np.ndarray:
+        """Placement of each fixture in a scene's MJCF, float64 [number of fixtures, 7]; ValueError without them."""
+        bodies = {body.get("name"): body for body in ElementTree.fromstring(scene).iter("body")}
+        if missing := [name for name in self._fixture_names if name not in bodies]:
+            raise ValueError(f"the scene has no {', '.join(missing)}")
+        return np.array([_xml_placement(bodies[name]) for name in self._fixture_names]).reshape(-1, 7)
 
     def fixtures(self) -> np.ndarray:
         """Placement of each fixture, float64 [number of fixtures, 7]."""
