@@ -205,7 +205,8 @@ def save_checkpoint_files(
     """Write a checkpoint directory; each file is complete before it takes its name.
 
     Weights that came from a file are written in its types where that loses nothing, and what nothing is computed
-    from as it was: a checkpoint that was loaded and not changed is written back byte by byte.
+    from as it was: a checkpoint that was loaded in float32 and not changed is written back byte by byte (unless its
+    header has several entries of free text, whose order safetensors does not keep).
 
     Args:
         weights: by the network's own names.
@@ -223,9 +224,7 @@ def save_checkpoint_files(
     directory = Path(directory)
     files: dict[str, bytes | dict[str, Tensor]]
     if chosen is LEROBOT:
-        files = lerobot_files(
-            config, norm_stats, origin.config if origin and origin.layout is LEROBOT else None
-        )
+        files = lerobot_files(config, norm_stats, origin.config if origin else None)
     else:
         files = {CONFIG_FILE: _json(config.to_dict())}
         if norm_stats:
