@@ -96,7 +96,7 @@ def read_header(directory: str | Path) -> Header:
 
     Raises:
         FileNotFoundError: no such directory, or no model.safetensors; says what the directory looks like.
-        CheckpointError: not a safetensors file, or tensors of a type that weights cannot have.
+        CheckpointError: not a safetensors file, tensors of a type that weights cannot have, or one of two names.
     """
     path = _directory(directory) / MODEL_FILE
     if not path.is_file():
@@ -110,6 +110,8 @@ def read_header(directory: str | Path) -> Header:
         if key.startswith(STATISTICS):
             continue
         name = layout.to_openpi(key)
+        if name in keys:
+            raise CheckpointError(f"{path}: {keys[name]} and {key} are names of the same tensor")
         if entry.get_dtype() not in _DTYPES:
             raise CheckpointError(
                 f"{path}: {key} has type {entry.get_dtype()}; weights are {', '.join(_DTYPES)}"

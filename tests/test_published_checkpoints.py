@@ -170,6 +170,16 @@ def test_misfits_are_listed_under_the_files_own_names(tmp_path):
     assert "LeRobot of the first half of 2025" in message
 
 
+def test_tensor_that_is_there_under_two_names_is_refused(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"state_proj.bias": torch.zeros(32)}, directory / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model\.state_proj\.bias and state_proj\.bias are names of the same"
+    ):
+        PI0Policy.from_pretrained(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
