@@ -105,7 +105,8 @@ def read_header(directory: str | Path) -> Header:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     layout = layout_of(slices)
-    keys, shapes, dtypes = {}, {}, {}
+    keys: dict[str, str] = {}
+    shapes, dtypes = {}, {}
     for key, entry in slices.items():
         if key.startswith(STATISTICS):
             continue
@@ -218,12 +219,18 @@ def save_checkpoint_files(
             load; "lerobot" a directory that LeRobot loads, with its configuration and processors.
 
     Raises:
-        CheckpointError: the model has parts that the layout has no place for.
+        CheckpointError: the model has parts that the layout has no place for, or the directory holds a checkpoint
+            of another layout.
     """
     chosen = WRITABLE.get(layout)
     if chosen is None:
         raise CheckpointError(f"layout is {' or '.join(WRITABLE)}, not {layout!r}")
     directory = Path(directory)
+    if (directory / CONFIG_FILE).is_file() and is_lerobot(_read_config_file(directory)) != (
+        chosen is LEROBOT
+    ):
+        # Statistics of the one layout would be left for the other's weights.
+        raise CheckpointError(f"{directory} holds a checkpoint of another layout; choose another folder")
     files: dict[str, bytes | dict[str, Tensor]]
     if chosen is LEROBOT:
         files = lerobot_files(config, norm_stats, origin.config if origin else None)

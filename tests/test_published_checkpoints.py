@@ -395,6 +395,17 @@ def test_unknown_layout_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_layouts_are_not_mixed_in_one_directory(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    policy = PI0Policy.from_pretrained(directory)
+    with pytest.raises(CheckpointError, match="holds a checkpoint of another layout; choose another folder"):
+        policy.save_pretrained(directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    policy.save_pretrained(directory, layout="lerobot")
+    assert (directory / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
 # Memory
 
 MEASURE = """
