@@ -7,7 +7,7 @@ YAML file; `--help` lists every key with its unit, default and meaning.
     python 09_train_with_config.py --config_path configs/quickstart.yaml
     python 09_train_with_config.py --config_path configs/debug_train_pi0.yaml \
         --override training.num_train_steps=10 algo.lr=2e-5
-    python 09_train_with_config.py --config_path configs/train_pi0_cfg_rl.yaml --override profile=dev
+    python 09_train_with_config.py --config_path configs/train_pi0_cfg_rl.yaml --override profile=dev algo.data_batch_size=16
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def read_header(directory: str | Path) -> Header:
 
     Raises:
         FileNotFoundError: no such directory, or no model.safetensors; says what the directory looks like.
-        CheckpointError: not a safetensors file, or tensors of a type that weights cannot have.
+        CheckpointError: not a safetensors file, tensors of a type that weights cannot have, or one of two names.
     """
     path = _directory(directory) / MODEL_FILE
     if not path.is_file():
@@ -105,11 +105,14 @@ def read_header(directory: str | Path) -> Header:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     layout = layout_of(slices)
-    keys, shapes, dtypes = {}, {}, {}
+    keys: dict[str, str] = {}
+    shapes, dtypes = {}, {}
     for key, entry in slices.items():
         if key.startswith(STATISTICS):
             continue
         name = layout.to_openpi(key)
+        if name in keys:
+            raise CheckpointError(f"{path}: {keys[name]} and {key} are names of the same tensor")
         if entry.get_dtype() not in _DTYPES:
             raise CheckpointError(
                 f"{path}: {key} has type {entry.get_dtype()}; weights are {', '.join(_DTYPES)}"
@@ -205,7 +208,8 @@ def save_checkpoint_files(
     """Write a checkpoint directory; each file is complete before it takes its name.
 
     Weights that came from a file are written in its types where that loses nothing, and what nothing is computed
-    from as it was: a checkpoint that was loaded and not changed is written back byte by byte.
+    from as it was: a checkpoint that was loaded in float32 and not changed is written back byte by byte (unless its
+    header has several entries of free text, whose order safetensors does not keep).
 
     Args:
         weights: by the network's own names.
@@ -215,17 +219,21 @@ def save_checkpoint_files(
             load; "lerobot" a directory that LeRobot loads, with its configuration and processors.
 
     Raises:
-        CheckpointError: the model has parts that the layout has no place for.
+        CheckpointError: the model has parts that the layout has no place for, or the directory holds a checkpoint
+            of another layout.
     """
     chosen = WRITABLE.get(layout)
     if chosen is None:
         raise CheckpointError(f"layout is {' or '.join(WRITABLE)}, not {layout!r}")
     directory = Path(directory)
+    if (directory / CONFIG_FILE).is_file() and is_lerobot(_read_config_file(directory)) != (
+        chosen is LEROBOT
+    ):
+        # Statistics of the one layout would be left for the other's weights.
+        raise CheckpointError(f"{directory} holds a checkpoint of another layout; choose another folder")
     files: dict[str, bytes | dict[str, Tensor]]
     if chosen is LEROBOT:
-        files = lerobot_files(
-            config, norm_stats, origin.config if origin and origin.layout is LEROBOT else None
-        )
+        files = lerobot_files(config, norm_stats, origin.config if origin else None)
     else:
         files = {CONFIG_FILE: _json(config.to_dict())}
         if norm_stats:

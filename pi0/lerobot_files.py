@@ -32,7 +32,8 @@ def lerobot_files(
     """LeRobot's config.json, policy_preprocessor.json, policy_postprocessor.json and their statistics.
 
     Args:
-        original: content of the LeRobot config.json that the policy came with; its other keys are kept.
+        original: content of the LeRobot config.json that the policy came with, if any; its other keys are kept,
+            unless it is of before October 2025, when there were keys that LeRobot's parser refuses today.
 
     Returns:
         By file name: text, or tensors for a safetensors file.
@@ -108,7 +109,7 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         "dtype": "float32",
         "image_resolution": [config.image_size, config.image_size],
     }
-    if original is None:
+    if original is None or "paligemma_variant" not in original:
         content |= {
             "paligemma_variant": _variant(config.gemma, "gemma"),
             "action_expert_variant": _variant(config.action_expert, "action_expert"),

@@ -167,17 +167,34 @@ def write_lerobot_early(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     for key, tensor in tensors.items():
         old = next((old for old in renames if key.startswith(old)), "")
         named["model." + renames.get(old, "") + key.removeprefix(old)] = tensor
+    return write_lerobot_buffers(path, named)
+
+
+def write_lerobot_summer(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """What LeRobot left in the summer of 2025: modules nested as today, statistics among the weights."""
+    path.mkdir(parents=True)
+    return write_lerobot_buffers(path, {"model." + key: tensor for key, tensor in tensors.items()})
+
+
+def write_lerobot_buffers(path: Path, named: dict[str, torch.Tensor]) -> Path:
+    """Weights with statistics among them, and the configuration of that time."""
     for name in ("mean", "std"):
         named[f"normalize_inputs.buffer_observation_state.{name}"] = torch.tensor(STATS["state"][name])
         for module in ("normalize_targets", "unnormalize_outputs"):
             named[f"{module}.buffer_action.{name}"] = torch.tensor(STATS["actions"][name])
     save_file(named, path / "model.safetensors")
-    config = {
-        k: v for k, v in LEROBOT_CONFIG.items() if k not in ("num_inference_steps", "paligemma_variant")
-    }
+    new = ("num_inference_steps", "paligemma_variant", "action_expert_variant")
+    config = {key: value for key, value in LEROBOT_CONFIG.items() if key not in new}
     write_json(
         path / "config.json", config | {"num_steps": 10, "adapt_to_pi_aloha": False, "proj_width": EXPERT}
     )
+    return path
+
+
+def write_lerobot_converted(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """openpi's weights in LeRobot's directory, as LeRobot's loader takes them: it adds the prefix that is missing."""
+    write_lerobot(path, tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

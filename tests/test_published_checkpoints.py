@@ -32,13 +32,21 @@ from tests.published_files import (
     weights,
     write_json,
     write_lerobot,
+    write_lerobot_converted,
     write_lerobot_early,
+    write_lerobot_summer,
     write_openpi,
 )
 from tests.test_model import random_actions, random_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-WRITERS = {"openpi": write_openpi, "lerobot": write_lerobot, "lerobot_early": write_lerobot_early}
+WRITERS = {
+    "openpi": write_openpi,
+    "lerobot": write_lerobot,
+    "lerobot_converted": write_lerobot_converted,
+    "lerobot_summer": write_lerobot_summer,
+    "lerobot_early": write_lerobot_early,
+}
 
 
 def sampled(policy: PI0Policy) -> torch.Tensor:
@@ -75,11 +83,10 @@ def test_all_layouts_of_one_model_act_alike(tmp_path):
     config = policies[0].config  # with a third camera, which is masked here and absent in the others
     inputs, noise = random_inputs(config, 2), random_actions(config, 2)["noise"]
     inputs["image_masks"]["right_wrist_0_rgb"] = torch.zeros(2, dtype=torch.bool)
-    openpi, lerobot, early = (
-        policy.sample_actions(**inputs, noise=noise, num_steps=2) for policy in policies
-    )
-    torch.testing.assert_close(lerobot, openpi, rtol=0, atol=1e-5)
-    assert torch.equal(early, lerobot)
+    openpi, *others = (policy.sample_actions(**inputs, noise=noise, num_steps=2) for policy in policies)
+    for actions in others:
+        assert torch.equal(actions, others[0])
+        torch.testing.assert_close(actions, openpi, rtol=0, atol=1e-5)
 
 
 def test_statistics_normalise_as_by_hand(tmp_path):
@@ -161,6 +168,16 @@ def test_misfits_are_listed_under_the_files_own_names(tmp_path):
     assert "1 of another shape:\n    model.state_proj.bias [5], expected [32]" in message
     assert "SigLIP tower (2 layers, width 72)" in message
     assert "LeRobot of the first half of 2025" in message
+
+
+def test_tensor_that_is_there_under_two_names_is_refused(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"state_proj.bias": torch.zeros(32)}, directory / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model\.state_proj\.bias and state_proj\.bias are names of the same"
+    ):
+        PI0Policy.from_pretrained(directory)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +327,7 @@ def test_written_weights_load_as_openpi_loads_them(tmp_path, source):
 
 
 @pytest.mark.parametrize("layout", ["openpi", "lerobot"])
-@pytest.mark.parametrize("source", ["openpi", "lerobot"])
+@pytest.mark.parametrize("source", WRITERS)
 def test_written_weights_load_as_lerobot_loads_them(tmp_path, monkeypatch, source, layout):
     monkeypatch.setattr(
         "pi0.lerobot_files._variant", lambda dims, name: "gemma_2b"
@@ -333,9 +350,10 @@ def test_written_weights_load_as_lerobot_loads_them(tmp_path, monkeypatch, sourc
     assert torch.equal(embedding, tensors[LM_HEAD])
 
 
-def test_lerobots_directory_is_complete(tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["openpi", "lerobot_early"])
+def test_lerobots_directory_is_complete(tmp_path, monkeypatch, source):
     monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
-    policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "checkpoint", weights()))
+    policy = PI0Policy.from_pretrained(WRITERS[source](tmp_path / "checkpoint", weights()))
     policy.save_pretrained(tmp_path / "out", layout="lerobot")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     known = set(LEROBOT_CONFIG) | {"dtype", "image_resolution"}  # its parser refuses any other key
@@ -347,7 +365,7 @@ def test_lerobots_directory_is_complete(tmp_path, monkeypatch):
                 assert stored["action.std"].tolist() == STATS["actions"]["std"]
     again = PI0Policy.from_pretrained(tmp_path / "out")
     assert again.config == policy.config
-    assert again.norm_stats.state.q99.tolist() == STATS["state"]["q99"]
+    assert again.norm_stats.state.mean.tolist() == STATS["state"]["mean"]
     assert torch.equal(sampled(again), sampled(policy))
 
 
@@ -375,6 +393,17 @@ def test_unknown_layout_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="layout is openpi or lerobot, not 'jax'"):
         policy.save_pretrained(tmp_path / "out", layout="jax")
     assert not (tmp_path / "out").exists()
+
+
+def test_layouts_are_not_mixed_in_one_directory(tmp_path):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    policy = PI0Policy.from_pretrained(directory)
+    with pytest.raises(CheckpointError, match="holds a checkpoint of another layout; choose another folder"):
+        policy.save_pretrained(directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    policy.save_pretrained(directory, layout="lerobot")
+    assert (directory / "model.safetensors").read_bytes() == before["model.safetensors"]
 
 
 # Memory

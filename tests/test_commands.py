@@ -1,0 +1,555 @@
+"""Every command in the READMEs, docs, configs and docstrings runs, and both READMEs say the same.
+
+A command's program is run until its own parser has read the arguments as they stand; what they name, such as
+configuration files, keys, checkpoints, suites and tasks, is then looked up, and nothing is trained or
+measured. Of `make` the recipe is printed, and its commands are treated alike. So no flag, key, file, script
+or target can be documented that is not there. torchrun's flags are read by torchrun's parser; no network is
+touched.
+
+Programs that no other test runs are run here besides, made short by further arguments (`WAYS`), except those
+of which even the least takes long. Run as processes elsewhere are stages 08 to 13 with their configurations,
+overrides and torchrun (tests/test_stages.py, test_distributed.py, test_logging_stage.py,
+test_dataset_stage.py, test_production_stage.py), `pi0.report` (test_html_report.py) and `pi0.stages pages`
+(test_stage_pages.py).
+
+A command of a program that has no entry in `WAYS` fails until it has one.
+"""
+
+import argparse
+import ast
+import gc
+import importlib
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pi0.paths import REPO_ROOT
+from pi0.ript.env.libero_import import prepare_libero
+
+ENGLISH, CHINESE = REPO_ROOT / "README.md", REPO_ROOT / "README.zh-CN.md"
+MARKDOWN = [ENGLISH, CHINESE, *sorted(REPO_ROOT.glob("docs/**/*.md"))]
+SCRIPTS = [
+    *sorted(REPO_ROOT.glob("[01][0-9]_*.py")),
+    *sorted(REPO_ROOT.glob("benchmarks/*.py")),
+    *sorted(REPO_ROOT.glob("pi0/*.py")),
+    *sorted(REPO_ROOT.glob("tools/*.py")),
+]
+CONFIGS = sorted(REPO_ROOT.glob("configs/*.yaml"))
+
+SHELL = ("", "sh", "bash", "shell", "console")  # languages of code blocks that hold commands
+START = r"(?:\.venv/bin/)?(?:python(?:3\.11)?|torchrun)\s"
+COMMAND = re.compile(rf"{START}.*|make(?: .*)?")
+MENTION = re.compile(rf"`({START}[^`]*|make(?:\s[^`]*)?)`")
+
+# Commands that stand for several, and one of those.
+SPELT_OUT = {
+    "python -m pi0.NAME --help": "python -m pi0.evaluate --help",
+    "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
+        "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
+    ),
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser]": (
+        "python3.11 tools/setup.py --torch cpu --browser"
+    ),
+    "torchrun --nproc_per_node=1": (
+        "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
+    ),
+}
+
+
+class Way(NamedTuple):
+    """What becomes of a command whose arguments were read."""
+
+    run: bool  # here
+    more: str = ""  # arguments that are appended for it; {out} is a new folder
+    copied: bool = False  # run a copy of the script, which writes beside itself
+    why_not: str = ""  # not run here: the test that runs the program, or what keeps it from being run
+
+
+def here(more: str = "", copied: bool = False) -> Way:
+    return Way(True, more, copied)
+
+
+def elsewhere(test: str) -> Way:
+    return Way(False, why_not=f"tests/{test}")
+
+
+def not_run(reason: str) -> Way:
+    return Way(False, why_not=reason)
+
+
+# By the beginning of a command, without what starts Python; the longest that fits counts.
+WAYS = {
+    "make": not_run("sets up an environment, runs all tests or trains; the recipe's commands are looked at"),
+    "tools/setup.py": not_run("installs packages"),
+    "08_train_with_epochs.py": elsewhere("test_stages.py"),
+    "09_train_with_config.py": elsewhere("test_stages.py"),
+    "10_train_with_distributed.py": elsewhere("test_distributed.py"),
+    "11_train_with_logging.py": elsewhere("test_logging_stage.py"),
+    "12_train_with_dataset.py": elsewhere("test_dataset_stage.py"),
+    "13_train_production_ready.py": elsewhere("test_production_stage.py"),
+    "pi0.report": elsewhere("test_html_report.py"),
+    "pi0.stages": here(),
+    "pi0.stages pages": elsewhere("test_stage_pages.py"),
+    "pi0.tokenizer": not_run("writes over the vocabulary, whose tests are in tests/test_policy.py"),
+    "pi0.doctor": elsewhere("test_doctor.py"),
+    "pi0.doctor --config_path configs/quickstart.yaml": here(),
+    "pi0.evaluate": not_run("the README's is run"),
+    "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8"
+    " --episodes 50 --assets standins": here(
+        "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
+    ),
+    "pi0.warmstart": not_run("the README's is run"),
+    "pi0.warmstart --tasks 3 8 --output outputs/warmstart": here(
+        "--tasks 3 --output {out} --demonstrations 1 --max-minutes 0 --score-every 1 --score-episodes 1"
+        " --batch-size 4 --frame-every 9 --workers 1"
+    ),
+    "benchmarks/identity.py": not_run("LIBERO's environment takes seconds to build for each of ten tasks"),
+    "benchmarks/learning.py": not_run("takes hours"),
+    "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(
+        "--seeds 0 --output {out} --override training.num_train_steps=0 evaluation.episodes=1"
+        " task.max_episode_length=1 task.settle_steps=0 task.num_parallel_envs=1 algo.train_init_states=1"
+        " features.save_video=false logging.use_wandb=false"
+    ),
+    "benchmarks/learning.py --table": here("--table {out}"),
+    "benchmarks/pictures.py": here(copied=True),
+    "benchmarks/rollout_cost.py": not_run("takes minutes"),
+    "benchmarks/rollout_cost.py --tables profile": here("--episodes 1"),
+    "benchmarks/stages.py": not_run("takes minutes, in which it runs every stage"),
+    "benchmarks/rollouts.py": not_run("takes minutes, most of them in LIBERO's own environments"),
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A documented command, without its comment."""
+
+    text: str
+    place: str  # the file that says it
+    mention: bool = False  # in running text, where arguments may be left out
+
+    @property
+    def words(self) -> list[str]:
+        launcher, *words = shlex.split(SPELT_OUT.get(self.text, self.text))
+        return [Path(launcher).name, *words]
+
+    @property
+    def program(self) -> str:
+        """A script, a module, or "make"."""
+        launcher, *words = self.words
+        if launcher == "make":
+            return launcher
+        if launcher == "torchrun":
+            return next((word for word in words if word.endswith(".py")), words[-1])
+        return words[1] if words[0] == "-m" else words[0]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The program's own."""
+        return self.words[self.words.index(self.program) + 1 :]
+
+    @property
+    def file(self) -> Path:
+        name = self.program
+        return REPO_ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+
+    @property
+    def way(self) -> Way | None:
+        """How it is tried, if that is known."""
+        said = shlex.join([self.program, *self.arguments])
+        return WAYS.get(max((name for name in WAYS if fits(name, said)), key=len, default=""))
+
+
+def fits(beginning: str, said: str) -> bool:
+    return f"{said} ".startswith(f"{beginning} ")
+
+
+# What is documented.
+
+
+def code_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Language and content of every fenced block."""
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield match[1], match[2]
+
+
+def without_code_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def one_line_each(text: str) -> str:
+    """Commands that go on behind a backslash in one line."""
+    return re.sub(r" *\\\n\s*", " ", text)
+
+
+def commands_of(lines: str, place: str) -> Iterator[Command]:
+    """The lines that are commands."""
+    for line in map(str.strip, one_line_each(lines).splitlines()):
+        if COMMAND.fullmatch(line):
+            if place == "pi0/stages.py":  # says what a command does behind a gap, as help texts do
+                line = re.split(r" {2,}(?! |-)", line)[0]
+            yield Command(re.split(r"\s+#", line)[0], place)
+
+
+def mentions_of(text: str, place: str) -> Iterator[Command]:
+    """Commands in running text."""
+    for span in MENTION.findall(text):
+        yield Command(" ".join(span.split()), place, mention=True)
+
+
+def indented(text: str) -> str:
+    return "\n".join(re.findall(r"^(?: {4}|\t).*$", text, re.MULTILINE))
+
+
+def docstring(source: str) -> str:
+    """The module's, as it is written: a backslash at a line's end would be gone from its value."""
+    first = ast.parse(source).body[0]
+    if not isinstance(first, ast.Expr):
+        return ""
+    return ast.get_source_segment(source, first) or ""
+
+
+def documented() -> Iterator[Command]:
+    for path in MARKDOWN:
+        place, text = str(path.relative_to(REPO_ROOT)), path.read_text(encoding="utf-8")
+        for language, block in code_blocks(text):
+            if language in SHELL:
+                yield from commands_of(block, place)
+        text = without_code_blocks(text)
+        yield from commands_of(indented(text), place)
+        yield from mentions_of(text, place)
+    for path in SCRIPTS:
+        place, text = str(path.relative_to(REPO_ROOT)), docstring(path.read_text(encoding="utf-8"))
+        yield from commands_of(indented(text), place)
+        yield from mentions_of(text, place)
+    for path in CONFIGS:
+        comments = re.findall(r"^#(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        yield from commands_of("\n".join(comments), str(path.relative_to(REPO_ROOT)))
+
+
+def distinct(commands: Iterator[Command]) -> list[Command]:
+    """Each once; what is a whole command anywhere is one everywhere."""
+    found: dict[str, Command] = {}
+    for command in commands:
+        if command.text not in found or found[command.text].mention:
+            found[command.text] = command
+    return list(found.values())
+
+
+COMMANDS = distinct(documented())
+each_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.text)
+
+
+# Processes.
+
+
+class Outcome(NamedTuple):
+    code: int
+    output: str
+
+
+class Programs:
+    """Runs programs as Python would, in processes forked from one that has made their imports.
+
+    Imports take 5 seconds for most programs, far more than what is asked of them here.
+    """
+
+    # What several of them import.
+    IMPORTED = (
+        "pi0.doctor", "pi0.evaluate", "pi0.warmstart", "pi0.ript.html_report", "pi0.ript.env.gym_env",
+        "torch.distributed.fsdp", "torch.distributed.run", "wandb",
+    )  # fmt: skip
+
+    def __init__(self, folder: Path):
+        self.output = folder / "output"
+        start = "import sys; sys.path.insert(0, 'tests'); import test_commands; test_commands.serve()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start],
+            cwd=REPO_ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, words: list[str], seconds: int = 200) -> Outcome:
+        """`python words`."""
+        return self._ask(words, seconds, only_read=False)
+
+    def read_arguments(self, words: list[str]) -> Outcome:
+        """`python words` until the arguments are read and what they name was looked up."""
+        return self._ask(words, 60, only_read=True)
+
+    def _ask(self, words: list[str], seconds: int, only_read: bool) -> Outcome:
+        job = {"words": words, "seconds": seconds, "only_read": only_read, "output": str(self.output)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        return Outcome(code, self.output.read_text(encoding="utf-8", errors="replace"))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(timeout=30)
+
+
+def serve() -> None:
+    """Do the jobs that `Programs` asks for, one after another."""
+    for name in Programs.IMPORTED:
+        importlib.import_module(name)
+    prepare_libero()
+    gc.freeze()  # else every child would copy what its collector looks at
+    for line in sys.stdin:
+        job = json.loads(line)
+        if (child := os.fork()) == 0:
+            with open(job["output"], "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            signal.alarm(job["seconds"])
+            become(job["words"], job["only_read"])
+            return
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def become(words: list[str], only_read: bool) -> None:
+    """Go on as `python words`."""
+    if words[0] == "torchrun":
+        from torch.distributed.run import parse_args
+
+        options = parse_args(words[1:])
+        words = [options.training_script, *options.training_script_args]
+    if only_read:
+        argparse.ArgumentParser.parse_args = read_and_end(argparse.ArgumentParser.parse_args)
+    # In place of two folders, of the tests and of `python -c`, the one that Python would search first.
+    if words[0] == "-m":
+        sys.argv, sys.path[:2] = words[1:], [os.getcwd()]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:2] = words, [str(Path(words[0]).resolve().parent)]
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def read_and_end(parse_args):
+    """`ArgumentParser.parse_args` that ends the program once it has done its work."""
+
+    def parse_and_end(parser, *arguments):
+        look_up(vars(parse_args(parser, *arguments)))
+        os._exit(0)  # taking down all that was imported would take a second
+
+    return parse_and_end
+
+
+def look_up(options: dict) -> None:
+    """Find what the arguments name; raises `InputError` or `AssertionError`."""
+    from pi0.ript.config import check_evaluation, load_config
+    from pi0.ript.env.suites import find_tasks, suite_tasks
+
+    if options.get("config_path"):
+        config = load_config(options["config_path"], options["override"])
+        check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
+        assert Path(config.policy_path).is_dir(), config.policy_path
+    if "policy_path" in options:
+        assert Path(options["policy_path"]).is_dir(), options["policy_path"]
+    if "tasks" in options:
+        find_tasks(options["suite"], options["tasks"])
+    for suite in options.get("suites", []):
+        suite_tasks(suite)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    programs = Programs(tmp_path_factory.mktemp("programs"))
+    yield programs
+    programs.close()
+
+
+# Commands.
+
+
+def test_there_are_commands_in_every_kind_of_place():
+    places = {command.place for command in documented()}
+    for place in (
+        "README.md", "README.zh-CN.md", "docs/distributed.md", "docs/results.md", "docs/stages/10.md",
+        "13_train_production_ready.py", "benchmarks/rollouts.py", "pi0/stages.py", "tools/setup.py",
+        "configs/quickstart.yaml",
+    ):  # fmt: skip
+        assert place in places
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: path.relative_to(REPO_ROOT))
+def test_blocks_of_commands_hold_nothing_that_is_not_tried(path):
+    for language, block in code_blocks(path.read_text(encoding="utf-8")):
+        if language in SHELL:
+            lines = [line.strip() for line in one_line_each(block).splitlines() if line.strip()]
+            assert [line for line in lines if not COMMAND.fullmatch(line)] == []
+
+
+@each_command
+def test_it_is_known_how_to_try_it(command):
+    assert command.way, f"{command.place}: WAYS does not know {command.program}"
+
+
+@each_command
+def test_its_program_takes_the_arguments_as_they_stand(programs, command):
+    if command.program == "make":
+        for recipe in recipes(command):
+            check_arguments(programs, recipe)
+    else:
+        check_arguments(programs, command)
+
+
+def recipes(command: Command) -> list[Command]:
+    """The commands of this project that `make` would run."""
+    environment = {**os.environ, "MAKEFLAGS": "", "LC_ALL": "C"}
+    done = subprocess.run(
+        ["make", "-n", *command.arguments],
+        cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command.place}: {done.stderr}"
+    # Said of a file or folder that happens to have the name.
+    assert "Nothing to be done" not in done.stdout, f"{command.place}: {done.stdout}"
+    found = re.findall(r"python[\d.]*\"? ((?:-m pi0\.|\S+\.py)[^;&|\n]*)", done.stdout)
+    return [Command(f"python {words}", "Makefile") for words in found]
+
+
+def check_arguments(programs: Programs, command: Command) -> None:
+    assert command.file.is_file(), f"{command.place}: there is no {command.program}"
+    if command.mention and not command.arguments:
+        return
+    if "ArgumentParser" not in command.file.read_text(encoding="utf-8"):
+        assert command.arguments == [], f"{command.place}: {command.program} takes no arguments"
+        return
+    launcher, *words = command.words
+    outcome = programs.read_arguments(command.words if launcher == "torchrun" else words)
+    assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [command for command in COMMANDS if command.way and command.way.run],
+    ids=lambda command: command.text,
+)
+def test_it_runs(programs, command, tmp_path):
+    _, *words = command.words
+    if command.way.copied:
+        script = tmp_path / command.program
+        script.parent.mkdir()
+        script.write_text(command.file.read_text(encoding="utf-8"), encoding="utf-8")
+        (tmp_path / "docs" / "pictures").mkdir(parents=True)
+        words[words.index(command.program)] = str(script)
+    outcome = programs.run([*words, *shlex.split(command.way.more.format(out=tmp_path))])
+    assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
+    assert "Traceback" not in outcome.output
+
+
+def test_torchrun_is_where_python_is():
+    assert Path(sys.executable).with_name("torchrun").is_file()
+
+
+@pytest.mark.parametrize("short, whole", SPELT_OUT.items(), ids=str)
+def test_a_command_that_stands_for_several_is_documented_and_spelt_out_with_all_its_flags(short, whole):
+    assert short in [command.text for command in COMMANDS]
+    flags = re.compile(r"--\w+")
+    assert set(flags.findall(short)) <= set(flags.findall(whole))
+
+
+@pytest.mark.parametrize("beginning, way", WAYS.items(), ids=str)
+def test_a_way_is_one_of_a_documented_command_and_names_a_test_that_runs_it(beginning, way):
+    tried = [shlex.join([command.program, *command.arguments]) for command in COMMANDS]
+    assert any(fits(beginning, said) for said in tried)
+    if way.why_not.startswith("tests/"):
+        test = (REPO_ROOT / way.why_not).read_text(encoding="utf-8")
+        assert beginning.split()[0] in test
+
+
+# The READMEs.
+
+
+def python_blocks(path: Path) -> list[str]:
+    return [
+        block for language, block in code_blocks(path.read_text(encoding="utf-8")) if language == "python"
+    ]
+
+
+@pytest.mark.parametrize("block", python_blocks(ENGLISH), ids=lambda block: block.splitlines()[-1][:60])
+def test_python_in_the_readme_runs(programs, block, tmp_path):
+    script = tmp_path / "block.py"
+    script.write_text(block, encoding="utf-8")
+    outcome = programs.run([str(script)])
+    assert outcome.code == 0, outcome.output[-3000:]
+    assert "Traceback" not in outcome.output
+
+
+def parts(path: Path) -> list[str]:
+    """Paragraphs, headings, tables, lists and code blocks, the link to the other language left out."""
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r"^```.*?^```$|^\S.*?(?=\n\n|\n```|\Z)", text, re.MULTILINE | re.DOTALL)
+    return [part for part in map(str.strip, found) if not re.fullmatch(r"\[.+\]\(README.*\.md\)", part)]
+
+
+def kind(part: str) -> tuple[str, int]:
+    """What it is, and how many of its lines begin with that: rows of a table, points of a list."""
+    mark = re.match(r"#+ |```\w*|\||\* |!\[|\d+\.(?= )|", part)[0]
+    mark = "1." if mark.endswith(".") else mark
+    pattern = r"^\d+\. " if mark == "1." else rf"^{re.escape(mark)}"
+    return mark, len(re.findall(pattern, part, re.MULTILINE)) if mark else 1
+
+
+def links(part: str) -> list[str]:
+    return re.findall(r"\]\(([^)]*)\)", part)
+
+
+def code(part: str) -> list[str]:
+    """What a block holds without its comments; what stands in backticks, sorted, as word order differs."""
+    if part.startswith("```python"):
+        tokens = tokenize.generate_tokens(io.StringIO(part.strip("`").removeprefix("python")).readline)
+        return [token.string for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    if part.startswith("```"):
+        return [re.split(r"\s+#", line)[0] for line in part.splitlines()]
+    return sorted(re.findall(r"`([^`]+)`", part))
+
+
+def numbers(part: str) -> list[str]:
+    """Numbers in text and comments, not those of names such as pi0."""
+    if part.startswith("```"):
+        part = "\n".join(re.findall(r"\s# (.*)", part))
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", part)
+    return re.findall(r"(?<![A-Za-z0-9_.])\d+(?:[.,]\d+)*", text)
+
+
+def test_each_readme_leads_to_the_other():
+    assert "(README.zh-CN.md)" in ENGLISH.read_text(encoding="utf-8").partition("\n## ")[0]
+    assert "(README.md)" in CHINESE.read_text(encoding="utf-8").partition("\n## ")[0]
+
+
+def test_the_chinese_readme_has_the_same_parts_in_the_same_order():
+    assert list(map(kind, parts(CHINESE))) == list(map(kind, parts(ENGLISH)))
+
+
+@pytest.mark.parametrize("what", [code, links, numbers], ids=lambda what: what.__name__)
+def test_the_chinese_readme_has_the_same_in_every_part(what):
+    pairs = [(what(ours), what(theirs)) for ours, theirs in zip(parts(CHINESE), parts(ENGLISH), strict=True)]
+    assert [(ours, theirs) for ours, theirs in pairs if ours != theirs] == []
+    assert any(ours for ours, _ in pairs)
+
+
+def test_the_chinese_readme_is_in_chinese():
+    assert [part for part in parts(CHINESE) if not re.search(r"[\u4e00-\u9fff]", part)] == []
+
+
+def test_links_of_the_readmes_lead_to_files():
+    for path in (ENGLISH, CHINESE):
+        for link in links(path.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (REPO_ROOT / link).exists(), link
