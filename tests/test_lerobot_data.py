@@ -1,7 +1,9 @@
 """LeRobot data sets: both layouts are read, what is written is what LeRobot expects, and broken ones are named."""
 
 import json
+import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -215,11 +217,25 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path, demonstrations):
         writer.add(demonstrations[0])
         with pytest.raises(DataError, match="at 3 of 5 steps"):
             writer.add(demonstrations[1].thinned(2))
-        shorter = make_demonstration(4, 1)
+        shorter = make_demonstration(4, 1, prompt="never shown")
         object.__setattr__(shorter, "states", shorter.states[:, :6])
         with pytest.raises(DataError, match=r"differs from earlier ones in observation\.state"):
             writer.add(shorter)
     assert len(open_demonstrations(tmp_path / "set")) == 1
+    assert pq.read_table(tmp_path / "set/meta/tasks.parquet")["task"].to_pylist() == [
+        demonstrations[0].prompt
+    ]
+    odd = demonstrations[0]
+    odd = replace(odd, images={camera: frames[:, 1:] for camera, frames in odd.images.items()})
+    with pytest.raises(DataError, match="frames of 31 x 32 make no video"):
+        write(tmp_path / "film", [odd], video=True)
+
+
+def test_a_set_can_be_sent_to_another_process(tmp_path, demonstrations):
+    write(tmp_path / "set", demonstrations)
+    found = open_demonstrations(tmp_path / "set")
+    found.read(0)
+    assert_same(pickle.loads(pickle.dumps(found)).read(1), demonstrations[1])
 
 
 # What may be wrong

@@ -144,16 +144,25 @@ def test_actions_beyond_the_controllers_range_are_refused(tmp_path):
         load_chunks(stored, [0], chunk=3, frame_every=1, image_size=SIZE)
 
 
-def start(root, output, *options):
+def start(output, *options):
     tiny = ["--score-every", "1", "--score-episodes", "1", "--max-minutes", "0", "--batch-size", "2"]
-    warmstart.main(
-        ["--tasks", "3", "--output", str(output), "--workers", "1", "--dataset", str(root), *tiny, *options]
+    warmstart.main(["--tasks", "3", "--output", str(output), "--workers", "1", *tiny, *map(str, options)])
+    return json.loads((output / "warmstart.json").read_text())
+
+
+def test_a_warm_start_keeps_its_demonstrations_and_another_starts_from_them(tmp_path):
+    first = start(
+        tmp_path / "a", "--demonstrations", 1, "--write-dataset", tmp_path / "set", "--dataset-video"
     )
+    assert open_demonstrations(tmp_path / "set").info.features["observation.images.image"]["dtype"] == "video"
+    second = start(tmp_path / "b", "--dataset", tmp_path / "set")
+    assert first["chunks"] == second["chunks"] > 0
+    stats = [(tmp_path / name / "norm_stats.json").read_text() for name in ("a", "b")]
+    assert stats[0] == stats[1]
 
 
 def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored):
-    start(stored.root, tmp_path / "policy", "--frame-every", "2")
-    manifest = json.loads((tmp_path / "policy/warmstart.json").read_text())
+    manifest = start(tmp_path / "policy", "--dataset", stored.root, "--frame-every", 2)
     assert manifest["demonstrations"] == {TASKS[0].name: {"demonstrations": 2, "mean_steps": 8.0}}
     assert manifest["chunks"] == 4 + 5
     stats = json.loads((tmp_path / "policy/norm_stats.json").read_text())["norm_stats"]["state"]["mean"]
@@ -164,15 +173,17 @@ def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored)
 def test_a_warm_start_names_what_is_wrong_with_its_data_set(tmp_path, stored):
     with pytest.raises(DataError, match="has no feature camera"):
         start(
-            stored.root,
             tmp_path / "policy",
+            "--dataset",
+            stored.root,
             "--dataset-features",
             *("state=observation.state", "actions=action", "base_0_rgb=camera"),
         )
     with pytest.raises(DataError, match="the policy has no camera front"):
         start(
-            stored.root,
             tmp_path / "policy",
+            "--dataset",
+            stored.root,
             "--dataset-features",
             *("state=observation.state", "actions=action", "front=observation.images.image"),
         )

@@ -106,7 +106,8 @@ class LeRobotWriter:
         """Append an episode.
 
         Raises:
-            DataError: images of some steps or cameras are missing, or shapes differ from earlier episodes'.
+            DataError: images of some steps or cameras are missing, shapes differ from earlier episodes', or
+                images have odd sides, of which there are no videos. The episode is left out.
         """
         steps, names = len(demonstration), self.names
         if len(demonstration.image_steps) != steps or demonstration.images.keys() != names.cameras.keys():
@@ -129,6 +130,7 @@ class LeRobotWriter:
                 f"an episode of {demonstration.prompt!r} differs from earlier ones in {', '.join(differing)}"
             )
         self._features = features
+        self._tasks.setdefault(demonstration.prompt, len(self._tasks))
         episode = {
             "episode_index": len(self._episodes),
             "tasks": [demonstration.prompt],
@@ -138,10 +140,10 @@ class LeRobotWriter:
             "meta/episodes/chunk_index": 0,
             "meta/episodes/file_index": 0,
         }
-        episode |= self._write_rows(numbers, {} if self._video else images)
         if self._video:
             for name, frames in images.items():
                 episode |= self._write_video(name, frames)
+        episode |= self._write_rows(numbers, {} if self._video else images)
         for name, statistics in self._statistics.add(numbers, images).items():
             episode |= {f"stats/{name}/{key}": values for key, values in statistics.items()}
         self._episodes.append(episode)
@@ -179,7 +181,7 @@ class LeRobotWriter:
     def _number_columns(self, demonstration: Demonstration) -> dict[str, np.ndarray]:
         """All columns but images, [T] or [T, D], in the order of the file."""
         steps, names = len(demonstration), self.names
-        task = self._tasks.setdefault(demonstration.prompt, len(self._tasks))
+        task = self._tasks.get(demonstration.prompt, len(self._tasks))
         columns = {
             names.state: np.asarray(demonstration.states, np.float32),
             names.actions: np.asarray(demonstration.actions, np.float32),
