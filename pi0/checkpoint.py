@@ -1,8 +1,8 @@
 """Checkpoint directories of this project, openpi and LeRobot: say what one is, write it in another layout.
 
 examples:
-    python -m pi0.checkpoint inspect CHECKPOINT                 what it is, what fits and what is missing
-    python -m pi0.checkpoint convert CHECKPOINT OUTPUT          as this project's directory
+    python -m pi0.checkpoint inspect checkpoints/pi0_tiny_libero_spatial    # what it is, what fits, what is missing
+    python -m pi0.checkpoint convert CHECKPOINT OUTPUT                      # into a directory of this project
     python -m pi0.checkpoint convert CHECKPOINT OUTPUT --layout lerobot
 """
 

@@ -84,10 +84,10 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         (isinstance(config.vision, ConvDims), "a convolutional tower"),
         (config.guidance, "an optimality condition (guidance)"),
         (config.tokenizer != "paligemma", f"the tokenizer {config.tokenizer!r}"),
-        (getattr(config, "pi05", False), "the network of pi0.5, which is not written in this layout yet"),
-        (getattr(config, "delta_actions", False), "actions less the state (delta_actions)"),
+        (config.pi05, "the network of pi0.5, which is not written in this layout yet"),
+        (config.delta_actions, "actions less the state (delta_actions)"),
         (
-            any(getattr(d, "lora_rank", 0) for d in (config.gemma, config.action_expert)),
+            any(d.lora_rank for d in (config.gemma, config.action_expert)),
             "low-rank adaptation",
         ),
     ):

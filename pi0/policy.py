@@ -116,7 +116,9 @@ class PI0Policy(nn.Module):
             CheckpointError: the model has parts that the layout has no place for.
         """
         weights = self.network.state_dict()
-        save_checkpoint_files(path, weights, self.config, self.norm_stats, self._origin, layout)
+        # What the statistics have shown is written down, for readers that do not look.
+        config = dataclasses.replace(self.config, delta_actions=True) if self.delta_actions else self.config
+        save_checkpoint_files(path, weights, config, self.norm_stats, self._origin, layout)
 
     def enable_guidance(self) -> None:
         """Give the policy an optimality condition, for guidance; it changes no output until it is trained."""

@@ -93,7 +93,7 @@ def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) ->
     if is_lerobot(content):
         translated = _from_lerobot(content, pi05, source)
         quantiles = _mode(content.get("normalization_mapping") or {}, source) == "QUANTILES"
-        if quantiles != uses_quantiles(base):
+        if quantiles != base.use_quantile_norm:
             translated["use_quantile_norm"] = quantiles
     else:
         translated = _from_openpi(content, source)
@@ -102,11 +102,6 @@ def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) ->
         return Pi0Config.from_dict(merged, source)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-
-
-def uses_quantiles(config: Pi0Config) -> bool:
-    """Whether states and actions are normalised by their 1st and 99th percentile."""
-    return getattr(config, "use_quantile_norm", False)
 
 
 def _from_openpi(content: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -307,7 +302,7 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
         parts[part] = {}
         if state_file is None:
             continue
-        if (_mode(mapping, str(path)) == "QUANTILES") != uses_quantiles(config):
+        if (_mode(mapping, str(path)) == "QUANTILES") != config.use_quantile_norm:
             raise NormStatsError(f"{path}: normalises by {mapping}, otherwise than config.json says")
         if Path(state_file).name != state_file or not (directory / state_file).is_file():
             raise MissingFileError(f"{path} names {state_file}, which is not in {directory}")

@@ -106,6 +106,9 @@ WAYS = {
     "pi0.tokenizer": not_run("writes over the vocabulary, whose tests are in tests/test_policy.py"),
     "pi0.doctor": elsewhere("test_doctor.py"),
     "pi0.doctor --config_path configs/quickstart.yaml": here(),
+    "pi0.checkpoint": elsewhere("test_published_checkpoints.py"),
+    "pi0.checkpoint inspect checkpoints/pi0_tiny_libero_spatial": here(),
+    "pi0.norm_stats": elsewhere("test_libero_conventions.py"),
     "pi0.evaluate": not_run("the README's is run"),
     "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8"
     " --episodes 50 --assets standins": here(
@@ -116,6 +119,8 @@ WAYS = {
         "--tasks 3 --output {out} --demonstrations 1 --max-minutes 0 --score-every 1 --score-episodes 1"
         " --batch-size 4 --frame-every 9 --workers 1"
     ),
+    "benchmarks/checkpoint.py": not_run("writes gigabytes"),
+    "benchmarks/checkpoint.py --shrink 8": here(),
     "benchmarks/identity.py": not_run("LIBERO's environment takes seconds to build for each of ten tasks"),
     "benchmarks/learning.py": not_run("takes hours"),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(
