@@ -9,8 +9,8 @@ left to learn, so cloning stops as soon as success on further training states re
     python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart
     python -m pi0.warmstart --tasks 3 8 --dataset demonstrations --output outputs/warmstart
 
-The first keeps the demonstrations as a LeRobot data set; the second starts from demonstrations in files, these or
-others (`docs/data.md`), and records none.
+The first keeps the demonstrations as a LeRobot data set; the second starts from demonstrations in files,
+these or others (`docs/data.md`), and records none.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset-features",
         nargs="+",
         metavar="NAME=FEATURE",
-        help="what a LeRobot data set calls its features, where that cannot be guessed: state, actions, each camera",
+        help="what a LeRobot data set calls state, actions and each camera, where that cannot be guessed",
     )
     parser.add_argument(
         "--dataset-images",

@@ -1,4 +1,4 @@
-"""Demonstrations in files: LeRobot data sets and LIBERO's HDF5, read one episode at a time; LeRobot data sets written."""
+"""Demonstrations in files: LeRobot data sets, read and written; LIBERO's HDF5, read. One episode at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def open_demonstrations(path: str | Path, **options: Any) -> DemonstrationSet:
 
     Args:
         path: a folder with meta/info.json (LeRobot), or an HDF5 file or a folder of such files (LIBERO).
-        options: as of `pi0.data.lerobot_reader.LeRobotDemonstrations` or `pi0.data.libero_hdf5.LiberoDemonstrations`.
+        options: as of `pi0.data.lerobot_reader.LeRobotDemonstrations` or
+            `pi0.data.libero_hdf5.LiberoDemonstrations`.
 
     Raises:
         MissingFileError: neither is there.

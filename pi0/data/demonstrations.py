@@ -30,7 +30,7 @@ class Orientation(StrEnum):
     ROTATED = "rotated"  # LIBERO's turned by 180 degrees: left and right exchanged
 
     def convert(self, frames: np.ndarray) -> np.ndarray:
-        """Stored frames [..., height, width, 3] to upright ones, or upright ones to stored ones: it is its own inverse."""
+        """Stored frames [..., height, width, 3] to upright ones, and upright ones to stored ones alike."""
         if self is Orientation.FLIPPED:
             return frames[..., ::-1, :, :]
         return frames[..., ::-1, :] if self is Orientation.ROTATED else frames
@@ -46,7 +46,8 @@ class Demonstration:
         actions: float32 [T, A], what to do; LIBERO's are translation 3, rotation 3, gripper 1, in [-1, 1].
         image_steps: int64 [F], the steps whose images are here, in ascending order.
         images: policy camera name to uint8 [F, height, width, 3], upright.
-        executed: float32 [T, A], what was done; differs from `actions` where noise was added while demonstrating.
+        executed: float32 [T, A], what was done; differs from `actions` where noise was added while
+            demonstrating.
         rewards: float32 [T], reward of each step's action; None where the file says nothing of it.
         dones: bool [T], whether the episode ended with the step; None where the file says nothing of it.
 
@@ -112,8 +113,8 @@ class DemonstrationSet(ABC):
 
         Args:
             index: in 0 .. len - 1.
-            image_steps: the steps whose images are wanted, ascending; None for all, () for none. Images are nearly
-                all of the time and memory, so a trainer that draws windows asks for those it looks at.
+            image_steps: the steps whose images are wanted, ascending; None for all, () for none. Images are
+                nearly all of the time and memory, so a trainer that draws windows asks for those it looks at.
 
         Raises:
             DataError: the files contradict each other or themselves.

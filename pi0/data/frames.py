@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from pi0.data.demonstrations import DataError
 from pi0.errors import MissingFileError
 
-# Every second frame is whole, as LeRobot's own videos (configs/video.py): a frame is decoded from at most one other.
+# Every second frame is whole, as in LeRobot's own videos (configs/video.py): one is decoded from at most one more.
 KEYFRAME_EVERY = 2
 # LeRobot's encoder settings are for AV1; 18 is where H.264's losses stop being seen.
 H264_CRF = 18

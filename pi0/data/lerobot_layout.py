@@ -1,7 +1,7 @@
 """Where a LeRobot data set keeps what, and under which names.
 
-Facts are from huggingface/lerobot: src/lerobot/datasets/utils.py of v0.3.3 (layout v2.1) and of v0.6.1 (layout
-v3.0). v2.0 differs from v2.1 in where its statistics are, which nothing here reads.
+Facts are from huggingface/lerobot: src/lerobot/datasets/utils.py of v0.3.3 (layout v2.1) and of v0.6.1
+(layout v3.0). v2.0 differs from v2.1 in where its statistics are, which nothing here reads.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FeatureNames:
 
     @classmethod
     def parse(cls, pairs: Sequence[str]) -> FeatureNames:
-        """Names from a command line: NAME=FEATURE each, where NAME is a policy camera or a field of this class.
+        """Names from a command line, NAME=FEATURE each: NAME is a policy camera or a field of this class.
 
         Raises:
             DataError: not of this form, or state, actions or every camera is missing.
@@ -69,7 +69,8 @@ class FeatureNames:
         cameras = {name: feature for name, feature in given.items() if name not in fields}
         if not all(given.values()) or not cameras or not {"state", "actions"} <= given.keys():
             raise DataError(
-                f"features {' '.join(pairs)}: say state=FEATURE, actions=FEATURE and CAMERA=FEATURE of each camera"
+                f"features {' '.join(pairs)}: "
+                "say state=FEATURE, actions=FEATURE and CAMERA=FEATURE of each camera"
             )
         return cls(cameras, **{name: feature for name, feature in given.items() if name in fields})
 
@@ -140,8 +141,8 @@ class DatasetInfo:
         version = content.get("codebase_version") if isinstance(content, dict) else None
         if version not in (*EPISODE_FILES, SHARED_FILES):
             raise DataError(
-                f"{path}: codebase_version is {version!r}; {', '.join(EPISODE_FILES)} and {SHARED_FILES} can be read. "
-                "LeRobot's own scripts convert older ones"
+                f"{path}: codebase_version is {version!r}; "
+                f"{', '.join(EPISODE_FILES)} and {SHARED_FILES} can be read. LeRobot's own scripts convert older ones"
             )
         features = _value(content, "features", dict, path)
         for name, feature in features.items():

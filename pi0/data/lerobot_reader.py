@@ -21,7 +21,7 @@ from pi0.errors import MissingFileError
 
 @dataclass(frozen=True)
 class _Episode:
-    """Where one episode is: its number, its parquet file, and each camera's video with the second it begins at."""
+    """Where one episode is: its parquet file, and each camera's video with the second it begins at."""
 
     number: int
     prompt: str
@@ -36,8 +36,8 @@ class LeRobotDemonstrations(DemonstrationSet):
     Args:
         root: folder of the data set.
         names: what its features are called; None to find out among `KNOWN_NAMES`.
-        orientation: how its images are kept. Of LIBERO they are LIBERO's turned by 180 degrees, by openpi's and by
-            LeRobot's convention alike; the files do not say.
+        orientation: how its images are kept. Of LIBERO they are LIBERO's turned by 180 degrees, by openpi's
+            and by LeRobot's convention alike; the files do not say.
         tolerance_s: how far from its time stamp a video frame may be; the default is LeRobot's.
 
     Attributes:
@@ -74,7 +74,8 @@ class LeRobotDemonstrations(DemonstrationSet):
         self._episodes = sorted(listed, key=lambda episode: episode.number)
         if len(self._episodes) != self.info.episodes or not self._episodes:
             raise DataError(
-                f"{self.info.path}: total_episodes is {self.info.episodes}, but {len(self._episodes)} are listed in meta"
+                f"{self.info.path}: total_episodes is {self.info.episodes}, "
+                f"but {len(self._episodes)} are listed in meta"
             )
         self.prompts = [episode.prompt for episode in self._episodes]
         self.lengths = [episode.length for episode in self._episodes]
@@ -198,7 +199,8 @@ class LeRobotDemonstrations(DemonstrationSet):
         table = table.filter(pc.equal(table["episode_index"], episode.number))
         if len(table) != episode.length:
             raise DataError(
-                f"{episode.data}: {len(table)} frames of episode {episode.number}, which has {episode.length} by meta"
+                f"{episode.data}: {len(table)} frames of episode {episode.number}, "
+                f"which has {episode.length} by meta"
             )
         return table.combine_chunks()
 
@@ -248,7 +250,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         return frames
 
     def _decode(self, image: Any, where: str) -> np.ndarray:
-        """A value of an image column: {bytes, path}, of which one may be empty (Hugging Face datasets, `Image`)."""
+        """A value of an image column, {bytes, path}, of which one may be empty (Hugging Face's `Image`)."""
         if isinstance(image, dict) and image.get("bytes"):
             return decode_image(image["bytes"], where)
         if isinstance(image, dict) and image.get("path"):

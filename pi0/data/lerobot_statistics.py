@@ -37,7 +37,7 @@ def count_levels(frames: np.ndarray) -> np.ndarray:
 
 
 def level_statistics(levels: np.ndarray, frames: int) -> Statistics:
-    """Statistics of the colours of `frames` frames, in [0, 1], from `count_levels`; nested lists [3, 1, 1]."""
+    """Statistics of the colours of `frames` frames, in [0, 1], from `count_levels`; lists [3, 1, 1]."""
     grey = np.arange(256) / 255
     shares = levels / levels.sum(axis=1, keepdims=True)
     mean = shares @ grey
@@ -54,7 +54,7 @@ def level_statistics(levels: np.ndarray, frames: int) -> Statistics:
 
 
 class DatasetStatistics:
-    """Collects what the statistics of a whole data set need: grey levels of images, and all numbers but no image."""
+    """Collects what statistics of a whole data set need: all numbers, but of images their grey levels alone."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, list[np.ndarray]] = {}
@@ -64,7 +64,7 @@ class DatasetStatistics:
     def add(
         self, numbers: Mapping[str, np.ndarray], images: Mapping[str, Sequence | np.ndarray]
     ) -> dict[str, Statistics]:
-        """Take in an episode, numbers [T, ...] and frames [T, h, w, 3] by feature; returns its own statistics."""
+        """Take in an episode: numbers [T, ...], frames [T, h, w, 3]; returns its own statistics, by feature."""
         own = {}
         for name, values in numbers.items():
             self._numbers.setdefault(name, []).append(values)

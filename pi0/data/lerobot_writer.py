@@ -1,7 +1,8 @@
 """Demonstrations to a LeRobot data set, layout v3.0.
 
 v3.0 because it is the one that today's LeRobot opens (huggingface/lerobot v0.4.0 and later refuse v2.1, see
-src/lerobot/datasets/utils.py, `check_version_compatibility`), and because its few large files suit short episodes.
+src/lerobot/datasets/utils.py, `check_version_compatibility`), and because its few large files suit short
+episodes.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 class LeRobotWriter:
     """Writes demonstrations as they come, and the data set's meta files at the end; one episode is in memory.
 
-    The set appears at `root` as a whole when the writer is closed; until then, and after an error, there is nothing.
-    Use it as a context manager.
+    The set appears at `root` as a whole when the writer is closed; until then, and after an error, there is
+    nothing. Use it as a context manager.
 
     Args:
         root: folder of the data set, which must not exist yet or be empty.
         fps: control steps a second.
         names: what its features are called.
         orientation: how images are kept; as LeRobot's and openpi's LIBERO sets by default (`Orientation`).
-        video: whether images become H.264 videos, a tenth of the size and not quite what was seen, or else PNG.
+        video: whether images become H.264 videos, a tenth of the size and not quite what was seen, or else
+            PNG.
         robot_type: noted in meta/info.json.
 
     Raises:
@@ -112,8 +114,8 @@ class LeRobotWriter:
         steps, names = len(demonstration), self.names
         if len(demonstration.image_steps) != steps or demonstration.images.keys() != names.cameras.keys():
             raise DataError(
-                f"an episode of {demonstration.prompt!r} has images of {', '.join(demonstration.images) or 'no camera'} "
-                f"at {len(demonstration.image_steps)} of {steps} steps; "
+                f"an episode of {demonstration.prompt!r} has images of "
+                f"{', '.join(demonstration.images) or 'no camera'} at {len(demonstration.image_steps)} of {steps} steps; "
                 f"a data set needs those of {', '.join(names.cameras)} at every step"
             )
         images = {

@@ -1,8 +1,8 @@
 """Demonstrations from LIBERO's HDF5 files, one file a task.
 
 Facts are from Lifelong-Robot-Learning/LIBERO (scripts/create_dataset.py, scripts/get_dataset_info.py,
-libero/libero/benchmark/__init__.py) and from openvla/openvla (experiments/robot/libero/regenerate_libero_dataset.py),
-whose replayed files have the same layout.
+libero/libero/benchmark/__init__.py) and from openvla/openvla
+(experiments/robot/libero/regenerate_libero_dataset.py), whose replayed files have the same layout.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ class LiberoDemonstrations(DemonstrationSet):
     """The demonstrations of one of LIBERO's HDF5 files, or of all in a folder, by file and number.
 
     `data/demo_i` holds `actions` [T, 7], `rewards` and `dones` [T] and, below `obs`, `agentview_rgb` and
-    `eye_in_hand_rgb` [T, h, w, 3] upside down, `ee_states` [T, 6] (position, axis-angle) and `gripper_states` [T, 2].
+    `eye_in_hand_rgb` [T, h, w, 3] upside down, `ee_states` [T, 6] (position, axis-angle) and `gripper_states`
+    [T, 2].
 
-    In LIBERO's own files the observation at index j was made after action j (scripts/create_dataset.py steps, then
-    records), so it is paired here with action j + 1, and the first action and last observation are left out. Replayed
-    files record before they step and are taken as they are; they are told apart by the attribute `problem_info`,
-    which only LIBERO writes.
+    In LIBERO's own files the observation at index j was made after action j (scripts/create_dataset.py steps,
+    then records), so it is paired here with action j + 1, and the first action and last observation are left
+    out. Replayed files record before they step and are taken as they are; they are told apart by the
+    attribute `problem_info`, which only LIBERO writes.
 
     Args:
         path: a file, or a folder with files.
@@ -59,7 +60,8 @@ class LiberoDemonstrations(DemonstrationSet):
             files = [path] if path.is_file() else []
         if not files:
             raise MissingFileError(
-                f"{path} is neither an HDF5 file, nor a folder with any, nor a LeRobot data set with its meta/info.json"
+                f"{path} is neither an HDF5 file, nor a folder with any, "
+                "nor a LeRobot data set with its meta/info.json"
             )
         self._keys = dict(cameras)
         self.cameras = tuple(cameras)
@@ -152,7 +154,8 @@ def _child(group: Any, key: str, kind: type, file: Path) -> Any:
     child = group.get(key)
     if not isinstance(child, kind):
         raise DataError(
-            f"{file}: {group.name} has no {kind.__name__.lower()} {key}; it has {', '.join(group) or 'nothing'}"
+            f"{file}: {group.name} has no {kind.__name__.lower()} {key}; "
+            f"it has {', '.join(group) or 'nothing'}"
         )
     return child
 

@@ -93,7 +93,10 @@ def _demonstrate(
     settle_steps: int,
     horizon: int,
 ) -> Demonstration | None:
-    """Runs in a worker: what the expert saw, would have done and did, with images every `look_every` steps; None if it failed."""
+    """Runs in a worker: what the expert saw (images every `look_every` steps), would have done and did.
+
+    None if it failed.
+    """
     sim, renderer = worker.open(task)
     spec = worker.spec
     sim.reset(init, settle_steps)

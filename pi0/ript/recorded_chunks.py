@@ -14,7 +14,7 @@ from pi0.ript.chunks import Chunks
 from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM
 from pi0.ript.env.suites import Task
 
-# Actions may leave the controller's range by this much, in which float32 and a file's own rounding lose themselves.
+# Actions may leave the controller's range by as much as rounding does.
 RANGE_SLACK = 1e-3
 
 
@@ -125,7 +125,7 @@ def _check(demonstration: Demonstration, index: int) -> None:
 
 
 def _resized(frames: Tensor, size: int) -> Tensor:
-    """Frames uint8 [N, h, w, 3] as uint8 [N, size, size, 3]: what the network will see of them, kept small."""
+    """Frames uint8 [N, h, w, 3] to uint8 [N, size, size, 3]: what the network will see of them."""
     if frames.shape[1:3] == (size, size):
         return frames
     pixels = (to_network_images(frames, size) + 1) * 127.5
