@@ -26,7 +26,12 @@ CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 SMALL = {
     "policy_path": str(CHECKPOINT),
     # Solved in 82 to 141 steps: cut off in the middle, groups differ and episodes are short.
-    "task": {"task_names_to_use": [3], "assets": "standins", "max_episode_length": 105},
+    "task": {
+        "task_names_to_use": [3],
+        "assets": "standins",
+        "max_episode_length": 105,
+        "num_parallel_envs": 1,  # several tests run at a time
+    },
     "algo": {
         "rloo_batch_size": 4,
         "data_batch_size": 8,

@@ -28,7 +28,7 @@ TASKS = suite_tasks("libero_spatial")
 SMALL = [
     f"policy_path={CHECKPOINT}", "task.assets=standins", "algo.rloo_batch_size=4", "algo.data_batch_size=8",
     "algo.train_init_states=8", "algo.num_epochs=1", "algo.minibatch_size=24", "training.num_train_steps=2",
-    "evaluation.episodes=4", "features.save_video=false", "task.max_episode_length=105",
+    "evaluation.episodes=4", "features.save_video=false", "task.max_episode_length=105", "task.num_parallel_envs=1",
 ]  # fmt: skip
 
 

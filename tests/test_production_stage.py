@@ -1,4 +1,4 @@
-"""Stage 13: exact resume, signals, kills, full disks, bad updates. Real processes, real signals, real LIBERO."""
+"""Stage 13: signals, kills, full disks, bad updates. Real processes, real signals, real LIBERO."""
 
 import importlib.util
 import json
@@ -15,274 +15,25 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from episodes import make_episode
 from safetensors.torch import load_file
+from stage_13_runs import (
+    CHECKPOINT,
+    SCRIPT,
+    STEPS,
+    assert_same,
+    finish,
+    outcome,
+    run_of,
+    start,
+    steps_saved,
+    wait_until,
+)
 
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 from pi0.ript.checkpoint_store import CheckpointStore
-from pi0.ript.report import OutputError, newest_run, take_run
-
-SCRIPT = "13_train_production_ready.py"
-CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
-STEPS = 3
-SMALL = {
-    "policy_path": str(CHECKPOINT),
-    "exp_name": "run",
-    # Solved in 82 to 141 steps: cut off in the middle, groups differ and episodes are short.
-    "task": {"task_names_to_use": [3], "assets": "standins", "max_episode_length": 105},
-    "algo": {
-        "rloo_batch_size": 8,
-        "group_by": "batch",
-        "data_batch_size": 8,
-        "enable_dynamic_sampling": False,
-        "train_init_states": 8,
-        "num_epochs": 2,
-        "minibatch_size": 24,
-        "replay_iterations": 2,
-        "ema_decay": 0.9,
-    },
-    "training": {"num_train_steps": STEPS, "optimizer": {"final_lr_share": 0.1}},
-    "evaluation": {"episodes": 1, "periodic_episodes": 1},
-    "logging": {"log_freq": 2, "use_wandb": False},
-    "features": {"save_video": False},
-}
-
-
-def start(folder: Path, *arguments: str, processes: int = 1, **options) -> subprocess.Popen:
-    """A run whose output_dir is `folder`; the same command goes on with it when `--resume` is given."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
-    launch = (
-        []
-        if processes == 1
-        else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    return subprocess.Popen(
-        [sys.executable, *launch, SCRIPT, "--config_path", str(folder / "config.yaml"), *arguments],
-        cwd=REPO_ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 400) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output[-4000:]
-    return output
-
-
-def run_of(folder: Path) -> Path:
-    (run_dir,) = folder.glob("run-*")
-    return run_dir
-
-
-def steps_saved(folder: Path) -> list[int]:
-    return sorted(int(path.name[-6:]) for path in folder.glob("run-*/checkpoints/step-*"))
-
-
-def wait_until(condition, process: subprocess.Popen, seconds: float = 200) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < limit, "nothing came of it"
-        time.sleep(0.02)
-
-
-def outcome(folder: Path) -> dict:
-    """What a finished run has learned and measured, times left out."""
-    run_dir = run_of(folder)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "rollout_seconds", "phases", "memory")
-    results = json.loads((run_dir / "results.json").read_text())
-    return {
-        "rows": [{name: value for name, value in row.items() if name not in timed} for row in rows],
-        "evaluations": json.loads((run_dir / "metrics.json").read_text()),
-        "before": results["before"]["outcomes"],
-        "after": results["after"]["outcomes"],
-        "weights": {name: t.numpy().tobytes() for name, t in load_file(run_dir / "policy" / "model.safetensors").items()},
-        "stats": json.loads((run_dir / "rollout_stats.json").read_text()),
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A run without interruption."""
-    folder = tmp_path_factory.mktemp("straight")
-    output = finish(start(folder))
-    assert any("loss" in row for row in outcome(folder)["rows"]), "a run that learns nothing proves nothing"
-    return folder, output
-
-
-@pytest.fixture(scope="module")
-def straight_of_two(tmp_path_factory):
-    """The same of two processes."""
-    folder = tmp_path_factory.mktemp("straight_of_two")
-    finish(start(folder, processes=2))
-    return folder
-
-
-def kill_after_a_step(folder: Path, *arguments: str) -> None:
-    """Start a run of two processes, and kill both after their first step."""
-    process = start(folder, *arguments, processes=2, process_group=0)
-    wait_until(lambda: 1 in steps_saved(folder), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def assert_same(folder: Path, straight: Path, except_stats: bool = False) -> None:
-    ours, theirs = outcome(folder), outcome(straight)
-    for name in theirs.keys() - ({"stats"} if except_stats else set()):
-        assert ours[name] == theirs[name], name
-
-
-# Exact resume ------------------------------------------------------------------------------------------
-
-
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 1 in steps_saved(tmp_path), process)
-    process.kill()
-    process.communicate()
-    output = finish(start(tmp_path, "--resume"))
-    assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
-    # The file of statistics may count visits again that were made after the last checkpoint.
-    assert_same(tmp_path, straight[0], except_stats=True)
-
-
-def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
-    kill_after_a_step(tmp_path)
-    finish(start(tmp_path, "--resume", processes=2))
-    assert_same(tmp_path, straight_of_two, except_stats=True)
-
-
-def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 1 in steps_saved(tmp_path), process)
-    process.kill()
-    process.communicate()
-    output = finish(start(tmp_path, "--resume", processes=2))
-    assert "written by 1 processes, read by 2" in output
-    assert len(outcome(tmp_path)["rows"]) == STEPS
-
-
-def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 2 in steps_saved(tmp_path), process)
-    process.kill()
-    process.communicate()
-    newest = max(run_of(tmp_path).glob("checkpoints/step-*"))
-    damaged = newest / "training.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
-    output = finish(start(tmp_path, "--resume"))
-    assert f"passed over {newest}: training.safetensors: its checksum differs" in output
-    assert_same(tmp_path, straight[0], except_stats=True)
-
-
-def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
-    process = start(tmp_path, "--resume")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "error: nothing to resume" in output
-    assert "Traceback" not in output
-
-
-def make_run(folder: Path, name: str, config: dict) -> Path:
-    (folder / name / "checkpoints").mkdir(parents=True)
-    (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder / name
-
-
-def test_resume_takes_the_newest_run_of_just_this_experiment(tmp_path):
-    make_run(tmp_path, "run-20260101-000000", {"seed": 0})
-    newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
-    make_run(tmp_path, "run-b-20260301-000000", {"seed": 0})
-    assert newest_run(str(tmp_path), "run", {"seed": 0}) == newest
-
-
-def test_what_a_run_was_built_on_cannot_change_and_what_it_was_not_can(tmp_path, capsys):
-    make_run(tmp_path, "run-20260101-000000", {"algo": {"lr": 1e-4, "num_epochs": 2}})
-    newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-4, "num_epochs": 3}})
-    assert "resuming with algo.num_epochs = 3, which was 2" in capsys.readouterr().out
-    with pytest.raises(OutputError, match=r"algo\.lr was 0\.0001 and is 0\.001.*policy_path"):
-        newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-3, "num_epochs": 2}})
-
-
-def test_two_processes_cannot_write_to_one_run(tmp_path):
-    code = "import sys; from pathlib import Path; from pi0.ript.report import take_run; take_run(Path(sys.argv[1]), {}); input()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=REPO_ROOT, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
-    )  # fmt: skip
-    wait_until(lambda: (tmp_path / ".lock").exists(), holder)
-    time.sleep(0.2)
-    with pytest.raises(OutputError, match="another process writes to"):
-        take_run(tmp_path, {})
-    holder.kill()
-    holder.wait()
-    take_run(tmp_path, {"algo": {"num_epochs": 3}})
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"algo": {"num_epochs": 3}}
-
-
-def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
-    folder, _ = straight
-    newest, damaged = CheckpointStore(run_of(folder) / "checkpoints", 2).newest_valid()
-    assert newest.name == f"step-{STEPS:06d}"
-    assert damaged == []
-    ours = PI0Policy.from_pretrained(newest / "policy").network.state_dict()
-    saved = PI0Policy.from_pretrained(run_of(folder) / "policy").network.state_dict()
-    assert all(torch.equal(ours[name], saved[name]) for name in saved)
-    assert len(steps_saved(folder)) in (2, 3)  # the newest two, and the best where it is older
-
-
-# Large policies ----------------------------------------------------------------------------------------
-
-
-def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, tmp_path):
-    fsdp = ["--override", "training.use_fsdp=true"]
-    kill_after_a_step(tmp_path, *fsdp)
-    output = finish(start(tmp_path, "--resume", *fsdp, processes=2))
-    assert "1 iterations done" in output or "2 iterations done" in output
-    ours, theirs = outcome(tmp_path), outcome(straight_of_two)
-    assert ours["after"] == theirs["after"]
-    for mine, other in zip(ours["rows"], theirs["rows"], strict=True):
-        assert mine["successes"] == other["successes"]
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-    newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
-    other, _ = CheckpointStore(run_of(straight_of_two) / "checkpoints", 2).newest_valid()
-    trained, copied = (load_file(path / "training.safetensors") for path in (newest, other))
-    assert all(torch.allclose(trained[name], copied[name], atol=1e-5) for name in copied)
-
-
-@pytest.mark.parametrize(
-    ("setting", "tolerance"), [("gradient_checkpointing", 0.0), ("use_mixed_precision", 0.02)]
-)
-def test_checkpointed_gradients_and_bfloat16_train_on_two_processes(
-    straight_of_two, tmp_path, setting, tolerance
-):
-    overrides = [f"training.{setting}=true", "training.num_train_steps=1", "evaluation.periodic_episodes=0"]
-    finish(start(tmp_path, "--override", *overrides, processes=2))
-    mine = json.loads((run_of(tmp_path) / "metrics.jsonl").read_text().splitlines()[0])
-    other = outcome(straight_of_two)["rows"][0]
-    assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance, abs=0)
-    assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance, abs=0)
-    assert (mine["loss"] == other["loss"]) == (tolerance == 0)
-
-
-def test_shards_need_ranks(tmp_path):
-    output, _ = (process := start(tmp_path, "--override", "training.use_fsdp=true")).communicate(timeout=60)
-    assert process.returncode == 1
-    assert (
-        "error: training.use_fsdp = true cuts the policy over ranks: start the script with torchrun" in output
-    )
-
 
 # Signals -----------------------------------------------------------------------------------------------
 

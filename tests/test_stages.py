@@ -85,7 +85,12 @@ def runs(tmp_path_factory):
         "policy_path": str(CHECKPOINT),
         "output_dir": str(folder),
         # Solved in 82 to 141 steps: cut off in the middle, groups differ and episodes are short.
-        "task": {"task_names_to_use": [3], "assets": "standins", "max_episode_length": 105},
+        "task": {
+            "task_names_to_use": [3],
+            "assets": "standins",
+            "max_episode_length": 105,
+            "num_parallel_envs": 1,
+        },
         "algo": {
             "rloo_batch_size": 4,
             "data_batch_size": 8,

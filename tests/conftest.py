@@ -1,0 +1,28 @@
+"""Which files go first, and runs that several files compare others with."""
+
+import pytest
+from stage_13_runs import finish, outcome, start
+
+# Those that start many processes, so that neither of two test processes is left with one at the end.
+LONGEST = ("test_production_stage", "test_resume", "test_stages", "test_dataset_stage", "test_distributed")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    output = finish(start(folder))
+    assert any("loss" in row for row in outcome(folder)["rows"]), "a run that learns nothing proves nothing"
+    return folder, output
+
+
+@pytest.fixture(scope="module")
+def straight_of_two(tmp_path_factory):
+    """The same of two processes."""
+    folder = tmp_path_factory.mktemp("straight_of_two")
+    finish(start(folder, processes=2))
+    return folder
