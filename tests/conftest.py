@@ -1,5 +1,9 @@
 """Which files go first, and runs that several files compare others with."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many test processes as cores: one thread for each
+
 import pytest
 from stage_13_runs import finish, outcome, start
 

@@ -111,7 +111,8 @@ def test_the_same_signal_again_stops_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=5)
     assert time.monotonic() - asked < 3
-    assert process.returncode in (130, 0)  # 0 if the first had already been enough
+    # 0, or while Python ends the system's own -2, if the first had already been enough
+    assert process.returncode in (130, 0, -signal.SIGINT)
 
 
 def test_sigusr1_makes_a_checkpoint_and_the_run_goes_on(straight, tmp_path):

@@ -29,7 +29,14 @@ CHANGED = {
     "10_train_with_distributed.py": {"update_policy", "train", "main"},
     "11_train_with_logging.py": {"train", "main"},
     "12_train_with_dataset.py": {"distributed_collect_batches", "train"},
-    "13_train_production_ready.py": {"TaskAwareSampler", "update_policy", "train", "parse_arguments", "main"},
+    "13_train_production_ready.py": {
+        "TaskAwareSampler",
+        "update_policy",
+        "train",
+        "validate_config",
+        "parse_arguments",
+        "main",
+    },
 }
 LONGEST = {"08": 300, "09": 300}  # and 800 for the later ones
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from pi0 import PI0Policy
-from pi0.ript.sharding import whole
 
 
 class AveragedPolicy:
@@ -28,8 +26,9 @@ class AveragedPolicy:
     def update(self) -> None:
         """Move the average towards the policy; to be called after each optimizer step, by all ranks."""
         pairs = list(zip(self.policy.parameters(), self._trained.parameters(), strict=True))
-        if isinstance(pairs[0][1], DTensor):
+        # A DTensor; to import it just to ask for it would take a second and a half.
+        if hasattr(pairs[0][1], "full_tensor"):
             for average, weight in pairs:  # one after another: only one is whole at a time
-                average.lerp_(whole(weight), 1.0 - self.decay)
+                average.lerp_(weight.full_tensor(), 1.0 - self.decay)
         else:
             torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1.0 - self.decay)
