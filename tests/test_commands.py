@@ -377,8 +377,8 @@ def look_up(options: dict) -> None:
 
 
 def is_there(checkpoint: str) -> bool:
-    """Whether a checkpoint is there, or in docs/checkpoints.md stands for one that a user has come by."""
-    return checkpoint.startswith("/data/") or Path(checkpoint).is_dir()
+    """Whether a checkpoint is there, or stands for one that a user has come by or has trained."""
+    return checkpoint.startswith(("/data/", "outputs/RUN/")) or Path(checkpoint).is_dir()
 
 
 @pytest.fixture(scope="module")
