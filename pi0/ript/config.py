@@ -169,7 +169,7 @@ class TrainingConfig:
     max_rollbacks: int = key(3, "such loads for the same iteration before the run ends", unit="loads", low=0)
     use_mixed_precision: bool = key(False, "compute losses in bfloat16 where that is safe (autocast)")
     gradient_checkpointing: bool = key(
-        False, "keep only the inputs of transformer blocks for the backward pass: less memory, a third slower"
+        False, "keep only the inputs of transformer blocks for the backward pass: less memory, more time"
     )
     use_fsdp: bool = key(
         False, "cut weights and optimizer state over the ranks (FSDP2, needs torchrun; from stage 13 on)"

@@ -235,9 +235,8 @@ class RolloutGenerator:
             try:
                 for episodes in self._run_groups(policy, step, tried, wanted, record):
                     self._add(collection, episodes)
-            except (
-                Interrupted
-            ):  # other ranks may wait for this one: whoever called decides together with them
+            except Interrupted:
+                # Other ranks may wait for this one: whoever called decides together with them.
                 collection.abandoned = True
                 break
             collection.phases += self.env_runner.pool.phases

@@ -1,8 +1,9 @@
 """Frames on demand: only those the policy or a video asks for, all cameras from one simulation state.
 
 `exact` draws what LIBERO draws (robosuite's off-screen renderer: visual geometry, multisampling,
-reflections), pixel by pixel; only what no pixel can show, because it is out of the camera's view, is left out. `fast` draws the robot by its collision hulls and leaves out multisampling, reflections and
-shadows; on a CPU, where frames are bound by the number of vertices, that is most of the time.
+reflections), pixel by pixel; only what no pixel can show, because it is out of the camera's view, is left out.
+`fast` draws the robot by its collision hulls and leaves out multisampling, reflections and shadows; on a CPU, where
+frames are bound by the number of vertices, that is most of the time.
 """
 
 from __future__ import annotations
