@@ -97,6 +97,7 @@ class RankWatch:
         )
         self._peers: list[tuple[str, int]] = gather((socket.gethostname(), os.getpid()))
         self._stopped = threading.Event()
+        self._ending = threading.Lock()
         self._beat("0")
         dist.barrier()  # nobody looks for a sign of life before everybody has given one
         self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
@@ -153,7 +154,9 @@ class RankWatch:
 
     def _end(self, cause: str) -> NoReturn:
         """End this process from whatever thread; its rollout workers end when their pipes close."""
-        print(f"error: {cause}; rank {self.rank} ends", file=sys.stderr, flush=True)
+        # The watching thread, a failed collective and a signal may all come here: the first one speaks.
+        if self._ending.acquire(blocking=False):
+            print(f"error: {cause}; rank {self.rank} ends", file=sys.stderr, flush=True)
         time.sleep(0.5)  # whoever copies the output to a log file is a thread of this process
         os._exit(1)
 
