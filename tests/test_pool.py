@@ -98,6 +98,13 @@ def test_one_worker_gives_the_same_episodes_as_two(episodes):
         assert_same(run(alone, rollouts(alone, 10)), episodes)
 
 
+def test_a_group_whose_rollouts_begin_alike_gives_what_each_gives_alone(runner, episodes):
+    jobs = rollouts(runner, 3)
+    again = run(runner, [job for job in jobs for _ in range(4)])
+    for index, episode in enumerate(again):
+        assert_same([episode], [episodes[index // 4]])
+
+
 def test_filming_changes_nothing(runner, episodes):
     filmed = run(runner, rollouts(runner, 2, record=5))
     assert_same(filmed, episodes[:2])

@@ -92,6 +92,15 @@ class Progress:
 
 
 @dataclass
+class _Start:
+    """A rollout's first observation, and where the simulator goes on from it."""
+
+    snapshot: Snapshot
+    state: np.ndarray
+    images: np.ndarray
+
+
+@dataclass
 class _Slot:
     rollout: Rollout
     snapshot: Snapshot
@@ -107,6 +116,8 @@ class Worker:
         self.arrays = arrays
         self._open: OrderedDict[Task, tuple[TaskSim, Renderer]] = OrderedDict()
         self._slots: dict[int, _Slot] = {}
+        # The rollouts of a group begin alike: they settle once, and are drawn once.
+        self._starts: OrderedDict[tuple, _Start] = OrderedDict()
         self._render_s = 0.0
 
     def open(self, task: Task) -> tuple[TaskSim, Renderer]:
@@ -131,12 +142,25 @@ class Worker:
 
     def start(self, slot: int, rollout: Rollout) -> Progress:
         """Begin a rollout in a slot and show the policy its first observation."""
-        sim, renderer = self.open(rollout.task)
-        sim.reset(rollout.init, rollout.settle_steps)
-        self._observe(slot, sim, renderer)
-        self._slots[slot] = _Slot(rollout, sim.snapshot())
-        if rollout.record:
-            self._film(self._slots[slot], sim, renderer)
+        init = rollout.init
+        key = (rollout.task, rollout.settle_steps, init.state.tobytes(), init.fixtures.tobytes())
+        if key in self._starts and not rollout.record:  # a film needs the simulator there
+            begun = self._starts[key]
+            self.arrays.states[slot], self.arrays.images[slot] = begun.state, begun.images
+            self._slots[slot] = _Slot(rollout, begun.snapshot)
+        else:
+            sim, renderer = self.open(rollout.task)
+            sim.reset(init, rollout.settle_steps)
+            self._observe(slot, sim, renderer)
+            self._slots[slot] = _Slot(rollout, sim.snapshot())
+            if rollout.record:
+                self._film(self._slots[slot], sim, renderer)
+            self._starts[key] = _Start(
+                self._slots[slot].snapshot, self.arrays.states[slot].copy(), self.arrays.images[slot].copy()
+            )
+        self._starts.move_to_end(key)
+        while len(self._starts) > self.spec.slots:
+            self._starts.popitem(last=False)
         return Progress(slot, executed=0, done=False, success=False)
 
     def act(self, slot: int, count: int) -> Progress:
