@@ -13,7 +13,6 @@ YAML file; `--help` lists every key with its unit, default and meaning.
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 import sys
 import time
@@ -110,8 +109,13 @@ def set_seed(seed: int) -> None:
 def load_policy(config: Config) -> PI0Policy:
     """The policy to improve, with an optimality condition if guidance needs one."""
     policy = PI0Policy.from_pretrained(
-        config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+        config.policy_path,
+        pick_device(config.device),
+        getattr(torch, config.dtype),
+        config.norm_stats_path,
     )
+    policy.compiled = config.compile
+    policy.choose_trained(config.training.trainable)
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy
@@ -211,7 +215,7 @@ def train(config: Config) -> Path:
         acting = ActingPolicy(average.policy, weight)
         generator = torch.Generator().manual_seed(seed)
         evaluation = config.evaluation
-        start = ActingPolicy(copy.deepcopy(policy))
+        start = ActingPolicy(policy.copy())
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history, replay = [], []
         for step in range(config.training.num_train_steps):

@@ -19,7 +19,6 @@ On two hosts, the first of which is called `first`, the same on each (docs/distr
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import random
 import sys
@@ -219,8 +218,13 @@ def set_seed(seed: int) -> None:
 def load_policy(config: Config) -> PI0Policy:
     """The policy to improve, with an optimality condition if guidance needs one."""
     policy = PI0Policy.from_pretrained(
-        config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+        config.policy_path,
+        pick_device(config.device),
+        getattr(torch, config.dtype),
+        config.norm_stats_path,
     )
+    policy.compiled = config.compile
+    policy.choose_trained(config.training.trainable)
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy
@@ -332,7 +336,7 @@ def train(config: Config, rank: int, world_size: int) -> Path:
         acting = ActingPolicy(average.policy, weight)
         generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
         evaluation = config.evaluation
-        start = ActingPolicy(copy.deepcopy(policy))
+        start = ActingPolicy(policy.copy())
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history, replay = [], []
         nothing = WeightedChunks.empty(

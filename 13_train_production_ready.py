@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import copy
 import gc
 import os
 import random
@@ -433,8 +432,13 @@ def set_seed(seed: int) -> None:
 def load_policy(config: Config) -> PI0Policy:
     """The policy to improve, with an optimality condition if guidance needs one."""
     policy = PI0Policy.from_pretrained(
-        config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+        config.policy_path,
+        pick_device(config.device),
+        getattr(torch, config.dtype),
+        config.norm_stats_path,
     )
+    policy.compiled = config.compile
+    policy.choose_trained(config.training.trainable)
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy
@@ -559,7 +563,7 @@ def train(
     set_seed(config.training.seed)
     algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
-    start, average = ActingPolicy(copy.deepcopy(policy)), AveragedPolicy(policy, algo.ema_decay)
+    start, average = ActingPolicy(policy.copy()), AveragedPolicy(policy, algo.ema_decay)
     model = share_among_ranks(config, policy)
     make_dir = newest_run if resume else new_run_dir
     run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))

@@ -13,6 +13,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pi0 import PI0Policy, pick_device
 from pi0.errors import InputError
 from pi0.ript.acting import ActingPolicy
@@ -67,6 +69,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
     )
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the transformers' weights"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="run the network by torch.compile, which itself takes minutes"
+    )
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
     parser.add_argument("--videos", type=int, default=0, help="episodes of each task to film")
     return parser.parse_args(arguments)
@@ -77,8 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     started = time.monotonic()
     policy = PI0Policy.from_pretrained(
-        options.policy_path, pick_device(options.device), norm_stats_path=options.norm_stats_path
+        options.policy_path,
+        pick_device(options.device),
+        getattr(torch, options.dtype),
+        options.norm_stats_path,
     )
+    policy.compiled = options.compile
     horizon = policy.config.action_horizon
     output = writable_dir(options.output)
     with LIBEROEnvRunner(
@@ -104,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "command": " ".join(sys.argv),
                 "policy_path": options.policy_path,
                 "protocol": {**result.protocol, "guidance_weight": options.guidance_weight},
+                "dtype": options.dtype,
+                "compiled": options.compile,
                 "machine": machine(),
                 "seconds": time.monotonic() - started,
                 **score(result),

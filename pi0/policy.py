@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ class PI0Policy(nn.Module):
             if config.use_quantile_norm:
                 require_quantiles(norm_stats)
         self.network = Pi0Network(config)
+        self.compiled = False  # whether the network runs as torch.compile makes it
         self._tokenizer: Tokenizer | None = None
         self._origin: Origin | None = None  # what its file held, if it came from one
 
@@ -153,6 +156,28 @@ class PI0Policy(nn.Module):
         self._set_lora(0, 0)
         self.network.merge_lora(self.config)
 
+    def choose_trained(self, what: str) -> None:
+        """From now on train this part of the weights.
+
+        Args:
+            what: "all"; "without_vision", all but the vision tower; "expert", the action expert and its
+                projections alone; "lora", low-rank additions to both transformers beside the vision tower and the
+                projections; "as_saved", what the checkpoint's configuration says.
+        """
+        adapted = self.config.gemma.lora_rank or self.config.action_expert.lora_rank
+        if what == "lora" and not adapted:
+            self.freeze()
+            self.enable_lora()
+        elif what not in ("lora", "as_saved"):
+            if adapted:
+                self.merge_lora()
+            self.freeze(vision_encoder=what == "without_vision", all_but_expert=what == "expert")
+
+    def copy(self) -> PI0Policy:
+        """A policy that learns apart from this one; weights that are not trained are the same memory in both."""
+        frozen = {id(parameter): parameter for parameter in self.parameters() if not parameter.requires_grad}
+        return copy.deepcopy(self, frozen)
+
     def _set_lora(self, gemma_rank: int, expert_rank: int) -> None:
         gemma = dataclasses.replace(self.config.gemma, lora_rank=gemma_rank)
         expert = dataclasses.replace(self.config.action_expert, lora_rank=expert_rank)
@@ -209,8 +234,9 @@ class PI0Policy(nn.Module):
         x_t = t[..., None, None] * noise + (1 - t[..., None, None]) * actions
         if condition is not None:
             condition = condition.expand(len(noise), -1).flatten()
-        prefix = self.network.encode_prefix(images, image_masks, tokenized_prompt, tokenized_prompt_mask)
-        velocity = self.network.velocity(prefix, state, x_t.flatten(0, 1), t.flatten(), condition)
+        observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        prefix = self._run(Pi0Network.encode_prefix, *observation)
+        velocity = self._run(Pi0Network.velocity, prefix, state, x_t.flatten(0, 1), t.flatten(), condition)
         return (velocity.view_as(noise) - (noise - actions)).square().view(shape)
 
     @staticmethod
@@ -252,7 +278,8 @@ class PI0Policy(nn.Module):
         Returns:
             Normalised actions, float, of the shape of the noise.
         """
-        prefix = self.network.encode_prefix(images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        prefix = self._run(Pi0Network.encode_prefix, *observation)
         steps = self.config.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {steps}")
@@ -267,15 +294,18 @@ class PI0Policy(nn.Module):
     ) -> Tensor:
         """Velocity [B, H, A] under guidance (Ho and Salimans 2021); both conditions go through in one batch."""
         if weight is None or weight == 0:
-            return self.network.velocity(prefix, state, x_t, t)
+            return self._run(Pi0Network.velocity, prefix, state, x_t, t)
         positive = torch.full((len(x_t),), POSITIVE, device=x_t.device)
         if weight == 1:
-            return self.network.velocity(prefix, state, x_t, t, positive)
+            return self._run(Pi0Network.velocity, prefix, state, x_t, t, positive)
         condition = torch.cat([torch.full_like(positive, NULL), positive])
-        null, good = self.network.velocity(prefix, state, x_t.repeat(2, 1, 1), t.repeat(2), condition).chunk(
-            2
-        )
+        both = self._run(Pi0Network.velocity, prefix, state, x_t.repeat(2, 1, 1), t.repeat(2), condition)
+        null, good = both.chunk(2)
         return null + weight * (good - null)
+
+    def _run(self, network_pass: Callable[..., Any], *arguments: Any) -> Any:
+        """A pass through the network, compiled if that was asked for."""
+        return (_compiled(network_pass) if self.compiled else network_pass)(self.network, *arguments)
 
     # What the robot sees
 
@@ -422,6 +452,11 @@ class PI0Policy(nn.Module):
                 "this policy has no normalisation statistics (no norm_stats.json in its checkpoint)"
             )
         return self.norm_stats
+
+
+@functools.cache
+def _compiled(network_pass: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(network_pass)
 
 
 @contextmanager

@@ -27,9 +27,9 @@ SMALL = {
         "num_parallel_envs": 1,  # several tests run at a time
     },
     "algo": {
-        "rloo_batch_size": 8,
+        "rloo_batch_size": 4,
         "group_by": "batch",
-        "data_batch_size": 8,
+        "data_batch_size": 4,
         "enable_dynamic_sampling": False,
         "train_init_states": 8,
         "num_epochs": 2,

@@ -1,6 +1,9 @@
 """What of a policy is trained: low-rank adaptation, the expert alone, never what no output depends on."""
 
 import dataclasses
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ from test_pi05 import chunks_of, inputs_of
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
+from pi0.errors import CheckpointError
 from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.network import AdaptiveRMSNorm, Pi0Network
 from pi0.policy import _without_start_values
 from pi0.ript.config import OptimizerConfig
-from pi0.ript.optimizer import make_optimizer
+from pi0.ript.ema import AveragedPolicy
+from pi0.ript.optimizer import make_optimizer, make_schedule
+from pi0.ript.training_state import TrainingState
 
 
 def policy(pi05: bool = False, **changes) -> PI0Policy:
@@ -50,6 +56,14 @@ def with_lora(pi05: bool = False, learned: bool = True) -> PI0Policy:
             if is_lora(name):
                 torch.nn.init.normal_(parameter, std=0.3)
     return adapted
+
+
+class NoSampler:
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        assert states == [{}]
 
 
 def trained(policy: PI0Policy) -> set[str]:
@@ -157,6 +171,90 @@ def test_what_is_trained_can_be_chosen_later_and_goes_into_the_checkpoint(tmp_pa
     assert trained(loaded) == trained(policy(freeze_vision_encoder=True))
     loaded.freeze()
     assert trained(loaded) == everything
+
+
+@pytest.mark.parametrize("before", ["all", "expert", "lora"])
+def test_what_is_trained_is_chosen_by_name_whatever_it_was_before(before):
+    chosen = policy()
+    chosen.choose_trained(before)
+    names = trained(chosen)
+    chosen.choose_trained("as_saved")
+    assert trained(chosen) == names
+    chosen.choose_trained("without_vision")
+    assert trained(chosen) == trained(policy(freeze_vision_encoder=True))
+    chosen.choose_trained("expert")
+    assert trained(chosen) == trained(policy(train_expert_only=True))
+    chosen.choose_trained("lora")
+    assert trained(chosen) == trained(with_lora())
+    chosen.choose_trained("all")
+    assert trained(chosen) == trained(policy())
+
+
+def test_copies_share_what_is_not_trained():
+    original = policy()
+    original.choose_trained("lora")
+    other = original.copy()
+    pairs = zip(original.named_parameters(), other.parameters(), strict=True)
+    own = {name.removeprefix("network.") for (name, ours), theirs in pairs if ours is not theirs}
+    assert own == trained(original)
+    assert trained(other) == trained(original)
+    assert torch.equal(sampled(other), sampled(original))
+
+
+def test_average_follows_what_is_trained_and_leaves_the_rest():
+    follower = policy()
+    follower.choose_trained("lora")
+    average = AveragedPolicy(follower, decay=0.75)
+    before = {name: p.clone() for name, p in follower.named_parameters()}
+    with torch.no_grad():
+        for parameter in follower.parameters():
+            if parameter.requires_grad:
+                parameter += 1.0
+    average.update()
+    for name, parameter in average.policy.named_parameters():
+        moved = 0.25 if name.removeprefix("network.") in trained(follower) else 0.0
+        torch.testing.assert_close(parameter, before[name] + moved, rtol=0, atol=1e-12)
+
+
+def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path):
+    def state(seed: int) -> TrainingState:
+        learner = policy().float()
+        learner.choose_trained("lora")
+        torch.manual_seed(seed)
+        for parameter in learner.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        optimizer = make_optimizer(learner, 1e-3, OptimizerConfig())
+        schedule = make_schedule(optimizer, 1.0, 2)
+        return TrainingState(
+            learner, AveragedPolicy(learner, 0.5), optimizer, schedule, torch.Generator(), NoSampler()
+        )
+
+    written, read = state(1), state(2)
+    written.write(tmp_path, 0, 1, written.of_rank())
+    assert load_file(tmp_path / "training.safetensors").keys() == trained(written.policy)
+    read.read(tmp_path, 0, 1, seed=0)
+    assert save(read.policy.network.state_dict()) == save(written.policy.network.state_dict())
+    assert save(read.average.policy.network.state_dict()) == save(written.policy.network.state_dict())
+    read.policy.choose_trained("all")
+    with pytest.raises(CheckpointError, match=r"training\.trainable"):
+        read.read(tmp_path, 0, 1, seed=0)
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="torch.compile needs a C++ compiler and Python's headers (apt-get install g++ python3.11-dev)",
+)
+def test_compiled_policy_does_the_same():
+    eager = policy()
+    compiled = eager.copy()
+    compiled.compiled = True
+    torch.testing.assert_close(sampled(compiled), sampled(eager), rtol=0, atol=1e-6)
+    gradients = []
+    for each in (eager, compiled.copy()):
+        one_loss(each, each).mean().backward()
+        gradients.append([p.grad for p in each.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
 
 
 def test_contradicting_choices_are_refused():

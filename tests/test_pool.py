@@ -19,14 +19,29 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 class NoisePolicy:
     """Moves by its noise and by what it sees, so that any mix-up of rollouts shows."""
 
+    shares_first_look = False
+
     def noise(self, key):
         return np.random.default_rng(key).standard_normal((10, 8), dtype=np.float32)
 
     def act(self, images, states, prompts, noise):
-        actions = 0.3 * noise[:, :, :7]
-        actions[:, :, 0] += images["base_0_rgb"].mean(axis=(1, 2, 3))[:, None] / 255 - 0.5
-        actions[:, :, 3:6] = 0
+        actions = 0.3 * noise[..., :7]  # [S, B, 10, 7] or [B, 10, 7]
+        actions[..., 0] += images["base_0_rgb"].mean(axis=(1, 2, 3))[:, None] / 255 - 0.5
+        actions[..., 3:6] = 0
         return np.clip(actions, -1, 1)
+
+
+class SharingPolicy(NoisePolicy):
+    """The same, except that rollouts which begin alike look together; counts the looks."""
+
+    shares_first_look = True
+
+    def __init__(self):
+        self.first_looks = 0
+
+    def act(self, images, states, prompts, noise):
+        self.first_looks += noise.ndim == 4
+        return super().act(images, states, prompts, noise)
 
 
 def make_runner(workers: int, **changes) -> LIBEROEnvRunner:
@@ -52,8 +67,8 @@ def rollouts(runner: LIBEROEnvRunner, count: int, record: int = 0):
     return [runner.rollout(pool, index, (7, index), record) for index in range(count)]
 
 
-def run(runner, jobs):
-    episodes = dict(runner.run_policy_in_env(NoisePolicy(), jobs))
+def run(runner, jobs, policy=None):
+    episodes = dict(runner.run_policy_in_env(policy or NoisePolicy(), jobs))
     return [episodes[index] for index in range(len(jobs))]
 
 
@@ -103,6 +118,34 @@ def test_a_group_whose_rollouts_begin_alike_gives_what_each_gives_alone(runner, 
     again = run(runner, [job for job in jobs for _ in range(4)])
     for index, episode in enumerate(again):
         assert_same([episode], [episodes[index // 4]])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rollouts_that_look_together_at_first_do_what_each_does_alone(workers):
+    with make_runner(workers) as runner:
+        pool = runner.evaluation_states()[0]
+        jobs = [runner.rollout(pool, index, (7, index, k)) for index in range(3) for k in range(5)]
+        jobs.append(runner.rollout(pool, 5, (7, 5)))
+        sharing = SharingPolicy()
+        together = run(runner, jobs, sharing)
+        assert_same(together, run(runner, jobs))
+        assert sharing.first_looks == 3
+        assert len({episode.actions.tobytes() for episode in together}) == len(jobs)
+
+
+def test_a_worker_killed_after_its_first_look_changes_nothing(runner):
+    pool = runner.evaluation_states()[0]
+    jobs = [runner.rollout(pool, 0, (7, 0, k), record=5 * (k == 3)) for k in range(12)]
+    expected = run(runner, jobs)
+    before = len(runner.pool.losses)
+    episodes = {}
+    for index, episode in runner.run_policy_in_env(SharingPolicy(), jobs):
+        if not episodes:
+            os.kill(runner.pool.processes[0], signal.SIGKILL)
+        episodes[index] = episode
+    assert_same([episodes[index] for index in range(12)], expected)
+    assert len(runner.pool.losses) == before + 1
+    assert len(episodes[3].video) == 8
 
 
 def test_filming_changes_nothing(runner, episodes):

@@ -10,6 +10,8 @@ from pi0.ript.rollout_generator import RolloutGenerator
 class StillPolicy:
     """Never succeeds."""
 
+    shares_first_look = False
+
     def noise(self, key):
         return np.random.default_rng(key).standard_normal((10, 8), dtype=np.float32)
 

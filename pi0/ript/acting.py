@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
+from pi0.model.config import SiglipDims
 
 
 class ActingPolicy:
@@ -22,6 +23,8 @@ class ActingPolicy:
     def __init__(self, policy: PI0Policy, guidance_weight: float | None = None):
         self._policy = policy
         self._guidance_weight = guidance_weight
+        # A small tower costs less than another batch; SigLIP and Gemma cost most of a chunk.
+        self.shares_first_look = isinstance(policy.config.vision, SiglipDims)
         self._shape = (policy.config.action_horizon, policy.config.action_dim)
 
     def noise(self, key: tuple[int, ...]) -> np.ndarray:
@@ -38,7 +41,8 @@ class ActingPolicy:
             images: camera name to uint8 [B, height, width, 3].
             states: float32 [B, 8].
             prompts: B instructions.
-            noise: float32 [B, horizon, action dim].
+            noise: float32 [B, horizon, action dim]; or [S, B, horizon, action dim] for S chunks from each
+                observation, whose images and prompt are then encoded once: [S, B, horizon, 7].
         """
         observations = {
             "images": {name: torch.from_numpy(frames) for name, frames in images.items()},

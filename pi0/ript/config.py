@@ -167,6 +167,11 @@ class TrainingConfig:
         low=1,
     )
     max_rollbacks: int = key(3, "such loads for the same iteration before the run ends", unit="loads", low=0)
+    trainable: Literal["as_saved", "all", "without_vision", "expert", "lora"] = key(
+        "as_saved",
+        "which weights learn: all, all but the vision tower, the action expert's, low-rank additions; "
+        "as_saved: what the checkpoint's configuration says",
+    )
     use_mixed_precision: bool = key(False, "compute losses in bfloat16 where that is safe (autocast)")
     gradient_checkpointing: bool = key(
         False, "keep only the inputs of transformer blocks for the backward pass: less memory, more time"
@@ -217,6 +222,12 @@ class Config:
 
     policy_path: str = key(MISSING, "checkpoint folder of the policy to start from")
     device: str = key("auto", "where the policy runs: cpu, cuda, cuda:1; auto: the GPU if there is one")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "type of the transformers' weights; norms, position embeddings and flow head stay float32"
+    )
+    compile: bool = key(
+        False, "run the network by torch.compile: faster once the minutes that compiling takes are over"
+    )
     norm_stats_path: str | None = key(None, "normalisation statistics; null: the checkpoint's own")
     output_dir: str = key("outputs", "folder of all runs")
     exp_name: str = key("ript", "name of this run and of its folder in output_dir")
@@ -310,6 +321,11 @@ def _conflicts(config: Config) -> list[str]:
         conflicts.append(
             f"task.max_open_tasks = {task.max_open_tasks} is less than task.rollouts_per_env = "
             f"{task.rollouts_per_env}, whose tasks may all differ; give it at least as many"
+        )
+    if config.training.use_fsdp and config.dtype != "float32":
+        conflicts.append(
+            f"training.use_fsdp = true cuts weights of one type only, and dtype = {show(config.dtype)} mixes two; "
+            "use dtype = float32 with training.use_mixed_precision = true"
         )
     if algo.data_batch_size % algo.rloo_batch_size:
         conflicts.append(

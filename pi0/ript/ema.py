@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from pi0 import PI0Policy
@@ -20,12 +18,16 @@ class AveragedPolicy:
     def __init__(self, policy: PI0Policy, decay: float):
         self._trained = policy
         self.decay = decay
-        self.policy = copy.deepcopy(policy).eval()
+        self.policy = policy.copy().eval()
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the policy; to be called after each optimizer step, by all ranks."""
-        pairs = list(zip(self.policy.parameters(), self._trained.parameters(), strict=True))
+        pairs = [
+            (average, weight)
+            for average, weight in zip(self.policy.parameters(), self._trained.parameters(), strict=True)
+            if weight.requires_grad
+        ]
         # A DTensor; to import it just to ask for it would take a second and a half.
         if hasattr(pairs[0][1], "full_tensor"):
             for average, weight in pairs:  # one after another: only one is whole at a time

@@ -48,11 +48,11 @@ def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """`module.load_state_dict` of whole tensors, the module being sharded or not."""
+    """`module.load_state_dict` of whole tensors, the module being sharded or not; frozen weights may be left out."""
     own = module.state_dict()
-    module.load_state_dict(
-        {name: cut_like(t, own[name]) if name in own else t for name, t in weights.items()}
-    )
+    frozen = {name: own[name] for name, p in module.named_parameters() if not p.requires_grad}
+    given = {name: cut_like(t, own[name]) if name in own else t for name, t in weights.items()}
+    module.load_state_dict(frozen | given)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

@@ -1,7 +1,7 @@
 """Everything that decides how training goes on, as files of a checkpoint.
 
 policy/               the averaged policy, which acts and is scored; `PI0Policy.from_pretrained` loads it
-training.safetensors  the weights in training
+training.safetensors  the weights in training, without frozen ones
 optimizer.pt          optimizer and schedule
 run.json              steps done, metrics, evaluations
 rank0.pt ...          of each rank: random states, sampler position, statistics, replayed chunks
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from pi0 import PI0Policy
 from pi0.checkpoints import write_tensors
+from pi0.errors import CheckpointError
 from pi0.ript.cfg_adapter import WeightedChunks
 from pi0.ript.checkpoint_store import load_state, save_state
 from pi0.ript.ema import AveragedPolicy
@@ -80,7 +81,10 @@ class TrainingState:
         Raises:
             CheckpointError, OSError: the disk refuses.
         """
-        weights, optimizer = whole(self.policy.network.state_dict()), whole(self.optimizer.state_dict())
+        network = self.policy.network
+        frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+        weights = whole({name: t for name, t in network.state_dict().items() if name not in frozen})
+        optimizer = whole(self.optimizer.state_dict())
         save_state(folder / f"rank{rank}.pt", of_rank)
         if rank > 0:
             return
@@ -104,7 +108,14 @@ class TrainingState:
         self.evaluations, self.facts = run["evaluations"], run["facts"]
         averaged = PI0Policy.from_pretrained(folder / "policy")
         self.average.policy.network.load_state_dict(averaged.network.state_dict())
-        load_weights(self.policy.network, load_file(folder / "training.safetensors"))
+        weights = load_file(folder / "training.safetensors")
+        trained = {name for name, p in self.policy.network.named_parameters() if p.requires_grad}
+        if missing := sorted(trained - weights.keys()):
+            raise CheckpointError(
+                f"{folder}: training.safetensors has no {missing[0]} and {len(missing) - 1} others that this run "
+                "trains; resume with the same training.trainable"
+            )
+        load_weights(self.policy.network, weights)
         states = load_state(folder / "optimizer.pt")
         load_optimizer(self.optimizer, states["optimizer"])
         self.schedule.load_state_dict(states["schedule"])

@@ -35,6 +35,12 @@ class Rollout:
     settle_steps: int
     record: int = 0
 
+    @property
+    def beginning(self) -> tuple:
+        """The same for rollouts whose first observation is the same: those of a group."""
+        init = self.init
+        return (self.task, self.settle_steps, init.state.tobytes(), init.fixtures.tobytes())
+
     def __str__(self) -> str:
         return f"{self.task.suite} task {self.task.index} state {self.init_index}"
 

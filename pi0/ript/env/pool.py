@@ -37,7 +37,10 @@ ATTEMPTS = 3  # times a rollout is given to a worker before it counts as failed
 
 
 class Policy(Protocol):
-    """What the pool asks of a policy (`pi0.PI0Policy`)."""
+    """What the pool asks of a policy (`pi0.ript.acting.ActingPolicy`)."""
+
+    # Whether looking is so expensive that rollouts which begin alike should look together.
+    shares_first_look: bool
 
     def noise(self, key: tuple[int, ...]) -> np.ndarray:
         """Noise for one observation, float32 [horizon, action dim], from `key` alone."""
@@ -45,7 +48,10 @@ class Policy(Protocol):
     def act(
         self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], noise: np.ndarray
     ) -> np.ndarray:
-        """Action chunks float32 [B, C, 7] for uint8 images [B, h, w, 3] by camera and states [B, 8]."""
+        """Action chunks float32 [B, C, 7] for uint8 images [B, h, w, 3] by camera and states [B, 8].
+
+        Noise [S, B, C, A] asks for S chunks for each observation, [S, B, C, 7].
+        """
 
 
 def usable_cores() -> int:
@@ -175,6 +181,7 @@ class RolloutPool:
         self.check = check
         self.losses: list[Loss] = []
         self.phases = Phases()
+        self._first_looks: dict[tuple, _FirstLook] = {}
         self._workers = [_Process(spec, number) for number in range(workers or usable_cores())]
 
     def run(
@@ -192,6 +199,7 @@ class RolloutPool:
             raise ValueError(
                 f"replan_steps is {replan_steps}, the policy's chunks have 1 to {self.spec.chunk} actions"
             )
+        self._first_looks = _first_looks(rollouts) if policy.shares_first_look else {}
         waiting = deque((index, _Recording(rollout)) for index, rollout in enumerate(rollouts))
         running: dict[int, dict[int, tuple[int, _Recording]]] = {
             worker.number: {} for worker in self._workers
@@ -202,7 +210,7 @@ class RolloutPool:
         self.phases, waited = Phases(), 0.0
         try:
             for worker in self._workers:
-                self._refill(worker, running[worker.number], waiting, [], slots_used)
+                self._refill(worker, running[worker.number], waiting, [], slots_used, replan_steps)
             while any(running.values()):
                 self.check()
                 started = time.perf_counter()
@@ -224,14 +232,14 @@ class RolloutPool:
                                 )
                         slots.clear()
                         worker = self._replace(worker)
-                        self._refill(worker, slots, waiting, [], slots_used)
+                        self._refill(worker, slots, waiting, [], slots_used, replan_steps)
                         started = time.perf_counter()
                         continue
                     self.phases.render += sum(answer.render_s for answer in answers)
                     self.phases.physics += sum(answer.busy_s - answer.render_s for answer in answers)
                     yield from self._finish(answers, slots)
                     commands = self._act(policy, worker, slots, replan_steps)
-                    self._refill(worker, slots, waiting, commands, slots_used)
+                    self._refill(worker, slots, waiting, commands, slots_used, replan_steps)
                     started = time.perf_counter()
         finally:
             self._share_out(waited)
@@ -370,22 +378,33 @@ class RolloutPool:
         if not slots:
             return []
         arrays = worker.arrays
+        images = {camera: arrays.images[:, index] for index, camera in enumerate(self.spec.cameras)}
+        started = time.perf_counter()
+        for slot, (_, recording) in slots.items():
+            look = self._first_look(recording)
+            if look is not None and not look.chunks:
+                seen = {camera: frames[slot] for camera, frames in images.items()}
+                look.take(policy, seen, arrays.states[slot])
         noise, prompts = np.zeros(0), [""] * self.spec.slots
         for slot, (_, recording) in slots.items():
             drawn = policy.noise((*recording.rollout.noise_key, len(recording.actions)))
             noise = noise if noise.size else np.zeros((self.spec.slots, *drawn.shape), np.float32)
             noise[slot] = drawn
             prompts[slot] = recording.rollout.task.prompt
-        images = {camera: arrays.images[:, index] for index, camera in enumerate(self.spec.cameras)}
-        started = time.perf_counter()
-        arrays.actions[:] = policy.act(images, arrays.states, prompts, noise)[:, : self.spec.chunk]
+        if any(self._first_look(recording) is None for _, recording in slots.values()):
+            arrays.actions[:] = policy.act(images, arrays.states, prompts, noise)[:, : self.spec.chunk]
         self.phases.inference += time.perf_counter() - started
         for slot, (_, recording) in slots.items():
-            for camera, frames in images.items():
-                recording.images.setdefault(camera, []).append(frames[slot].copy())
-            recording.states.append(arrays.states[slot].copy())
-            recording.actions.append(arrays.actions[slot].copy())
+            look = self._first_look(recording)
+            if look is not None:
+                arrays.actions[slot] = look.chunk(recording.rollout)[: self.spec.chunk]
+            seen = {camera: frames[slot] for camera, frames in images.items()}
+            recording.add(seen, arrays.states[slot], arrays.actions[slot])
         return [(slot, replan_steps) for slot in slots]
+
+    def _first_look(self, recording: _Recording) -> _FirstLook | None:
+        """What a rollout that has yet to act shares with others."""
+        return None if recording.actions else self._first_looks.get(recording.rollout.beginning)
 
     def _refill(
         self,
@@ -394,12 +413,19 @@ class RolloutPool:
         waiting: deque,
         commands: list[tuple[int, Rollout | int]],
         slots_used: int,
+        replan_steps: int,
     ) -> None:
         """Give the worker its next commands: go on with what runs, start what waits in the free slots."""
         for slot in range(slots_used):
             if slot not in slots and waiting:
                 slots[slot] = waiting.popleft()
-                commands.append((slot, slots[slot][1].rollout))
+                recording = slots[slot][1]
+                commands.append((slot, recording.rollout))
+                look = self._first_look(recording)
+                if look is not None and look.chunks:  # nothing to wait for
+                    worker.arrays.actions[slot] = look.chunk(recording.rollout)[: self.spec.chunk]
+                    recording.add(look.images, look.state, worker.arrays.actions[slot])
+                    commands.append((slot, replan_steps))
         if commands:
             worker.send("advance", (commands,), self.limit_s)
 
@@ -411,6 +437,38 @@ class RolloutPool:
         return fresh
 
 
+class _FirstLook:
+    """What several rollouts see before they part, and what each of them does then.
+
+    Whichever is there first looks for all, with the noise of all: so who that is changes nothing.
+    """
+
+    def __init__(self, rollouts: list[Rollout]):
+        self._rollouts = rollouts
+        self.images: dict[str, np.ndarray] = {}
+        self.state = np.zeros(0)
+        self.chunks: dict[tuple[int, ...], np.ndarray] = {}
+
+    def take(self, policy: Policy, images: dict[str, np.ndarray], state: np.ndarray) -> None:
+        self.images, self.state = {camera: frame.copy() for camera, frame in images.items()}, state.copy()
+        keys = [rollout.noise_key for rollout in self._rollouts]
+        noise = np.stack([policy.noise((*key, 0)) for key in keys])[:, None]
+        one = {camera: frame[None] for camera, frame in self.images.items()}
+        chunks = policy.act(one, self.state[None], [self._rollouts[0].task.prompt], noise)[:, 0]
+        self.chunks = dict(zip(keys, chunks, strict=True))
+
+    def chunk(self, rollout: Rollout) -> np.ndarray:
+        return self.chunks[rollout.noise_key]
+
+
+def _first_looks(rollouts: Sequence[Rollout]) -> dict[tuple, _FirstLook]:
+    """Of all rollouts that begin like another one, by their beginning."""
+    alike: dict[tuple, list[Rollout]] = {}
+    for rollout in rollouts:
+        alike.setdefault(rollout.beginning, []).append(rollout)
+    return {beginning: _FirstLook(group) for beginning, group in alike.items() if len(group) > 1}
+
+
 class _Recording:
     """An episode while it runs."""
 
@@ -420,6 +478,13 @@ class _Recording:
         self.states: list[np.ndarray] = []
         self.actions: list[np.ndarray] = []
         self.executed: list[int] = []
+
+    def add(self, images: dict[str, np.ndarray], state: np.ndarray, actions: np.ndarray) -> None:
+        """Note an observation and the actions chosen for it."""
+        for camera, frame in images.items():
+            self.images.setdefault(camera, []).append(frame.copy())
+        self.states.append(state.copy())
+        self.actions.append(actions.copy())
 
     def episode(self, success: bool, failure: str | None, video: list[np.ndarray] | None = None) -> Episode:
         length = len(self.executed)

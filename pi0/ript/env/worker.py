@@ -142,15 +142,14 @@ class Worker:
 
     def start(self, slot: int, rollout: Rollout) -> Progress:
         """Begin a rollout in a slot and show the policy its first observation."""
-        init = rollout.init
-        key = (rollout.task, rollout.settle_steps, init.state.tobytes(), init.fixtures.tobytes())
+        key = rollout.beginning
         if key in self._starts and not rollout.record:  # a film needs the simulator there
             begun = self._starts[key]
             self.arrays.states[slot], self.arrays.images[slot] = begun.state, begun.images
             self._slots[slot] = _Slot(rollout, begun.snapshot)
         else:
             sim, renderer = self.open(rollout.task)
-            sim.reset(init, rollout.settle_steps)
+            sim.reset(rollout.init, rollout.settle_steps)
             self._observe(slot, sim, renderer)
             self._slots[slot] = _Slot(rollout, sim.snapshot())
             if rollout.record:
@@ -216,9 +215,13 @@ class Worker:
         for slot, command in commands:
             started, self._render_s = time.perf_counter(), 0.0
             try:
-                progress.append(
-                    self.start(slot, command) if isinstance(command, Rollout) else self.act(slot, command)
-                )
+                if isinstance(command, Rollout):
+                    answer = self.start(slot, command)
+                elif slot in self._slots:
+                    answer = self.act(slot, command)
+                else:
+                    continue  # what was to be started before it has failed
+                progress.append(answer)
             except (FloatingPointError, ValueError) as error:
                 self._slots.pop(slot, None)
                 progress.append(Progress(slot, 0, True, False, failure=f"{type(error).__name__}: {error}"))
