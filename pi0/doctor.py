@@ -186,7 +186,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         )
         return
     try:
-        policy = PI0Policy.from_pretrained(path)
+        policy = PI0Policy.from_pretrained(path, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as error:
         yield Finding(
             STOP, "checkpoint", str(error), "correct policy_path, or make one: python -m pi0.warmstart"
@@ -223,13 +223,17 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         "state": np.zeros((1, network.robot_state_dim), np.float32),
         "prompt": [prompt],
     }
+    policy.compiled = config.compile  # which may lack a compiler
     noise = torch.zeros(1, network.action_horizon, network.action_dim)
     try:
         policy.select_action(observation, noise)
         start = time.perf_counter()
         policy.select_action(observation, noise)
     except (OSError, ValueError, RuntimeError) as error:
-        yield Finding(STOP, "checkpoint", f"does not act: {error}", "take a checkpoint that fits the task")
+        mend = "take a checkpoint that fits the task"
+        if config.compile:
+            mend = "install what torch.compile needs (apt-get install g++ python3.11-dev), or set compile to false"
+        yield Finding(STOP, "checkpoint", f"does not act: {error}", mend)
         return
     yield Finding(OK, "checkpoint", f"acts; {1e3 * (time.perf_counter() - start):.0f} ms a chunk on the CPU")
 
