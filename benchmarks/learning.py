@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.stats import format_rate
+from pi0.stats import format_rate, paired_difference
 
 SCRIPT = "13_train_production_ready.py"
 CONFIG = "configs/quickstart.yaml"
@@ -118,21 +118,36 @@ def call(*arguments: str) -> None:
 
 
 def table(folder: Path) -> str:
-    """Markdown table of the runs in `folder`."""
-    lines = ["| run | before | after | change (points) | minutes |", "|---|---|---|---|---|"]
+    """Markdown tables of the runs in `folder`: each, all seeds of a kind together, and by guidance weight."""
+    lines = ["| run | before | after | change, paired | minutes |", "|---|---|---|---|---|"]
+    kinds: dict[str, list[dict]] = {}
     extra = []
     for file in sorted(folder.glob("*/results.json")):
         results = json.loads(file.read_text())
         before, after = results["before"], results["after"]
-        change = 100 * (after["success_rate"] - before["success_rate"])
+        kinds.setdefault(file.parent.name.rpartition("-seed")[0], []).append(results)
+        change = paired_difference(
+            *([outcome["success"] for outcome in scored["outcomes"]] for scored in (before, after))
+        )
         cells = [format_rate(cell["successes"], cell["episodes"]) for cell in (before, after)]
         lines.append(
-            f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change:+.0f} | {results['seconds'] / 60:.1f} |"
+            f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change} | {results['seconds'] / 60:.1f} |"
         )
         for weight, cell in results.get("guidance_weights", {}).items():
             extra.append(
                 f"| {file.parent.name} | {weight} | {format_rate(cell['successes'], cell['episodes'])} |"
             )
+    lines += ["", "| run | seeds | before | after | mean change |", "|---|---|---|---|---|"]
+    for kind, runs in kinds.items():
+        counts = {
+            when: [sum(run[when][what] for run in runs) for what in ("successes", "episodes")]
+            for when in ("before", "after")
+        }
+        rates = [successes / episodes for successes, episodes in counts.values()]
+        cells = [f"{successes}/{episodes}" for successes, episodes in counts.values()]
+        lines.append(
+            f"| {kind} | {len(runs)} | {cells[0]} | {cells[1]} | {100 * (rates[1] - rates[0]):+.1f} points |"
+        )
     if extra:
         lines += ["", "| run | guidance weight | after |", "|---|---|---|", *extra]
     return "\n".join(lines)
