@@ -162,7 +162,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
     straight, tmp_path
 ):
     moments = random.Random(0)
-    kills, seen = 0, 0
+    kills, verified, whole_runs, seen = 0, 0, 0, 0
     while kills < 20:
         runs = list(tmp_path.glob("run-*/checkpoints/step-*"))
         process = start(tmp_path, *(["--resume"] if runs else []))
@@ -178,17 +178,22 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
             if newest is not None:
                 assert int(newest.name[-6:]) >= seen
                 seen = int(newest.name[-6:])
+                verified += 1
         for run_dir in tmp_path.glob("run-*"):  # killed before its first checkpoint: nothing to resume
             if not list(run_dir.glob("checkpoints/step-*")):
                 shutil.rmtree(run_dir)
         if seen == STEPS:  # start over: the rest is the final evaluation
             for run_dir in tmp_path.glob("run-*"):
                 shutil.rmtree(run_dir)
-            seen = 0
+            whole_runs, seen = whole_runs + 1, 0
     if list(tmp_path.glob("run-*")):
         finish(start(tmp_path, "--resume"))
         assert_same(tmp_path, straight[0], except_stats=True)
     assert kills == 20
+    print(
+        f"{kills} kills, {verified} of them with checkpoints there, the newest of which verified each time; "
+        f"{whole_runs} runs got through all their iterations"
+    )
 
 
 # What goes wrong ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,15 +31,28 @@ from pi0.ript.checkpoint_store import CheckpointStore
 from pi0.ript.report import OutputError, newest_run, take_run
 
 
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 1 in steps_saved(tmp_path), process)
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory):
+    """A run that was killed after its first iteration."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = start(folder)
+    wait_until(lambda: 1 in steps_saved(folder), process)
     process.kill()
     process.communicate()
-    output = finish(start(tmp_path, "--resume"))
+    return folder
+
+
+@pytest.fixture
+def killed(killed_run, tmp_path):
+    """The same in a folder of one's own."""
+    return Path(shutil.copytree(killed_run, tmp_path / "killed"))
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
+    output = finish(start(killed, "--resume"))
     assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
     # The file of statistics may count visits again that were made after the last checkpoint.
-    assert_same(tmp_path, straight[0], except_stats=True)
+    assert_same(killed, straight[0], except_stats=True)
 
 
 def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
@@ -47,29 +61,21 @@ def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(strai
     assert_same(tmp_path, straight_of_two, except_stats=True)
 
 
-def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 1 in steps_saved(tmp_path), process)
-    process.kill()
-    process.communicate()
-    output = finish(start(tmp_path, "--resume", processes=2))
+def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(killed):
+    output = finish(start(killed, "--resume", processes=2))
     assert "written by 1 processes, read by 2" in output
-    assert len(outcome(tmp_path)["rows"]) == STEPS
+    assert len(outcome(killed)["rows"]) == STEPS
 
 
-def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, tmp_path):
-    process = start(tmp_path)
-    wait_until(lambda: 2 in steps_saved(tmp_path), process)
-    process.kill()
-    process.communicate()
-    newest = max(run_of(tmp_path).glob("checkpoints/step-*"))
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, killed):
+    newest = max(run_of(killed).glob("checkpoints/step-*"))
     damaged = newest / "training.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    output = finish(start(tmp_path, "--resume"))
+    output = finish(start(killed, "--resume"))
     assert f"passed over {newest}: training.safetensors: its checksum differs" in output
-    assert_same(tmp_path, straight[0], except_stats=True)
+    assert_same(killed, straight[0], except_stats=True)
 
 
 def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):

@@ -116,7 +116,8 @@ def runs(tmp_path_factory):
     done = {}
     for number, stage in enumerate(STAGES):
         file = folder / f"{number}.yaml"
-        file.write_text(yaml.safe_dump({**config, "exp_name": f"run{number}"}))
+        extras = {"features": {"save_video": number == 1}, "logging": {"use_wandb": False}}
+        file.write_text(yaml.safe_dump({**config, **extras, "exp_name": f"run{number}"}))
         if number:
             completed = run_script(stage, "--config_path", str(file))
         else:

@@ -37,7 +37,7 @@ DECIDED_AT_START = (
     "policy_path", "task.benchmark_name", "task.task_name", "task.assets", "task.fixtures", "task.max_episode_length",
     "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
     "algo.train_init_states", "training.num_train_steps", "training.seed", "training.optimizer",
-    "evaluation.episodes", "evaluation.seed",
+    "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
 )  # fmt: skip
 
 
