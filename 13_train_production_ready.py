@@ -63,6 +63,7 @@ from pi0.ript.config import (
     to_dict,
     validate,
 )
+from pi0.ript.cotraining import load_cotraining
 from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
@@ -587,6 +588,7 @@ def train(
             on_rank_zero(env_runner.training_states, algo.train_init_states, seed)
         )
         print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
+        cotraining = load_cotraining(config, policy, env_runner.tasks)
         stats_path = algo.rollout_stats_path or run_dir / "rollout_stats.json"
         sampler = TaskAwareSampler(
             dataset,
@@ -659,6 +661,8 @@ def train(
             usable = [part for part in replay if part is not None]
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             batch = WeightedChunks.cat([nothing, *usable])
+            if cotraining is not None and largest(len(batch)):
+                batch = WeightedChunks.cat([batch, cotraining.draw(generator)])
             update_started = time.monotonic()
             saved = on_rank_zero(store.path(step).exists)  # else the update is finished before a stop
             del held["of_rank"]  # from here to the end of the update there is nothing whole to save

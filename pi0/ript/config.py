@@ -128,6 +128,16 @@ class AlgoConfig:
         low=0,
         high=1,
     )
+    cotraining_path: str | None = key(
+        None,
+        "data set of demonstrations (LeRobot's or LIBERO's HDF5) to learn from as well; null: none (from stage 13 on)",
+    )
+    cotraining_chunks: int = key(
+        256, "chunks of them drawn for each iteration, on each rank", unit="chunks", low=1
+    )
+    cotraining_weight: float = key(
+        0.5, "weight of each in the loss; practised chunks weigh as their advantage", above=0
+    )
     condition_dropout: float = key(
         0.1, "share of chunks that train the unconditional flow (mode: guidance)", low=0, high=1
     )

@@ -1,0 +1,65 @@
+"""Demonstrations that are learned from beside practice, so that what they taught is not unlearned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pi0 import PI0Policy
+from pi0.data import DataError, open_demonstrations
+from pi0.model.network import POSITIVE
+from pi0.ript.cfg_adapter import WeightedChunks
+from pi0.ript.chunks import Chunks
+from pi0.ript.config import Config
+from pi0.ript.env.suites import Task
+from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks
+
+
+class Cotraining:
+    """Chunks of demonstrations, some of which are added to what each iteration collected.
+
+    Args:
+        chunks: to draw from.
+        count: drawn for an iteration, with replacement.
+        weight: of each beside practised chunks, which weigh as much as their advantage.
+    """
+
+    def __init__(self, chunks: Chunks, count: int, weight: float):
+        self._chunks = chunks
+        self._count = count
+        self._weight = weight
+
+    def draw(self, generator: torch.Generator) -> WeightedChunks:
+        """What this iteration learns of them; decided by `generator` alone."""
+        index = torch.randint(len(self._chunks), (self._count,), generator=generator)
+        weights = torch.full((self._count,), self._weight)
+        return WeightedChunks(self._chunks[index], weights, torch.full((self._count,), POSITIVE))
+
+
+def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) -> Cotraining | None:
+    """The demonstrations of `tasks` that the configuration asks for, in memory; None where it asks for none.
+
+    Raises:
+        DataError: the data set cannot be read, or shows other tasks or cameras.
+    """
+    algo = config.algo
+    if algo.cotraining_path is None:
+        return None
+    recorded = open_demonstrations(algo.cotraining_path)
+    if set(recorded.cameras) != set(policy.config.cameras):
+        raise DataError(
+            f"algo.cotraining_path = {algo.cotraining_path!r} was seen by {', '.join(recorded.cameras)}; the policy "
+            f"looks through {', '.join(policy.config.cameras)}"
+        )
+    by_task = demonstrations_of_tasks(recorded, tasks, len(recorded))
+    indices = [index for found in by_task.values() for index in found]
+    chunks = load_chunks(
+        recorded,
+        indices,
+        chunk=policy.config.action_horizon,
+        frame_every=config.task.replan_steps,
+        image_size=config.task.image_size,
+    )
+    print(f"co-training: {len(chunks)} chunks of {len(indices)} demonstrations in {algo.cotraining_path}")
+    return Cotraining(chunks, algo.cotraining_chunks, algo.cotraining_weight)

@@ -1,0 +1,82 @@
+"""Demonstrations learned from beside practice."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from recordings import FPS, make_demonstration
+from stage_13_runs import CHECKPOINT, finish, run_of, start
+
+from pi0 import PI0Policy
+from pi0.data import DataError
+from pi0.data.lerobot_writer import LeRobotWriter
+from pi0.model.config import PUBLISHED_CAMERAS
+from pi0.model.network import POSITIVE
+from pi0.ript.config import AlgoConfig, Config, TaskConfig
+from pi0.ript.cotraining import load_cotraining
+from pi0.ript.env.suites import find_tasks
+
+TASKS = find_tasks("libero_spatial", [3])
+LENGTHS = (31, 12)  # of control steps; an observation every 10 of them makes 4 and 2 chunks
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return PI0Policy.from_pretrained(CHECKPOINT)
+
+
+def write(path, prompt=TASKS[0].prompt):
+    with LeRobotWriter(path, FPS) as writer:
+        for seed, length in enumerate(LENGTHS):
+            writer.add(make_demonstration(length, seed, prompt))
+    return path
+
+
+def config_of(path, **algo) -> Config:
+    return Config(
+        policy_path=str(CHECKPOINT),
+        algo=AlgoConfig(cotraining_path=path and str(path), **algo),
+        task=TaskConfig(task_name=3),
+    )
+
+
+def test_without_a_data_set_there_is_none(policy):
+    assert load_cotraining(config_of(None), policy, TASKS) is None
+
+
+def test_a_draw_is_decided_by_the_generator_alone_and_weighs_what_was_asked(policy, tmp_path, capsys):
+    config = config_of(write(tmp_path / "set"), cotraining_chunks=40, cotraining_weight=0.25)
+    cotraining = load_cotraining(config, policy, TASKS)
+    assert "co-training: 6 chunks of 2 demonstrations" in capsys.readouterr().out
+    first, again, other = (cotraining.draw(torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert len(first) == 40
+    assert first.chunks.images["base_0_rgb"].shape == (40, 64, 64, 3)
+    assert (first.weights == 0.25).all()
+    assert (first.optimality == POSITIVE).all()
+    assert torch.equal(first.chunks.states, again.chunks.states)
+    assert not torch.equal(first.chunks.states, other.chunks.states)
+    assert len(first.chunks.states.unique(dim=0)) == 6
+
+
+def test_demonstrations_of_other_tasks_or_cameras_are_refused(policy, tmp_path):
+    with pytest.raises(DataError, match=r"no demonstration of pick_up.*shows: make tea"):
+        load_cotraining(config_of(write(tmp_path / "tea", "make tea")), policy, TASKS)
+    seer = PI0Policy(dataclasses.replace(policy.config, cameras=PUBLISHED_CAMERAS), policy.norm_stats)
+    with pytest.raises(
+        DataError, match=r"was seen by base_0_rgb, left_wrist_0_rgb; the policy looks .* right"
+    ):
+        load_cotraining(config_of(write(tmp_path / "set")), seer, TASKS)
+
+
+def test_a_run_learns_from_demonstrations_as_well(tmp_path):
+    overrides = [
+        f"algo.cotraining_path={write(tmp_path / 'set')}", "algo.cotraining_chunks=240",
+        "training.num_train_steps=1", "evaluation.periodic_episodes=0",
+    ]  # fmt: skip
+    output = finish(start(tmp_path / "runs", "--override", *overrides))
+    assert "co-training: 6 chunks of 2 demonstrations" in output
+    (row,) = map(json.loads, (run_of(tmp_path / "runs") / "metrics.jsonl").read_text().splitlines())
+    assert (
+        row["updates"] >= 2 * 240 / 24
+    )  # two passes in minibatches of 24; four rollouts alone make two or four
