@@ -1,6 +1,6 @@
-"""What LeRobot wants beside model.safetensors to load a pi0 policy: its configuration and its two processors.
+"""What LeRobot wants beside model.safetensors to load a pi0 or pi0.5: its configuration and its two processors.
 
-Sources: LeRobot, policies/pi0/{configuration_pi0,processor_pi0}.py, processor/{pipeline,normalize_processor,
+Sources: LeRobot, policies/pi0/{configuration_pi0,processor_pi0}.py and their like in policies/pi05, processor/{pipeline,normalize_processor,
 tokenizer_processor,device_processor}.py and configs/policies.py, whose parser refuses a key that it does not know.
 """
 
@@ -23,7 +23,6 @@ _VARIANTS = {
     "gemma_2b": GemmaDims(2048, 18, 16384, 8, 1, 256),
     "gemma_300m": GemmaDims(1024, 18, 4096, 8, 1, 256),
 }
-_NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 
 def lerobot_files(
@@ -47,24 +46,31 @@ def lerobot_files(
     if norm_stats is not None:
         for feature, stats in ((STATE_FEATURE, norm_stats.state), (ACTION_FEATURE, norm_stats.actions)):
             tensors |= {f"{feature}.{name}": vector for name, vector in _vectors(stats).items()}
+    norm_map = _norm_map(config)
+    normalize = _step("normalizer_processor", eps=1e-8, features=features, norm_map=norm_map)
+    tokenize = _step(
+        "tokenizer_processor",
+        max_length=config.prompt_length,
+        task_key="task",
+        padding_side="right",
+        padding="max_length",
+        truncation=True,
+        tokenizer_name="google/paligemma-3b-pt-224",
+    )
+    to_device = _step("device_processor", device=content.get("device") or "cpu", float_dtype=None)
+    spell = _step("pi05_prepare_state_tokenizer_processor_step")
     before = [
         _step("rename_observations_processor", rename_map={}),
         _step("to_batch_processor"),
-        _step("pi0_new_line_processor"),
-        _step(
-            "tokenizer_processor",
-            max_length=config.prompt_length,
-            task_key="task",
-            padding_side="right",
-            padding="max_length",
-            truncation=True,
-            tokenizer_name="google/paligemma-3b-pt-224",
+        # pi0.5's prompt spells the state that has been normalised.
+        *(
+            [normalize, spell, tokenize, to_device]
+            if config.pi05
+            else [_step("pi0_new_line_processor"), tokenize, to_device, normalize]
         ),
-        _step("device_processor", device=content.get("device") or "cpu", float_dtype=None),
-        _step("normalizer_processor", eps=1e-8, features=features, norm_map=_NORM_MAP),
     ]
     after = [
-        _step("unnormalizer_processor", eps=1e-8, features=content["output_features"], norm_map=_NORM_MAP),
+        _step("unnormalizer_processor", eps=1e-8, features=content["output_features"], norm_map=norm_map),
         _step("device_processor", device="cpu", float_dtype=None),
     ]
     files: dict[str, bytes | dict[str, Tensor]] = {"config.json": _json(content)}
@@ -84,7 +90,8 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         (isinstance(config.vision, ConvDims), "a convolutional tower"),
         (config.guidance, "an optimality condition (guidance)"),
         (config.tokenizer != "paligemma", f"the tokenizer {config.tokenizer!r}"),
-        (config.pi05, "the network of pi0.5, which is not written in this layout yet"),
+        (config.pi05 and not config.discrete_state_input, "a pi0.5 whose prompt does not spell the state"),
+        (config.pad_discrete_state, "a prompt that spells the state's padding (today's code no longer does)"),
         (config.delta_actions, "actions less the state (delta_actions)"),
         (
             any(d.lora_rank for d in (config.gemma, config.action_expert)),
@@ -92,9 +99,9 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         ),
     ):
         if unfit:
-            raise CheckpointError(f"LeRobot's pi0 has no place for {what}; save it in the layout 'openpi'")
+            raise CheckpointError(f"LeRobot has no place for {what}; save it in the layout 'openpi'")
     content: dict[str, Any] = {
-        "type": "pi0",
+        "type": "pi05" if config.pi05 else "pi0",
         "n_obs_steps": 1,
         "input_features": {
             **{
@@ -104,7 +111,7 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
             STATE_FEATURE: _feature("STATE", config.robot_state_dim),
         },
         "output_features": {ACTION_FEATURE: _feature("ACTION", config.robot_action_dim)},
-        "normalization_mapping": _NORM_MAP,
+        "normalization_mapping": _norm_map(config),
         "n_action_steps": min(10, config.action_horizon),
         "dtype": "float32",
         "image_resolution": [config.image_size, config.image_size],
@@ -123,6 +130,11 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         "num_inference_steps": config.num_steps,
         "tokenizer_max_length": config.prompt_length,
     }
+
+
+def _norm_map(config: Pi0Config) -> dict[str, str]:
+    mode = "QUANTILES" if config.use_quantile_norm else "MEAN_STD"
+    return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
 
 
 def _variant(dims: GemmaDims, name: str) -> str:

@@ -369,6 +369,31 @@ def test_lerobots_directory_is_complete(tmp_path, monkeypatch, source):
     assert torch.equal(sampled(again), sampled(policy))
 
 
+def test_lerobots_directory_of_pi05_spells_the_normalised_state(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "checkpoint", weights(pi05=True)))
+    policy.save_pretrained(tmp_path / "out", layout="lerobot")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["type"] == "pi05"
+    assert config["normalization_mapping"] == {
+        "VISUAL": "IDENTITY",
+        "STATE": "QUANTILES",
+        "ACTION": "QUANTILES",
+    }
+    steps = json.loads((tmp_path / "out" / "policy_preprocessor.json").read_text())["steps"]
+    # LeRobot: policies/pi05/processor_pi05.py
+    assert [step["registry_name"] for step in steps] == [
+        "rename_observations_processor", "to_batch_processor", "normalizer_processor",
+        "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor", "device_processor",
+    ]  # fmt: skip
+    assert (
+        load_file(tmp_path / "out" / steps[2]["state_file"])["action.q99"].tolist() == STATS["actions"]["q99"]
+    )
+    again = PI0Policy.from_pretrained(tmp_path / "out")
+    assert again.config == policy.config
+    assert torch.equal(sampled(again), sampled(policy))
+
+
 def test_published_sizes_have_lerobots_names():
     config = lerobot_config(Pi0Config.preset("pi0"))
     assert (config["paligemma_variant"], config["action_expert_variant"]) == ("gemma_2b", "gemma_300m")
@@ -380,6 +405,8 @@ def test_published_sizes_have_lerobots_names():
     [
         (Pi0Config.preset("pi0_tiny"), "no place for a convolutional tower"),
         (Pi0Config.preset("pi0", guidance=True), "no place for an optimality condition"),
+        (Pi0Config.preset("pi05", discrete_state_input=False), "whose prompt does not spell the state"),
+        (Pi0Config.preset("pi05", pad_discrete_state=True), "spells the state's padding"),
         (Pi0Config.preset("pi0", gemma=Pi0Config.preset("pi0").action_expert, tokenizer="tiny"), "'tiny'"),
     ],
 )
