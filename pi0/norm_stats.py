@@ -1,25 +1,30 @@
-"""Compute norm_stats.json from demonstrations of the scripted experts.
+"""Compute norm_stats.json from demonstrations: of the scripted experts, or in a data set.
 
     python -m pi0.norm_stats --suite libero_spatial --tasks 3 8 --output outputs/norm_stats.json
+    python -m pi0.norm_stats --dataset demonstrations --output outputs/norm_stats.json
 
-A policy needs the statistics of the data that it was trained on. Those made here fit one that is to be
-trained on such demonstrations, not a published one.
+A policy needs the statistics of the data that it was trained on. A data set is LeRobot's or LIBERO's HDF5; its
+images are not read.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from pi0.data import DemonstrationSet, open_demonstrations
 from pi0.errors import InputError
 from pi0.normalization import NormStats, subtract_state
 from pi0.ript.chunks import Chunks
 from pi0.ript.demonstrations import record_demonstrations
 from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.suites import find_tasks
+from pi0.ript.recorded_chunks import demonstrations_of_tasks
 from pi0.ript.report import writable_dir, write_json
 
 IMAGE_SIZE = 16  # pixels; nothing looks at the frames
@@ -45,6 +50,18 @@ def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float 
     return NormStats(state, learned)
 
 
+def chunks_without_images(
+    demonstrations: DemonstrationSet, indices: Sequence[int], chunk: int, frame_every: int
+) -> Chunks:
+    """States and actions of some demonstrations, as `load_chunks` gives them with images."""
+    parts = []
+    for index in indices:
+        demonstration = demonstrations.read(index, image_steps=())
+        steps = np.arange(0, len(demonstration), frame_every)
+        parts.append(Chunks.of_demonstration(replace(demonstration, image_steps=steps), chunk))
+    return Chunks.cat([replace(part, images={}) for part in parts])
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -53,8 +70,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument("--dataset", help="read these demonstrations; left out, the experts give some")
     parser.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
-    parser.add_argument("--tasks", nargs="+", default=[], help="tasks by index or name; all of the suite")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="by index or name; default: the suite's, a data set's all"
+    )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--demonstrations", type=int, default=10, help="demonstrations recorded of each task")
     parser.add_argument(
@@ -72,12 +92,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Record, compute, save."""
-    from pi0.ript.env.rendering import CAMERAS
-
+    """Read or record, compute, save."""
     options = parse_arguments(arguments)
     output = Path(options.output)
     writable_dir(output.parent)
+    if options.dataset:
+        recorded = open_demonstrations(options.dataset)
+        indices: Sequence[int] = range(len(recorded))
+        if options.tasks:
+            tasks = find_tasks(options.suite, options.tasks)
+            found = demonstrations_of_tasks(recorded, tasks, len(recorded))
+            indices = [index for of_task in found.values() for index in of_task]
+        chunks = chunks_without_images(recorded, indices, options.horizon, options.frame_every)
+        count = len(indices)
+    else:
+        chunks, count = record(options)
+    stats = norm_stats(chunks, options.delta_actions, options.smallest_std)
+    write_json(output, stats.to_dict())
+    print(f"{output}: from {len(chunks)} observations in {count} demonstrations")
+
+
+def record(options: argparse.Namespace) -> tuple[Chunks, int]:
+    """Demonstrations of the scripted experts, and how many there are."""
+    from pi0.ript.env.rendering import CAMERAS
+
     with LIBEROEnvRunner(
         options.suite,
         options.tasks,
@@ -91,10 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         demonstrations, summary = record_demonstrations(
             runner, options.demonstrations, options.seed, options.action_noise, options.frame_every
         )
-    stats = norm_stats(demonstrations, options.delta_actions, options.smallest_std)
-    write_json(output, stats.to_dict())
-    solved = sum(task["successes"] for task in summary.values())
-    print(f"{output}: from {len(demonstrations)} observations in {solved} demonstrations")
+    return demonstrations, sum(task["successes"] for task in summary.values())
 
 
 if __name__ == "__main__":

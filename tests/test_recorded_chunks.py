@@ -11,6 +11,9 @@ from pi0 import warmstart
 from pi0.data import DataError, open_demonstrations
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.images import to_network_images
+from pi0.norm_stats import main as compute_norm_stats
+from pi0.norm_stats import norm_stats
+from pi0.normalization import load_norm_stats
 from pi0.ript.chunks import Chunks
 from pi0.ript.demonstrations import record_demonstrations
 from pi0.ript.env.runner import LIBEROEnvRunner
@@ -43,6 +46,27 @@ def assert_equal(chunks, others):
         assert torch.equal(frames, others.images[name])
     for name in ("states", "actions", "valid"):
         assert torch.equal(getattr(chunks, name), getattr(others, name)), name
+
+
+@pytest.mark.parametrize(("tasks", "indices"), [([], [0, 1, 2, 3]), (["--tasks", "8"], [1, 3])])
+def test_statistics_of_a_data_set_are_those_of_its_chunks(stored, tmp_path, capsys, tasks, indices):
+    path = tmp_path / "norm_stats.json"
+    compute_norm_stats(
+        [
+            "--dataset",
+            str(tmp_path / "set"),
+            "--output",
+            str(path),
+            "--horizon",
+            "3",
+            "--frame-every",
+            "2",
+            *tasks,
+        ]
+    )
+    chunks = load_chunks(stored, indices, chunk=3, frame_every=2, image_size=SIZE)
+    assert f"from {len(chunks)} observations in {len(indices)} demonstrations" in capsys.readouterr().out
+    assert load_norm_stats(path, 8, 7).to_dict() == norm_stats(chunks).to_dict()
 
 
 def test_a_chunk_is_what_followed_its_observation():
