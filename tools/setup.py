@@ -25,6 +25,23 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "requirements.stamp"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # Chromium under its names, any will do
+# What a trainer, a rollout worker and a test import, some of it late.
+IMPORTS = """
+import contextlib, importlib, runpy
+with contextlib.suppress(Exception):
+    runpy.run_path("13_train_production_ready.py", run_name="imported")
+with contextlib.suppress(Exception):
+    importlib.import_module("pi0.ript.env.libero_import").prepare_libero()
+for name in (
+    "torch._dynamo torch.distributed.run torch.distributed.fsdp pi0.ript.env.worker pi0.ript.env.controller "
+    "libero.libero.envs.problems scipy.linalg h5py pyarrow.parquet av matplotlib.pyplot "
+    "matplotlib.backends.backend_agg pytest xdist.plugin"
+).split():
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
+with contextlib.suppress(Exception):
+    importlib.import_module("numba").njit(lambda x: 2 * x)(1.0)  # imports the rest of numba
+"""
 MESA_DRIVERS = ("/usr/lib/*/dri/swrast_dri.so", "/usr/lib*/dri/swrast_dri.so", "/usr/lib/*/libgallium-*.so")
 
 
@@ -122,6 +139,19 @@ def discard_half_installed():
             shutil.rmtree(information)
 
 
+def compile_what_runs_import():
+    """Leave bytecode of the modules that every process imports, and of no others, which would take 200 MB.
+
+    Python does that by itself, but not in an image that sets PYTHONDONTWRITEBYTECODE, and there each process would
+    spend seconds on it. What cannot be imported here says so when it is needed.
+    """
+    refused = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    environment = {name: value for name, value in os.environ.items() if name not in refused}
+    subprocess.run(
+        [VENV_PYTHON, "-c", IMPORTS], cwd=ROOT, env=environment, check=False, capture_output=True, timeout=120
+    )
+
+
 def main():
     if sys.version_info[:2] != (3, 11):
         stop(
@@ -161,6 +191,7 @@ def main():
     pip_or_stop("--no-deps", setuptools)
     others = [requirement for requirement in requirements if requirement not in (torch, setuptools)]
     pip_or_stop("--no-deps", "--no-build-isolation", "--use-pep517", *others)
+    compile_what_runs_import()
     STAMP.write_text(stamp)
     say(f".venv is ready after {time.monotonic() - start:.0f} s")
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import yaml
 
@@ -63,7 +64,31 @@ def prepare_libero() -> ModuleType:
     stale = folder == ours and config_file.is_file() and config_file.read_text() != wanted
     if stale or not config_file.is_file():
         _write_atomically(config_file, wanted)
-    return importlib.import_module("libero.libero")
+    module = importlib.import_module("libero.libero")
+    _load_wrappers_when_asked(module)
+    return module
+
+
+def _load_wrappers_when_asked(libero: ModuleType) -> None:
+    """Keep LIBERO's package of environments from importing its wrappers before somebody asks it for one.
+
+    They bring matplotlib and gymnasium, a third of the time that it takes to start a worker, which has no use for
+    them. Whatever the package is asked for that its submodules have not put there makes it load as it is.
+    """
+    spec = importlib.util.find_spec("libero.libero.envs")
+    assert spec is not None and spec.loader is not None
+    loader, package = spec.loader, importlib.util.module_from_spec(spec)
+
+    def load_whole(name: str) -> Any:
+        if name.startswith("__"):  # asked by the import system, of any package
+            raise AttributeError(name)
+        del package.__getattr__
+        loader.exec_module(package)
+        return getattr(package, name)
+
+    vars(package)["__getattr__"] = load_whole
+    sys.modules[spec.name] = package
+    vars(libero)["envs"] = package
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -71,8 +71,9 @@ class TaskSim:
         use_assets(assets)
         # MuJoCo would write its warnings to a file in the working directory; `step` raises instead.
         mujoco.set_mju_user_warning(logger.debug)
+        import libero.libero.envs.problems  # noqa: F401 they add themselves to TASK_MAPPING
         import robosuite
-        from libero.libero.envs import TASK_MAPPING
+        from libero.libero.envs.bddl_base_domain import TASK_MAPPING
         from libero.libero.envs.bddl_utils import get_problem_info
 
         from pi0.ript.env.controller import ArmController
