@@ -252,9 +252,11 @@ def measure_start(side: str, options: argparse.Namespace) -> float:
         env.set_init_state(task.recorded_init_states()[0])
         env.step(np.zeros(7))
         return 0.0
+    from pi0.ript.env.libero_import import leave_out_wrappers
     from pi0.ript.env.rendering import CAMERAS, Renderer
     from pi0.ript.env.stepping import InitState, TaskSim
 
+    leave_out_wrappers()  # as a worker does
     task, assets = task_and_assets(options)
     sim = TaskSim(task, assets)
     renderer = Renderer(sim.model, "fast", CAMERA_SIZE)

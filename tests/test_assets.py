@@ -314,6 +314,26 @@ def test_libero_asks_nothing_and_leaves_the_home_empty(cache):
     assert [str(path) for path in (cache.parent / "home").rglob("*")] == []
 
 
+A_WORKERS_START = """
+import sys
+from pi0.ript.env.libero_import import leave_out_wrappers
+from pi0.ript.env.assets import resolve_assets
+leave_out_wrappers()
+from pi0.ript.env.stepping import TaskSim
+from pi0.ript.env.suites import suite_tasks
+print(TaskSim(suite_tasks("libero_object")[0], resolve_assets("standins")).model.nq)
+print([name for name in ("matplotlib", "gymnasium", "torch") if name in sys.modules])
+"""
+
+
+def test_a_worker_imports_no_wrappers(cache):
+    done = python(A_WORKERS_START, cache)
+    assert done.returncode == 0, done.stderr
+    size, imported = done.stdout.splitlines()[-2:]
+    assert int(size) > 20
+    assert imported == "[]"
+
+
 def test_processes_that_start_together_share_one_configuration(cache):
     code = (
         "from pi0.ript.env.libero_import import prepare_libero as p; print(p().get_libero_path('bddl_files'))"

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import yaml
 
@@ -64,31 +63,19 @@ def prepare_libero() -> ModuleType:
     stale = folder == ours and config_file.is_file() and config_file.read_text() != wanted
     if stale or not config_file.is_file():
         _write_atomically(config_file, wanted)
-    module = importlib.import_module("libero.libero")
-    _load_wrappers_when_asked(module)
-    return module
+    return importlib.import_module("libero.libero")
 
 
-def _load_wrappers_when_asked(libero: ModuleType) -> None:
-    """Keep LIBERO's package of environments from importing its wrappers before somebody asks it for one.
+def leave_out_wrappers() -> None:
+    """For a process that needs LIBERO's tasks alone: keep its package of environments from importing its wrappers.
 
-    They bring matplotlib and gymnasium, a third of the time that it takes to start a worker, which has no use for
-    them. Whatever the package is asked for that its submodules have not put there makes it load as it is.
+    They bring matplotlib and gymnasium, a quarter of the time that a worker takes to start. From then on
+    `libero.libero.envs` itself is empty; its other submodules are what they always are.
     """
+    prepare_libero()
     spec = importlib.util.find_spec("libero.libero.envs")
-    assert spec is not None and spec.loader is not None
-    loader, package = spec.loader, importlib.util.module_from_spec(spec)
-
-    def load_whole(name: str) -> Any:
-        if name.startswith("__"):  # asked by the import system, of any package
-            raise AttributeError(name)
-        del package.__getattr__
-        loader.exec_module(package)
-        return getattr(package, name)
-
-    vars(package)["__getattr__"] = load_whole
-    sys.modules[spec.name] = package
-    vars(libero)["envs"] = package
+    assert spec is not None
+    sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
 
 
 def _write_atomically(path: Path, text: str) -> None:

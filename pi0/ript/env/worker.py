@@ -21,6 +21,7 @@ import numpy as np
 
 from pi0.ript.env.assets import Assets
 from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Rollout
+from pi0.ript.env.libero_import import leave_out_wrappers
 from pi0.ript.env.rendering import Renderer
 from pi0.ript.env.stepping import Snapshot, TaskSim
 from pi0.ript.env.suites import Task
@@ -255,6 +256,7 @@ def serve(socket_fd: int, memory_fd: int) -> None:
 
 
 if __name__ == "__main__":
+    leave_out_wrappers()
     # The module is also imported by its full name while unpickling; run that one, so that classes agree.
     from pi0.ript.env.worker import serve as serve_imported
 
