@@ -175,23 +175,30 @@ def their_env(task, **cameras):
     return OffScreenRenderEnv(bddl_file_name=task.bddl_file, **cameras)
 
 
+def begin(env, task):
+    """Put LIBERO's environment at the first recorded state; returns where that is, fixtures included."""
+    from pi0.ript.env.stepping import InitState
+
+    env.seed(0)
+    env.reset()
+    recorded = task.recorded_init_states()[0]
+    env.set_init_state(recorded)
+    fixtures = [env.env.obj_body_id[name] for name in env.env.fixtures_dict]
+    model = env.sim.model
+    return InitState(recorded, np.concatenate([model.body_pos[fixtures], model.body_quat[fixtures]], 1))
+
+
 def random_actions() -> np.ndarray:
     return np.random.default_rng(0).uniform(-0.5, 0.5, (STEPS, 7))
 
 
 def measure_step(side: str, options: argparse.Namespace) -> float:
     """Control steps a second, after proving that both sides end in the same state."""
-    from pi0.ript.env.stepping import InitState, TaskSim
+    from pi0.ript.env.stepping import TaskSim
 
     task, assets = task_and_assets(options)
     theirs, ours = their_env(task), TaskSim(task, assets)
-    theirs.seed(0)
-    theirs.reset()
-    recorded = task.recorded_init_states()[0]
-    theirs.set_init_state(recorded)
-    fixtures = [theirs.env.obj_body_id[name] for name in theirs.env.fixtures_dict]
-    model = theirs.sim.model
-    ours.reset(InitState(recorded, np.concatenate([model.body_pos[fixtures], model.body_quat[fixtures]], 1)))
+    ours.reset(begin(theirs, task))
     seconds = {}
     for name, step in (("theirs", theirs.step), ("ours", ours.step)):
         started = time.perf_counter()
@@ -205,20 +212,20 @@ def measure_step(side: str, options: argparse.Namespace) -> float:
 
 
 def measure_frames(side: str, options: argparse.Namespace, mode: str, size: int) -> float:
-    """Milliseconds a frame, both cameras in turn, the arm moving in between."""
+    """Milliseconds a frame, both cameras in turn, the arm moving in between; both sides draw the same scene."""
     from pi0.ript.env.rendering import CAMERAS, Renderer
     from pi0.ript.env.stepping import TaskSim
 
     task, assets = task_and_assets(options)
     if side == "theirs":
         env = their_env(task, camera_heights=CAMERA_SIZE, camera_widths=CAMERA_SIZE)
-        env.reset()
+        begin(env, task)
         sim, draw = env.sim, lambda camera: env.sim.render(CAMERA_SIZE, CAMERA_SIZE, camera_name=camera)[::-1]
         nudge = sim.forward
         data = sim.data
     else:
         ours = TaskSim(task, assets)
-        ours.reset(ours.draw_init_state())
+        ours.reset(begin(their_env(task), task))
         renderer = Renderer(ours.model, mode, size)
         frame = np.empty((size, size, 3), np.uint8)
         data = ours.data
