@@ -10,6 +10,7 @@ import torch
 from pi0 import PI0Policy
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
+from pi0.model.network import Pi0Network
 from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
 from pi0.normalization import (
@@ -378,8 +379,10 @@ def test_several_noises_share_an_observation():
 def test_shared_observations_are_encoded_once(monkeypatch):
     sharing = policy()
     calls = []
-    encode = sharing.network.encode_prefix
-    monkeypatch.setattr(sharing.network, "encode_prefix", lambda *a: calls.append(len(a[2])) or encode(*a))
+    encode = Pi0Network.encode_prefix
+    monkeypatch.setattr(
+        Pi0Network, "encode_prefix", lambda self, *a: calls.append(len(a[2])) or encode(self, *a)
+    )
     sharing.select_action(observations(2), torch.randn(8, 2, 10, 8))
     assert calls == [2]
 
