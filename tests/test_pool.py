@@ -1,5 +1,6 @@
 """Rollouts in worker processes: the same episodes however many workers, whatever happens to them."""
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -118,6 +119,16 @@ def test_a_group_whose_rollouts_begin_alike_gives_what_each_gives_alone(runner, 
     again = run(runner, [job for job in jobs for _ in range(4)])
     for index, episode in enumerate(again):
         assert_same([episode], [episodes[index // 4]])
+
+
+def test_rollouts_that_begin_otherwise_are_not_mixed_up_where_fixtures_stand_alike():
+    with make_runner(1, fixtures="pinned") as pinned:
+        jobs = rollouts(pinned, 3)
+        assert len({job.init.fixtures.tobytes() for job in jobs}) == 1
+        jobs += [dataclasses.replace(jobs[0], settle_steps=9)]
+        seen = [episode.images["base_0_rgb"][0].tobytes() for episode in run(pinned, jobs * 2)]
+        assert seen[:4] == seen[4:]
+        assert len(set(seen)) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 2])
