@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from stage_13_runs import finish
 
 from pi0.paths import REPO_ROOT
 from pi0.ript.env.init_states import InitStatePool, state_hash
@@ -52,12 +53,6 @@ def torchrun(processes: int, *arguments: str, agent: tuple[str, ...] = ("--stand
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def finish(process: subprocess.Popen, timeout: float = 400) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output[-4000:]
-    return output
 
 
 def train(processes: int, output_dir: Path, tasks: list[int], *overrides: str) -> tuple[str, Path]:
