@@ -1,7 +1,7 @@
 """What LeRobot wants beside model.safetensors to load a pi0 or pi0.5: its configuration and its two processors.
 
 Sources: LeRobot, policies/pi0/{configuration_pi0,processor_pi0}.py and their like in policies/pi05, processor/{pipeline,normalize_processor,
-tokenizer_processor,device_processor}.py and configs/policies.py, whose parser refuses a key that it does not know.
+tokenizer_processor,device_processor,relative_action_processor}.py and configs/policies.py, whose parser refuses a key that it does not know.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _VARIANTS = {
     "gemma_2b": GemmaDims(2048, 18, 16384, 8, 1, 256),
     "gemma_300m": GemmaDims(1024, 18, 4096, 8, 1, 256),
 }
+# Names of our own for LIBERO's actions; LeRobot looks in them for those that stay absolute.
+_POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
 
 
 def lerobot_files(
@@ -59,18 +61,30 @@ def lerobot_files(
     )
     to_device = _step("device_processor", device=content.get("device") or "cpu", float_dtype=None)
     spell = _step("pi05_prepare_state_tokenizer_processor_step")
+    subtract, add = [], []
+    if config.delta_actions:
+        subtract = [
+            _step(
+                "relative_actions_processor",
+                enabled=True,
+                exclude_joints=content["relative_exclude_joints"],
+                action_names=content["action_feature_names"],
+            )
+        ]
+        add = [_step("absolute_actions_processor", enabled=True)]
     before = [
         _step("rename_observations_processor", rename_map={}),
         _step("to_batch_processor"),
         # pi0.5's prompt spells the state that has been normalised.
         *(
-            [normalize, spell, tokenize, to_device]
+            [*subtract, normalize, spell, tokenize, to_device]
             if config.pi05
-            else [_step("pi0_new_line_processor"), tokenize, to_device, normalize]
+            else [_step("pi0_new_line_processor"), tokenize, to_device, *subtract, normalize]
         ),
     ]
     after = [
         _step("unnormalizer_processor", eps=1e-8, features=content["output_features"], norm_map=norm_map),
+        *add,
         _step("device_processor", device="cpu", float_dtype=None),
     ]
     files: dict[str, bytes | dict[str, Tensor]] = {"config.json": _json(content)}
@@ -92,7 +106,6 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         (config.tokenizer != "paligemma", f"the tokenizer {config.tokenizer!r}"),
         (config.pi05 and not config.discrete_state_input, "a pi0.5 whose prompt does not spell the state"),
         (config.pad_discrete_state, "a prompt that spells the state's padding (today's code no longer does)"),
-        (config.delta_actions, "actions less the state (delta_actions)"),
         (
             any(d.lora_rank for d in (config.gemma, config.action_expert)),
             "low-rank adaptation",
@@ -123,6 +136,12 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         }
     else:
         content = dict(original)
+    if config.delta_actions and not content.get("use_relative_actions"):
+        content |= {
+            "use_relative_actions": True,
+            "relative_exclude_joints": ["gripper"],
+            "action_feature_names": [*_POSE_NAMES, "gripper"],
+        }
     return content | {
         "chunk_size": config.action_horizon,
         "max_state_dim": config.action_dim,

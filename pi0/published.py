@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pi0.errors import CheckpointError, MissingFileError
-from pi0.model.config import PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
+from pi0.model.config import POSE_DIM, PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
 from pi0.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
 from pi0.tensor_names import EMBEDDING, EXPERT, OUTPUT_HEAD, PALIGEMMA, holds_pi05
 
@@ -52,7 +52,6 @@ _LEROBOT_ONLY = {
     "n_obs_steps": 1,
     "adapt_to_pi_aloha": False,
     "use_delta_joint_actions_aloha": False,
-    "use_relative_actions": False,
     "min_period": 4e-3,
     "max_period": 4.0,
 }
@@ -143,7 +142,29 @@ def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[s
         shape = (content[part] or {}).get(key, {}).get("shape", [width])
         if shape != [width]:  # base models name the padded width: they are of no robot
             translated[ours] = shape[0]
+    if content.get("use_relative_actions"):
+        _require_relative_pose(content, source)
+        translated["delta_actions"] = True
     return translated
+
+
+def _require_relative_pose(content: Mapping[str, Any], source: str) -> None:
+    """Refuse actions less the state unless it is the first six that are, as here and in openpi.
+
+    LeRobot leaves those absolute whose name has a part of `relative_exclude_joints` in it, and none where no names
+    were kept (processor/relative_action_processor.py).
+    """
+    names = content.get("action_feature_names") or []
+    excluded = [str(name).lower() for name in content.get("relative_exclude_joints", ["gripper"]) if name]
+    absolute = [
+        index for index, name in enumerate(names) if any(part in str(name).lower() for part in excluded)
+    ]
+    if absolute != [POSE_DIM] or len(names) != POSE_DIM + 1:
+        raise CheckpointError(
+            f"{source}: use_relative_actions with relative_exclude_joints {excluded} and action_feature_names "
+            f"{names or None} is not the {POSE_DIM} features of pose less the state and the gripper as it is, which "
+            "is what this project computes"
+        )
 
 
 def _mode(mapping: Mapping[str, str], source: str) -> str:

@@ -37,6 +37,7 @@ from tests.published_files import (
     write_lerobot_summer,
     write_openpi,
 )
+from tests.stage_13_runs import finish, run_of, start
 from tests.test_model import random_actions, random_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +185,11 @@ def test_tensor_that_is_there_under_two_names_is_refused(tmp_path):
     ("change", "message"),
     [
         ({"type": "act"}, "type is 'act', but the tensors are of pi0"),
-        ({"use_relative_actions": True}, "use_relative_actions is True"),
+        ({"use_relative_actions": True}, "action_feature_names None is not the 6 features of pose"),
+        (
+            {"use_relative_actions": True, "action_feature_names": [f"motor_{n}" for n in range(7)]},
+            "motor_6'. is not the 6 features of pose",
+        ),
         ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha is True"),
         ({"max_state_dim": 24}, "max_state_dim 24 is not max_action_dim 32"),
         ({"normalization_mapping": NORM_MAP | {"STATE": "MIN_MAX"}}, "normalises by .*MIN_MAX"),
@@ -394,6 +399,63 @@ def test_lerobots_directory_of_pi05_spells_the_normalised_state(tmp_path, monkey
     assert torch.equal(sampled(again), sampled(policy))
 
 
+NAMES = ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper"]
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_lerobots_relative_actions_are_read_and_written(tmp_path, monkeypatch, pi05):
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    directory = write_lerobot(tmp_path / "checkpoint", weights(pi05=pi05))
+    edit_config(
+        directory,
+        type="pi05" if pi05 else "pi0",
+        use_relative_actions=True,
+        relative_exclude_joints=["gripper"],
+        action_feature_names=NAMES,
+    )
+    policy = PI0Policy.from_pretrained(directory)
+    assert policy.delta_actions
+    plain = PI0Policy.from_pretrained(write_lerobot(tmp_path / "plain", weights()))
+    assert not plain.delta_actions
+    policy.save_pretrained(tmp_path / "out", layout="lerobot")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["use_relative_actions"], written["action_feature_names"]) == (True, NAMES)
+    before, after = (
+        json.loads((tmp_path / "out" / f"policy_{name}processor.json").read_text())["steps"]
+        for name in ("pre", "post")
+    )
+    # LeRobot, policies/pi0/processor_pi0.py: the state is subtracted before, and added after, normalisation.
+    names = [step["registry_name"] for step in before]
+    relative = names.index("relative_actions_processor")
+    assert names[relative + 1] == "normalizer_processor"
+    assert before[relative]["config"] == {
+        "enabled": True,
+        "exclude_joints": ["gripper"],
+        "action_names": NAMES,
+    }
+    assert [step["registry_name"] for step in after] == [
+        "unnormalizer_processor",
+        "absolute_actions_processor",
+        "device_processor",
+    ]
+    assert after[1]["config"] == {"enabled": True}
+    again = PI0Policy.from_pretrained(tmp_path / "out")
+    assert again.config == policy.config
+    assert torch.equal(sampled(again), sampled(policy))
+
+
+def test_openpis_actions_less_the_state_are_lerobots_relative_actions(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    edit_config(directory, delta_actions=True)
+    PI0Policy.from_pretrained(directory).save_pretrained(tmp_path / "out", layout="lerobot")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["use_relative_actions"]
+    assert written["relative_exclude_joints"] == ["gripper"]
+    assert [name == "gripper" for name in written["action_feature_names"]] == [False] * 6 + [True]
+    assert PI0Policy.from_pretrained(tmp_path / "out").delta_actions
+
+
 def test_published_sizes_have_lerobots_names():
     config = lerobot_config(Pi0Config.preset("pi0"))
     assert (config["paligemma_variant"], config["action_expert_variant"]) == ("gemma_2b", "gemma_300m")
@@ -537,3 +599,25 @@ def test_convert_writes_another_layout(tmp_path, capsys):
     )
     with pytest.raises(InputError, match="holds a model.safetensors already"):
         main(["convert", str(directory), str(tmp_path / "out")])
+
+
+# Practice
+
+
+def test_stage_13_practises_with_a_published_checkpoint_and_saves_it_in_its_own_layout(tmp_path):
+    """Random weights solve nothing, so nothing is learned here; that the loss has the right gradient is shown elsewhere."""
+    directory = write_openpi(tmp_path / "checkpoint", weights(vocab=384))
+    edit_config(directory, tokenizer="tiny", prompt_length=32)  # PaliGemma's tokenizer cannot be had here
+    overrides = [
+        f"policy_path={directory}", "training.num_train_steps=1", "training.trainable=lora", "dtype=bfloat16",
+        "task.max_episode_length=10", "task.replan_steps=5", "evaluation.periodic_episodes=0",
+    ]  # fmt: skip
+    output = finish(start(tmp_path / "runs", "--override", *overrides))
+    assert "0 of 4 solved, nothing to learn from" in output
+    saved = PI0Policy.from_pretrained(run_of(tmp_path / "runs") / "policy")
+    original = PI0Policy.from_pretrained(directory, dtype=torch.bfloat16)
+    ours = saved.network.state_dict()
+    assert {name for name in ours if "lora" in name}
+    for name, tensor in original.network.state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+    assert saved.norm_stats.actions.mean.tolist() == STATS["actions"]["mean"]
