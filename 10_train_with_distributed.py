@@ -340,7 +340,7 @@ def train(config: Config, rank: int, world_size: int) -> Path:
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history, replay = [], []
         nothing = WeightedChunks.empty(
-            policy.config.cameras, config.task.image_size, policy.config.action_horizon
+            env_runner.cameras, config.task.image_size, policy.config.action_horizon
         )
         for step in range(config.training.num_train_steps):
             collection, collected = distributed_collect_batches(env_runner, rollouts, acting, step)

@@ -451,7 +451,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
         history, replay = [], []
         nothing = WeightedChunks.empty(
-            policy.config.cameras, config.task.image_size, policy.config.action_horizon
+            env_runner.cameras, config.task.image_size, policy.config.action_horizon
         )
         for step in range(config.training.num_train_steps):
             step_started, lr = time.monotonic(), schedule.get_last_lr()[0]

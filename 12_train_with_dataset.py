@@ -75,7 +75,7 @@ from pi0.ript.metrics import TensorBoard, append_line, flatten
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import film_before_after, new_run_dir, score, write_json, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
-from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
+from pi0.ript.rollout_stats import RolloutStats, state_name
 from pi0.stats import format_rate
 
 
@@ -84,6 +84,7 @@ class LiberoInitStateDataset(Dataset):
 
     def __init__(self, pools: list[InitStatePool]):
         self.pools = pools
+        self.stats = RolloutStats(None, skip_threshold=2)  # the generator that practises them brings its own
         self.starts: list[Start] = [(pool, index) for pool in pools for index in range(len(pool))]
 
     def __len__(self) -> int:
@@ -114,13 +115,11 @@ class TaskAwareSampler(Sampler[list[int]]):
     which the statistics pass over solved ones.
     """
 
-    def __init__(
-        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
-    ):
+    def __init__(self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int):
         pools = dataset.pools
+        self.dataset = dataset
         self.pools = pools
         self.group_size = group_size
-        self.stats = stats
         self.credit = [0.0] * len(pools)
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
@@ -129,7 +128,7 @@ class TaskAwareSampler(Sampler[list[int]]):
             raise ConfigError(
                 f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
             )
-        self.names = [state_name(pool, index) for pool, index in dataset.starts]
+        self.names = [state_name(pool.task, pool.states[index]) for pool, index in dataset.starts]
         self.skipped: dict[str, list[int]] = {}
 
     def next_task(self) -> int:
@@ -150,7 +149,7 @@ class TaskAwareSampler(Sampler[list[int]]):
         while len(starts) < self.group_size:
             index = ring[self.init_state_cursor[task] % len(ring)]
             self.init_state_cursor[task] += 1
-            if self.stats.pass_over(self.names[index]):
+            if self.dataset.stats.pass_over(self.names[index]):
                 self.skipped.setdefault(name, [0])[0] += 1
             else:
                 starts.append(index)
@@ -161,21 +160,11 @@ class TaskAwareSampler(Sampler[list[int]]):
             yield self.smart_sample_group()
 
     def record(self, collection: Collection) -> None:
-        """Remember what the policy solved."""
+        """Remember which tasks the policy solved."""
         for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
-            outcomes: dict[int, list[bool]] = {}
-            for episode in episodes:
-                index = episode.rollout.init_index
-                outcomes.setdefault(index, []).append(episode.success)
-            for index, visit in outcomes.items():
-                self.stats.record(state_name(pool, index), sum(visit), len(visit))
-            if episodes:
-                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
-        try:
-            self.stats.save()
-        except StatsError as error:
-            print(f"statistics not saved: {error}")
+            outcomes = [episode.success for episode in collection.tried if episode.rollout.task == pool.task]
+            if outcomes:
+                self.success_rate[number] = sum(outcomes) / len(outcomes)
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -454,14 +443,10 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             on_rank_zero(env_runner.training_states, algo.train_init_states, seed)
         )
         print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
-        stats_path = algo.rollout_stats_path or run_dir / "rollout_stats.json"
         sampler = TaskAwareSampler(
             dataset,
             DistributedSampler(dataset, world_size, rank, shuffle=False),
             1 if algo.group_by == "state" else algo.rloo_batch_size,
-            RolloutStats(
-                stats_path if algo.enable_rollout_stats_tracking else None, algo.rollout_skip_threshold
-            ),
         )
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn_state)
         print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
@@ -471,6 +456,10 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             init_state_dataset=dataset,
             rollouts_per_env=algo.rloo_batch_size,
             enable_dynamic_sampling=algo.enable_dynamic_sampling,
+            rollout_skip_threshold=algo.rollout_skip_threshold,
+            enable_rollout_stats_tracking=algo.enable_rollout_stats_tracking,
+            rollout_stats_path=algo.rollout_stats_path or run_dir / "rollout_stats.json",
+            use_val_init=algo.use_val_init,
             num_groups=algo.data_batch_size // algo.rloo_batch_size,
             max_groups=algo.max_sampling_attempts,
             seed=seed,
@@ -498,16 +487,15 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
         history, replay = [], []
         evaluations = []
-        validation = None
-        if algo.use_val_init and evaluation.periodic_episodes:
-            validation = on_rank_zero(env_runner.validation_states, evaluation.periodic_episodes)
+        validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
-            policy.config.cameras, config.task.image_size, policy.config.action_horizon
+            env_runner.cameras, config.task.image_size, policy.config.action_horizon
         )
         for step in range(config.training.num_train_steps):
             step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
             collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
             sampler.record(collection)
+            rollouts.record(collection)
             chunks = adapter.weigh(collection.episodes, collection.advantages)
             replay = (replay + [chunks])[-algo.replay_iterations :]
             usable = [part for part in replay if part is not None]

@@ -93,7 +93,7 @@ from pi0.ript.report import (
     write_report,
 )
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
-from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
+from pi0.ript.rollout_stats import RolloutStats, state_name
 from pi0.ript.sharding import shard, whole
 from pi0.ript.training_state import TrainingState
 from pi0.stats import format_rate
@@ -104,6 +104,7 @@ class LiberoInitStateDataset(Dataset):
 
     def __init__(self, pools: list[InitStatePool]):
         self.pools = pools
+        self.stats = RolloutStats(None, skip_threshold=2)  # the generator that practises them brings its own
         self.starts: list[Start] = [(pool, index) for pool in pools for index in range(len(pool))]
 
     def __len__(self) -> int:
@@ -134,13 +135,11 @@ class TaskAwareSampler(Sampler[list[int]]):
     which the statistics pass over solved ones.
     """
 
-    def __init__(
-        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
-    ):
+    def __init__(self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int):
         pools = dataset.pools
+        self.dataset = dataset
         self.pools = pools
         self.group_size = group_size
-        self.stats = stats
         self.credit = [0.0] * len(pools)
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
@@ -149,7 +148,7 @@ class TaskAwareSampler(Sampler[list[int]]):
             raise ConfigError(
                 f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
             )
-        self.names = [state_name(pool, index) for pool, index in dataset.starts]
+        self.names = [state_name(pool.task, pool.states[index]) for pool, index in dataset.starts]
         self.skipped: dict[str, list[int]] = {}
 
     def next_task(self) -> int:
@@ -170,7 +169,7 @@ class TaskAwareSampler(Sampler[list[int]]):
         while len(starts) < self.group_size:
             index = ring[self.init_state_cursor[task] % len(ring)]
             self.init_state_cursor[task] += 1
-            if self.stats.pass_over(self.names[index]):
+            if self.dataset.stats.pass_over(self.names[index]):
                 self.skipped.setdefault(name, [0])[0] += 1
             else:
                 starts.append(index)
@@ -181,32 +180,22 @@ class TaskAwareSampler(Sampler[list[int]]):
             yield self.smart_sample_group()
 
     def record(self, collection: Collection) -> None:
-        """Remember what the policy solved."""
+        """Remember which tasks the policy solved."""
         for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
-            outcomes: dict[int, list[bool]] = {}
-            for episode in episodes:
-                index = episode.rollout.init_index
-                outcomes.setdefault(index, []).append(episode.success)
-            for index, visit in outcomes.items():
-                self.stats.record(state_name(pool, index), sum(visit), len(visit))
-            if episodes:
-                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
-        try:
-            self.stats.save()
-        except StatsError as error:
-            print(f"statistics not saved: {error}")
+            outcomes = [episode.success for episode in collection.tried if episode.rollout.task == pool.task]
+            if outcomes:
+                self.success_rate[number] = sum(outcomes) / len(outcomes)
 
     def state_dict(self) -> dict:
         """Where the sampler is and what it remembers."""
         names = ("credit", "success_rate", "init_state_cursor")
-        return {**{name: getattr(self, name) for name in names}, "stats": self.stats.state_dict()}
+        return {**{name: getattr(self, name) for name in names}, "stats": self.dataset.stats.state_dict()}
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Go on from one state; of several ranks' states the memories are joined and the rings start anew."""
         for name in ("credit", "success_rate") + (("init_state_cursor",) if len(states) == 1 else ()):
             setattr(self, name, states[0][name])
-        self.stats.load_state_dict([state["stats"] for state in states])
+        self.dataset.stats.load_state_dict([state["stats"] for state in states])
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -399,6 +388,8 @@ def setup_signal_handlers(env_runner: LIBEROEnvRunner, watch: RankWatch | None) 
 def monitor_memory(history: list[dict]) -> None:
     """Collect garbage, and warn at each new high that is more than half above the size after the third step."""
     gc.collect()
+    if not gc.get_freeze_count():
+        gc.freeze()  # what imports have made stays, and need not be looked through each time
     sizes = [row["memory"]["rss_mb"] + row["memory"]["workers_mb"] for row in history[2:]]
     if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
         print(f"memory has grown from {sizes[0]:.0f} to {sizes[-1]:.0f} MB since step {history[2]['step']}")
@@ -589,14 +580,10 @@ def train(
         )
         print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
         cotraining = load_cotraining(config, policy, env_runner.tasks)
-        stats_path = algo.rollout_stats_path or run_dir / "rollout_stats.json"
         sampler = TaskAwareSampler(
             dataset,
             DistributedSampler(dataset, world_size, rank, shuffle=False),
             1 if algo.group_by == "state" else algo.rloo_batch_size,
-            RolloutStats(
-                stats_path if algo.enable_rollout_stats_tracking else None, algo.rollout_skip_threshold
-            ),
         )
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn_state)
         print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
@@ -606,6 +593,10 @@ def train(
             init_state_dataset=dataset,
             rollouts_per_env=algo.rloo_batch_size,
             enable_dynamic_sampling=algo.enable_dynamic_sampling,
+            rollout_skip_threshold=algo.rollout_skip_threshold,
+            enable_rollout_stats_tracking=algo.enable_rollout_stats_tracking,
+            rollout_stats_path=algo.rollout_stats_path or run_dir / "rollout_stats.json",
+            use_val_init=algo.use_val_init,
             num_groups=algo.data_batch_size // algo.rloo_batch_size,
             max_groups=algo.max_sampling_attempts,
             seed=seed,
@@ -631,9 +622,11 @@ def train(
         state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
         if resume and load_checkpoint(store, state, rank, world_size, seed):
             started -= state.facts["seconds"]
+            adapter.passes = state.facts["passes"]
         on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
         held |= {"state": state, "of_rank": state.of_rank()}
-        state.facts |= {"wandb_run_id": run.id if run else None, "seconds": time.monotonic() - started}
+        state.facts |= {"wandb_run_id": run.id if run else None, "passes": adapter.passes}
+        state.facts["seconds"] = time.monotonic() - started
         if "before" in state.facts:
             before = env_runner.restore_result(state.facts["before"])
         else:
@@ -642,11 +635,9 @@ def train(
         on_rank_zero(attempt, write_json, run_dir / "protocol.json", before.protocol)
         history, replay, evaluations = state.history, state.replay, state.evaluations
         rollbacks, diverged = 0, -1
-        validation = None
-        if algo.use_val_init and evaluation.periodic_episodes:
-            validation = on_rank_zero(env_runner.validation_states, evaluation.periodic_episodes)
+        validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
-            policy.config.cameras, config.task.image_size, policy.config.action_horizon
+            env_runner.cameras, config.task.image_size, policy.config.action_horizon
         )
         evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
         if state.step == 0:
@@ -656,6 +647,7 @@ def train(
             collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
             interrupts.check_together(collection.abandoned)
             sampler.record(collection)
+            rollouts.record(collection)
             chunks = adapter.weigh(collection.episodes, collection.advantages)
             replay = (replay + [chunks])[-algo.replay_iterations :]
             usable = [part for part in replay if part is not None]
@@ -699,7 +691,7 @@ def train(
             metrics |= {"lr": lr, "phases": phases, "memory": memory}
             history.append(metrics)
             state.step, state.replay = step + 1, replay
-            state.facts["seconds"] = time.monotonic() - started
+            state.facts |= {"seconds": time.monotonic() - started, "passes": adapter.passes}
             held["of_rank"] = state.of_rank()
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)

@@ -24,7 +24,9 @@ from pi0.paths import REPO_ROOT
 
 # What needs a package is imported inside the check that needs it: a package may be what is missing.
 if TYPE_CHECKING:
+    from pi0 import PI0Policy
     from pi0.ript.config import Config
+    from pi0.ript.env.suites import Task
 
 OK, NOTE, STOP = "ok", "note", "stop"
 GIB = 2**30
@@ -215,13 +217,15 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     if config.task.replan_steps > network.action_horizon:
         mend = f"set task.replan_steps to {network.action_horizon} or less"
         yield Finding(STOP, "checkpoint", f"task.replan_steps is {config.task.replan_steps}", mend)
-    prompt = find_tasks(config.task.benchmark_name, config.task.chosen)[0].prompt
+    tasks = find_tasks(config.task.benchmark_name, config.task.chosen)
+    if config.algo.cotraining_path is not None:
+        yield _check_cotraining(config.algo.cotraining_path, policy, tasks)
     size = config.task.image_size
     image = np.zeros((1, size, size, 3), np.uint8)
     observation = {
         "images": dict.fromkeys(network.cameras, image),
         "state": np.zeros((1, network.robot_state_dim), np.float32),
-        "prompt": [prompt],
+        "prompt": [tasks[0].prompt],
     }
     policy.compiled = config.compile  # which may lack a compiler
     noise = torch.zeros(1, network.action_horizon, network.action_dim)
@@ -236,6 +240,16 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         yield Finding(STOP, "checkpoint", f"does not act: {error}", mend)
         return
     yield Finding(OK, "checkpoint", f"acts; {1e3 * (time.perf_counter() - start):.0f} ms a chunk on the CPU")
+
+
+def _check_cotraining(path: str, policy: "PI0Policy", tasks: "Sequence[Task]") -> Finding:
+    from pi0.ript.cotraining import find_demonstrations
+
+    try:
+        _, indices = find_demonstrations(path, policy, tasks)
+    except (OSError, ValueError) as error:
+        return Finding(STOP, "demonstrations", str(error), "correct algo.cotraining_path, or leave it out")
+    return Finding(OK, "demonstrations", f"{path}: {len(indices)} of the {len(tasks)} tasks")
 
 
 def check_output(folder: Path) -> Iterator[Finding]:

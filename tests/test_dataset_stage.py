@@ -14,12 +14,13 @@ import yaml
 from torch.utils.data import DataLoader, DistributedSampler
 from worker_calls import open_tasks
 
+from pi0.errors import InputError
 from pi0.paths import REPO_ROOT
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import load_config
 from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
-from pi0.ript.rollout_stats import RolloutStats
+from pi0.ript.rollout_stats import state_name
 
 SCRIPT = REPO_ROOT / "12_train_with_dataset.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -57,13 +58,15 @@ def load_script():
 stage = load_script()
 
 
-def train(folder: Path, *overrides: str) -> tuple[str, Path]:
+def train(folder: Path, *overrides: str, processes: int = 1) -> tuple[str, Path]:
     """A run: what it printed, and its folder."""
     folder.mkdir(exist_ok=True)
     before = set(folder.glob("ript-*"))
     (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = [str(SCRIPT), "--config_path", str(folder / "config.yaml"), "--override", *overrides]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--config_path", str(folder / "config.yaml"), "--override", *overrides],
+        [sys.executable, *(launch if processes > 1 else []), *script],
         cwd=REPO_ROOT, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -94,6 +97,17 @@ class Wobbly:
         return 0.01 * noise[:, :, :7]
 
 
+class Watched(Wobbly):
+    """Keeps the noise keys in the order in which it was asked to act."""
+
+    def __init__(self):
+        self.keys = []
+
+    def noise(self, key):
+        self.keys.append(key)
+        return super().noise(key)
+
+
 @pytest.fixture(scope="module")
 def runner():
     previous = os.environ.get("PYTHONPATH")
@@ -119,18 +133,14 @@ def runner():
         yield runner
 
 
-def loader_of(runner, group_size: int, stats=None, ranks=(1, 0), count: int = 3):
+def loader_of(runner, group_size: int, ranks=(1, 0), count: int = 3):
     """Data set, sampler and loader over recorded states, as the script makes them over drawn ones."""
     pools = [
         type(pool)(pool.task, "training", pool.states[:count], {}) for pool in runner.evaluation_states()
     ]
     dataset = stage.LiberoInitStateDataset(pools)
-    sampler = stage.TaskAwareSampler(
-        dataset,
-        DistributedSampler(dataset, *ranks, shuffle=False),
-        group_size,
-        stats or RolloutStats(None, 2),
-    )
+    ring = DistributedSampler(dataset, *ranks, shuffle=False)
+    sampler = stage.TaskAwareSampler(dataset, ring, group_size)
     return dataset, sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=stage.collate_fn_state)
 
 
@@ -162,6 +172,68 @@ def test_step_2_rollouts_are_collected_by_initial_state(runner):
         assert len({(e.rollout.task.index, e.rollout.init_index) for e in group.episodes}) == 1
         assert len({e.actions.tobytes() for e in group.episodes}) == 4
     assert [len(group.episodes) for group in collection.groups] == [4, 4]
+
+
+def test_step_2_the_generator_takes_what_the_description_names_and_is_ended_by_cleanup(tmp_path):
+    with LIBEROEnvRunner(
+        "libero_10",
+        [0, 1],
+        cameras=("base_0_rgb",),
+        image_size=32,
+        chunk=10,
+        replan_steps=10,
+        num_parallel_envs=2,
+        settle_steps=0,
+        assets="standins",
+    ) as env_runner:
+        dataset, sampler, loader = loader_of(env_runner, group_size=1)
+        rollouts = RolloutGenerator(
+            env_runner=env_runner,
+            rollouts_per_env=2,
+            num_envs=1,
+            max_steps=15,  # two chunks
+            agent_gpus=[0],
+            init_state_dataloader=loader,
+            init_state_dataset=dataset,
+            enable_dynamic_sampling=False,
+            rollout_skip_threshold=1,
+            enable_rollout_stats_tracking=True,
+            rollout_stats_path=tmp_path / "stats.json",
+            use_val_init=True,
+            num_groups=4,
+            max_groups=4,
+            seed=0,
+            reward=lambda episode: 1.0,
+        )
+        watched = Watched()
+        collection = rollouts.generate_rollouts(watched, step=0)
+        assert [episode.steps for episode in collection.episodes] == [15] * 8
+        in_turn = [(*e.rollout.noise_key, look) for e in collection.episodes for look in (0, 1)]
+        assert watched.keys == in_turn, "one environment: each rollout begins when the one before has ended"
+        # Solved, by what the generator is told, on as many visits as it takes: passed over when their turn comes.
+        for episode in collection.tried:
+            episode.success = True
+        rollouts.record(collection)
+        visited = [(e.rollout.task.index, e.rollout.init_index) for e in collection.tried[::2]]
+        again = rollouts.generate_rollouts(Wobbly(), step=1)
+        after = [(e.rollout.task.index, e.rollout.init_index) for e in again.tried[::2]]
+        assert visited == [(0, 0), (1, 0), (0, 1), (1, 1)]
+        assert after[:2] == [(0, 2), (1, 2)]
+        assert sampler.skipped == {task.name: [2] for task in env_runner.tasks}
+        assert [pool.kind for pool in rollouts.validation_states(1)] == ["training", "training"]
+        for episode in again.tried:
+            rollouts.stats.record(state_name(episode.rollout.task, episode.rollout.init), 0, 1)
+        workers = env_runner.pool.processes
+        rollouts.cleanup()
+        written = json.loads((tmp_path / "stats.json").read_text())["states"]
+        assert sum(len(visits) for visits in written.values()) == 4 + 8
+        assert env_runner.pool.processes == []
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_step_2_several_gpus_for_one_rank_are_refused_with_the_way_to_use_them(runner):
+    with pytest.raises(InputError, match="torchrun --nproc_per_node=2"):
+        RolloutGenerator(runner, agent_gpus=[0, 1], num_groups=1, max_groups=1, seed=0)
 
 
 # 3 ------------------------------------------------------------------------------------------------------
@@ -250,6 +322,29 @@ def test_step_6_ranks_share_the_states_of_every_task(runner):
 def test_step_6_too_few_states_for_the_ranks_is_an_error_that_says_so(runner):
     with pytest.raises(stage.ConfigError, match="train_init_states"):
         loader_of(runner, 1, ranks=(4, 3), count=1)
+
+
+def test_step_6_two_processes_practise_states_of_their_own_and_count_together(tmp_path):
+    output, run_dir = train(
+        tmp_path,
+        "algo.use_val_init=true",
+        "training.num_train_steps=1",
+        "algo.data_batch_size=4",
+        processes=2,
+    )
+    (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    collected = re.findall(r"rank (\d): (\d+) trajectories, (\d+) solved", output)
+    assert [rank for rank, _, _ in collected] == ["0", "1"]
+    assert sum(int(rollouts) for _, rollouts, _ in collected) == row["rollouts"]
+    assert f"{row['groups'] + row['dropped_groups']} groups tried, {row['groups']} kept" in output
+    visits = json.loads((run_dir / "rollout_stats.json").read_text())["states"]
+    assert sum(rollouts for seen in visits.values() for _, rollouts in seen) == 4 * (
+        row["groups"] + row["dropped_groups"]
+    )
+    assert len(visits) == row["groups"] + row["dropped_groups"], "no state has met both ranks"
+    (evaluation,) = json.loads((run_dir / "metrics.json").read_text())
+    assert "validation" in evaluation["protocol"]["init_states"]
+    assert len(json.loads((run_dir / "results.json").read_text())["after"]["outcomes"]) == 2
 
 
 # 7 ------------------------------------------------------------------------------------------------------

@@ -5,12 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+from recordings import FPS, make_demonstration
 
 from pi0 import PI0Policy, doctor
+from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.doctor import NOTE, OK, STOP
 from pi0.model.config import Pi0Config
 from pi0.normalization import NormStats
 from pi0.ript.config import Config, TaskConfig
+from pi0.ript.env.suites import find_tasks
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,19 @@ def test_a_sound_checkpoint_is_loaded_and_acts(checkpoint):
 def test_a_missing_checkpoint_is_named(tmp_path):
     (line,) = stops(doctor.check_checkpoint(config_of(tmp_path / "nowhere")))
     assert "nowhere not found" in line and "correct policy_path" in line
+
+
+def test_demonstrations_to_learn_from_are_looked_at(checkpoint, tmp_path):
+    config = config_of(checkpoint)
+    config.algo.cotraining_path = str(tmp_path / "nowhere")
+    (line,) = stops(doctor.check_checkpoint(config))
+    assert "nowhere" in line and "algo.cotraining_path" in line
+    config.algo.cotraining_path = str(tmp_path / "set")
+    with LeRobotWriter(tmp_path / "set", FPS) as writer:
+        writer.add(make_demonstration(12, 0, find_tasks("libero_spatial", [3])[0].prompt))
+    findings = list(doctor.check_checkpoint(config))
+    assert not stops(findings)
+    assert f"{tmp_path / 'set'}: 1 of the 1 tasks" in [finding.text for finding in findings]
 
 
 def test_truncated_weights_are_found(broken):

@@ -27,10 +27,18 @@ SMALL = [
 ]  # fmt: skip
 
 
-def start(output_dir: Path, *overrides: str, **options) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), "--config_path", "configs/stage11_ript_vla.yaml", "--override"]
+def start(output_dir: Path, *overrides: str, processes: int = 1, **options) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = [str(SCRIPT), "--config_path", "configs/stage11_ript_vla.yaml", "--override"]
     return subprocess.Popen(
-        [*command, *SMALL, f"output_dir={output_dir}", *overrides],
+        [
+            sys.executable,
+            *(launch if processes > 1 else []),
+            *script,
+            *SMALL,
+            f"output_dir={output_dir}",
+            *overrides,
+        ],
         cwd=REPO_ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -67,6 +75,25 @@ def test_the_log_has_every_line_of_the_console_and_of_a_progress_bar_only_the_la
     bars = [line for line in log.splitlines() if line.startswith("rollouts 0:")]
     assert len(bars) == 1
     assert "8/8" in bars[0]
+
+
+def test_each_process_has_a_log_of_its_own_and_one_of_them_the_rest(tmp_path):
+    output, _ = (
+        process := start(tmp_path, "task.task_names_to_use=[3, 8]", "training.num_train_steps=1", processes=2)
+    ).communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    (run_dir,) = tmp_path.glob("stage11_ript_vla-*")
+    first, second = ((run_dir / f"train_rank{rank}.log").read_text() for rank in (0, 1))
+    assert "iteration 0: " in first
+    assert "iteration 0: " in second
+    assert output.count("iteration 0: ") == 1, "the console hears one process"
+    (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert row["rollouts"] == 16
+    assert {name: count for name, (_, count) in row["tasks"].items()} == dict.fromkeys(row["tasks"], 8)
+    assert len(row["tasks"]) == 2
+    assert len(list((run_dir / "tensorboard").glob("events.out.tfevents.*"))) == 1
+    assert output.count("WandB initialised") == 1
+    assert (run_dir / "report.html").is_file()
 
 
 def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):

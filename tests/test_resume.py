@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from stage_13_runs import (
+    CHECKPOINT,
     STEPS,
     assert_same,
     finish,
@@ -152,6 +153,26 @@ def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, 
     other, _ = CheckpointStore(run_of(straight_of_two) / "checkpoints", 2).newest_valid()
     trained, copied = (load_file(path / "training.safetensors") for path in (newest, other))
     assert all(torch.allclose(trained[name], copied[name], atol=1e-5) for name in copied)
+
+
+def test_shards_of_a_policy_that_trains_in_part_learn_what_its_copies_learn(tmp_path):
+    lora = ["--override", "training.trainable=lora", "training.num_train_steps=2", "algo.lr=0.01"]
+    finish(start(tmp_path / "copies", *lora, processes=2))
+    kill_after_a_step(tmp_path / "shards", *lora, "training.use_fsdp=true")
+    finish(start(tmp_path / "shards", "--resume", *lora, "training.use_fsdp=true", processes=2))
+    ours, theirs = outcome(tmp_path / "shards"), outcome(tmp_path / "copies")
+    assert len(theirs["rows"]) == 2
+    for mine, other in zip(ours["rows"], theirs["rows"], strict=True):
+        assert mine["successes"] == other["successes"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    before = load_file(CHECKPOINT / "model.safetensors")
+    after = load_file(run_of(tmp_path / "shards") / "policy" / "model.safetensors")
+    moved = [
+        name for name, tensor in before.items() if name in after and not torch.equal(tensor, after[name])
+    ]
+    assert moved == [], "what is frozen stays"
+    assert any(name.endswith("lora_b") and tensor.any() for name, tensor in after.items())
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from pi0 import PI0Policy
-from pi0.data import DataError, open_demonstrations
+from pi0.data import DataError, DemonstrationSet, open_demonstrations
 from pi0.model.network import POSITIVE
 from pi0.ript.cfg_adapter import WeightedChunks
 from pi0.ript.chunks import Chunks
 from pi0.ript.config import Config
+from pi0.ript.env.rendering import CAMERAS
 from pi0.ript.env.suites import Task
 from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks
 
@@ -37,6 +38,25 @@ class Cotraining:
         return WeightedChunks(self._chunks[index], weights, torch.full((self._count,), POSITIVE))
 
 
+def find_demonstrations(
+    path: str, policy: PI0Policy, tasks: Sequence[Task]
+) -> tuple[DemonstrationSet, list[int]]:
+    """The data set at `path`, and which of its demonstrations are of `tasks`.
+
+    Raises:
+        DataError: it cannot be read, or shows other tasks or cameras.
+    """
+    recorded = open_demonstrations(path)
+    cameras = [name for name in policy.config.cameras if name in CAMERAS]
+    if set(recorded.cameras) != set(cameras):
+        raise DataError(
+            f"algo.cotraining_path = {path!r} was seen by {', '.join(recorded.cameras)}; the policy "
+            f"looks through {', '.join(cameras)}"
+        )
+    by_task = demonstrations_of_tasks(recorded, tasks, len(recorded))
+    return recorded, [index for found in by_task.values() for index in found]
+
+
 def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) -> Cotraining | None:
     """The demonstrations of `tasks` that the configuration asks for, in memory; None where it asks for none.
 
@@ -46,14 +66,7 @@ def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) ->
     algo = config.algo
     if algo.cotraining_path is None:
         return None
-    recorded = open_demonstrations(algo.cotraining_path)
-    if set(recorded.cameras) != set(policy.config.cameras):
-        raise DataError(
-            f"algo.cotraining_path = {algo.cotraining_path!r} was seen by {', '.join(recorded.cameras)}; the policy "
-            f"looks through {', '.join(policy.config.cameras)}"
-        )
-    by_task = demonstrations_of_tasks(recorded, tasks, len(recorded))
-    indices = [index for found in by_task.values() for index in found]
+    recorded, indices = find_demonstrations(algo.cotraining_path, policy, tasks)
     chunks = load_chunks(
         recorded,
         indices,

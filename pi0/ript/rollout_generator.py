@@ -6,10 +6,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from pi0.errors import InputError
 from pi0.progress import progress
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.env.episodes import Episode, Rollout
@@ -18,6 +20,7 @@ from pi0.ript.env.pool import Phases, Policy
 from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
 from pi0.ript.interrupts import Interrupted
 from pi0.ript.rewards import BinarySuccessReward
+from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
 
 # A place to start an episode: a pool of initial states and an index into it.
 Start = tuple[InitStatePool, int]
@@ -25,6 +28,9 @@ Start = tuple[InitStatePool, int]
 
 class InitStates(Protocol):
     """A data set of initial states, as a loader's batches name them."""
+
+    # What the generator knows of them, for the loader's sampler to consult.
+    stats: RolloutStats
 
     def start(self, index: int) -> Start:
         """Where item `index` starts an episode."""
@@ -172,14 +178,25 @@ class RolloutGenerator:
         next_group: gives the starts of the next group, K of them; or in its place:
         init_state_dataloader: its endless batches name states of `init_state_dataset`, which share a group of
             `rollouts_per_env` rollouts evenly: one state, K times, or K states of a task.
+        num_envs: environments used at once; None for all that the runner has.
+        max_steps: control steps an episode may take; None for the runner's own limit.
+        agent_gpus: GPU on which the policy acts, one at most: a rank acts where it learns, and torchrun starts
+            one for each GPU.
         num_groups: groups wanted in an iteration.
         max_groups: groups tried at most, unless all were dropped; reached with dynamic sampling or broken
             simulations.
         enable_dynamic_sampling: drop unanimous groups and try others in their place.
+        rollout_skip_threshold: visits solved in a row after which a state of `init_state_dataset` is passed over.
+        enable_rollout_stats_tracking: keep the success history of states in a file, not in memory alone.
+        rollout_stats_path: that file, which grows from run to run (`pi0.ript.rollout_stats`).
+        use_val_init: `validation_states` draws states for periodic evaluation.
         shuffle_advantages: deal the advantages of a group to its episodes at random: a control that shows
             whether it is the reward that teaches.
         time_limit_s: no further groups are tried after this long.
         seed: of the policy's noise, together with step, task, state and repetition.
+    Raises:
+        InputError: several `agent_gpus`.
+        StatsError: the statistics file is there and not one.
     """
 
     def __init__(
@@ -190,19 +207,39 @@ class RolloutGenerator:
         init_state_dataloader: Iterable[dict[str, Any]] = (),
         init_state_dataset: InitStates | None = None,
         rollouts_per_env: int = 0,
+        num_envs: int | None = None,
+        max_steps: int | None = None,
+        agent_gpus: Sequence[int] | None = None,
         num_groups: int,
         max_groups: int,
         seed: int,
         enable_dynamic_sampling: bool = False,
+        rollout_skip_threshold: int = 2,
+        enable_rollout_stats_tracking: bool = False,
+        rollout_stats_path: str | Path | None = None,
+        use_val_init: bool = False,
         shuffle_advantages: bool = False,
         time_limit_s: float = 3600.0,
         reward: Callable[[Episode], float] | None = None,
     ):
+        if agent_gpus is not None and len(agent_gpus) > 1:
+            raise InputError(
+                f"agent_gpus = {list(agent_gpus)}: a rank acts on one GPU; start one rank for each with "
+                f"torchrun --nproc_per_node={len(agent_gpus)}"
+            )
         self.env_runner = env_runner
         self.next_group = next_group or self._next_batch
         self._batches = iter(init_state_dataloader)
         self._states = init_state_dataset
         self._rollouts_per_env = rollouts_per_env
+        self.num_envs = num_envs
+        self.max_steps = max_steps
+        self.use_val_init = use_val_init
+        self.stats = RolloutStats(
+            rollout_stats_path if enable_rollout_stats_tracking else None, rollout_skip_threshold
+        )
+        if init_state_dataset is not None:
+            init_state_dataset.stats = self.stats
         self.num_groups = num_groups
         self.max_groups = max_groups
         self.seed = seed
@@ -250,6 +287,30 @@ class RolloutGenerator:
         collection.lost_workers = [str(loss) for loss in self.env_runner.pool.losses[losses:]]
         return collection
 
+    def record(self, collection: Collection) -> None:
+        """Add to the statistics how often each state was solved; all its rollouts in an iteration are one visit."""
+        visits: dict[str, list[bool]] = {}
+        for episode in collection.tried:
+            rollout = episode.rollout
+            visits.setdefault(state_name(rollout.task, rollout.init), []).append(episode.success)
+        for name, outcomes in visits.items():
+            self.stats.record(name, sum(outcomes), len(outcomes))
+        try:
+            self.stats.save()
+        except StatsError as error:
+            print(f"statistics not saved: {error}")
+
+    def validation_states(self, count: int) -> list[InitStatePool] | None:
+        """`count` states of each task for periodic evaluation; None for LIBERO's recorded ones, or where it is 0."""
+        return self.env_runner.validation_states(count) if self.use_val_init and count else None
+
+    def cleanup(self) -> None:
+        """Write what statistics there are, close the environments and end their processes."""
+        try:
+            self.stats.save()
+        finally:
+            self.env_runner.cleanup()
+
     def _run_groups(
         self, policy: Policy, step: int, first: int, count: int, record: int
     ) -> list[list[Episode]]:
@@ -260,10 +321,10 @@ class RolloutGenerator:
             groups.append(range(len(rollouts), len(rollouts) + len(starts)))
             for repetition, (states, index) in enumerate(starts):
                 key = (TRAINING, self.seed, step, number, states.task.index, index, repetition)
-                rollouts.append(self.env_runner.rollout(states, index, key, record))
+                rollouts.append(self.env_runner.rollout(states, index, key, record, self.max_steps))
         episodes: dict[int, Episode] = {}
         with progress(total=len(rollouts), label=f"rollouts {step}", unit="episode") as bar:
-            for index, episode in self.env_runner.run_policy_in_env(policy, rollouts):
+            for index, episode in self.env_runner.run_policy_in_env(policy, rollouts, num_envs=self.num_envs):
                 episodes[index] = episode
                 bar.update(1, f"{sum(e.success for e in episodes.values())} solved")
         return [[episodes[index] for index in group] for group in groups]

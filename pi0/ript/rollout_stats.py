@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pi0.errors import InputError
-from pi0.ript.env.init_states import InitStatePool, state_hash
+from pi0.ript.env.init_states import state_hash
+from pi0.ript.env.stepping import InitState
+from pi0.ript.env.suites import Task
 
 FORMAT = 1
 # A visit: [successes, rollouts] of all rollouts from the state in one iteration.
@@ -22,9 +24,9 @@ class StatsError(InputError):
     """A statistics file cannot be read or written."""
 
 
-def state_name(pool: InitStatePool, index: int) -> str:
+def state_name(task: Task, init: InitState) -> str:
     """What names a state across runs: suite, task and hash of the recorded state, joined by `/`."""
-    return f"{pool.task.suite}/{pool.task.index}/{state_hash(pool.states[index].state)}"
+    return f"{task.suite}/{task.index}/{state_hash(init.state)}"
 
 
 class RolloutStats:

@@ -185,16 +185,23 @@ class RolloutPool:
         self._workers = [_Process(spec, number) for number in range(workers or usable_cores())]
 
     def run(
-        self, policy: Policy, rollouts: Sequence[Rollout], replan_steps: int
+        self,
+        policy: Policy,
+        rollouts: Sequence[Rollout],
+        replan_steps: int,
+        num_envs: int | None = None,
     ) -> Iterator[tuple[int, Episode]]:
         """Run rollouts, each as soon as a slot is free.
 
         Args:
             policy: acts on batches of exactly `spec.slots` observations.
             replan_steps: actions of a chunk carried out before the policy looks again.
+            num_envs: rollouts that run at once, at most; None for all slots of all workers.
         Yields:
             (index into `rollouts`, finished episode), in order of completion.
         """
+        if num_envs is not None and num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}; at least one environment is needed")
         if not 1 <= replan_steps <= self.spec.chunk:
             raise ValueError(
                 f"replan_steps is {replan_steps}, the policy's chunks have 1 to {self.spec.chunk} actions"
@@ -205,11 +212,14 @@ class RolloutPool:
             worker.number: {} for worker in self._workers
         }
         attempts = [1] * len(rollouts)
+        workers = self._workers if num_envs is None else self._workers[:num_envs]
         # Few rollouts are dealt evenly, so that all workers have some.
-        slots_used = min(self.spec.slots, -(-len(rollouts) // len(self._workers)))
+        slots_used = min(self.spec.slots, -(-len(rollouts) // len(workers)))
+        if num_envs is not None:
+            slots_used = min(slots_used, num_envs // len(workers))
         self.phases, waited = Phases(), 0.0
         try:
-            for worker in self._workers:
+            for worker in workers:
                 self._refill(worker, running[worker.number], waiting, [], slots_used, replan_steps)
             while any(running.values()):
                 self.check()

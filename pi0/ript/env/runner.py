@@ -25,6 +25,7 @@ from pi0.ript.env.init_states import (
     with_demonstrated,
 )
 from pi0.ript.env.pool import Policy, RolloutPool
+from pi0.ript.env.rendering import CAMERAS
 from pi0.ript.env.suites import Task, find_tasks
 from pi0.ript.env.worker import Worker, WorkerSpec
 from pi0.ript.interrupts import Interrupted, Interrupts
@@ -87,6 +88,7 @@ class LIBEROEnvRunner:
     """Runs episodes of LIBERO tasks in parallel worker processes.
 
     Attributes:
+        cameras: those of the policy's cameras that LIBERO has; episodes hold their images.
         tasks: all tasks of the run, which are scored.
         assigned_tasks: those that this rank practises; all of them unless the run is distributed.
         task_cursor: turns taken, counted in assigned tasks.
@@ -98,7 +100,8 @@ class LIBEROEnvRunner:
     Args:
         benchmark_name: suite, e.g. `libero_spatial`.
         task_names_to_use: names or indices; empty for every task of the suite.
-        cameras: policy camera names, in the policy's order.
+        cameras: names of the policy's cameras, in its order; those that LIBERO has not, as the right wrist of
+            published checkpoints, are left out, for the policy to mask.
         image_size: pixels a side.
         chunk: actions in one of the policy's chunks.
         replan_steps: actions of a chunk carried out before the policy looks again. openpi's LIBERO script
@@ -134,6 +137,11 @@ class LIBEROEnvRunner:
         max_open_tasks: int = 10,
         demonstrations: str | None = None,
     ):
+        self.cameras = tuple(name for name in cameras if name in CAMERAS)
+        if not self.cameras:
+            raise InputError(
+                f"the policy looks through {', '.join(cameras) or 'no camera'}; LIBERO has {', '.join(CAMERAS)}"
+            )
         self.benchmark_name = benchmark_name
         self.tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
         self.assigned_tasks = self.tasks
@@ -149,7 +157,7 @@ class LIBEROEnvRunner:
         self.pool = RolloutPool(
             WorkerSpec(
                 assets=resolve_assets(assets),
-                cameras=tuple(cameras),
+                cameras=self.cameras,
                 image_size=image_size,
                 render=render,
                 slots=rollouts_per_env,
@@ -213,32 +221,41 @@ class LIBEROEnvRunner:
     # Episodes ------------------------------------------------------------------------------------
 
     def rollout(
-        self, states: InitStatePool, index: int, noise_key: Iterable[int], record: int = 0
+        self,
+        states: InitStatePool,
+        index: int,
+        noise_key: Iterable[int],
+        record: int = 0,
+        max_steps: int | None = None,
     ) -> Rollout:
-        """A rollout from one state of a pool, under this runner's protocol."""
+        """A rollout from one state of a pool, under this runner's protocol, or cut off after `max_steps`."""
         return Rollout(
             task=states.task,
             init=states.states[index],
             init_index=index,
             noise_key=tuple(noise_key),
-            horizon=self.max_episode_length or states.task.horizon,
+            horizon=max_steps or self.max_episode_length or states.task.horizon,
             settle_steps=self.settle_steps,
             record=record,
         )
 
     def run_policy_in_env(
-        self, policy: Policy, rollouts: Sequence[Rollout], created_env: ParallelEnvs | None = None
+        self,
+        policy: Policy,
+        rollouts: Sequence[Rollout],
+        created_env: ParallelEnvs | None = None,
+        num_envs: int | None = None,
     ) -> Iterator[tuple[int, Episode]]:
         """Run rollouts in parallel; yields (index into `rollouts`, episode) as they finish.
 
-        They run in `created_env`, where given (`create_parallel_envs`), else in the runner's own pool. Raises
-        `Interrupted` when the run is asked to stop.
+        They run in `created_env`, where given (`create_parallel_envs`), else in the runner's own pool, `num_envs`
+        at once or as many as there are environments. Raises `Interrupted` when the run is asked to stop.
         With the environment variables of `pi0.ript.env.debug`, what happened is written besides.
         """
         debug = DebugOutput()
         prepared = [debug.prepare(rollout) for rollout in rollouts]
         pool = created_env[0] if created_env else self.pool
-        for index, episode in pool.run(policy, prepared, self.replan_steps):
+        for index, episode in pool.run(policy, prepared, self.replan_steps, num_envs):
             self._used(episode.rollout.task)
             debug.save(episode)
             yield index, episode
