@@ -7,6 +7,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION_HEIGHT = 24  # pixels
 
 
 def write_video(path: str | Path, frames: Sequence[np.ndarray], fps: int) -> None:
@@ -24,3 +27,10 @@ def write_video(path: str | Path, frames: Sequence[np.ndarray], fps: int) -> Non
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
+
+
+def captioned(frames: Sequence[np.ndarray], text: str) -> list[np.ndarray]:
+    """The same frames, uint8 [height, width, 3], below a white strip of 24 pixels with `text` in it."""
+    strip = Image.new("RGB", (frames[0].shape[1], CAPTION_HEIGHT), "white")
+    ImageDraw.Draw(strip).text((4, 4), text, fill="black", font=ImageFont.load_default(14))
+    return [np.concatenate([np.asarray(strip), frame]) for frame in frames]

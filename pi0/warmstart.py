@@ -56,7 +56,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--suite", default="libero_spatial", help="libero_spatial or libero_object have experts"
+        "--suite",
+        default="libero_spatial",
+        help="libero_spatial, libero_object, and tasks 0, 1, 4, 6, 7 of libero_10 have experts",
     )
     parser.add_argument("--tasks", nargs="+", default=["3", "8"], help="tasks by index or name")
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to")

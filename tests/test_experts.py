@@ -11,6 +11,7 @@ from pi0.ript.env.stepping import TaskSim
 from pi0.ript.env.suites import suite_tasks
 
 TASKS = [(suite, index) for suite in ("libero_spatial", "libero_object") for index in range(10)]
+TASKS += [("libero_10", index) for index in (0, 1, 4, 6, 7)]  # those that place two things
 
 
 @pytest.mark.parametrize(("suite", "index"), TASKS)
@@ -30,6 +31,24 @@ def test_a_task_without_an_expert_is_refused_by_name():
     sim = TaskSim(suite_tasks("libero_goal")[7], resolve_assets("standins"))
     with pytest.raises(NoExpertError, match="turn_on_the_stove"):
         PickAndPlace(sim)
+
+
+def test_two_things_are_placed_one_after_the_other():
+    task = suite_tasks("libero_10")[0]
+    sim = TaskSim(task, resolve_assets("standins"))
+    np.random.seed(1)
+    sim.reset(sim.draw_init_state(), settle_steps=10)
+    goals = sim.libero.parsed_problem["goal_state"]
+    expert = PickAndPlace(sim)
+    placed = []
+    for _ in range(task.horizon):
+        solved = sim.step(expert.action())
+        placed.append([bool(sim.libero._eval_predicate(goal)) for goal in goals])
+        if solved:
+            break
+    assert placed[-1] == [True, True]
+    assert [True, False] in placed
+    assert [False, True] not in placed
 
 
 def test_demonstrations_hold_what_the_policy_would_see_and_what_to_do():

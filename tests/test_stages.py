@@ -9,11 +9,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import yaml
 
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
+from pi0.video import CAPTION_HEIGHT
 
 STAGES = [
     "08_train_with_epochs.py",
@@ -171,7 +174,13 @@ def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs):
         assert 0 <= low <= results[when]["success_rate"] <= high <= 1
     assert results["protocol"]["assets"]["source"] == "standins"
     assert (run_dir / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert (run_dir / "before_after.mp4").stat().st_size > 1000
+    with av.open(str(run_dir / "before_after.mp4")) as film:
+        frame = next(film.decode(video=0)).to_ndarray(format="gray")
+    caption = frame[:CAPTION_HEIGHT]
+    for half in (caption[:, :256], caption[:, -256:]):
+        assert np.median(half) > 240
+        assert (half < 100).sum() > 50, "each side says whose it is"
+    assert np.median(frame[CAPTION_HEIGHT:]) < 240
     PI0Policy.from_pretrained(run_dir / "policy")
 
 

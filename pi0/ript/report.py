@@ -20,10 +20,11 @@ import yaml
 
 from pi0.errors import InputError
 from pi0.stats import format_rate, paired_difference, wilson_interval
-from pi0.video import write_video
+from pi0.video import captioned, write_video
 
 if TYPE_CHECKING:
     from pi0.ript.acting import ActingPolicy
+    from pi0.ript.env.episodes import Episode
     from pi0.ript.env.runner import EvaluationResult, LIBEROEnvRunner
 
 VIDEO_EPISODES = 3
@@ -309,9 +310,9 @@ def film_before_after(
     pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
     rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
     films = []
-    for acting in (acting_before, acting_after):
+    for when, acting in (("before", acting_before), ("after", acting_after)):
         episodes = dict(env_runner.run_policy_in_env(acting, rollouts))
-        films.append([episodes[index].video for index in range(len(rollouts))])
+        films.append([_titled(episodes[index], when) for index in range(len(rollouts))])
     frames = []
     for left, right in zip(*films, strict=True):
         length = max(len(left), len(right))
@@ -320,6 +321,11 @@ def film_before_after(
         frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
     write_video(run_dir / "before_after.mp4", frames, VIDEO_FPS)
     print(f"  {run_dir / 'before_after.mp4'}")
+
+
+def _titled(episode: Episode, when: str) -> list[np.ndarray]:
+    solved = "solved" if episode.success else "not solved"
+    return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")
 
 
 def _cpu_name() -> str:

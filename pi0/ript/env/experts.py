@@ -1,7 +1,7 @@
 """Scripted experts: solve pick-and-place tasks with privileged state through the policy's own 7-dim actions.
 
 They make the demonstrations from which the tiny policy is warm-started, for `libero_spatial` (bowl onto
-plate) and `libero_object` (grocery into basket).
+plate), `libero_object` (grocery into basket) and those tasks of `libero_10` that place two things after each other.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ SIDES = np.radians([90, -90, 60, 120, 30, 150, -60, -120, -30, -150])
 class Grasp:
     """How to take an object (m). The fingers open across its side, or along y if it is taken in the middle."""
 
-    side: float  # from the object's origin to the grasp, horizontally
+    side: float  # from the middle of the object to the grasp, horizontally
     height: float  # of the grasp above the object's origin
     release_height: float  # of the object's origin above the target's
+    middle: float = 0.0  # of the object from its origin, along y; a mug's origin is nearer to its handle
 
 
 # The bowl is taken by its rim, 4.5 cm to the side; groceries by their middle.
@@ -56,6 +57,8 @@ GRASPS = {
     "milk": Grasp(0.0, 0.02, 0.18),
     "chocolate_pudding": Grasp(0.0, 0.0, 0.14),
     "orange_juice": Grasp(0.0, 0.02, 0.18),
+    "porcelain_mug": Grasp(-0.037, 0.09, 0.03, middle=-0.015),
+    "white_yellow_mug": Grasp(0.040, 0.085, 0.03, middle=0.018),
 }
 
 
@@ -63,46 +66,66 @@ class NoExpertError(InputError, ValueError):
     """No scripted expert knows the task."""
 
 
+class _Placement:
+    """One part of a goal: an object that is to be on or in something."""
+
+    def __init__(self, sim: TaskSim, goal: list[str]):
+        _, name, target = goal
+        category = sim.libero.get_object(name).category_name
+        if category not in GRASPS:
+            raise NoExpertError(f"{sim.task.name}: no grasp is known for {category}")
+        self._sim, self._goal, self._target = sim, goal, target
+        self.grasp = GRASPS[category]
+        self.body = sim.libero.obj_body_id[name]
+        region = sim.libero.object_sites_dict.get(target)
+        self._owner = sim.libero.obj_body_id.get(target if region is None else region.parent_name)
+
+    def target(self) -> np.ndarray:
+        """Where the object is to be put [3] (m): origin of what is below it, or middle of a region of the table."""
+        if self._owner is not None:
+            return self._sim.data.xpos[self._owner]
+        return self._sim.data.site(self._target).xpos
+
+    def holds(self) -> bool:
+        """Whether LIBERO sees it there."""
+        return bool(self._sim.libero._eval_predicate(self._goal))
+
+
 class PickAndPlace:
-    """Expert for tasks whose goal is one object on or in another.
+    """Expert for tasks whose goal is objects on or in others; it places one after the other.
 
     Args:
         sim: the running task; read, never changed.
     Raises:
-        NoExpertError: the goal is of another kind, or nobody said how to grasp the object.
+        NoExpertError: the goal is of another kind, or nobody said how to grasp an object.
     """
 
     def __init__(self, sim: TaskSim):
         goals = sim.libero.parsed_problem["goal_state"]
-        if len(goals) != 1 or len(goals[0]) != 3:
-            raise NoExpertError(f"{sim.task.name}: the goal {goals} is not a single placement")
-        _, self._object, target = goals[0]
-        category = sim.libero.get_object(self._object).category_name
-        if category not in GRASPS:
-            raise NoExpertError(f"{sim.task.name}: no grasp is known for {category}")
+        if not all(len(goal) == 3 for goal in goals):
+            raise NoExpertError(f"{sim.task.name}: the goal {goals} is more than placements")
+        self._placements = [_Placement(sim, goal) for goal in goals]
         self._sim = sim
-        self._grasp = GRASPS[category]
-        self._target_body = sim.libero.obj_body_id[_owner(sim, target)]
-        self._object_body = sim.libero.obj_body_id[self._object]
         self._phase = 0
         self._waited = 0
         self._nearest = np.inf
         self._lift_to = np.zeros(3)
         self._held_at = np.zeros(3)
         self._start_ori = self._hand_ori()
-        self._offset, self._turn = self._choose_side()
+        self._turns = False
+        self._begin(self._placements[0])
 
     def action(self) -> np.ndarray:
         """The next action, float64 [7] in [-1, 1]; to be asked for once a control step."""
         hand = self._sim.data.site_xpos[self._sim.hand_site]
-        thing = self._sim.data.xpos[self._object_body]
-        target = self._sim.data.xpos[self._target_body]
+        thing = self._sim.data.xpos[self._now.body]
+        target = self._now.target()
         up = np.array([0.0, 0.0, TRAVEL_HEIGHT])
         grasp_point = thing + self._offset
         if self._phase in (3, 4, 5) and np.linalg.norm(thing - hand - self._held_at) > LOST:
             self._enter(0)
         # Carrying: keep the object, not the hand, over the target.
-        release_point = target + (hand - thing) + [0.0, 0.0, self._grasp.release_height]
+        release_point = target + (hand - thing) + [0.0, 0.0, self._now.grasp.release_height]
         if self._phase == 0:
             return self._go(hand, grasp_point + up, OPEN, tolerance=0.02)
         if self._phase == 1:
@@ -118,11 +141,19 @@ class PickAndPlace:
         if self._phase == 5:
             return self._go(hand, release_point, CLOSED)
         if self._phase == 6:
+            self._lift_to = hand + up
             return self._hold(OPEN)
         if self._phase == 7:
-            return self._go(hand, self._lift_to, OPEN)
-        self._enter(0)  # placed, but not so that the goal holds: once more
+            return self._go(hand, self._lift_to, OPEN, tolerance=0.03)
+        # On to what is not yet placed, which may be the same once more.
+        self._begin(next((place for place in self._placements if not place.holds()), self._now))
         return self._hold(OPEN)
+
+    def _begin(self, placement: _Placement) -> None:
+        self._now = placement
+        self._offset, self._turn = self._choose_side()
+        self._turns |= self._turn != 0.0  # and later back
+        self._enter(0)
 
     def _go(
         self, hand: np.ndarray, goal: np.ndarray, gripper: float, tolerance: float = REACHED
@@ -131,7 +162,7 @@ class PickAndPlace:
         distance = float(np.linalg.norm(error))
         self._waited = 0 if distance < self._nearest - NEARER else self._waited + 1
         self._nearest = min(self._nearest, distance)
-        turning = self._turning() if self._turn and self._phase < 2 else np.zeros(3)
+        turning = self._turning() if self._turns and self._phase < 2 else np.zeros(3)
         if (distance < tolerance and not turning.any()) or self._waited >= STALLED:
             self._enter(self._phase + 1)
         return np.array([*np.clip(GAIN * error, -1.0, 1.0), *turning, gripper])
@@ -150,12 +181,14 @@ class PickAndPlace:
 
     def _choose_side(self) -> tuple[np.ndarray, float]:
         """Grasp relative to the object's origin [3], and the turn of the hand (rad) from where it is now."""
-        grasp, thing = self._grasp, self._sim.data.xpos[self._object_body]
+        grasp = self._now.grasp
+        middle = np.array([0.0, grasp.middle, 0.0])
+        thing = self._sim.data.xpos[self._now.body] + middle
         if grasp.side == 0.0:
             top = HIGH - self._clear_below(thing + [0.0, 0.0, HIGH], exclude=-1)
-            return np.array([0.0, 0.0, max(grasp.height, top - PALM)]), 0.0
+            return middle + [0.0, 0.0, max(grasp.height, top - PALM)], 0.0
         angle = max(SIDES, key=lambda angle: self._room(thing, angle))
-        offset = np.array([grasp.side * np.cos(angle), grasp.side * np.sin(angle), grasp.height])
+        offset = middle + [grasp.side * np.cos(angle), grasp.side * np.sin(angle), grasp.height]
         return offset, float(
             angle % np.pi - np.pi / 2
         )  # the fingers are alike: half a turn makes no difference
@@ -163,13 +196,13 @@ class PickAndPlace:
     def _room(self, thing: np.ndarray, angle: float) -> tuple[int, int]:
         """How little is in the way of the hand, and then of the outer fingertip, coming down on that side."""
         outwards, across = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0]])
-        grasp = thing + self._grasp.side * outwards + [0.0, 0.0, self._grasp.height]
+        grasp = thing + self._now.grasp.side * outwards + [0.0, 0.0, self._now.grasp.height]
 
         def count_free(along: np.ndarray, sideways: np.ndarray, height: float) -> int:
             starts = [
                 grasp + a * outwards + b * across + [0, 0, height + HIGH] for a in along for b in sideways
             ]
-            return sum(self._clear_below(start, self._object_body) >= HIGH for start in starts)
+            return sum(self._clear_below(start, self._now.body) >= HIGH for start in starts)
 
         return count_free(HAND_LENGTH, HAND_WIDTH, PALM), count_free(
             FINGER_LENGTH, FINGER_WIDTH, -FINGER_REACH
@@ -190,9 +223,3 @@ class PickAndPlace:
         mujoco.mju_mat2Quat(quat, (goal @ self._hand_ori().T).flatten())
         mujoco.mju_quat2Vel(error, quat, 1.0)
         return np.zeros(3) if np.linalg.norm(error) < 0.05 else np.clip(TURN_GAIN * error, -1.0, 1.0)
-
-
-def _owner(sim: TaskSim, target: str) -> str:
-    """The object or fixture a goal region belongs to."""
-    site = sim.libero.object_sites_dict.get(target)
-    return target if site is None else site.parent_name
