@@ -128,7 +128,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         task.benchmark_name,
         task.chosen,
         cameras=policy.config.cameras,
-        image_size=task.image_size,
+        image_size=task.image_size or policy.config.image_size,
         chunk=policy.config.action_horizon,
         replan_steps=task.replan_steps,
         num_parallel_envs=task.num_parallel_envs,

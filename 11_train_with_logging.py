@@ -341,7 +341,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         task.benchmark_name,
         task.chosen,
         cameras=policy.config.cameras,
-        image_size=task.image_size,
+        image_size=task.image_size or policy.config.image_size,
         chunk=policy.config.action_horizon,
         replan_steps=task.replan_steps,
         num_parallel_envs=task.num_parallel_envs,
@@ -451,7 +451,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
         history, replay = [], []
         nothing = WeightedChunks.empty(
-            env_runner.cameras, config.task.image_size, policy.config.action_horizon
+            env_runner.cameras, env_runner.image_size, policy.config.action_horizon
         )
         for step in range(config.training.num_train_steps):
             step_started, lr = time.monotonic(), schedule.get_last_lr()[0]

@@ -453,7 +453,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         task.benchmark_name,
         task.chosen,
         cameras=policy.config.cameras,
-        image_size=task.image_size,
+        image_size=task.image_size or policy.config.image_size,
         chunk=policy.config.action_horizon,
         replan_steps=task.replan_steps,
         num_parallel_envs=task.num_parallel_envs,
@@ -637,7 +637,7 @@ def train(
         rollbacks, diverged = 0, -1
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
-            env_runner.cameras, config.task.image_size, policy.config.action_horizon
+            env_runner.cameras, env_runner.image_size, policy.config.action_horizon
         )
         evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
         if state.step == 0:

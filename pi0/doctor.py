@@ -217,10 +217,13 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     if config.task.replan_steps > network.action_horizon:
         mend = f"set task.replan_steps to {network.action_horizon} or less"
         yield Finding(STOP, "checkpoint", f"task.replan_steps is {config.task.replan_steps}", mend)
+    size = config.task.image_size or network.image_size
+    if size < network.image_size:
+        text = f"task.image_size is {size}, the policy looks at {network.image_size} pixels"
+        yield Finding(NOTE, "images", text, "leave task.image_size out, to draw what it has learned from")
     tasks = find_tasks(config.task.benchmark_name, config.task.chosen)
     if config.algo.cotraining_path is not None:
         yield _check_cotraining(config.algo.cotraining_path, policy, tasks)
-    size = config.task.image_size
     image = np.zeros((1, size, size, 3), np.uint8)
     observation = {
         "images": dict.fromkeys(network.cameras, image),

@@ -63,6 +63,12 @@ def test_demonstrations_to_learn_from_are_looked_at(checkpoint, tmp_path):
     assert f"{tmp_path / 'set'}: 1 of the 1 tasks" in [finding.text for finding in findings]
 
 
+def test_images_that_would_have_to_be_blown_up_are_noted(checkpoint):
+    findings = doctor.check_checkpoint(config_of(checkpoint, image_size=32))
+    (line,) = [str(finding) for finding in findings if finding.status == NOTE]
+    assert "task.image_size is 32, the policy looks at 64 pixels" in line
+
+
 def test_truncated_weights_are_found(broken):
     os.truncate(broken / "model.safetensors", 1000)
     (line,) = stops(doctor.check_checkpoint(config_of(broken)))

@@ -64,7 +64,12 @@ class TaskConfig:
     replan_steps: int = key(
         10, "actions of a chunk executed before the policy looks again", unit="steps", low=1
     )
-    image_size: int = key(64, "width and height of a camera image", unit="pixels", low=16)
+    image_size: int | None = key(
+        None,
+        "width and height of a camera image; null: as large as the policy looks at",
+        unit="pixels",
+        low=16,
+    )
     render: Literal["fast", "exact"] = key("fast", "without shadows and reflections, or LIBERO's own images")
 
     @property

@@ -72,7 +72,7 @@ def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) ->
         indices,
         chunk=policy.config.action_horizon,
         frame_every=config.task.replan_steps,
-        image_size=config.task.image_size,
+        image_size=config.task.image_size or policy.config.image_size,
     )
     print(f"co-training: {len(chunks)} chunks of {len(indices)} demonstrations in {algo.cotraining_path}")
     return Cotraining(chunks, algo.cotraining_chunks, algo.cotraining_weight)

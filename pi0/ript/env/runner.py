@@ -89,6 +89,7 @@ class LIBEROEnvRunner:
 
     Attributes:
         cameras: those of the policy's cameras that LIBERO has; episodes hold their images.
+        image_size: pixels a side.
         tasks: all tasks of the run, which are scored.
         assigned_tasks: those that this rank practises; all of them unless the run is distributed.
         task_cursor: turns taken, counted in assigned tasks.
@@ -142,6 +143,7 @@ class LIBEROEnvRunner:
             raise InputError(
                 f"the policy looks through {', '.join(cameras) or 'no camera'}; LIBERO has {', '.join(CAMERAS)}"
             )
+        self.image_size = image_size
         self.benchmark_name = benchmark_name
         self.tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
         self.assigned_tasks = self.tasks
