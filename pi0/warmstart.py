@@ -139,7 +139,6 @@ def main(arguments: list[str] | None = None) -> None:
             policy = PI0Policy(config, norm_stats(demonstrations, smallest_std=SMALLEST_STD))
         average = AveragedPolicy(policy, options.ema_decay)
         scores = clone(policy, average, demonstrations, runner, options)
-        average.policy.save_pretrained(options.output)
         manifest = {
             "date": time.strftime("%Y-%m-%d"),
             "options": vars(options),
@@ -215,7 +214,7 @@ def clone(
     runner: LIBEROEnvRunner,
     options: argparse.Namespace,
 ) -> list[dict]:
-    """Behaviour cloning until the averaged policy reaches the target; returns its scores on the way."""
+    """Behaviour cloning until the averaged policy, saved with each score, reaches the target; returns the scores."""
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
@@ -256,6 +255,7 @@ def clone(
             }
         )
         print(f"{updates} updates: {format_rate(successes, options.score_episodes)} on training states")
+        average.policy.save_pretrained(options.output)
         reached = successes >= options.target_success * options.score_episodes
         if reached or trained_s > 60 * options.max_minutes:
             return scores

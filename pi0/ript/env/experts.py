@@ -57,7 +57,7 @@ GRASPS = {
     "milk": Grasp(0.0, 0.02, 0.18),
     "chocolate_pudding": Grasp(0.0, 0.0, 0.14),
     "orange_juice": Grasp(0.0, 0.02, 0.18),
-    "porcelain_mug": Grasp(-0.037, 0.09, 0.03, middle=-0.015),
+    "porcelain_mug": Grasp(0.037, 0.09, 0.03, middle=-0.015),
     "white_yellow_mug": Grasp(0.040, 0.085, 0.03, middle=0.018),
 }
 
@@ -188,6 +188,8 @@ class PickAndPlace:
             top = HIGH - self._clear_below(thing + [0.0, 0.0, HIGH], exclude=-1)
             return middle + [0.0, 0.0, max(grasp.height, top - PALM)], 0.0
         angle = max(SIDES, key=lambda angle: self._room(thing, angle))
+        if grasp.middle:  # a mug: across from its handle
+            angle = np.copysign(np.pi / 2, grasp.middle)
         offset = middle + [grasp.side * np.cos(angle), grasp.side * np.sin(angle), grasp.height]
         return offset, float(
             angle % np.pi - np.pi / 2
