@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from torch.utils.data import DataLoader, DistributedSampler
-from worker_calls import open_tasks
+from worker_calls import open_tasks, tasks_in_memory
 
 from pi0.errors import InputError
 from pi0.paths import REPO_ROOT
@@ -365,6 +365,11 @@ def test_step_7_environments_are_kept_by_task_within_the_bound(runner):
     assert [tasks for _, tasks in runner.pool.call(open_tasks, [()] * 2)] == open_now, (
         "nothing was built again"
     )
+
+
+def test_step_7_a_scene_that_is_closed_leaves_memory(runner):
+    (in_memory,) = (tasks for _, tasks in runner.pool.call(tasks_in_memory, [(runner.tasks[:6],)]))
+    assert in_memory == [3, 4, 5]
 
 
 # 8 ------------------------------------------------------------------------------------------------------

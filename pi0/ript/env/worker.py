@@ -7,6 +7,7 @@ when the socket closes, so none outlives its trainer.
 
 from __future__ import annotations
 
+import gc
 import mmap
 import sys
 import time
@@ -124,9 +125,11 @@ class Worker:
     def open(self, task: Task) -> tuple[TaskSim, Renderer]:
         """The scene of a task, built on first use."""
         if task not in self._open:
-            while len(self._open) >= self.spec.max_open_tasks:
-                _, (_, renderer) = self._open.popitem(last=False)
-                renderer.close()
+            if len(self._open) >= self.spec.max_open_tasks:
+                self._close_oldest()
+                # LIBERO's objects refer to each other in circles, and Python, which does not see the hundred
+                # megabytes of MuJoCo's behind them, would let dozens of closed scenes pile up.
+                gc.collect()
             sim = TaskSim(task, self.spec.assets)
             self._open[task] = (
                 sim,
@@ -138,8 +141,11 @@ class Worker:
     def close(self) -> None:
         """Close every open scene."""
         while self._open:
-            _, (_, renderer) = self._open.popitem()
-            renderer.close()
+            self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        _, (_, renderer) = self._open.popitem(last=False)
+        renderer.close()
 
     def start(self, slot: int, rollout: Rollout) -> Progress:
         """Begin a rollout in a slot and show the policy its first observation."""
