@@ -192,7 +192,7 @@ def test_checkpointed_gradients_and_bfloat16_train_on_two_processes(
 
 
 def test_shards_need_ranks(tmp_path):
-    output, _ = (process := start(tmp_path, "--override", "training.use_fsdp=true")).communicate(timeout=60)
+    output, _ = (process := start(tmp_path, "--override", "training.use_fsdp=true")).communicate(timeout=300)
     assert process.returncode == 1
     assert (
         "error: training.use_fsdp = true cuts the policy over ranks: start the script with torchrun" in output
