@@ -622,7 +622,7 @@ def train(
         state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
         if resume and load_checkpoint(store, state, rank, world_size, seed):
             started -= state.facts["seconds"]
-            adapter.passes = state.facts["passes"]
+            adapter.passes = state.facts.get("passes", 1)
         on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
         held |= {"state": state, "of_rank": state.of_rank()}
         state.facts |= {"wandb_run_id": run.id if run else None, "passes": adapter.passes}

@@ -252,7 +252,7 @@ def _check_cotraining(path: str, policy: "PI0Policy", tasks: "Sequence[Task]") -
         _, indices = find_demonstrations(path, policy, tasks)
     except (OSError, ValueError) as error:
         return Finding(STOP, "demonstrations", str(error), "correct algo.cotraining_path, or leave it out")
-    return Finding(OK, "demonstrations", f"{path}: {len(indices)} of the {len(tasks)} tasks")
+    return Finding(OK, "demonstrations", f"{path}: {len(indices)} demonstrations of {len(tasks)} tasks")
 
 
 def check_output(folder: Path) -> Iterator[Finding]:

@@ -136,7 +136,9 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         }
     else:
         content = dict(original)
-    if config.delta_actions and not content.get("use_relative_actions"):
+    if config.delta_actions and content.get("use_relative_actions"):
+        content = {"relative_exclude_joints": ["gripper"]} | content  # LeRobot's default
+    elif config.delta_actions:
         content |= {
             "use_relative_actions": True,
             "relative_exclude_joints": ["gripper"],

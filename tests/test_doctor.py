@@ -60,7 +60,7 @@ def test_demonstrations_to_learn_from_are_looked_at(checkpoint, tmp_path):
         writer.add(make_demonstration(12, 0, find_tasks("libero_spatial", [3])[0].prompt))
     findings = list(doctor.check_checkpoint(config))
     assert not stops(findings)
-    assert f"{tmp_path / 'set'}: 1 of the 1 tasks" in [finding.text for finding in findings]
+    assert f"{tmp_path / 'set'}: 1 demonstrations of 1 tasks" in [finding.text for finding in findings]
 
 
 def test_images_that_would_have_to_be_blown_up_are_noted(checkpoint):

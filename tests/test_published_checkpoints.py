@@ -409,8 +409,7 @@ def test_lerobots_relative_actions_are_read_and_written(tmp_path, monkeypatch, p
     edit_config(
         directory,
         type="pi05" if pi05 else "pi0",
-        use_relative_actions=True,
-        relative_exclude_joints=["gripper"],
+        use_relative_actions=True,  # relative_exclude_joints is left at LeRobot's default, the gripper
         action_feature_names=NAMES,
     )
     policy = PI0Policy.from_pretrained(directory)

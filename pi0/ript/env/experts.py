@@ -44,7 +44,7 @@ class Grasp:
     middle: float = 0.0  # of the object from its origin, along y; a mug's origin is nearer to its handle
 
 
-# The bowl is taken by its rim, 4.5 cm to the side; groceries by their middle.
+# The bowl is taken by its rim, 4.5 cm to the side, as are mugs; groceries by their middle.
 GRASPS = {
     "akita_black_bowl": Grasp(0.045, 0.03, 0.012),
     "alphabet_soup": Grasp(0.0, 0.01, 0.16),
