@@ -49,6 +49,7 @@ from pi0.ript.config import (
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
     backend,
+    exit_with,
     gather,
     largest,
     on_rank_zero,
@@ -406,7 +407,7 @@ def main() -> None:
         with watched_ranks():
             train(config, rank, world_size)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     finally:
         cleanup_distributed()
 

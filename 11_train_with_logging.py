@@ -55,6 +55,7 @@ from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
     backend,
+    exit_with,
     gather,
     largest,
     on_rank_zero,
@@ -532,7 +533,7 @@ def main() -> None:
         with watched_ranks():
             train(config, rank, world_size, tees)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     finally:
         cleanup_distributed()
 

@@ -69,6 +69,7 @@ from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
     RankWatch,
     backend,
+    exit_with,
     gather,
     largest,
     on_rank_zero,
@@ -780,7 +781,7 @@ def main() -> None:
         with watched_ranks() as watch:
             train(config, rank, world_size, tees, watch, arguments.resume)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     finally:
         cleanup_distributed()
 

@@ -248,6 +248,15 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
     assert processes_of(0, str(tmp_path)) == []
 
 
+def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
+    settings = [*SMALL, f"output_dir={tmp_path}", "policy_path=/nowhere"]
+    run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)
+    output, _ = run.communicate(timeout=100)
+    assert run.returncode != 0
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line == "error: policy_path = '/nowhere': there is no such folder"
+
+
 def two_hosts(port: int, *arguments: str) -> list[subprocess.Popen]:
     """Two launchers, as on two hosts, that meet at a port of this one."""
     agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")

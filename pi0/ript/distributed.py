@@ -28,6 +28,7 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead
+STORE_LIMIT = datetime.timedelta(seconds=30)  # for the launcher to answer
 # A rank may wait for the rollouts of others; that one has died is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
 
@@ -79,6 +80,15 @@ def largest(value: int) -> int:
     return max(gather(value))
 
 
+def exit_with(error: Exception) -> NoReturn:
+    """End this rank with the error's message; what all ranks refuse alike, one of each host says."""
+    if _first_to_say(str(error)):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(BEAT_S)  # torchrun stops all ranks when one has ended: the first may still be speaking
+    sys.exit(1)
+
+
 class RankWatch:
     """Notices ranks that have died, on this host or another, and ends this process rather than let it wait.
 
@@ -92,9 +102,7 @@ class RankWatch:
         self._silence_s = silence_s
         self.stop_asked = False  # by any rank
         # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
-        self._store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
-        )
+        self._store = _connect()
         self._peers: list[tuple[str, int]] = gather((socket.gethostname(), os.getpid()))
         self._stopped = threading.Event()
         self._ending = threading.Lock()
@@ -193,6 +201,27 @@ def watched_ranks() -> Iterator[RankWatch | None]:
 def backend() -> str:
     """Which library carries the collectives: NCCL between GPUs, gloo for everything else."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _connect() -> dist.TCPStore:
+    """A connection to the key-value store that torchrun's ranks share."""
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=STORE_LIMIT,
+    )
+
+
+def _first_to_say(message: str) -> bool:
+    """Whether no other rank of this host has asked this before about the same message."""
+    if rank_and_world_size()[1] == 1:
+        return True
+    try:
+        return _connect().add(f"said/{socket.gethostname()}/{message}", 1) == 1
+    except RuntimeError:  # nobody can tell
+        return True
 
 
 def _is_alive(process: int) -> bool:
