@@ -68,6 +68,7 @@ from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
     COLLECTIVE_LIMIT,
     RankWatch,
+    average_gradients,
     backend,
     exit_with,
     gather,
@@ -443,8 +444,11 @@ def share_among_ranks(config: Config, policy: PI0Policy) -> nn.Module:
         policy.network.checkpoint_gradients()
     if config.training.use_fsdp:
         return shard(policy)
-    device_ids = [policy.device] if policy.device.type == "cuda" else None
-    return DistributedDataParallel(policy, device_ids) if dist.is_initialized() else policy
+    if not dist.is_initialized():
+        return policy
+    model = DistributedDataParallel(policy, [policy.device] if policy.device.type == "cuda" else None)
+    model.require_backward_grad_sync = False  # not in the backward pass, where a rank may run out of memory
+    return model
 
 
 def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
@@ -480,6 +484,7 @@ def update_policy(
 ) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
     algo, policy = config.algo, adapter.policy
+    sharded = isinstance(adapter.model, FSDPModule)
     policy.train()
     losses, norms, accumulated = [], [], 0
     bad, bad_in_a_row = 0, 0
@@ -490,16 +495,17 @@ def update_policy(
             for minibatch in adapter.minibatches(batch, parts, generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
-                adapter.model.require_backward_grad_sync = (
-                    complete  # gradients meet once in an optimizer step
-                )
-                if isinstance(adapter.model, FSDPModule):
+                if sharded:
                     adapter.model.set_requires_gradient_sync(complete)
                 losses.append(
-                    adapter.accumulate_gradient(minibatch, generator, algo.gradient_accumulation_steps)
+                    adapter.accumulate_gradient(
+                        minibatch, generator, algo.gradient_accumulation_steps, retry=not sharded
+                    )
                 )
                 bar.update(1, f"loss {losses[-1]:.4f}")
                 if complete:
+                    if not sharded:
+                        average_gradients(policy)
                     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip))
                     if torch.isfinite(norm):  # the same on all ranks, whichever had a loss that is not
                         norms.append(norm.item())

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.distributed import largest
+from pi0.ript.distributed import average_gradients, largest
 
 
 def main() -> None:
@@ -34,24 +34,32 @@ def main() -> None:
         nothing = WeightedChunks.empty(CAMERAS, 64, policy.config.action_horizon)
         batches.append(WeightedChunks.cat([nothing, *([weighed] if weighed is not None else [])]))
 
-    policy = load(checkpoint, mode)
-    model = DistributedDataParallel(policy)
-    adapter = PI0_CFG_Adapter(policy, mode=mode, negative_weight=0.5, model=model)
-    parts = largest(adapter.count_minibatches(batches[rank], 4))
-    generator = torch.Generator().manual_seed(rank)
-    for number, minibatch in enumerate(adapter.minibatches(batches[rank], parts, generator)):
-        model.require_backward_grad_sync = number + 1 == parts
-        adapter.minibatch_loss(minibatch, generator).backward()
+    # Gradients meet in the backward pass, as in stages 10 to 12, and after it, as in stage 13.
+    policies = [load(checkpoint, mode), load(checkpoint, mode)]
+    for policy, within in zip(policies, (True, False), strict=True):
+        model = DistributedDataParallel(policy)
+        adapter = PI0_CFG_Adapter(policy, mode=mode, negative_weight=0.5, model=model)
+        parts = largest(adapter.count_minibatches(batches[rank], 4))
+        generator = torch.Generator().manual_seed(rank)
+        for number, minibatch in enumerate(adapter.minibatches(batches[rank], parts, generator)):
+            model.require_backward_grad_sync = within and number + 1 == parts
+            if within:
+                adapter.minibatch_loss(minibatch, generator).backward()
+            else:
+                adapter.accumulate_gradient(minibatch, generator, 1)
+        if not within:
+            average_gradients(policy)
     if rank == 0:
         alone = load(checkpoint, mode)
         sum_over_union(alone, mode, batches, parts)
         worst, size = 0.0, 0.0
-        for ours, theirs in zip(policy.parameters(), alone.parameters(), strict=True):
-            if theirs.grad is None:
-                assert ours.grad is None or not ours.grad.any()
-                continue
-            worst = max(worst, float((ours.grad - theirs.grad).abs().max()))
-            size = max(size, float(theirs.grad.abs().max()))
+        for policy in policies:
+            for ours, theirs in zip(policy.parameters(), alone.parameters(), strict=True):
+                if theirs.grad is None:
+                    assert ours.grad is None or not ours.grad.any()
+                    continue
+                worst = max(worst, float((ours.grad - theirs.grad).abs().max()))
+                size = max(size, float(theirs.grad.abs().max()))
         print(f"worst difference {worst} of gradients up to {size}", flush=True)
     dist.barrier()
     dist.destroy_process_group()

@@ -272,6 +272,20 @@ def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
     assert int(re.search(r"passes (\d+)", done.stdout)[1]) >= 2
 
 
+def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "tests/rank_memory.py", str(CHECKPOINT), "700000000"],
+        cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "memory ran out on rank 1: minibatches go through in 2 passes" in done.stdout
+    passes = re.findall(r"rank \d: (\d+) passes, loss", done.stdout)
+    assert len(passes) == 2
+    assert passes[0] == passes[1]
+
+
 def test_more_passes_give_the_same_gradient():
     policy = PI0Policy.from_pretrained(CHECKPOINT)
     adapter = PI0_CFG_Adapter(policy)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pi0 import PI0Policy
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
-from pi0.ript.distributed import mean_over_ranks, rank_and_world_size
+from pi0.ript.distributed import gather, mean_over_ranks, rank_and_world_size
 from pi0.ript.env.episodes import Episode
 
 MODES = ("weighted", "guidance")
@@ -155,11 +155,18 @@ class PI0_CFG_Adapter:
             return torch.zeros((), device=self.policy.device, requires_grad=True)
         return self.minibatch_loss(batch, generator)
 
-    def minibatch_loss(self, batch: WeightedChunks, generator: torch.Generator) -> Tensor:
+    def minibatch_loss(
+        self, batch: WeightedChunks, generator: torch.Generator, divisor: Tensor | None = None
+    ) -> Tensor:
         """Weighted loss of a batch: sum(weights * loss) / sum(|weights|), a scalar with gradient.
 
         In a distributed run the divisor is the mean over ranks, so that averaging the ranks' gradients gives the
         gradient of the loss over all their chunks together, however unevenly they are spread.
+
+        Args:
+            batch: may be empty.
+            generator: source of noise, times, condition dropout and augmentation, on the CPU.
+            divisor: where it is known; else the ranks work it out together.
         """
         if len(batch) == 0:
             batch = batch.weightless()
@@ -175,46 +182,64 @@ class PI0_CFG_Adapter:
         )
         weights = batch.weights.to(losses)
         bounded = torch.where(weights < 0, losses.clamp(max=NEGATIVE_CLIP), losses)
-        return (weights * bounded).sum() / mean_over_ranks(weights.abs().sum())
+        return (weights * bounded).sum() / (self._divisor(batch) if divisor is None else divisor).to(losses)
 
-    def accumulate_gradient(self, batch: WeightedChunks, generator: torch.Generator, steps: int) -> float:
+    def accumulate_gradient(
+        self, batch: WeightedChunks, generator: torch.Generator, steps: int, retry: bool = True
+    ) -> float:
         """Add 1/`steps` of the gradient of `minibatch_loss`; returns the loss.
 
-        Where memory runs out, gradients gathered so far are dropped and the minibatch goes through in twice as
-        many passes, from then on. (Not where ranks wait for each other within a pass: there the error stands.)
+        Where memory runs out on any rank, all drop the gradients gathered so far, and minibatches go through in
+        twice as many passes from then on. So that no rank waits within a pass for one that has stopped, the model
+        must not synchronise gradients by itself; `average_gradients` does so afterwards.
+
+        Args:
+            batch: may be empty.
+            generator: as for `minibatch_loss`.
+            steps: minibatches in an optimizer step.
+            retry: False where ranks cannot but wait for each other within a pass (FSDP2): there the error stands.
         """
+        divisor = self._divisor(batch)
         while True:
-            try:
-                return sum(
-                    self._backward(part, share, generator, steps) for part, share in self._parts(batch)
-                )
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-                if not short or rank_and_world_size()[1] > 1 or self.passes >= len(batch):
-                    raise
+            loss = self._try_in_passes(batch, generator, steps, divisor, retry)
+            short = [rank for rank, value in enumerate(gather(loss)) if value is None]
+            if loss is not None and not short:
+                return loss
             self.policy.zero_grad(set_to_none=True)
             self.passes *= 2
-            print(f"memory ran out: minibatches go through in {self.passes} passes")
+            where = f" on rank {short[0]}" if rank_and_world_size()[1] > 1 else ""
+            print(f"memory ran out{where}: minibatches go through in {self.passes} passes")
 
-    def _parts(self, batch: WeightedChunks) -> Iterator[tuple[WeightedChunks, Tensor | float]]:
-        """Parts of a minibatch, each with its share of the minibatch's weight."""
-        if self.passes == 1 or len(batch) < 2:
-            yield batch, 1.0
+    def _try_in_passes(
+        self, batch: WeightedChunks, generator: torch.Generator, steps: int, divisor: Tensor, retry: bool
+    ) -> float | None:
+        """Loss of a minibatch whose gradient was added; None where memory ran out and smaller passes may help."""
+        loss = 0.0
+        try:
+            for part in self._parts(batch, self.passes if retry else 1):
+                with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
+                    part_loss = self.minibatch_loss(part, generator, divisor)
+                (part_loss / steps).backward()
+                loss += part_loss.item()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if not short or not retry or self.passes >= len(batch):
+                raise
+            return None
+        return loss
+
+    @staticmethod
+    def _parts(batch: WeightedChunks, passes: int) -> Iterator[WeightedChunks]:
+        """The minibatch cut for so many passes, or for as many as it has chunks."""
+        if passes == 1 or len(batch) < 2:
+            yield batch
             return
-        total = batch.weights.abs().sum()
-        for index in torch.arange(len(batch)).tensor_split(min(self.passes, len(batch))):
-            part = batch[index]
-            yield part, part.weights.abs().sum() / total
+        for index in torch.arange(len(batch)).tensor_split(min(passes, len(batch))):
+            yield batch[index]
 
-    def _backward(
-        self, part: WeightedChunks, share: Tensor | float, generator: torch.Generator, steps: int
-    ) -> float:
-        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            loss = self.minibatch_loss(part, generator)
-        if isinstance(share, Tensor):
-            loss = loss * share.to(loss)
-        (loss / steps).backward()
-        return loss.item()
+    @staticmethod
+    def _divisor(batch: WeightedChunks) -> Tensor:
+        return mean_over_ranks(batch.weights.abs().sum())
 
     @staticmethod
     def minibatches(

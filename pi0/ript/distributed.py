@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -73,6 +73,18 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / world_size
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Put the mean over ranks in place of each gradient; all ranks must have one for the same parameters."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    for gradient in gradients:
+        gradient /= world_size
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
 
 
 def largest(value: int) -> int:

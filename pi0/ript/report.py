@@ -19,6 +19,8 @@ import numpy as np
 import yaml
 
 from pi0.errors import InputError
+from pi0.ript.pictures import percent, pooled
+from pi0.ript.run_record import success_counts
 from pi0.stats import format_rate, paired_difference, wilson_interval
 from pi0.video import captioned, write_video
 
@@ -248,7 +250,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
-    """Success on training states at each iteration, and on evaluation states before and after, with intervals."""
+    """Success on training states at each iteration (pooled in long runs), and on evaluation states before and after, with intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,14 +259,12 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
     history = [row for row in results["history"] if row["rollouts"]]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, name in enumerate(results["before"]["tasks"]):
-        rows = [(row["step"] + 0.5, *row["tasks"][name]) for row in history if name in row["tasks"]]
+        rows = [row for row in history if name in row["tasks"]]
         if rows:
-            x, successes, rollouts = np.array(rows).T
-            bounds = 100 * np.array([wilson_interval(int(k), int(n)) for _, k, n in rows])
-            axes.plot(
-                x, 100 * successes / rollouts, "o-", color=f"C{number}", label=f"practice: {shorten(name)}"
-            )
-            axes.fill_between(x, *bounds.T, color=f"C{number}", alpha=0.12, lw=0)
+            x, chunks = pooled(rows)
+            middle, low, high = np.array([percent(*success_counts(chunk, name)) for chunk in chunks]).T
+            axes.plot(x, middle, "o-", color=f"C{number}", label=f"practice: {shorten(name)}")
+            axes.fill_between(x, low, high, color=f"C{number}", alpha=0.12, lw=0)
     for when, place in (("before", 0), ("after", len(results["history"]))):
         cell = results[when]
         middle = 100 * cell["success_rate"]
