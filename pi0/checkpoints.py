@@ -239,11 +239,10 @@ def save_checkpoint_files(
         if norm_stats:
             files[NORM_STATS_FILE] = _json(norm_stats.to_dict())
     same = origin is not None and origin.layout is chosen
-    metadata = (
-        origin.metadata
-        if origin and same
-        else {chosen.from_openpi(k): chosen.from_openpi(v) for k, v in _TIED}
-    )
+    if origin and same:
+        metadata = origin.metadata
+    else:  # openpi's files note the absent name of two that are tied, and the one that stands for it
+        metadata = {"format": "pt"} if chosen is LEROBOT else {EMBEDDING: OUTPUT_HEAD}
     files[MODEL_FILE] = {
         chosen.from_openpi(name): tensor for name, tensor in _tensors(weights, config, origin, chosen).items()
     }
@@ -303,11 +302,6 @@ def pair(header: Header, expected: Mapping[str, torch.Size]) -> dict[str, str]:
     return sources
 
 
-_TIED = (
-    (EMBEDDING, OUTPUT_HEAD),
-)  # as openpi's files note it: the absent name and the one that stands for it
-
-
 def _unread(header: Header) -> set[str]:
     """Names of the tensors that nothing is computed from."""
     return {UNUSED} & set(header.keys) | (
@@ -327,9 +321,11 @@ def _tensors(
         )
         tensors = {name: _narrowed(tensor, stored.get(name)) for name, tensor in tensors.items()}
     head = unread.pop(OUTPUT_HEAD, None)
-    if head is not None and layout is LEROBOT:
-        # openpi's loader refuses both names, LeRobot's wants both where they are untied.
-        tensors |= {EMBEDDING: tensors[OUTPUT_HEAD], OUTPUT_HEAD: head}
+    if layout is LEROBOT and (head is not None or origin is None or origin.layout is not LEROBOT):
+        # openpi's loader refuses both names. LeRobot's model has both, and some releases (0.4.4) load nothing at
+        # all, with a warning, from a file that lacks one.
+        embedding = tensors[OUTPUT_HEAD]
+        tensors |= {EMBEDDING: embedding, OUTPUT_HEAD: embedding.clone() if head is None else head}
     if UNUSED not in unread and not isinstance(config.vision, ConvDims):
         dtype = tensors[file_name("gemma.layers.0.mlp.up_proj.weight")].dtype
         unread[UNUSED] = torch.zeros(config.vocab_size, config.action_expert.width, dtype=dtype)

@@ -1,0 +1,48 @@
+"""Run under torchrun by test_production_stage.py: memory runs out on the last rank, and all go on together.
+
+Usage: rank_memory.py CHECKPOINT BYTES (that the last rank may use besides what it has)
+"""
+
+import resource
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from episodes import make_episode
+from torch.nn.parallel import DistributedDataParallel
+
+from pi0 import PI0Policy
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.distributed import average_gradients
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    policy = PI0Policy.from_pretrained(sys.argv[1])
+    model = DistributedDataParallel(policy)
+    model.require_backward_grad_sync = False
+    adapter = PI0_CFG_Adapter(policy, noise_samples=4, model=model)
+    batch = adapter.weigh([make_episode(True, [10] * 20, seed) for seed in range(12)], [1.0] * 12)
+    generator = torch.Generator().manual_seed(rank)
+    adapter.accumulate_gradient(batch[torch.arange(2)], generator, 1)  # what is allocated once
+    if rank == last:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
+    loss = adapter.accumulate_gradient(batch, generator, 1)
+    before = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    average_gradients(policy)
+    for ours, mean in zip(before, (p.grad for p in policy.parameters() if p.grad is not None), strict=True):
+        parts = [torch.empty_like(ours) for _ in range(last + 1)]
+        dist.all_gather(parts, ours)
+        torch.testing.assert_close(mean, sum(parts) / (last + 1))
+    print(f"rank {rank}: {adapter.passes} passes, loss {loss}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
