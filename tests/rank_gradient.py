@@ -34,9 +34,9 @@ def main() -> None:
         nothing = WeightedChunks.empty(CAMERAS, 64, policy.config.action_horizon)
         batches.append(WeightedChunks.cat([nothing, *([weighed] if weighed is not None else [])]))
 
-    # Gradients meet in the backward pass, as in stages 10 to 12, and after it, as in stage 13.
+    # Gradients meet after the backward pass, as in stage 13, and within it, as in stages 10 to 12.
     policies = [load(checkpoint, mode), load(checkpoint, mode)]
-    for policy, within in zip(policies, (True, False), strict=True):
+    for policy, within in zip(policies, (False, True), strict=True):
         model = DistributedDataParallel(policy)
         adapter = PI0_CFG_Adapter(policy, mode=mode, negative_weight=0.5, model=model)
         parts = largest(adapter.count_minibatches(batches[rank], 4))
