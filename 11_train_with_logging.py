@@ -213,7 +213,7 @@ def distributed_collect_batches(
     parts = gather((task and task.index, collection.metrics()))
     for rank, (index, part) in enumerate(parts):
         if dist.is_initialized():
-            print(f"rank {rank}: task {index}, {part['rollouts']} trajectories, {part['successes']} solved")
+            print(f"rank {rank}: task {index}, {part['trajectories']} trajectories, {part['solved']} solved")
     return collection, merge_metrics([part for _, part in parts])
 
 

@@ -205,7 +205,7 @@ def distributed_collect_batches(
     parts = gather({**collection.metrics(), "skipped_by_task": skipped})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
-            print(f"rank {rank}: {part['rollouts']} trajectories, {part['successes']} solved")
+            print(f"rank {rank}: {part['trajectories']} trajectories, {part['solved']} solved")
     metrics = merge_metrics(parts)
     tried = metrics["groups"] + metrics["dropped_groups"]
     print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")

@@ -242,7 +242,8 @@ def test_step_2_several_gpus_for_one_rank_are_refused_with_the_way_to_use_them(r
 def test_step_3_statistics_are_kept_by_state_and_grow_from_run_to_run(runs):
     (_, first), _, states, more = runs
     history = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
-    tried = sum(row["rollouts"] + 4 * row["dropped_groups"] for row in history)
+    tried = sum(row["rollouts"] for row in history)
+    assert tried == sum(row["trajectories"] + 4 * row["dropped_groups"] for row in history)
     assert sum(rollouts for visits in states.values() for _, rollouts in visits) == tried
     assert all(re.fullmatch(r"libero_spatial/3/[0-9a-f]{16}", name) for name in states)
     assert all(more[name][: len(visits)] == visits for name, visits in states.items())
@@ -335,7 +336,7 @@ def test_step_6_two_processes_practise_states_of_their_own_and_count_together(tm
     (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     collected = re.findall(r"rank (\d): (\d+) trajectories, (\d+) solved", output)
     assert [rank for rank, _, _ in collected] == ["0", "1"]
-    assert sum(int(rollouts) for _, rollouts, _ in collected) == row["rollouts"]
+    assert sum(int(rollouts) for _, rollouts, _ in collected) == row["trajectories"]
     assert f"{row['groups'] + row['dropped_groups']} groups tried, {row['groups']} kept" in output
     visits = json.loads((run_dir / "rollout_stats.json").read_text())["states"]
     assert sum(rollouts for seen in visits.values() for _, rollouts in seen) == 4 * (

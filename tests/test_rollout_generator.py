@@ -86,6 +86,9 @@ def test_dynamic_sampling_tries_other_states_until_it_has_enough(runner):
     assert [group.episodes[0].rollout.init_index for group in collection.groups] == [1, 3]
     assert list(collection.dropped.values()) == [[0, 2]]
     assert collection.groups[0].advantages == [1.0, -0.5, -0.5]
+    metrics = collection.metrics()
+    assert (metrics["rollouts"], metrics["trajectories"]) == (12, 6)  # success in practice is of all
+    assert list(metrics["tasks"].values()) == [[0, 12]]
 
 
 def test_without_dynamic_sampling_unanimous_groups_stay_and_teach_nothing(runner):

@@ -162,8 +162,8 @@ def _tasks_table(record: RunRecord) -> str:
         rows.append([name, *(_rate(*count) for count in counts)])
     dropped = sum(row.get("dropped_groups", 0) for row in record.steps)
     note = (
-        f'<p class="quiet">Practice counts the groups that were kept; {_count(dropped, "group")} whose rollouts '
-        "all agreed went uncounted.</p>"
+        f'<p class="quiet">Practice counts all rollouts, also those of {_count(dropped, "group")} that '
+        "dynamic sampling dropped because all agreed.</p>"
         if dropped
         else ""
     )

@@ -90,23 +90,24 @@ class Collection:
 
     def metrics(self) -> dict[str, Any]:
         """What describes the collection, as docs/metrics.md explains it; by task: [successes, rollouts]."""
-        episodes = self.episodes
         tasks: dict[str, list[int]] = {}
-        for episode in episodes:
+        for episode in self.tried:
             counts = tasks.setdefault(episode.rollout.task.name, [0, 0])
             counts[0] += episode.success
             counts[1] += 1
         return {
             "tasks": tasks,
-            "rollouts": len(episodes),
-            "successes": sum(episode.success for episode in episodes),
+            "rollouts": len(self.tried),
+            "successes": sum(episode.success for episode in self.tried),
+            "trajectories": len(self.episodes),
+            "solved": sum(episode.success for episode in self.episodes),
             "groups": len(self.groups),
             "unanimous_groups": sum(group.unanimous for group in self.groups),
             "dropped_groups": sum(map(sum, self.dropped.values())),
             "dropped_by_task": self.dropped,
             "failed_rollouts": len(self.failures),
             "lost_workers": self.lost_workers,
-            "control_steps": sum(episode.steps for episode in episodes),
+            "control_steps": sum(episode.steps for episode in self.tried),
             "rollout_seconds": self.seconds,
             "phases": dataclasses.asdict(self.phases),
             "advantages": _distribution(self.advantages),
