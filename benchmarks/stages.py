@@ -1,6 +1,7 @@
 """What does each stage cost over the one before, and two processes over one? Time of an iteration, side by side.
 
     python benchmarks/stages.py                         # about 15 minutes on a quiet machine
+    python benchmarks/stages.py --stages 12 13          # these two alone
     python benchmarks/stages.py --table outputs/stages.json
 
 Every stage runs the quickstart's configuration, shortened: the same states, the same noise, so the same episodes and
@@ -50,6 +51,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--turns", type=int, default=3, help="runs of each stage")
+    parser.add_argument(
+        "--stages", nargs="+", default=[*STAGES, "two"], choices=[*STAGES, "two"], help="two: two processes"
+    )
     parser.add_argument("--iterations", type=int, default=4, help="of each run; the first is not counted")
     parser.add_argument("--output", default="outputs/stages.json")
     parser.add_argument("--table", help="only print the table of this file")
@@ -57,7 +61,9 @@ def main() -> None:
     if options.table is None:
         if options.turns < 1 or options.iterations < 2:
             parser.error("at least one turn of two iterations is needed")
-        seconds: dict[str, list[float]] = {name: [] for name in (*STAGES, TWO_PROCESSES)}
+        seconds: dict[str, list[float]] = {
+            TWO_PROCESSES if name == "two" else name: [] for name in options.stages
+        }
         for turn in range(options.turns):
             for name in list(seconds)[:: 1 if turn % 2 == 0 else -1]:
                 seconds[name].append(time_of_an_iteration(name, options.iterations))
