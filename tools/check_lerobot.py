@@ -15,7 +15,8 @@ downloaded, by one that gives tokens of its own. Everything else is LeRobot's. `
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +41,7 @@ from published_files import (
 )
 
 from pi0 import PI0Policy, lerobot_files
-from pi0.normalization import normalize, unnormalize
+from pi0.normalization import add_state, normalize, unnormalize
 from pi0.tokenizer import clean_prompt, state_prompt
 
 VOCAB = 257_152  # LeRobot builds no other
@@ -58,26 +59,33 @@ def main() -> None:
 
     print(f"LeRobot {lerobot.__version__}, torch {torch.__version__}")
     lerobot_files._variant = lambda dims, name: "gemma_2b" if name == "gemma" else "gemma_300m"
-    worst = max(check("pi0", "PI0Policy"), check("pi05", "PI05Policy"))
+    kinds = [("pi0", False), ("pi05", False)]
+    if importlib.util.find_spec("lerobot.processor.relative_action_processor"):  # since release 0.5
+        kinds += [("pi0", True), ("pi05", True)]
+    worst = max(check(kind, relative) for kind, relative in kinds)
     sys.exit(0 if worst <= TOLERANCE else f"a prompt differs, or numbers by more than {TOLERANCE}")
 
 
-def check(kind: str, class_name: str) -> float:
-    """One policy, there and back; the largest difference."""
+def check(kind: str, relative: bool) -> float:
+    """A policy, or one that has learned its actions less the state, there and back; the largest difference."""
+    what = f"{kind}{', relative actions' if relative else ''}"
     module = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
     make_small(module)
     with tempfile.TemporaryDirectory() as folder:
         start, ours_written, theirs_written = (Path(folder, name) for name in ("start", "ours", "theirs"))
-        ours = PI0Policy.from_pretrained(write_openpi(start, weights(pi05=kind == "pi05", vocab=VOCAB)))
+        write_openpi(start, weights(pi05=kind == "pi05", vocab=VOCAB))
+        content = json.loads((start / "config.json").read_text())
+        (start / "config.json").write_text(json.dumps(content | {"delta_actions": relative}))
+        ours = PI0Policy.from_pretrained(start)
         ours.save_pretrained(ours_written, layout="lerobot")
-        theirs = getattr(module, class_name).from_pretrained(ours_written, strict=True)
-        before, after = processors(ours_written)
-        worst = compare(f"{kind}: LeRobot from our folder", ours, theirs, before, after)
+        theirs = getattr(module, f"{kind.upper()}Policy").from_pretrained(ours_written, strict=True)
+        before, after = processors(theirs.config, ours_written)
+        worst = compare(f"{what}: LeRobot from our folder", ours, theirs, before, after)
         theirs.save_pretrained(theirs_written)
         before.save_pretrained(theirs_written)
         after.save_pretrained(theirs_written)
         again = PI0Policy.from_pretrained(theirs_written)
-        return max(worst, compare(f"{kind}: we from LeRobot's folder", again, theirs, before, after))
+        return max(worst, compare(f"{what}: we from LeRobot's folder", again, theirs, before, after))
 
 
 def make_small(module: Any) -> None:
@@ -88,7 +96,8 @@ def make_small(module: Any) -> None:
         "gemma_300m": SimpleNamespace(width=EXPERT, mlp_dim=40, **dims),
     }
     module.get_gemma_config = sizes.__getitem__
-    build = module.PaliGemmaForConditionalGeneration
+    name = next(name for name in vars(module) if name.startswith("PaliGemmaForConditionalGeneration"))
+    build = getattr(module, name)
 
     def build_small(config: Any) -> Any:
         vision = config.vision_config
@@ -96,24 +105,16 @@ def make_small(module: Any) -> None:
         vision.num_hidden_layers, vision.num_attention_heads = LAYERS, 1
         return build(config=config)
 
-    module.PaliGemmaForConditionalGeneration = build_small
+    setattr(module, name, build_small)
 
 
-def processors(folder: Path) -> tuple[Any, Any]:
-    """LeRobot's pre- and post-processor, as our files describe them."""
-    from lerobot.processor import PolicyProcessorPipeline
-    from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
+def processors(config: Any, folder: Path) -> tuple[Any, Any]:
+    """LeRobot's pre- and post-processor, as the files in `folder` describe them."""
+    from lerobot.policies.factory import make_pre_post_processors
 
-    before = PolicyProcessorPipeline.from_pretrained(
-        folder, "policy_preprocessor.json", overrides={"tokenizer_processor": {"tokenizer": tokenize}}
+    return make_pre_post_processors(
+        config, str(folder), preprocessor_overrides={"tokenizer_processor": {"tokenizer": tokenize}}
     )
-    after = PolicyProcessorPipeline.from_pretrained(
-        folder,
-        "policy_postprocessor.json",
-        to_transition=policy_action_to_transition,
-        to_output=transition_to_policy_action,
-    )
-    return before, after
 
 
 def tokenize(prompts: list[str], max_length: int, **_: Any) -> dict[str, torch.Tensor]:
@@ -164,6 +165,8 @@ def compare(label: str, ours: PI0Policy, theirs: Any, before: Any, after: Any) -
         noise=noise,
     )[..., : config.robot_action_dim]
     own_actions = unnormalize(own_chunk, stats.actions, config.use_quantile_norm)
+    if ours.delta_actions:
+        own_actions = add_state(own_actions, state[None])
     differences = {
         "state": (batch["observation.state"][0] - own_state).abs().max().item(),
         "chunk": (chunk - own_chunk).abs().max().item(),
