@@ -93,7 +93,7 @@ def not_run(reason: str) -> Way:
 # By the beginning of a command, without what starts Python; the longest that fits counts.
 WAYS = {
     "make": not_run("sets up an environment, runs all tests or trains; the recipe's commands are looked at"),
-    "tools/check_lerobot.py": not_run("needs LeRobot, which asks for other versions"),
+    "tools/check_upstream.py": not_run("needs LeRobot or openpi, which ask for other versions"),
     "tools/setup.py": not_run("installs packages"),
     "08_train_with_epochs.py": elsewhere("test_stages.py"),
     "09_train_with_config.py": elsewhere("test_stages.py"),

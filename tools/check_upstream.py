@@ -1,27 +1,31 @@
-"""Does LeRobot itself load what we write for it, act the same from it, and do we load what it writes?
+"""Do LeRobot and openpi themselves load what we write for them, act the same from it, and do we load what LeRobot writes?
 
-    python tools/check_lerobot.py       # with the Python of an environment of its own: pip install "lerobot[pi]"
+    python tools/check_upstream.py      # with the Python of an environment of LeRobot's ("lerobot[pi]"), or of openpi's
 
-Small policies with random weights, pi0 and pi0.5: ours is saved in the layout "lerobot"; LeRobot's own classes load
-the weights (strictly), the configuration and both processors from that folder; both sides sample from the same
-observation and noise. Then LeRobot saves, and we load. Prints the largest differences; the exit status is 1 if one is
-above 1e-4 or a prompt differs.
+Small policies with random weights, pi0 and pi0.5. For LeRobot ours is saved in the layout "lerobot"; LeRobot's own classes
+load the weights (strictly), the configuration and both processors from that folder; both sides sample from the same
+observation and noise. Then LeRobot saves, and we load. For openpi ours is saved as it is by default, and openpi's
+`PI0Pytorch` loads the weights. Prints the largest differences; the exit status is 1 if one is above 1e-4 or a prompt
+differs.
 
-LeRobot builds only the published sizes, so its tables of sizes are replaced; and PaliGemma's tokenizer, which has to be
-downloaded, by one that gives tokens of its own. Everything else is LeRobot's. `lerobot[pi]` brings the changed
-`transformers` that its pi0 asks for; see its documentation of pi0 if it complains.
+Both build only the published sizes, so their tables of sizes are replaced; and PaliGemma's tokenizer, which has to be
+downloaded, by one that gives tokens of its own. Everything else is theirs. Which of the two is installed is checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
 import tempfile
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -39,6 +43,7 @@ from published_files import (
     weights,
     write_openpi,
 )
+from safetensors.torch import load_model
 
 from pi0 import PI0Policy, lerobot_files
 from pi0.normalization import add_state, normalize, unnormalize
@@ -51,27 +56,80 @@ PROMPTS: list[str] = []  # as LeRobot had them tokenized
 
 
 def main() -> None:
-    """Both policies, both ways."""
+    """Whatever is installed."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    import lerobot
-
-    print(f"LeRobot {lerobot.__version__}, torch {torch.__version__}")
     lerobot_files._variant = lambda dims, name: "gemma_2b" if name == "gemma" else "gemma_300m"
-    kinds = [("pi0", False), ("pi05", False)]
-    if importlib.util.find_spec("lerobot.processor.relative_action_processor"):  # since release 0.5
-        kinds += [("pi0", True), ("pi05", True)]
-    worst = max(check(kind, relative) for kind, relative in kinds)
-    sys.exit(0 if worst <= TOLERANCE else f"a prompt differs, or numbers by more than {TOLERANCE}")
+    differences = []
+    if importlib.util.find_spec("lerobot"):
+        print(
+            f"LeRobot {version('lerobot')}, transformers {version('transformers')}, torch {torch.__version__}"
+        )
+        # Relative actions came after release 0.4.
+        known = importlib.util.find_spec("lerobot.processor.relative_action_processor")
+        for relative in (False, True) if known else (False,):
+            differences += [check_lerobot(kind, relative) for kind in ("pi0", "pi05")]
+    if importlib.util.find_spec("openpi"):
+        print(f"openpi, transformers {version('transformers')}, torch {torch.__version__}")
+        differences += [check_openpi(kind) for kind in ("pi0", "pi05")]
+    if not differences:
+        sys.exit("neither LeRobot nor openpi is installed here")
+    sys.exit(0 if max(differences) <= TOLERANCE else f"a prompt differs, or numbers by more than {TOLERANCE}")
 
 
-def check(kind: str, relative: bool) -> float:
+def check_openpi(kind: str) -> float:
+    """openpi's model from our file; the largest difference of chunks."""
+    sizes = importlib.import_module("openpi.models.gemma")
+    experts = importlib.import_module("openpi.models_pytorch.gemma_pytorch")
+    preprocessing = importlib.import_module("openpi.models_pytorch.preprocessing_pytorch")
+    module = importlib.import_module("openpi.models_pytorch.pi0_pytorch")
+    g = torch.Generator().manual_seed(1)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
+        start, written = Path(folder, "start"), Path(folder, "ours")
+        ours = PI0Policy.from_pretrained(write_openpi(start, weights(pi05=kind == "pi05", vocab=VOCAB)))
+        ours.save_pretrained(written)
+        config = ours.config
+        make_small(patches, sizes, "get_config", experts, config.image_size)
+        prepare = functools.partial(
+            preprocessing.preprocess_observation_pytorch, image_resolution=(config.image_size,) * 2
+        )
+        patches.enter_context(patch.object(preprocessing, "preprocess_observation_pytorch", prepare))
+        theirs = module.PI0Pytorch(
+            SimpleNamespace(
+                pi05=config.pi05,
+                action_dim=config.action_dim,
+                action_horizon=config.action_horizon,
+                paligemma_variant="gemma_2b",
+                action_expert_variant="gemma_300m",
+                dtype="float32",
+                pytorch_compile_mode=None,
+            )
+        ).eval()
+        load_model(theirs, written / "model.safetensors")
+        pixels = (1, 3, config.image_size, config.image_size)
+        inputs: dict[str, Any] = {
+            "images": {name: torch.rand(pixels, generator=g) * 2 - 1 for name in config.cameras},
+            "image_masks": {name: torch.tensor([name != config.cameras[2]]) for name in config.cameras},
+            "state": torch.randn(1, ACTIONS, generator=g),
+            "tokenized_prompt": torch.randint(VOCAB, (1, config.prompt_length), generator=g),
+            "tokenized_prompt_mask": torch.arange(config.prompt_length)[None] < 20,
+        }
+        noise = torch.randn(1, HORIZON, ACTIONS, generator=g)
+        rest = {"token_ar_mask": None, "token_loss_mask": None}
+        with torch.no_grad():
+            chunk = theirs.sample_actions("cpu", SimpleNamespace(**inputs, **rest), noise=noise)
+    difference = (chunk - ours.sample_actions(**inputs, noise=noise)).abs().max().item()
+    print(f"{kind}: openpi from our file: largest difference of chunk {difference:.1e}")
+    return difference
+
+
+def check_lerobot(kind: str, relative: bool) -> float:
     """A policy, or one that has learned its actions less the state, there and back; the largest difference."""
     what = f"{kind}{', relative actions' if relative else ''}"
     module = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
-    make_small(module)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
+        make_small(patches, module, "get_gemma_config", module)
         start, ours_written, theirs_written = (Path(folder, name) for name in ("start", "ours", "theirs"))
         write_openpi(start, weights(pi05=kind == "pi05", vocab=VOCAB))
         content = json.loads((start / "config.json").read_text())
@@ -88,24 +146,27 @@ def check(kind: str, relative: bool) -> float:
         return max(worst, compare(f"{what}: we from LeRobot's folder", again, theirs, before, after))
 
 
-def make_small(module: Any) -> None:
-    """Let LeRobot's module build the sizes of the test files."""
+def make_small(
+    patches: ExitStack, sizes: Any, getter: str, models: Any, image_size: int | None = None
+) -> None:
+    """Let their modules build the sizes of the test files."""
     dims = {"num_heads": HEADS, "num_kv_heads": 1, "head_dim": HEAD_DIM, "depth": LAYERS}
-    sizes = {
+    table = {
         "gemma_2b": SimpleNamespace(width=WIDTH, mlp_dim=64, **dims),
         "gemma_300m": SimpleNamespace(width=EXPERT, mlp_dim=40, **dims),
     }
-    module.get_gemma_config = sizes.__getitem__
-    name = next(name for name in vars(module) if name.startswith("PaliGemmaForConditionalGeneration"))
-    build = getattr(module, name)
+    patches.enter_context(patch.object(sizes, getter, table.__getitem__))
+    name = next(name for name in vars(models) if name.startswith("PaliGemmaForConditionalGeneration"))
+    build = getattr(models, name)
 
     def build_small(config: Any) -> Any:
         vision = config.vision_config
         vision.hidden_size, vision.intermediate_size, vision.projection_dim = VISION, 96, WIDTH
         vision.num_hidden_layers, vision.num_attention_heads = LAYERS, 1
+        vision.image_size = image_size or vision.image_size
         return build(config=config)
 
-    setattr(module, name, build_small)
+    patches.enter_context(patch.object(models, name, build_small))
 
 
 def processors(config: Any, folder: Path) -> tuple[Any, Any]:
