@@ -245,16 +245,17 @@ def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path):
     shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
     reason="torch.compile needs a C++ compiler and Python's headers (apt-get install g++ python3.11-dev)",
 )
-def test_compiled_policy_does_the_same():
-    eager = policy()
+def test_compiled_policy_does_the_same_with_adaptation_and_checkpointed_gradients_too():
+    eager = with_lora()
     compiled = eager.copy()
     compiled.compiled = True
     torch.testing.assert_close(sampled(compiled), sampled(eager), rtol=0, atol=1e-6)
+    compiled.network.checkpoint_gradients()
     gradients = []
     for each in (eager, compiled.copy()):
         one_loss(each, each).mean().backward()
         gradients.append([p.grad for p in each.parameters() if p.requires_grad])
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_contradicting_choices_are_refused():
