@@ -308,8 +308,11 @@ def shown(row: dict[str, Any]) -> str:
 
 def spread(values: list[float]) -> str:
     """Median, and lowest to highest where there are several."""
-    middle = f"{statistics.median(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
+    middle, low, high = (
+        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        for value in (statistics.median(values), min(values), max(values))
+    )
+    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
 
 def print_tables(done: list[dict[str, Any]]) -> None:
