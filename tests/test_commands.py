@@ -138,6 +138,7 @@ WAYS = {
     "benchmarks/rollout_cost.py --tables profile": here("--episodes 1"),
     "benchmarks/pi0.py": not_run("takes minutes, at full size a GPU"),
     "benchmarks/pi0.py --preset pi0_tiny": here("--tables sharing --dtypes float32 --output {out}/pi0.json"),
+    "benchmarks/run_memory.py": not_run("needs a run of several iterations"),
     "benchmarks/stages.py": not_run("takes minutes, in which it runs every stage"),
     "benchmarks/rollouts.py": not_run("takes minutes, most of them in LIBERO's own environments"),
 }

@@ -283,6 +283,17 @@ def test_lerobots_weights_are_written_back_byte_by_byte(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == LEROBOT_CONFIG
 
 
+def test_for_lerobot_an_openpi_file_gets_the_embedding_under_both_names(tmp_path, monkeypatch):
+    # LeRobot 0.4.4 loads nothing from a file that lacks one.
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    tensors = weights()
+    policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "checkpoint", tensors))
+    policy.save_pretrained(tmp_path / "out", layout="lerobot")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(stored["model." + EMBED_TOKENS], tensors[LM_HEAD])
+    assert torch.equal(stored["model." + LM_HEAD], tensors[LM_HEAD])
+
+
 def test_copy_is_written_after_the_file_is_gone(tmp_path):
     directory = write_openpi(tmp_path / "checkpoint", weights())
     before = (directory / "model.safetensors").read_bytes()

@@ -250,7 +250,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
-    """Success on training states at each iteration (pooled in long runs), and on evaluation states before and after, with intervals."""
+    """Success on training states, long runs pooled, and on evaluation states before and after, with intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
