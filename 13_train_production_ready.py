@@ -30,6 +30,7 @@ import argparse
 import atexit
 import contextlib
 import gc
+import json
 import os
 import random
 import sys
@@ -42,16 +43,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import wandb
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
 from pi0.errors import InputError, attempt
 from pi0.progress import progress
 from pi0.ript.acting import ActingPolicy
-from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
+from pi0.ript.cfg_adapter import OutOfMemory, PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.checkpoint_store import CheckpointStore
 from pi0.ript.chunks import Augmentation
 from pi0.ript.config import (
@@ -70,6 +69,7 @@ from pi0.ript.distributed import (
     RankWatch,
     average_gradients,
     backend,
+    broadcast_weights,
     exit_with,
     gather,
     largest,
@@ -217,11 +217,6 @@ def cleanup_distributed() -> None:
     """Leave the ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def get_model_from_ddp(model: nn.Module) -> PI0Policy:
-    """The policy inside its distributed wrapper, or as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def distributed_collect_batches(
@@ -438,17 +433,12 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
-def share_among_ranks(config: Config, policy: PI0Policy) -> nn.Module:
-    """What is called for the loss: the policy with a copy (DDP) or a part (FSDP2) of it on each rank, or alone."""
+def make_fit(config: Config, policy: PI0Policy) -> None:
+    """Have the policy need less memory, as configured: recomputed activations, and a part of it on each rank."""
     if config.training.gradient_checkpointing:
         policy.network.checkpoint_gradients()
     if config.training.use_fsdp:
-        return shard(policy)
-    if not dist.is_initialized():
-        return policy
-    model = DistributedDataParallel(policy, [policy.device] if policy.device.type == "cuda" else None)
-    model.require_backward_grad_sync = False  # not in the backward pass, where a rank may run out of memory
-    return model
+        shard(policy)
 
 
 def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
@@ -484,7 +474,7 @@ def update_policy(
 ) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
     algo, policy = config.algo, adapter.policy
-    sharded = isinstance(adapter.model, FSDPModule)
+    sharded = isinstance(policy, FSDPModule)
     policy.train()
     losses, norms, accumulated = [], [], 0
     bad, bad_in_a_row = 0, 0
@@ -496,7 +486,7 @@ def update_policy(
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
                 if sharded:
-                    adapter.model.set_requires_gradient_sync(complete)
+                    policy.set_requires_gradient_sync(complete)
                 losses.append(
                     adapter.accumulate_gradient(
                         minibatch, generator, algo.gradient_accumulation_steps, retry=not sharded
@@ -562,8 +552,9 @@ def train(
     set_seed(config.training.seed)
     algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
+    broadcast_weights(policy)  # of another file of that name, maybe, on another host
     start, average = ActingPolicy(policy.copy()), AveragedPolicy(policy, algo.ema_decay)
-    model = share_among_ranks(config, policy)
+    make_fit(config, policy)
     make_dir = newest_run if resume else new_run_dir
     run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))
     store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
@@ -578,6 +569,7 @@ def train(
     run = init_wandb(config, run_dir) if rank == 0 else None
     board = TensorBoard(run_dir / "tensorboard")
     weight = algo.guidance_weight if algo.mode == "guidance" else None
+    noted_passes = run_dir / "passes.json"  # by a rank whose memory ran out
     started = time.monotonic()
     with make_env_runner(config, policy) as env_runner, cleanup_on_exit(store, rank, world_size) as held:
         interrupts = setup_signal_handlers(env_runner, watch)
@@ -610,8 +602,7 @@ def train(
             shuffle_advantages=algo.shuffle_advantages,
         )
         adapter = PI0_CFG_Adapter(
-            get_model_from_ddp(model),
-            model=model,
+            policy,
             mode=algo.mode,
             noise_samples=algo.noise_samples,
             negative_weight=algo.negative_weight,
@@ -629,7 +620,8 @@ def train(
         state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
         if resume and load_checkpoint(store, state, rank, world_size, seed):
             started -= state.facts["seconds"]
-            adapter.passes = state.facts.get("passes", 1)
+            noted = json.loads(noted_passes.read_text()) if noted_passes.exists() else 1
+            adapter.passes = largest(max(noted, state.facts.get("passes", 1)))
         on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
         held |= {"state": state, "of_rank": state.of_rank()}
         state.facts |= {"wandb_run_id": run.id if run else None, "passes": adapter.passes}
@@ -676,6 +668,12 @@ def train(
                         generator,
                         interrupts if saved else None,
                     )
+                except OutOfMemory as error:
+                    write_json(noted_passes, error.passes)
+                    raise InputError(
+                        f"step {step}: memory ran out on rank {rank}; --resume goes on with minibatches in "
+                        f"{error.passes} passes"
+                    ) from error
                 except FloatingPointError as error:
                     rollbacks = rollbacks + 1 if step <= diverged else 1
                     diverged = max(diverged, step)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from episodes import make_episode
-from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
@@ -23,9 +22,7 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     policy = PI0Policy.from_pretrained(sys.argv[1])
-    model = DistributedDataParallel(policy)
-    model.require_backward_grad_sync = False
-    adapter = PI0_CFG_Adapter(policy, noise_samples=4, model=model)
+    adapter = PI0_CFG_Adapter(policy, noise_samples=4)
     batch = adapter.weigh([make_episode(True, [10] * 20, seed) for seed in range(12)], [1.0] * 12)
     generator = torch.Generator().manual_seed(rank)
     adapter.accumulate_gradient(batch[torch.arange(2)], generator, 1)  # what is allocated once
@@ -33,6 +30,7 @@ def main() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), -1))
     loss = adapter.accumulate_gradient(batch, generator, 1)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))  # what is imported from here on may have its memory
     before = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     average_gradients(policy)
     for ours, mean in zip(before, (p.grad for p in policy.parameters() if p.grad is not None), strict=True):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -44,7 +45,9 @@ SMALL = {
 }
 
 
-def start(folder: Path, *arguments: str, processes: int = 1, **options) -> subprocess.Popen:
+def start(
+    folder: Path, *arguments: str, processes: int = 1, script: Sequence[str] = (SCRIPT,), **options
+) -> subprocess.Popen:
     """A run whose output_dir is `folder`; the same command goes on with it when `--resume` is given."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
@@ -54,7 +57,7 @@ def start(folder: Path, *arguments: str, processes: int = 1, **options) -> subpr
         else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     )
     return subprocess.Popen(
-        [sys.executable, *launch, SCRIPT, "--config_path", str(folder / "config.yaml"), *arguments],
+        [sys.executable, *launch, *script, "--config_path", str(folder / "config.yaml"), *arguments],
         cwd=REPO_ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -90,6 +90,17 @@ def test_sampled_actions_are_those_of_openpi(reference):
     torch.testing.assert_close(actions, stored["expected_actions"], rtol=0, atol=1e-4)
 
 
+def test_bfloat16_stays_near_openpi(reference):
+    _, inputs, stored = reference
+    policy = PI0Policy.from_pretrained(REFERENCE, dtype=torch.bfloat16)
+    assert policy.network.expert.layers[0].mlp["up_proj"].weight.dtype == torch.bfloat16
+    loss = policy.forward(**inputs, actions=stored["actions"], time=stored["time"])
+    actions = policy.sample_actions(**inputs, num_steps=10)
+    # bfloat16 rounds to one part in 256.
+    assert (loss - stored["expected_loss"]).abs().max() < 0.01 * stored["expected_loss"].max()
+    assert (actions - stored["expected_actions"]).abs().max() < 0.01 * stored["expected_actions"].abs().max()
+
+
 def test_gradients_are_finite_differences():
     config = small_config(guidance=True)
     torch.manual_seed(0)

@@ -286,6 +286,38 @@ def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
     assert passes[0] == passes[1]
 
 
+def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_more_passes(tmp_path):
+    large = ["algo.minibatch_size=100", "algo.noise_samples=32", "algo.negative_weight=0.5"]
+    settings = ["--override", "training.use_fsdp=true", "training.num_train_steps=1", *large]
+    short = ("tests/rank_short_of_memory.py", "300000000")
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+    process = start(tmp_path, *settings, processes=2, script=short, env=environment)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    line = "error: step 0: memory ran out on rank 1; --resume goes on with minibatches in 2 passes"
+    assert line in output
+    output = finish(start(tmp_path, "--resume", *settings, processes=2))
+    newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
+    assert json.loads((newest / "run.json").read_text())["facts"]["passes"] == 2
+    assert "loss" in json.loads((run_of(tmp_path) / "metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize("chunks", ["9,2", "3,0"])  # 4 passes
+def test_shards_gather_the_gradient_of_whole_copies_in_several_passes(chunks):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "tests/rank_shards.py", str(CHECKPOINT), chunks],
+        cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    difference, size = map(
+        float, re.search(r"difference (\S+) of gradients up to (\S+)", done.stdout).groups()
+    )
+    assert size > 0.1
+    assert difference < 1e-5 * size
+
+
 def test_more_passes_give_the_same_gradient():
     policy = PI0Policy.from_pretrained(CHECKPOINT)
     adapter = PI0_CFG_Adapter(policy)

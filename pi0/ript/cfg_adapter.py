@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pi0 import PI0Policy
+from pi0.errors import InputError
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
 from pi0.ript.distributed import gather, mean_over_ranks, rank_and_world_size
@@ -32,6 +33,14 @@ MODES = ("weighted", "guidance")
 NEGATIVE_CLIP = (
     1.0  # flow loss of a policy that predicts the mean velocity of standardised actions is about 2
 )
+
+
+class OutOfMemory(Exception):
+    """Memory ran out where this process cannot go on by itself; `passes` may be enough for a minibatch."""
+
+    def __init__(self, passes: int):
+        super().__init__(f"memory ran out; minibatches may go through in {passes} passes")
+        self.passes = passes
 
 
 @dataclass
@@ -197,7 +206,10 @@ class PI0_CFG_Adapter:
             batch: may be empty.
             generator: as for `minibatch_loss`.
             steps: minibatches in an optimizer step.
-            retry: False where ranks cannot but wait for each other within a pass (FSDP2): there the error stands.
+            retry: False where ranks cannot but wait for each other within a pass (FSDP2).
+        Raises:
+            InputError: passes have a chunk each already.
+            OutOfMemory: there is no `retry`.
         """
         divisor = self._divisor(batch)
         while True:
@@ -213,29 +225,27 @@ class PI0_CFG_Adapter:
     def _try_in_passes(
         self, batch: WeightedChunks, generator: torch.Generator, steps: int, divisor: Tensor, retry: bool
     ) -> float | None:
-        """Loss of a minibatch whose gradient was added; None where memory ran out and smaller passes may help."""
+        """Loss of a minibatch whose gradient was added; None where memory ran out and more passes may help."""
         loss = 0.0
         try:
-            for part in self._parts(batch, self.passes if retry else 1):
+            # As many on every rank, however few chunks it has: with shards they run in step.
+            for index in torch.arange(len(batch)).tensor_split(self.passes):
                 with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
-                    part_loss = self.minibatch_loss(part, generator, divisor)
+                    part_loss = self.minibatch_loss(batch[index], generator, divisor)
                 (part_loss / steps).backward()
                 loss += part_loss.item()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            short = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            if not short or not retry or self.passes >= len(batch):
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
+            if self.passes >= len(batch):
+                raise InputError(
+                    f"memory ran out with a single chunk in a pass, {self.noise_samples} draws of noise; lower "
+                    "algo.noise_samples, or set training.gradient_checkpointing = true"
+                ) from error
+            if not retry:
+                raise OutOfMemory(2 * self.passes) from error
             return None
         return loss
-
-    @staticmethod
-    def _parts(batch: WeightedChunks, passes: int) -> Iterator[WeightedChunks]:
-        """The minibatch cut for so many passes, or for as many as it has chunks."""
-        if passes == 1 or len(batch) < 2:
-            yield batch
-            return
-        for index in torch.arange(len(batch)).tensor_split(min(passes, len(batch))):
-            yield batch[index]
 
     @staticmethod
     def _divisor(batch: WeightedChunks) -> Tensor:

@@ -75,6 +75,13 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return total / world_size
 
 
+def broadcast_weights(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if rank_and_world_size()[1] > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
 def average_gradients(module: nn.Module) -> None:
     """Put the mean over ranks in place of each gradient; all ranks must have one for the same parameters."""
     _, world_size = rank_and_world_size()

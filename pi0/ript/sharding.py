@@ -7,6 +7,7 @@ or without, can go on from it.
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,9 @@ from torch.utils._pytree import tree_map_only
 from pi0 import PI0Policy
 
 T = TypeVar("T")
+
+# Of outputs that are views: nothing is done to them in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def shard(policy: PI0Policy) -> PI0Policy:

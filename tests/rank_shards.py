@@ -1,0 +1,52 @@
+"""Run under torchrun by test_production_stage.py: do shards gather the gradient of whole copies, in several passes?
+
+Usage: rank_shards.py CHECKPOINT CHUNKS,CHUNKS,... (that each rank has, fewer than passes on some)
+"""
+
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from episodes import make_episode
+
+from pi0 import PI0Policy
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.distributed import average_gradients
+from pi0.ript.sharding import shard, whole
+
+PASSES = 4
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    count = int(sys.argv[2].split(",")[rank])
+    gradients, losses = [], []
+    for sharded in (False, True):
+        policy = PI0Policy.from_pretrained(sys.argv[1])
+        adapter = PI0_CFG_Adapter(shard(policy) if sharded else policy)
+        adapter.passes = PASSES
+        batch = adapter.weigh([make_episode(True, [10] * 10, rank)], [1.0])[torch.arange(count)]
+        generator = torch.Generator().manual_seed(rank)
+        for last in (False, True):  # gradients of two minibatches come together
+            if sharded:
+                policy.set_requires_gradient_sync(last)
+            losses.append(adapter.accumulate_gradient(batch, generator, 2, retry=not sharded))
+        if not sharded:
+            average_gradients(policy)
+        gradients.append({name: whole(p.grad) for name, p in policy.named_parameters() if p.grad is not None})
+    copies, shards = gradients
+    worst = max(float((copies[name] - shards[name]).abs().max()) for name in copies)
+    size = max(float(gradient.abs().max()) for gradient in copies.values())
+    assert shards.keys() == copies.keys()
+    assert losses[:2] == losses[2:] or count == 0, losses
+    if rank == 0:
+        print(f"worst difference {worst} of gradients up to {size}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
