@@ -433,8 +433,8 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
-def make_fit(config: Config, policy: PI0Policy) -> None:
-    """Have the policy need less memory, as configured: recomputed activations, and a part of it on each rank."""
+def reduce_memory(config: Config, policy: PI0Policy) -> None:
+    """As configured: activations that are worked out again, and only a part of the policy on each rank (FSDP2)."""
     if config.training.gradient_checkpointing:
         policy.network.checkpoint_gradients()
     if config.training.use_fsdp:
@@ -554,7 +554,7 @@ def train(
     policy = load_policy(config)
     broadcast_weights(policy)  # of another file of that name, maybe, on another host
     start, average = ActingPolicy(policy.copy()), AveragedPolicy(policy, algo.ema_decay)
-    make_fit(config, policy)
+    reduce_memory(config, policy)
     make_dir = newest_run if resume else new_run_dir
     run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))
     store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
