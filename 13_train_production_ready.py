@@ -82,7 +82,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
-from pi0.ript.memory import memory_use
+from pi0.ript.memory import growth, memory_use
 from pi0.ript.metrics import TensorBoard, append_line, flatten, write_lines
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
@@ -367,6 +367,8 @@ def load_checkpoint(
     newest, damaged = on_rank_zero(store.newest_valid)
     for path, reason in damaged:
         print(f"passed over {path}: {reason}")
+    if newest is None and damaged:
+        raise InputError(f"no checkpoint in {store.folder} verifies; start anew, without --resume")
     if newest is None:
         print(f"no checkpoint in {store.folder}: starting from the beginning")
         return False
@@ -375,21 +377,20 @@ def load_checkpoint(
     return True
 
 
-def setup_signal_handlers(env_runner: LIBEROEnvRunner, watch: RankWatch | None) -> Interrupts:
-    """From now on signals ask the run to stop or to make a checkpoint; rollouts are abandoned when it is to stop."""
-    interrupts = env_runner.interrupts = Interrupts(watch)
+def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
+    """From now on signals ask the run to stop or to make a checkpoint, and do nothing else."""
+    interrupts = Interrupts(watch)
     interrupts.install()
     return interrupts
 
 
 def monitor_memory(history: list[dict]) -> None:
-    """Collect garbage, and warn at each new high that is more than half above the size after the third step."""
+    """Collect garbage, and warn of memory that grows."""
     gc.collect()
     if not gc.get_freeze_count():
         gc.freeze()  # what imports have made stays, and need not be looked through each time
-    sizes = [row["memory"]["rss_mb"] + row["memory"]["workers_mb"] for row in history[2:]]
-    if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
-        print(f"memory has grown from {sizes[0]:.0f} to {sizes[-1]:.0f} MB since step {history[2]['step']}")
+    for line in growth(history):
+        print(line, file=sys.stderr)  # each rank watches its own; rank 0 alone speaks on standard output
 
 
 @contextlib.contextmanager
@@ -397,17 +398,15 @@ def cleanup_on_exit(store: CheckpointStore, rank: int, world_size: int) -> Itera
     """Where the run is asked to stop, leave a checkpoint of its last finished iteration.
 
     Yields a dictionary for "state" and for "of_rank", what this rank was at the end of that iteration; "of_rank" is
-    taken out while an update moves the weights.
+    taken out while an update moves the weights, and when training has ended.
     """
     held: dict = {}
     try:
         yield held
     except Interrupted:
-        newest = on_rank_zero(store.newest_valid)[0]
-        if "of_rank" in held and newest != store.path(held["state"].step):
+        if "of_rank" in held and not on_rank_zero(store.path(held["state"].step).exists):
             save_checkpoint(store, held["state"], held["of_rank"], rank, world_size, None)
-            newest = on_rank_zero(store.newest_valid)[0]
-        print(f"stopped; --resume goes on from {newest or 'the start, since there is no checkpoint'}")
+        print(f"stopped; --resume goes on from {store.newest() or 'the start, since there is no checkpoint'}")
 
 
 def set_seed(seed: int) -> None:
@@ -470,14 +469,15 @@ def update_policy(
     average: AveragedPolicy,
     batch: WeightedChunks,
     generator: torch.Generator,
-    interrupts: Interrupts | None,
+    facts: dict,
+    interrupts: Interrupts,
+    patience_s: float,
 ) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
     algo, policy = config.algo, adapter.policy
     sharded = isinstance(policy, FSDPModule)
     policy.train()
-    losses, norms, accumulated = [], [], 0
-    bad, bad_in_a_row = 0, 0
+    losses, norms, accumulated, bad = [], [], 0, 0
     parts = largest(adapter.count_minibatches(batch, algo.minibatch_size))
     passes = algo.num_epochs * parts
     with progress(total=passes, label="update", unit="minibatch") as bar:
@@ -501,22 +501,22 @@ def update_policy(
                         norms.append(norm.item())
                         optimizer.step()
                         average.update()
-                        bad_in_a_row = 0
+                        facts["bad_in_a_row"] = 0
                     else:
-                        bad, bad_in_a_row = bad + 1, bad_in_a_row + 1
+                        bad, facts["bad_in_a_row"] = bad + 1, facts["bad_in_a_row"] + 1
                     optimizer.zero_grad(set_to_none=True)
                     accumulated = 0
-                    if bad_in_a_row >= config.training.max_bad_updates:
-                        raise FloatingPointError(f"{bad} gradients in a row are not finite")
-                    if interrupts is not None:
-                        interrupts.check_together()
+                    if facts["bad_in_a_row"] >= config.training.max_bad_updates:
+                        raise FloatingPointError(f"{facts['bad_in_a_row']} gradients in a row are not finite")
+                    interrupts.check_together(patience_s=patience_s)
     policy.eval()
-    if not norms:
-        raise FloatingPointError("no gradient of the iteration is finite")
+    counts = {"updates": len(norms), "bad_updates": bad}
     if bad:
         print(f"{bad} gradients were not finite and were left out")
+    if not norms:
+        return counts
     loss = float(np.mean(gather(np.nanmean(losses))))
-    return {"loss": loss, "grad_norm": float(np.mean(norms)), "updates": len(norms), "bad_updates": bad}
+    return {"loss": loss, "grad_norm": float(np.mean(norms)), **counts}
 
 
 def evaluate_periodically(
@@ -549,6 +549,7 @@ def train(
     config: Config, rank: int, world_size: int, tees: list[_TeeIO], watch: RankWatch | None, resume: bool
 ) -> Path:
     """Score, practise, score again; returns the folder with everything that was written."""
+    interrupts = setup_signal_handlers(watch)
     set_seed(config.training.seed)
     algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
@@ -572,7 +573,7 @@ def train(
     noted_passes = run_dir / "passes.json"  # by a rank whose memory ran out
     started = time.monotonic()
     with make_env_runner(config, policy) as env_runner, cleanup_on_exit(store, rank, world_size) as held:
-        interrupts = setup_signal_handlers(env_runner, watch)
+        env_runner.interrupts = interrupts
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         dataset = LiberoInitStateDataset(
             on_rank_zero(env_runner.training_states, algo.train_init_states, seed)
@@ -624,8 +625,9 @@ def train(
             adapter.passes = largest(max(noted, state.facts.get("passes", 1)))
         on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
         held |= {"state": state, "of_rank": state.of_rank()}
-        state.facts |= {"wandb_run_id": run.id if run else None, "passes": adapter.passes}
-        state.facts["seconds"] = time.monotonic() - started
+        of_run = {"wandb_run_id": run.id if run else None, "config": to_dict(config)}
+        state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
+        state.facts = {"bad_in_a_row": 0, "rollbacks": 0, **state.facts}
         if "before" in state.facts:
             before = env_runner.restore_result(state.facts["before"])
         else:
@@ -633,7 +635,7 @@ def train(
             state.facts["before"] = before.to_dict()
         on_rank_zero(attempt, write_json, run_dir / "protocol.json", before.protocol)
         history, replay, evaluations = state.history, state.replay, state.evaluations
-        rollbacks, diverged = 0, -1
+        rollbacks, in_a_row, diverged = state.facts["rollbacks"], 0, -1
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
         nothing = WeightedChunks.empty(
             env_runner.cameras, env_runner.image_size, policy.config.action_horizon
@@ -655,7 +657,8 @@ def train(
             if cotraining is not None and largest(len(batch)):
                 batch = WeightedChunks.cat([batch, cotraining.draw(generator)])
             update_started = time.monotonic()
-            saved = on_rank_zero(store.path(step).exists)  # else the update is finished before a stop
+            # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
+            patience_s = 0.0 if on_rank_zero(store.path(step).exists) else 10.0
             del held["of_rank"]  # from here to the end of the update there is nothing whole to save
             if largest(len(batch)):
                 try:
@@ -666,7 +669,9 @@ def train(
                         average,
                         batch,
                         generator,
-                        interrupts if saved else None,
+                        state.facts,
+                        interrupts,
+                        patience_s,
                     )
                 except OutOfMemory as error:
                     write_json(noted_passes, error.passes)
@@ -675,34 +680,39 @@ def train(
                         f"{error.passes} passes"
                     ) from error
                 except FloatingPointError as error:
-                    rollbacks = rollbacks + 1 if step <= diverged else 1
+                    rollbacks, in_a_row = rollbacks + 1, in_a_row + 1 if step <= diverged else 1
                     diverged = max(diverged, step)
-                    if rollbacks > config.training.max_rollbacks:
+                    if in_a_row > config.training.max_rollbacks:
                         raise InputError(
                             f"step {step}: {error}, again and again; start anew with a lower algo.lr"
                         ) from error
                     print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
                     if not load_checkpoint(store, state, rank, world_size, seed):
                         raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
-                    generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * rollbacks + 7_919 * diverged)
+                    generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * in_a_row + 7_919 * diverged)
                     on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
                     history, replay, evaluations = state.history, state.replay, state.evaluations
+                    state.facts |= {"bad_in_a_row": 0, "rollbacks": rollbacks}
                     held["of_rank"] = state.of_rank()
                     continue
                 schedule.step()
             phases = {**metrics["phases"], "update": time.monotonic() - update_started}
             phases["other"] = time.monotonic() - step_started - sum(phases.values())
             memory = memory_use(env_runner.pool.processes)
-            metrics |= {"lr": lr, "phases": phases, "memory": memory}
+            metrics |= {"lr": lr, "phases": phases, "memory": memory, "rollbacks": rollbacks}
             history.append(metrics)
             state.step, state.replay = step + 1, replay
-            state.facts |= {"seconds": time.monotonic() - started, "passes": adapter.passes}
+            state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
             held["of_rank"] = state.of_rank()
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
             if problem := on_rank_zero(attempt, average.policy.save_pretrained, run_dir / "policy"):
                 print(f"step {step}: the policy is not saved: {problem}")
             monitor_memory(history)
+            updates = f"{metrics.get('updates')} updates, loss {metrics.get('loss', np.nan):.4f}"
+            learned = updates if "updates" in metrics else "nothing to learn from"
+            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             asked, interrupts.checkpoint_asked = interrupts.checkpoint_asked, False
             best = [entry["success_rate"] for entry in evaluations if entry["step"] == state.step]
             best = best[0] if best and config.training.save_best else None
@@ -710,20 +720,11 @@ def train(
             if largest(int(asked or due or best is not None)):
                 save_checkpoint(store, state, held["of_rank"], rank, world_size, best)
             interrupts.check_together()
-            learned = "nothing to learn from"
-            if "loss" in metrics:
-                learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
-            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
-            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         trained = [metrics for metrics in history if metrics.get("updates")]
-        final = {
-            "total_steps": len(trained),
-            "iterations": len(history),
-            "before": score(before),
-            "after": score(after),
-        }
+        final = {"total_steps": len(trained), "iterations": len(history)}
+        final |= {"before": score(before), "after": score(after)}
         on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final)
         print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         held.pop("of_rank")  # nothing is left to save; what follows is for rank 0 alone
@@ -731,10 +732,12 @@ def train(
             problem := attempt(write_report, run_dir, to_dict(config), before, after, history, seconds)
         ):
             print(f"results not written: {problem}")
-        if config.features.save_video and rank == 0:
-            film_before_after(run_dir, env_runner, start, acting, before, after)
+        film = (film_before_after, run_dir, env_runner, start, acting, before, after)
+        if config.features.save_video and rank == 0 and (problem := attempt(*film)):
+            print(f"video not written: {problem}")
         if rank == 0:
-            print(f"  {write_html_report(run_dir)}")
+            problem = attempt(write_html_report, run_dir)
+            print(f"report.html not written: {problem}" if problem else f"  {run_dir / 'report.html'}")
         if run is not None:
             run.summary.update({"before": before.success_rate, "after": after.success_rate})
             run.finish()

@@ -2,7 +2,7 @@
 
 examples:
     python -m pi0.checkpoint inspect checkpoints/pi0_tiny_libero_spatial    # what it is, what fits, what is missing
-    python -m pi0.checkpoint convert CHECKPOINT OUTPUT                      # into a directory of this project
+    python -m pi0.checkpoint convert CHECKPOINT OUTPUT                      # weights that openpi loads
     python -m pi0.checkpoint convert CHECKPOINT OUTPUT --layout lerobot
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from pi0.checkpoints import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
-from pi0.errors import InputError
-from pi0.model.config import Pi0Config
+from pi0.errors import CheckpointError, InputError
+from pi0.model.config import ConvDims, Pi0Config
 from pi0.normalization import NormStats
 from pi0.policy import PI0Policy
 from pi0.tensor_names import WRITABLE, describe, holds_pi05
@@ -43,20 +43,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "inspect", help="what a checkpoint is, what fits and what is missing; status 1 if it cannot be loaded"
     )
     inspect.add_argument("path", help="a checkpoint directory, or the model.safetensors in it")
-    convert = commands.add_parser("convert", help="write a checkpoint in another layout")
+    convert = commands.add_parser(
+        "convert", help="write a checkpoint in another layout; low-rank additions are merged into the weights"
+    )
     convert.add_argument("path", help="a checkpoint directory")
     convert.add_argument("output", help="directory to write; must not hold a checkpoint yet")
     convert.add_argument(
         "--layout",
         default="openpi",
         choices=list(WRITABLE),
-        help="openpi: this project's directory, whose weights openpi and LeRobot load; lerobot: LeRobot's",
+        help="openpi: this project's directory, with weights that openpi and LeRobot load; lerobot: LeRobot's",
     )
     convert.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="of the experts and the vision tower; default: as they are stored",
     )
+    for command in (inspect, convert):
+        command.add_argument(
+            "--norm_stats_path", help="a norm_stats.json to use instead of the checkpoint's own statistics"
+        )
     return parser.parse_args(arguments)
 
 
@@ -64,30 +70,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Raises `InputError`."""
     options = parse_arguments(arguments)
     if options.command == "convert":
-        convert_checkpoint(options.path, options.output, options.layout, options.dtype)
-        print(f"{options.output} written")
+        convert_checkpoint(
+            options.path, options.output, options.layout, options.dtype, options.norm_stats_path
+        )
         return 0
     status = 0
-    for label, text in inspect_checkpoint(options.path):
+    for label, text in inspect_checkpoint(options.path, options.norm_stats_path):
         head, *more = text.split("\n")
         print(f"{label:<{LABEL_WIDTH}}{head}", *more, sep="\n" + " " * LABEL_WIDTH)
         status |= label == STOP
     return status
 
 
-def convert_checkpoint(path: str, output: str, layout: str, dtype: str | None) -> None:
-    """Load a checkpoint and write it in another layout. Raises `InputError`."""
+def convert_checkpoint(
+    path: str, output: str, layout: str, dtype: str | None, norm_stats_path: str | None = None
+) -> None:
+    """Load a checkpoint, write it in another layout and print what was done.
+
+    Low-rank additions become part of the weights, as other programs know no such tensors.
+
+    Raises:
+        InputError: a checkpoint that cannot be loaded or written so, or one with an optimality condition, which
+            other programs do not know either and which is no part of any weight.
+    """
     if (Path(output) / MODEL_FILE).exists():
         raise InputError(f"{output} holds a {MODEL_FILE} already; name another directory")
-    policy = PI0Policy.from_pretrained(path, dtype=getattr(torch, dtype) if dtype else None)
+    if read_config(path).guidance:
+        raise CheckpointError(
+            f"{Path(path) / CONFIG_FILE}: guidance is true; openpi and LeRobot have no place for the optimality "
+            "condition that this policy learned and do not sample under it, so it stays in a directory of this "
+            "project. For other programs train with algo.mode=weighted"
+        )
+    policy = PI0Policy.from_pretrained(
+        path, dtype=getattr(torch, dtype) if dtype else None, norm_stats_path=norm_stats_path
+    )
+    ranks = policy.config.gemma.lora_rank, policy.config.action_expert.lora_rank
+    if any(ranks):
+        policy.merge_lora()
+        print(f"low-rank additions (rank {ranks[0]} and {ranks[1]}) are merged into the weights")
     policy.save_pretrained(output, layout)
+    if isinstance(policy.config.vision, ConvDims):
+        print("only this project loads it: its convolutional tower has no place in openpi's model")
+    print(f"{output} written")
 
 
-def inspect_checkpoint(path: str | Path) -> Iterator[tuple[str, str]]:
+def inspect_checkpoint(
+    path: str | Path, norm_stats_path: str | Path | None = None
+) -> Iterator[tuple[str, str]]:
     """What a checkpoint is, in pairs of a label and a text of one or more lines.
 
-    The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it. Nothing but the header of
-    the weights and the statistics is read.
+    The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it, given the same
+    `norm_stats_path`. Nothing but the header of the weights and the statistics is read.
 
     Raises:
         FileNotFoundError: no such directory, or no weights in it.
@@ -106,7 +139,7 @@ def inspect_checkpoint(path: str | Path) -> Iterator[tuple[str, str]]:
     try:
         config = read_config(directory)
         yield CONFIG_FILE, _config(config)
-        stats = read_norm_stats(directory, config)
+        stats = read_norm_stats(directory, config, norm_stats_path)
         yield "statistics", f"{_statistics(stats.stats)}; found: {stats.place}"
         if config.tokenizer == "paligemma":
             yield "tokenizer", _tokenizer(config)

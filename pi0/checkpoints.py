@@ -23,7 +23,7 @@ from torch import Tensor
 from pi0.errors import CheckpointError, MissingFileError
 from pi0.lerobot_files import lerobot_files
 from pi0.model.config import ConvDims, Pi0Config
-from pi0.normalization import NormStats
+from pi0.normalization import NormStats, load_norm_stats
 from pi0.published import (
     NORM_STATS_FILE,
     FoundStats,
@@ -76,7 +76,8 @@ class Origin:
     """What a loaded policy must remember of its file to write it back as it was.
 
     Args:
-        layout, dtypes, metadata: of the file.
+        layout, metadata: of the file.
+        dtypes: of its tensors, by openpi's names; tells by which names it held the embedding.
         unread: tensors from which nothing is computed, by openpi's names: mapped, so that they take no memory.
         config: content of a LeRobot config.json, else None.
     """
@@ -139,8 +140,13 @@ def read_config(directory: str | Path) -> Pi0Config:
         raise CheckpointError(str(error)) from error
 
 
-def read_norm_stats(directory: str | Path, config: Pi0Config) -> FoundStats:
-    """The statistics in a checkpoint directory: see `find_norm_stats`."""
+def read_norm_stats(
+    directory: str | Path, config: Pi0Config, norm_stats_path: str | Path | None = None
+) -> FoundStats:
+    """The statistics in a checkpoint directory, see `find_norm_stats`; or those in `norm_stats_path` instead."""
+    if norm_stats_path:
+        stats = load_norm_stats(norm_stats_path, config.robot_state_dim, config.robot_action_dim)
+        return FoundStats(stats, str(norm_stats_path))
     buffers = {}
     if (Path(directory) / MODEL_FILE).is_file():
         header = read_header(directory)
@@ -216,7 +222,8 @@ def save_checkpoint_files(
         norm_stats: None for none.
         origin: what `load_weights` returned, of a policy that came from a file.
         layout: "openpi" writes this project's directory, whose model.safetensors openpi's PyTorch code and LeRobot
-            load; "lerobot" a directory that LeRobot loads, with its configuration and processors.
+            load unless it holds what is this project's own: low-rank additions, an optimality condition, a
+            convolutional tower; "lerobot" a directory that LeRobot loads, with its configuration and processors.
 
     Raises:
         CheckpointError: the model has parts that the layout has no place for, or the directory holds a checkpoint
@@ -224,7 +231,10 @@ def save_checkpoint_files(
     """
     chosen = WRITABLE.get(layout)
     if chosen is None:
-        raise CheckpointError(f"layout is {' or '.join(WRITABLE)}, not {layout!r}")
+        raise CheckpointError(
+            f"layout is {' or '.join(WRITABLE)}, not {layout!r}; what LeRobot wrote in earlier layouts is only read: "
+            f"choose {LEROBOT.name}, which it reads today"
+        )
     directory = Path(directory)
     if (directory / CONFIG_FILE).is_file() and is_lerobot(_read_config_file(directory)) != (
         chosen is LEROBOT
@@ -259,6 +269,8 @@ def save_checkpoint_files(
                 temporary[name].chmod(temporary[CONFIG_FILE].stat().st_mode)
         for name, path in temporary.items():
             os.replace(path, directory / name)
+        if NORM_STATS_FILE not in files:  # those of an earlier policy would be read as this one's
+            (directory / NORM_STATS_FILE).unlink(missing_ok=True)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -321,11 +333,14 @@ def _tensors(
         )
         tensors = {name: _narrowed(tensor, stored.get(name)) for name, tensor in tensors.items()}
     head = unread.pop(OUTPUT_HEAD, None)
-    if layout is LEROBOT and (head is not None or origin is None or origin.layout is not LEROBOT):
+    same = origin is not None and origin.layout is layout
+    if layout is LEROBOT and (head is not None or not same):
         # openpi's loader refuses both names. LeRobot's model has both, and some releases (0.4.4) load nothing at
         # all, with a warning, from a file that lacks one.
         embedding = tensors[OUTPUT_HEAD]
         tensors |= {EMBEDDING: embedding, OUTPUT_HEAD: embedding.clone() if head is None else head}
+    elif origin and same and head is None and EMBEDDING in origin.dtypes:
+        tensors[EMBEDDING] = tensors.pop(OUTPUT_HEAD)  # the one name that the file had
     if UNUSED not in unread and not isinstance(config.vision, ConvDims):
         dtype = tensors[file_name("gemma.layers.0.mlp.up_proj.weight")].dtype
         unread[UNUSED] = torch.zeros(config.vocab_size, config.action_expert.width, dtype=dtype)

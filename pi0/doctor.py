@@ -34,6 +34,9 @@ GIB = 2**30
 DISK_NEEDED_GIB = 2
 # A worker process with one scene of LIBERO's own meshes peaks at 1.1; the trainer is the small policy's.
 WORKER_GIB, TRAINER_GIB = 1.2, 1.5
+# Pixels a side: published policies look at the first, resized from the second, in which openpi draws LIBERO
+# (examples/libero/main.py: resize_size, and LIBERO_ENV_RESOLUTION, "resolution used to render training data").
+PUBLISHED_INPUT, PUBLISHED_FRAMES = 224, 256
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
 
     from pi0 import PI0Policy
     from pi0.checkpoints import MODEL_FILE
-    from pi0.normalization import load_norm_stats
+    from pi0.model.config import SiglipDims
+    from pi0.normalization import NormStatsError
     from pi0.ript.env.suites import find_tasks
 
     path = Path(config.policy_path)
@@ -188,11 +192,16 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         )
         return
     try:
-        policy = PI0Policy.from_pretrained(path, dtype=getattr(torch, config.dtype))
-    except (OSError, ValueError) as error:
-        yield Finding(
-            STOP, "checkpoint", str(error), "correct policy_path, or make one: python -m pi0.warmstart"
+        policy = PI0Policy.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), norm_stats_path=config.norm_stats_path
         )
+    except NormStatsError as error:
+        yield Finding(STOP, "norm stats", str(error), "set norm_stats_path to those it learned with")
+        return
+    except (OSError, ValueError) as error:
+        keys = "policy_path" if config.norm_stats_path is None else "policy_path or norm_stats_path"
+        mend = f"correct {keys}, or make one: python -m pi0.warmstart"
+        yield Finding(STOP, "checkpoint", str(error), mend)
         return
     network = policy.config
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
@@ -200,13 +209,6 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         OK, "checkpoint", f"{path}: {millions:.1f} M parameters, chunks of {network.action_horizon}"
     )
 
-    if config.norm_stats_path is not None:
-        try:
-            policy.norm_stats = load_norm_stats(
-                config.norm_stats_path, network.robot_state_dim, network.robot_action_dim
-            )
-        except (OSError, ValueError) as error:
-            yield Finding(STOP, "norm stats", str(error), "correct norm_stats_path")
     if policy.norm_stats is None:
         yield Finding(STOP, "norm stats", f"{path} has no norm_stats.json", "set norm_stats_path")
         return
@@ -218,12 +220,15 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         mend = f"set task.replan_steps to {network.action_horizon} or less"
         yield Finding(STOP, "checkpoint", f"task.replan_steps is {config.task.replan_steps}", mend)
     size = config.task.image_size or network.image_size
-    if size < network.image_size:
-        text = f"task.image_size is {size}, the policy looks at {network.image_size} pixels"
-        yield Finding(NOTE, "images", text, "leave task.image_size out, to draw what it has learned from")
+    published = isinstance(network.vision, SiglipDims) and network.image_size == PUBLISHED_INPUT
+    learned_from = PUBLISHED_FRAMES if published else network.image_size
+    if size < learned_from:
+        text = f"frames are drawn with {size} pixels a side, and the policy learned from {learned_from}"
+        yield Finding(NOTE, "images", text, f"set task.image_size to {learned_from}")
     tasks = find_tasks(config.task.benchmark_name, config.task.chosen)
-    if config.algo.cotraining_path is not None:
-        yield _check_cotraining(config.algo.cotraining_path, policy, tasks)
+    algo = config.algo
+    if algo.cotraining_path is not None:
+        yield _check_cotraining(algo.cotraining_path, algo.cotraining_gripper, policy, tasks)
     image = np.zeros((1, size, size, 3), np.uint8)
     observation = {
         "images": dict.fromkeys(network.cameras, image),
@@ -245,11 +250,13 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     yield Finding(OK, "checkpoint", f"acts; {1e3 * (time.perf_counter() - start):.0f} ms a chunk on the CPU")
 
 
-def _check_cotraining(path: str, policy: "PI0Policy", tasks: "Sequence[Task]") -> Finding:
+def _check_cotraining(
+    path: str, gripper: str | None, policy: "PI0Policy", tasks: "Sequence[Task]"
+) -> Finding:
     from pi0.ript.cotraining import find_demonstrations
 
     try:
-        _, indices = find_demonstrations(path, policy, tasks)
+        _, indices = find_demonstrations(path, gripper, policy, tasks)
     except (OSError, ValueError) as error:
         return Finding(STOP, "demonstrations", str(error), "correct algo.cotraining_path, or leave it out")
     return Finding(OK, "demonstrations", f"{path}: {len(indices)} demonstrations of {len(tasks)} tasks")

@@ -54,10 +54,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--render", default="fast", choices=MODES, help="frames: quick, or as LIBERO draws them"
     )
     parser.add_argument(
-        "--image_size", type=int, help="pixels a side; default: what the policy was built for"
+        "--image_size",
+        type=int,
+        help="pixels a side, resized to what the policy was built for, which is the default; openpi's: 256",
     )
     parser.add_argument(
-        "--replan_steps", type=int, help="actions carried out of each chunk; default: all, at most 10"
+        "--replan_steps",
+        type=int,
+        help="actions carried out of each chunk; default: all, at most 10; openpi's: 5",
     )
     parser.add_argument(
         "--max_episode_length", type=int, help="control steps; default: the suite's usual horizon"

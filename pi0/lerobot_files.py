@@ -16,13 +16,16 @@ from torch import Tensor
 from pi0.errors import CheckpointError
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
 from pi0.normalization import NormStats, Stats
-from pi0.published import ACTION_FEATURE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE, STATE_FEATURE
+from pi0.published import (
+    ACTION_FEATURE,
+    FREEZES,
+    GEMMA_VARIANTS,
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
+    STATE_FEATURE,
+    norm_map,
+)
 
-# The only sizes that LeRobot builds (get_gemma_config in policies/pi0/modeling_pi0.py).
-_VARIANTS = {
-    "gemma_2b": GemmaDims(2048, 18, 16384, 8, 1, 256),
-    "gemma_300m": GemmaDims(1024, 18, 4096, 8, 1, 256),
-}
 # Names of our own for LIBERO's actions; LeRobot looks in them for those that stay absolute.
 _POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
 
@@ -43,13 +46,18 @@ def lerobot_files(
         CheckpointError: the model is not one that LeRobot can build; says why.
     """
     content = lerobot_config(config, original)
-    features = {**content["input_features"], **content["output_features"]}
     tensors: dict[str, Tensor] = {}
     if norm_stats is not None:
-        for feature, stats in ((STATE_FEATURE, norm_stats.state), (ACTION_FEATURE, norm_stats.actions)):
+        for part, kind, feature, stats in (
+            ("input_features", "STATE", STATE_FEATURE, norm_stats.state),
+            ("output_features", "ACTION", ACTION_FEATURE, norm_stats.actions),
+        ):
+            # A base model's features have the padded width; the statistics are of a robot.
+            content[part] = {**(content[part] or {}), feature: _feature(kind, len(stats.mean))}
             tensors |= {f"{feature}.{name}": vector for name, vector in _vectors(stats).items()}
-    norm_map = _norm_map(config)
-    normalize = _step("normalizer_processor", eps=1e-8, features=features, norm_map=norm_map)
+    features = {**(content["input_features"] or {}), **(content["output_features"] or {})}
+    modes = norm_map(config.use_quantile_norm)
+    normalize = _step("normalizer_processor", eps=1e-8, features=features, norm_map=modes)
     tokenize = _step(
         "tokenizer_processor",
         max_length=config.prompt_length,
@@ -83,7 +91,7 @@ def lerobot_files(
         ),
     ]
     after = [
-        _step("unnormalizer_processor", eps=1e-8, features=content["output_features"], norm_map=norm_map),
+        _step("unnormalizer_processor", eps=1e-8, features=content["output_features"], norm_map=modes),
         *add,
         _step("device_processor", device="cpu", float_dtype=None),
     ]
@@ -106,13 +114,13 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         (config.tokenizer != "paligemma", f"the tokenizer {config.tokenizer!r}"),
         (config.pi05 and not config.discrete_state_input, "a pi0.5 whose prompt does not spell the state"),
         (config.pad_discrete_state, "a prompt that spells the state's padding (today's code no longer does)"),
-        (
-            any(d.lora_rank for d in (config.gemma, config.action_expert)),
-            "low-rank adaptation",
-        ),
     ):
         if unfit:
             raise CheckpointError(f"LeRobot has no place for {what}; save it in the layout 'openpi'")
+    if config.gemma.lora_rank or config.action_expert.lora_rank:
+        raise CheckpointError(
+            "LeRobot has no place for low-rank additions; `python -m pi0.checkpoint convert` merges them into the weights"
+        )
     content: dict[str, Any] = {
         "type": "pi05" if config.pi05 else "pi0",
         "n_obs_steps": 1,
@@ -124,7 +132,7 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
             STATE_FEATURE: _feature("STATE", config.robot_state_dim),
         },
         "output_features": {ACTION_FEATURE: _feature("ACTION", config.robot_action_dim)},
-        "normalization_mapping": _norm_map(config),
+        "normalization_mapping": norm_map(config.use_quantile_norm),
         "n_action_steps": min(10, config.action_horizon),
         "dtype": "float32",
         "image_resolution": [config.image_size, config.image_size],
@@ -144,6 +152,10 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
             "relative_exclude_joints": ["gripper"],
             "action_feature_names": [*_POSE_NAMES, "gripper"],
         }
+    for key in FREEZES:
+        # Left out where they change nothing, for releases whose parser does not know them.
+        if getattr(config, key) or key in content:
+            content[key] = getattr(config, key)
     return content | {
         "chunk_size": config.action_horizon,
         "max_state_dim": config.action_dim,
@@ -153,16 +165,11 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
     }
 
 
-def _norm_map(config: Pi0Config) -> dict[str, str]:
-    mode = "QUANTILES" if config.use_quantile_norm else "MEAN_STD"
-    return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
-
-
 def _variant(dims: GemmaDims, name: str) -> str:
-    for variant, known in _VARIANTS.items():
+    for variant, known in GEMMA_VARIANTS.items():
         if dims == known:
             return variant
-    raise CheckpointError(f"LeRobot builds only {' and '.join(_VARIANTS)}; {name} is neither: {dims}")
+    raise CheckpointError(f"LeRobot builds only {' and '.join(GEMMA_VARIANTS)}; {name} is neither: {dims}")
 
 
 def _vectors(stats: Stats) -> dict[str, Tensor]:

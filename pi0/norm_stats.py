@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.data import DemonstrationSet, open_demonstrations
+from pi0.data import DemonstrationSet, Gripper, open_demonstrations
 from pi0.errors import InputError
 from pi0.normalization import NormStats, subtract_state
 from pi0.ript.chunks import Chunks
@@ -71,6 +71,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument("--dataset", help="read these demonstrations; left out, the experts give some")
+    parser.add_argument(
+        "--dataset-gripper",
+        choices=list(Gripper),
+        help="what 1 means to the gripper of a data set; open-is-1 is IPEC-COMMUNITY's way with LIBERO",
+    )
     parser.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
     parser.add_argument(
         "--tasks", nargs="+", default=[], help="by index or name; default: the suite's, a data set's all"
@@ -97,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(options.output)
     writable_dir(output.parent)
     if options.dataset:
-        recorded = open_demonstrations(options.dataset)
+        recorded = open_demonstrations(options.dataset, gripper=options.dataset_gripper)
         indices: Sequence[int] = range(len(recorded))
         if options.tasks:
             tasks = find_tasks(options.suite, options.tasks)

@@ -19,13 +19,13 @@ from pi0.checkpoints import Origin, load_weights, read_config, read_norm_stats, 
 from pi0.errors import InputError
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
+from pi0.model.lora import RANKS
 from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
 from pi0.normalization import (
     NormStats,
     Stats,
     add_state,
     learned_delta_actions,
-    load_norm_stats,
     normalize,
     require_quantiles,
     subtract_state,
@@ -82,7 +82,8 @@ class PI0Policy(nn.Module):
             path: holds model.safetensors, config.json and, for acting, statistics; docs/checkpoints.md says which.
             device: where the weights go.
             dtype: of the two experts and the vision tower; what openpi keeps in float32 stays so: norms, patch
-                and position embeddings, the flow head. None is float32.
+                and position embeddings, the flow head; and so does the part that is trained, where the configuration
+                of the checkpoint trains a part (`choose_trained`). None is float32.
             norm_stats_path: a norm_stats.json to use instead of the directory's own statistics.
 
         Raises:
@@ -90,11 +91,7 @@ class PI0Policy(nn.Module):
             CheckpointError: a file is broken or does not fit the others.
         """
         config = read_config(path)
-        stats: NormStats | None
-        if norm_stats_path:
-            stats = load_norm_stats(norm_stats_path, config.robot_state_dim, config.robot_action_dim)
-        else:
-            stats = read_norm_stats(path, config).stats
+        stats = read_norm_stats(path, config, norm_stats_path).stats
         with torch.device("meta"), _without_start_values():
             policy = cls(config, stats)
         shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
@@ -113,7 +110,9 @@ class PI0Policy(nn.Module):
         """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway.
 
         Args:
-            layout: "openpi": openpi's PyTorch code and LeRobot load its weights; "lerobot": LeRobot loads all of it.
+            layout: "openpi": openpi's PyTorch code and LeRobot load its weights, unless they hold parts of this
+                project's own: low-rank additions (`merge_lora` first), an optimality condition, a convolutional
+                tower; "lerobot": LeRobot loads all of it.
 
         Raises:
             CheckpointError: the model has parts that the layout has no place for.
@@ -131,12 +130,9 @@ class PI0Policy(nn.Module):
 
     def freeze(self, *, vision_encoder: bool = False, all_but_expert: bool = False) -> None:
         """From now on train all but the vision tower, or only the action expert and its projections."""
-        self.config = dataclasses.replace(
-            self.config, freeze_vision_encoder=vision_encoder, train_expert_only=all_but_expert
-        )
-        self.network.choose_trained(self.config)
+        self._train(freeze_vision_encoder=vision_encoder, train_expert_only=all_but_expert)
 
-    def enable_lora(self, gemma_rank: int = 16, expert_rank: int = 32) -> None:
+    def enable_lora(self, gemma_rank: int = RANKS[0], expert_rank: int = RANKS[1]) -> None:
         """From now on train by low-rank adaptation (`pi0.model.lora`); changes no output until it is trained.
 
         Args:
@@ -146,42 +142,54 @@ class PI0Policy(nn.Module):
         Raises:
             ValueError: it has been enabled before.
         """
-        if self.config.gemma.lora_rank or self.config.action_expert.lora_rank:
+        if self._adapted:
             raise ValueError("this policy has low-rank adaptation already; merge_lora() before new ranks")
-        self._set_lora(gemma_rank, expert_rank)
-        self.network.choose_trained(self.config)
+        self._train((gemma_rank, expert_rank))
 
     def merge_lora(self) -> None:
-        """Put what low-rank adaptation has learned into the weights, to save it for other programs."""
-        self._set_lora(0, 0)
-        self.network.merge_lora(self.config)
+        """Put what low-rank adaptation has learned into the weights, to save it for other programs.
+
+        In a policy that was loaded in bfloat16 this rounds it; load in float32 what is to be merged.
+        """
+        self._train((0, 0))
 
     def choose_trained(self, what: str) -> None:
         """From now on train this part of the weights.
 
+        A part is trained in float32, beside what is frozen in the type that the policy was loaded in; in bfloat16
+        it would stand still at small learning rates. A policy that was loaded in bfloat16 starts from its rounding.
+
         Args:
-            what: "all"; "without_vision", all but the vision tower; "expert", the action expert and its
-                projections alone; "lora", low-rank additions to both transformers beside the vision tower and the
-                projections; "as_saved", what the checkpoint's configuration says.
+            what: "all", in the type that the policy was loaded in; "without_vision", all but the vision tower;
+                "expert", the action expert and its projections alone; "lora", low-rank additions to both
+                transformers beside the vision tower and the projections; "as_saved", what the checkpoint's
+                configuration says.
         """
-        adapted = self.config.gemma.lora_rank or self.config.action_expert.lora_rank
-        if what == "lora" and not adapted:
-            self.freeze()
-            self.enable_lora()
-        elif what not in ("lora", "as_saved"):
-            if adapted:
-                self.merge_lora()
-            self.freeze(vision_encoder=what == "without_vision", all_but_expert=what == "expert")
+        if what == "as_saved" or (what == "lora" and self._adapted):
+            return
+        self._train(
+            RANKS if what == "lora" else (0, 0),
+            freeze_vision_encoder=what == "without_vision",
+            train_expert_only=what == "expert",
+        )
 
     def copy(self) -> PI0Policy:
         """A policy that learns apart from this one; weights that are not trained are the same memory in both."""
         frozen = {id(parameter): parameter for parameter in self.parameters() if not parameter.requires_grad}
         return copy.deepcopy(self, frozen)
 
-    def _set_lora(self, gemma_rank: int, expert_rank: int) -> None:
-        gemma = dataclasses.replace(self.config.gemma, lora_rank=gemma_rank)
-        expert = dataclasses.replace(self.config.action_expert, lora_rank=expert_rank)
-        self.config = dataclasses.replace(self.config, gemma=gemma, action_expert=expert)
+    @property
+    def _adapted(self) -> bool:
+        return bool(self.config.gemma.lora_rank or self.config.action_expert.lora_rank)
+
+    def _train(self, lora_ranks: tuple[int, int] | None = None, **frozen: Any) -> None:
+        """Train what the configuration says with these fields changed, all at once: nothing is rounded in between."""
+        gemma, expert = self.config.gemma, self.config.action_expert
+        if lora_ranks is not None:
+            gemma = dataclasses.replace(gemma, lora_rank=lora_ranks[0])
+            expert = dataclasses.replace(expert, lora_rank=lora_ranks[1])
+        self.config = dataclasses.replace(self.config, gemma=gemma, action_expert=expert, **frozen)
+        self.network.choose_trained(self.config)
 
     # What the network sees
 

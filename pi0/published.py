@@ -39,6 +39,12 @@ _CAMERAS = {name: name for name in PUBLISHED_CAMERAS} | {
     "image2": "left_wrist_0_rgb",
     "wrist_image": "left_wrist_0_rgb",
 }
+# Sizes of the transformers by openpi's names (get_config in src/openpi/models/gemma.py), the only ones that LeRobot
+# builds too. openpi's `..._lora` have low-rank additions beside them, for which its PyTorch model has no place.
+GEMMA_VARIANTS = {
+    "gemma_2b": GemmaDims(2048, 18, 16384, 8, 1, 256),
+    "gemma_300m": GemmaDims(1024, 18, 4096, 8, 1, 256),
+}
 _OPENPI_KEYS = {
     "action_dim",
     "action_horizon",
@@ -55,6 +61,8 @@ _LEROBOT_ONLY = {
     "min_period": 4e-3,
     "max_period": 4.0,
 }
+# Keys of LeRobot's that say what training leaves as it is; named and meant as in `Pi0Config`.
+FREEZES = ("freeze_vision_encoder", "train_expert_only")
 
 Shapes = Mapping[str, tuple[int, ...]]  # by openpi's names
 
@@ -89,9 +97,16 @@ def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) ->
         raise CheckpointError(
             f"{source}: the tensors are of pi0.5, which this version does not run"
         ) from error
+    for key in ("paligemma_variant", "action_expert_variant"):
+        if key in content and content[key] not in list(GEMMA_VARIANTS):
+            raise CheckpointError(
+                f"{source}: {key} is {content[key]!r}; known are {' and '.join(GEMMA_VARIANTS)}. Merge low-rank "
+                "additions into the weights with the program that trained them, and name the variant without _lora"
+            )
     if is_lerobot(content):
         translated = _from_lerobot(content, pi05, source)
-        quantiles = _mode(content.get("normalization_mapping") or {}, source) == "QUANTILES"
+        mapping = content.get("normalization_mapping") or norm_map(base.use_quantile_norm)
+        quantiles = _mode(mapping, source) == "QUANTILES"
         if quantiles != base.use_quantile_norm:
             translated["use_quantile_norm"] = quantiles
     else:
@@ -134,6 +149,7 @@ def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[s
         "num_steps": content.get("num_inference_steps", content.get("num_steps", 10)),
         "prompt_length": content.get("tokenizer_max_length", 200 if pi05 else 48),
         "cameras": _cameras(content["input_features"] or {}, source),
+        **{key: content[key] for key in FREEZES if key in content},
     }
     for ours, part, key in (
         ("robot_state_dim", "input_features", STATE_FEATURE),
@@ -167,9 +183,15 @@ def _require_relative_pose(content: Mapping[str, Any], source: str) -> None:
         )
 
 
+def norm_map(quantiles: bool) -> dict[str, str]:
+    """LeRobot's normalization_mapping; by default that of pi0.5 has quantiles and that of pi0 has not."""
+    mode = "QUANTILES" if quantiles else "MEAN_STD"
+    return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
+
+
 def _mode(mapping: Mapping[str, str], source: str) -> str:
-    """How states and actions are normalised: MEAN_STD or QUANTILES."""
-    modes = {mapping.get(part, "MEAN_STD") for part in ("STATE", "ACTION")}
+    """How states and actions are normalised: MEAN_STD or QUANTILES. LeRobot leaves alone what is not named."""
+    modes = {mapping.get(part, "IDENTITY") for part in ("STATE", "ACTION")}
     if (
         mapping.get("VISUAL", "IDENTITY") != "IDENTITY"
         or len(modes) != 1

@@ -10,7 +10,8 @@ left to learn, so cloning stops as soon as success on further training states re
     python -m pi0.warmstart --tasks 3 8 --dataset demonstrations --output outputs/warmstart
 
 The first keeps the demonstrations as a LeRobot data set; the second starts from demonstrations in files,
-these or others (`docs/data.md`), and records none.
+these or others (`docs/data.md`), and records none. With `--start-from` an existing policy is cloned further: it
+brings its own chunks, cameras and image size.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pi0 import PI0Policy
-from pi0.data import DataError, FeatureNames, Orientation, open_demonstrations
-from pi0.errors import InputError
+from pi0 import PI0Policy, pick_device
+from pi0.data import DataError, FeatureNames, Gripper, Orientation, open_demonstrations
+from pi0.errors import CheckpointError, InputError
 from pi0.model.config import Pi0Config
 from pi0.norm_stats import norm_stats
 from pi0.progress import progress
@@ -46,6 +47,8 @@ MANIFEST = "warmstart.json"
 WARMUP_UPDATES = 100
 # Positions that hardly move in the demonstrations must not be blown up to unit variance.
 SMALLEST_STD = 0.02
+# A published policy's chunk lasts 2.5 s, too long to go on without looking; `pi0.evaluate` has the same default.
+LONGEST_REPLAN = 10
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -63,6 +66,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["3", "8"], help="tasks by index or name")
     parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
     parser.add_argument("--start-from", help="checkpoint to go on from, instead of new weights")
+    parser.add_argument("--norm-stats-path", help="statistics to use instead of that checkpoint's own")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of that checkpoint's transformers; new weights are float32",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="pixels a side that frames are drawn with; default: what the policy looks at; openpi's: 256",
+    )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -83,6 +101,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset-images",
         choices=list(Orientation),
         help="how a LeRobot data set keeps its images; rotated is openpi's and LeRobot's way with LIBERO",
+    )
+    parser.add_argument(
+        "--dataset-gripper",
+        choices=list(Gripper),
+        help="what 1 means to the gripper of a data set; open-is-1 is IPEC-COMMUNITY's way with LIBERO",
     )
     parser.add_argument(
         "--dataset-video", action="store_true", help="write images as H.264 video, not as PNG"
@@ -111,7 +134,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ema-decay", type=float, default=0.995, help="decay of the averaged weights")
     parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.start_from and (options.norm_stats_path or options.dtype != "float32"):
+        parser.error(
+            "--norm-stats-path and --dtype are about the checkpoint of --start-from, which is not given"
+        )
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,24 +147,24 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
-    config = Pi0Config.preset("pi0_tiny")
+    device = pick_device(options.device)
     writable_dir(options.output)
     started = time.monotonic()
+    policy = load_policy(options, device) if options.start_from else None
+    config = policy.config if policy else Pi0Config.preset("pi0_tiny")
     with LIBEROEnvRunner(
         options.suite,
         options.tasks,
         cameras=config.cameras,
-        image_size=config.image_size,
+        image_size=options.image_size or config.image_size,
         chunk=config.action_horizon,
-        replan_steps=config.action_horizon,
+        replan_steps=min(LONGEST_REPLAN, config.action_horizon),
         num_parallel_envs=options.workers,
         assets=options.assets,
     ) as runner:
         demonstrations, summary = get_demonstrations(runner, config, options)
-        if options.start_from:
-            policy = PI0Policy.from_pretrained(options.start_from)
-        else:
-            policy = PI0Policy(config, norm_stats(demonstrations, smallest_std=SMALLEST_STD))
+        if policy is None:
+            policy = PI0Policy(config, norm_stats(demonstrations, smallest_std=SMALLEST_STD)).to(device)
         average = AveragedPolicy(policy, options.ema_decay)
         scores = clone(policy, average, demonstrations, runner, options)
         manifest = {
@@ -153,6 +181,23 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(Path(options.output) / MANIFEST, manifest)
     last = scores[-1]
     print(f"{options.output}: {format_rate(last['successes'], last['episodes'])} on training states")
+
+
+def load_policy(options: argparse.Namespace, device: torch.device) -> PI0Policy:
+    """The policy that cloning goes on from.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or has no statistics to see and act by.
+    """
+    policy = PI0Policy.from_pretrained(
+        options.start_from, device, getattr(torch, options.dtype), options.norm_stats_path
+    )
+    if policy.norm_stats is None:
+        raise CheckpointError(
+            f"{options.start_from} has no normalisation statistics; name some as --norm-stats-path, "
+            "which python -m pi0.norm_stats computes"
+        )
+    return policy
 
 
 def get_demonstrations(
@@ -186,7 +231,7 @@ def read_demonstrations(
         how["names"] = FeatureNames.parse(options.dataset_features)
     if options.dataset_images:
         how["orientation"] = Orientation(options.dataset_images)
-    recorded = open_demonstrations(options.dataset, **how)
+    recorded = open_demonstrations(options.dataset, options.dataset_gripper, **how)
     unknown = [camera for camera in recorded.cameras if camera not in config.cameras]
     if unknown:
         raise DataError(
@@ -198,7 +243,7 @@ def read_demonstrations(
         [index for indices in by_task.values() for index in indices],
         chunk=config.action_horizon,
         frame_every=options.frame_every,
-        image_size=config.image_size,
+        image_size=runner.image_size,
     )
     lengths = {name: [recorded.lengths[index] for index in indices] for name, indices in by_task.items()}
     return chunks, {

@@ -105,11 +105,34 @@ def outcome(folder: Path) -> dict:
     }  # fmt: skip
 
 
+def ranks_of(folder: Path) -> dict[int, int]:
+    """Process by rank of the run in `folder`."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_bytes().decode().split("\0")
+            environment = (process / "environ").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if (
+            SCRIPT in arguments
+            and str(folder / "config.yaml") in arguments
+            and "torch.distributed.run" not in arguments
+        ):
+            for entry in environment:
+                if entry.startswith("RANK="):
+                    found[int(entry[5:])] = int(process.name)
+    return found
+
+
 def kill_after_a_step(folder: Path, *arguments: str) -> None:
-    """Start a run of two processes, and kill both after their first step."""
-    process = start(folder, *arguments, processes=2, process_group=0)
+    """Start a run of two processes, and kill launcher and ranks after their first step."""
+    process = start(folder, *arguments, processes=2)
     wait_until(lambda: 1 in steps_saved(folder), process)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = ranks_of(folder)
+    assert sorted(ranks) == [0, 1]
+    for victim in (process.pid, *ranks.values()):  # each rank is in a session of its own
+        os.kill(victim, signal.SIGKILL)
     process.communicate()
 
 

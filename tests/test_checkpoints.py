@@ -230,6 +230,12 @@ def test_policy_without_norm_stats_loads(checkpoint):
     assert PI0Policy.from_pretrained(checkpoint).norm_stats is None
 
 
+def test_norm_stats_of_an_earlier_policy_do_not_stay(checkpoint):
+    policy = PI0Policy(Pi0Config.preset("pi0_tiny", guidance=True))
+    policy.save_pretrained(checkpoint)
+    assert PI0Policy.from_pretrained(checkpoint).norm_stats is None
+
+
 def test_copied_checkpoint_needs_nothing_else(checkpoint, tmp_path_factory):
     target = tmp_path_factory.mktemp("copy") / "policy"
     shutil.copytree(checkpoint, target)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from recordings import FPS, make_demonstration
@@ -68,6 +69,22 @@ def test_demonstrations_of_other_tasks_or_cameras_are_refused(policy, tmp_path):
         DataError, match="was seen by base_0_rgb, left_wrist_0_rgb; the policy looks through base_0_rgb$"
     ):
         load_cotraining(config_of(write(tmp_path / "set")), one_eyed, TASKS)
+
+
+def test_a_set_whose_gripper_is_opened_by_1_is_learned_from_once_that_is_said(policy, tmp_path):
+    demonstration = make_demonstration(31, 0, TASKS[0].prompt)
+    demonstration.actions[:, -1] = np.arange(31) < 20  # open, then closed
+    demonstration.executed[:, -1] = demonstration.actions[:, -1]
+    with LeRobotWriter(tmp_path / "set", FPS) as writer:
+        writer.add(demonstration)
+    with pytest.raises(DataError, match=r"set: gripper actions are 0 to 1, .* algo\.cotraining_gripper"):
+        load_cotraining(config_of(tmp_path / "set"), policy, TASKS)
+    config = config_of(tmp_path / "set", cotraining_gripper="open-is-1")
+    chunks = load_cotraining(config, policy, TASKS).draw(torch.Generator().manual_seed(0)).chunks
+    whole = chunks.actions[chunks.valid.all(1)]
+    assert set(whole[:, 0, -1].tolist()) == {-1.0, 1.0}
+    early = whole[whole[:, 0, -1] == -1]
+    assert (early[..., -1] == -1).all()
 
 
 def test_a_camera_that_libero_has_not_is_masked(policy, tmp_path):

@@ -257,7 +257,9 @@ def test_step_4_groups_that_agree_are_dropped_and_said_so(runs):
     output, run_dir = runs[0]
     history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row["unanimous_groups"] == 0 for row in history)
+    assert sum(row["dropped_groups"] for row in history) > 0
     for row in history:
+        assert row["dropped_share"] == row["dropped_groups"] / (row["groups"] + row["dropped_groups"])
         for name, (solved, failed) in row["dropped_by_task"].items():
             assert f"dropped groups of {name}: {solved} all solved, {failed} all failed" in output
 

@@ -248,6 +248,19 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
     assert processes_of(0, str(tmp_path)) == []
 
 
+def test_a_rank_that_is_silent_is_taken_for_dead():
+    # As one behind a broken network, whose process nobody here can look at.
+    process = torchrun(2, "tests/rank_silent.py", "4")
+    silent = int(next(line for line in process.stdout if line.startswith("process ")).split()[1])
+    line = next((line for line in process.stdout if line.startswith("error:")), "")
+    os.kill(silent, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert re.fullmatch(
+        rf"error: rank 1 \(process {silent} on .*\) has been silent for 4 s; rank 0 ends\n", line
+    )
+    assert process.returncode != 0
+
+
 def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     settings = [*SMALL, f"output_dir={tmp_path}", "policy_path=/nowhere"]
     run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)

@@ -1,5 +1,6 @@
 """The doctor finds what would stop a run, says the mend, and does not cry wolf."""
 
+import json
 import os
 import shutil
 
@@ -10,19 +11,23 @@ from recordings import FPS, make_demonstration
 from pi0 import PI0Policy, doctor
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.doctor import NOTE, OK, STOP
-from pi0.model.config import Pi0Config
+from pi0.model.config import Pi0Config, SiglipDims
 from pi0.normalization import NormStats
 from pi0.ript.config import Config, TaskConfig
 from pi0.ript.env.suites import find_tasks
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
+def save(folder, **changes):
+    """A policy of random weights that learned from states and actions around 0."""
     random = np.random.default_rng(0)
     stats = NormStats.of(random.normal(size=(9, 8)), random.normal(size=(9, 7)))
-    PI0Policy(Pi0Config.preset("pi0_tiny"), stats).save_pretrained(folder)
+    PI0Policy(Pi0Config.preset("pi0_tiny", **changes), stats).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
@@ -61,12 +66,32 @@ def test_demonstrations_to_learn_from_are_looked_at(checkpoint, tmp_path):
     findings = list(doctor.check_checkpoint(config))
     assert not stops(findings)
     assert f"{tmp_path / 'set'}: 1 demonstrations of 1 tasks" in [finding.text for finding in findings]
+    inverted = make_demonstration(12, 0, find_tasks("libero_spatial", [3])[0].prompt)
+    inverted.actions[:, -1] = inverted.executed[:, -1] = 1
+    with LeRobotWriter(tmp_path / "inverted", FPS) as writer:
+        writer.add(inverted)
+    config.algo.cotraining_path, config.algo.cotraining_gripper = str(tmp_path / "inverted"), None
+    (line,) = stops(doctor.check_checkpoint(config))
+    assert "gripper actions are 1 to 1" in line and "algo.cotraining_gripper" in line
+    config.algo.cotraining_gripper = "open-is-1"
+    assert not stops(doctor.check_checkpoint(config))
 
 
 def test_images_that_would_have_to_be_blown_up_are_noted(checkpoint):
     findings = doctor.check_checkpoint(config_of(checkpoint, image_size=32))
     (line,) = [str(finding) for finding in findings if finding.status == NOTE]
-    assert "task.image_size is 32, the policy looks at 64 pixels" in line
+    assert "drawn with 32 pixels" in line and "set task.image_size to 64" in line
+
+
+def test_a_published_input_wants_the_frames_that_openpi_draws(tmp_path):
+    tower = SiglipDims(width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=56)
+    save(tmp_path, vision=tower)
+    for unfit in (None, 224, 128):
+        findings = doctor.check_checkpoint(config_of(tmp_path, image_size=unfit))
+        (line,) = [str(finding) for finding in findings if finding.status == NOTE]
+        assert f"drawn with {unfit or 224} pixels" in line and "set task.image_size to 256" in line
+    findings = list(doctor.check_checkpoint(config_of(tmp_path, image_size=256)))
+    assert {finding.status for finding in findings} == {OK}
 
 
 def test_truncated_weights_are_found(broken):
@@ -96,6 +121,48 @@ def test_statistics_of_another_robot_are_found(checkpoint, tmp_path):
     config.norm_stats_path = str(path)
     (line,) = stops(doctor.check_checkpoint(config))
     assert "the robot has 8 features" in line
+
+
+def test_one_of_several_statistics_is_taken_when_it_is_named(broken):
+    statistics = (broken / "norm_stats.json").read_text()
+    (broken / "norm_stats.json").unlink()
+    for robot in ("droid", "libero"):
+        (broken / "assets" / robot).mkdir(parents=True)
+        (broken / "assets" / robot / "norm_stats.json").write_text(statistics)
+    config = config_of(broken)
+    (line,) = stops(doctor.check_checkpoint(config))
+    assert "several statistics: assets/droid/norm_stats.json, assets/libero" in line
+    assert "norm_stats_path" in line
+    config.norm_stats_path = str(broken / "assets/libero/norm_stats.json")
+    assert not stops(doctor.check_checkpoint(config))
+
+
+def test_named_statistics_are_checked_as_a_run_checks_them(tmp_path):
+    save(tmp_path, use_quantile_norm=True, delta_actions=False)
+    content = json.loads((tmp_path / "norm_stats.json").read_text())
+    config = config_of(tmp_path)
+    config.norm_stats_path = str(tmp_path / "other.json")
+
+    def lines():
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        return stops(doctor.check_checkpoint(config))
+
+    assert lines() == []
+    content["norm_stats"]["state"]["mean"][3] = 3.0
+    content["norm_stats"]["actions"]["mean"][3] = -3.0
+    (line,) = lines()
+    assert "other.json: mean actions" in line and "set delta_actions to true" in line
+    content["norm_stats"]["actions"]["mean"][3] = 0.0
+    del content["norm_stats"]["state"]["q01"]
+    (line,) = lines()
+    assert "other.json: norm_stats.state has no q01 and q99" in line
+
+
+def test_missing_named_statistics_are_named(checkpoint, tmp_path):
+    config = config_of(checkpoint)
+    config.norm_stats_path = str(tmp_path / "nowhere.json")
+    (line,) = stops(doctor.check_checkpoint(config))
+    assert "nowhere.json not found" in line and "norm_stats_path" in line
 
 
 def test_more_steps_than_a_chunk_holds_are_found(checkpoint):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save
 from test_pi05 import chunks_of, inputs_of
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pi0 import PI0Policy
 from pi0.errors import CheckpointError
@@ -75,14 +76,41 @@ def parts(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
+def seen_by(policy: PI0Policy) -> dict:
+    """Inputs of a policy in the type of its flow head."""
+    dtype, inputs = policy.network.action_in_proj.weight.dtype, inputs_of(policy)
+    images = {name: image.to(dtype) for name, image in inputs["images"].items()}
+    return {**inputs, "images": images, "state": inputs["state"].to(dtype)}
+
+
+def chunks_for(policy: PI0Policy) -> torch.Tensor:
+    return chunks_of(policy, 2).to(policy.network.action_in_proj.weight.dtype)
+
+
 def sampled(policy: PI0Policy) -> torch.Tensor:
-    return policy.sample_actions(**inputs_of(policy), noise=chunks_of(policy, 2))
+    return policy.sample_actions(**seen_by(policy), noise=chunks_for(policy))
 
 
 def one_loss(policy: torch.nn.Module, of: PI0Policy) -> torch.Tensor:
-    return policy(
-        **inputs_of(of), actions=chunks_of(of, 2), generator=torch.Generator().manual_seed(0)
-    ).mean()
+    # Drawn in float64, so that policies of all types get the same.
+    noise, time = of.draw_noise_and_time(chunks_of(of, 2), generator=torch.Generator().manual_seed(0))
+    actions = chunks_for(of)
+    return policy(**seen_by(of), actions=actions, noise=noise.to(actions), time=time.to(actions)).mean()
+
+
+PARTS = ["without_vision", "expert", "lora"]
+
+
+def loaded_in(dtype: torch.dtype, folder: Path, what: str, pi05: bool = False, **changes) -> PI0Policy:
+    """A policy from its file, that trains what is asked for."""
+    policy(pi05, **changes).float().save_pretrained(folder)
+    loaded = PI0Policy.from_pretrained(folder, dtype=dtype)
+    loaded.choose_trained(what)
+    return loaded
+
+
+def types(policy: PI0Policy) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in policy.network.named_parameters()}
 
 
 def test_low_rank_adaptation_starts_without_effect():
@@ -216,29 +244,57 @@ def test_average_follows_what_is_trained_and_leaves_the_rest():
         torch.testing.assert_close(parameter, before[name] + moved, rtol=0, atol=1e-12)
 
 
-def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path):
-    def state(seed: int) -> TrainingState:
-        learner = policy().float()
-        learner.choose_trained("lora")
-        torch.manual_seed(seed)
-        for parameter in learner.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.3)
-        optimizer = make_optimizer(learner, 1e-3, OptimizerConfig())
-        schedule = make_schedule(optimizer, 1.0, 2)
-        return TrainingState(
-            learner, AveragedPolicy(learner, 0.5), optimizer, schedule, torch.Generator(), NoSampler()
-        )
+def training_state(learner: PI0Policy, seed: int) -> TrainingState:
+    """Of a run with low-rank adaptation that has learned something."""
+    learner.choose_trained("lora")
+    torch.manual_seed(seed)
+    for parameter in learner.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    optimizer = make_optimizer(learner, 1e-3, OptimizerConfig())
+    schedule = make_schedule(optimizer, 1.0, 2)
+    return TrainingState(
+        learner, AveragedPolicy(learner, 0.5), optimizer, schedule, torch.Generator(), NoSampler()
+    )
 
-    written, read = state(1), state(2)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path, dtype):
+    written, read = (
+        training_state(loaded_in(dtype, tmp_path / "start", "as_saved"), seed) for seed in (1, 2)
+    )
     written.write(tmp_path, 0, 1, written.of_rank())
     assert load_file(tmp_path / "training.safetensors").keys() == trained(written.policy)
     read.read(tmp_path, 0, 1, seed=0)
+    assert types(read.policy) == types(read.average.policy) == types(written.policy)
     assert save(read.policy.network.state_dict()) == save(written.policy.network.state_dict())
     assert save(read.average.policy.network.state_dict()) == save(written.policy.network.state_dict())
     read.policy.choose_trained("all")
     with pytest.raises(CheckpointError, match=r"training\.trainable"):
         read.read(tmp_path, 0, 1, seed=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that meanwhile takes memory of its own."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type != "meta":
+            storages = [a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)]
+            if result.untyped_storage().data_ptr() not in storages:
+                self.size = max(self.size, result.nbytes)
+        return result
+
+
+def test_a_run_is_read_without_another_policy_beside_it(tmp_path):
+    # Nearly all of this policy is its token embedding, which is frozen.
+    run = training_state(loaded_in(torch.bfloat16, tmp_path / "start", "as_saved", vocab_size=5000), 1)
+    run.write(tmp_path, 0, 1, run.of_rank())
+    with LargestTensor() as largest:
+        run.read(tmp_path, 0, 1, seed=0)
+    assert largest.size < run.policy.network.token_embedding.weight.nbytes / 10
 
 
 @pytest.mark.skipif(
@@ -336,11 +392,111 @@ def test_frozen_weights_in_bfloat16_are_adapted_in_float32(tmp_path):
     loaded = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16)
     q = loaded.network.expert.layers[0].self_attn["q_proj"]
     assert (q.weight.dtype, q.lora_a.dtype, q.lora_b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    inputs = inputs_of(loaded)
-    inputs["images"] = {name: image.float() for name, image in inputs["images"].items()}
-    inputs["state"] = inputs["state"].float()
-    actions = loaded.sample_actions(**inputs, noise=chunks_of(loaded, 2).float())
-    torch.testing.assert_close(actions, sampled(with_lora()).float(), rtol=0, atol=0.2)
+    torch.testing.assert_close(sampled(loaded), sampled(with_lora()).float(), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize("what", PARTS)
+def test_what_is_trained_is_float32_beside_frozen_bfloat16(tmp_path, what, pi05):
+    whole = loaded_in(torch.bfloat16, tmp_path, "all", pi05)
+    low = {name for name, dtype in types(whole).items() if dtype == torch.bfloat16}
+    assert parts(low) == {"vision", "projector", "token_embedding", "gemma", "expert"}
+    chosen = loaded_in(torch.bfloat16, tmp_path, what, pi05)
+    expected = {
+        name: torch.bfloat16 if name in low - trained(chosen) else torch.float32 for name in types(chosen)
+    }
+    assert types(chosen) == expected
+    assert torch.bfloat16 in expected.values()
+    assert types(chosen.copy()) == types(AveragedPolicy(chosen, 0.5).policy) == expected
+    chosen.choose_trained("all")
+    assert types(chosen) == types(whole)
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_partly_trained_policy_comes_back_with_its_types_and_bits(tmp_path, what):
+    chosen = loaded_in(torch.bfloat16, tmp_path / "before", what)
+    for parameter in chosen.parameters():
+        if parameter.requires_grad:
+            parameter.data += 1e-5 * torch.randn_like(parameter)
+    chosen.save_pretrained(tmp_path / "after")
+    for again in (what, "as_saved"):
+        loaded = PI0Policy.from_pretrained(tmp_path / "after", dtype=torch.bfloat16)
+        loaded.choose_trained(again)
+        assert trained(loaded) == trained(chosen)
+        assert save(loaded.network.state_dict()) == save(chosen.network.state_dict())
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_small_steps_reach_what_is_trained_and_its_average(tmp_path, what):
+    learner = loaded_in(torch.bfloat16, tmp_path, what)
+    weights = {
+        "lora": learner.network.vision.encoder["layers"][0].mlp["fc1"].weight,
+        "expert": learner.network.expert.layers[0].mlp["up_proj"].weight,
+        "without_vision": learner.network.projector.weight,
+    }[what]
+    with torch.no_grad():
+        weights.copy_(0.1 * weights.sign())
+    average = AveragedPolicy(learner, decay=0.99)
+    before, name = weights.clone(), {id(p): name for name, p in learner.named_parameters()}[id(weights)]
+    one_loss(learner, learner).backward()
+    make_optimizer(learner, 5e-5, OptimizerConfig(weight_decay=0.0)).step()
+    average.update()
+    step = (weights - before).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 5e-5), rtol=0.05, atol=0)  # Adam's first is lr
+    averaged = (average.policy.get_parameter(name) - before).abs()
+    torch.testing.assert_close(averaged, 0.01 * step, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize("what", [*PARTS, "all"])
+def test_loss_and_gradients_in_mixed_types_stay_near_those_in_float32(tmp_path, what, pi05):
+    exact, mixed = (
+        loaded_in(dtype, tmp_path / str(dtype), what, pi05) for dtype in (torch.float32, torch.bfloat16)
+    )
+    losses = [one_loss(each, each) for each in (exact, mixed)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    for loss in losses:
+        loss.backward()
+    gradients = [
+        torch.cat([p.grad.flatten().float() for p in each.parameters() if p.requires_grad])
+        for each in (exact, mixed)
+    ]
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    with torch.autocast("cpu", torch.bfloat16):  # training.use_mixed_precision
+        assert one_loss(mixed, mixed).item() == pytest.approx(losses[0].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_prefix_of_a_single_layer_meets_an_expert_of_another_type(tmp_path, what):
+    # Of the prefix's only layer no more than keys and values are used, and trained.
+    one_layer = {
+        part: dataclasses.replace(getattr(policy().config, part), depth=1)
+        for part in ("gemma", "action_expert")
+    }
+    exact, mixed = (
+        loaded_in(dtype, tmp_path / str(dtype), what, **one_layer)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    torch.testing.assert_close(sampled(mixed), sampled(exact), rtol=0, atol=0.2)
+
+
+def test_one_adapted_transformer_meets_another_that_is_trained_whole(tmp_path):
+    policy().float().save_pretrained(tmp_path)
+    for ranks in ((3, 0), (0, 5)):
+        mixed = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        mixed.enable_lora(*ranks)
+        torch.testing.assert_close(sampled(mixed), sampled(policy()).float(), rtol=0, atol=0.2)
+
+
+def test_what_low_rank_additions_have_learned_is_not_rounded_where_it_is_trained_on(tmp_path):
+    with_lora().float().save_pretrained(tmp_path)
+    adapted = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    linear = adapted.network.expert.layers[0].mlp["up_proj"]
+    expected = linear.weight.float() + linear.lora_b @ linear.lora_a
+    projector = adapted.network.projector.weight.clone()
+    adapted.choose_trained("without_vision")
+    assert torch.equal(adapted.network.expert.layers[0].mlp["up_proj"].weight, expected)
+    assert torch.equal(adapted.network.projector.weight, projector)
 
 
 def test_plain_network_has_no_trace_of_adaptation():

@@ -17,11 +17,13 @@ from pi0.data import (
     OPENPI_NAMES,
     DataError,
     FeatureNames,
+    Gripper,
     Orientation,
     norm_stats_of,
     open_demonstrations,
 )
 from pi0.data import lerobot_writer as writing
+from pi0.data.lerobot_layout import WRIST_IMAGE_NAMES
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.errors import InputError, MissingFileError
 
@@ -110,6 +112,50 @@ def test_other_feature_names_can_be_said(tmp_path, demonstrations):
     assert np.array_equal(read.images["base_0_rgb"], demonstrations[1].images["base_0_rgb"])
     with pytest.raises(DataError, match="say state=FEATURE"):
         FeatureNames.parse(["base_0_rgb=top", "state=proprio"])
+
+
+# The gripper
+
+
+def gripped(demonstration, *commands):
+    """The same with these actions of the gripper, one after another until the end."""
+    actions = demonstration.actions.copy()
+    actions[:, -1] = np.resize(np.array(commands, np.float32), len(actions))
+    return replace(demonstration, actions=actions, executed=actions)
+
+
+def test_a_set_whose_gripper_is_opened_by_1_is_refused_until_that_is_said(tmp_path, demonstrations):
+    theirs = [gripped(d, 1, 0, 0) for d in demonstrations]  # as any4lerobot makes it of -1, 1, 1
+    write_shared_files(tmp_path / "set", theirs, names=WRIST_IMAGE_NAMES)
+    with pytest.raises(
+        DataError, match=r"gripper actions are 0 to 1, .* open-is-1 if .* --dataset-gripper"
+    ) as caught:
+        open_demonstrations(tmp_path / "set")
+    assert str(tmp_path / "set") in str(caught.value)
+    found = open_demonstrations(tmp_path / "set", gripper=Gripper.OPEN_IS_1)
+    for read, expected in zip(found, demonstrations, strict=True):
+        assert_same(read, gripped(expected, -1, 1, 1))
+        assert np.array_equal(read.executed, read.actions)
+
+
+def test_a_gripper_that_is_never_opened_has_to_be_said_to_be_liberos(tmp_path, demonstrations):
+    shut = [gripped(d, 1) for d in demonstrations]
+    write_separate_files(tmp_path / "set", shut)
+    with pytest.raises(DataError, match=r"gripper actions are 1 to 1, .* close-is-1 if it is never opened"):
+        open_demonstrations(tmp_path / "set")
+    assert_same(open_demonstrations(tmp_path / "set", gripper="close-is-1").read(3), shut[3])
+    # A single such demonstration among others tells nothing.
+    write_separate_files(tmp_path / "mixed", [*shut[:4], gripped(demonstrations[4], -1, 1)])
+    assert_same(open_demonstrations(tmp_path / "mixed").read(0), shut[0])
+
+
+def test_liberos_gripper_is_not_taken_for_the_other(tmp_path, demonstrations):
+    write_separate_files(tmp_path / "set", [gripped(d, -1, 1) for d in demonstrations])
+    found = open_demonstrations(tmp_path / "set", gripper="open-is-1")
+    with pytest.raises(
+        DataError, match=r"episode_000002.parquet, .* actions down to -1; .* Leave open-is-1 out"
+    ):
+        found.read(2)
 
 
 # Writing

@@ -2,14 +2,16 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from pi0 import PI0Policy
+from pi0 import PI0Policy, evaluate
 from pi0.images import to_network_images
-from pi0.model.config import Pi0Config
+from pi0.model.config import Pi0Config, SiglipDims
 from pi0.model.network import Pi0Network
 from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
@@ -24,7 +26,10 @@ from pi0.normalization import (
     subtract_state,
     unnormalize,
 )
+from pi0.paths import REPO_ROOT
+from pi0.ript.acting import ActingPolicy
 from pi0.ript.chunks import Augmentation, Chunks, flow_loss
+from pi0.ript.config import load_config
 from pi0.ript.env.stepping import quat_to_axis_angle
 from pi0.tokenizer import TinyTokenizer, libero_prompts, state_bins, state_prompt
 
@@ -92,6 +97,86 @@ def test_policy_mirrors_what_it_sees_when_it_learned_so():
     for name, picture in plain["images"].items():
         assert torch.equal(mirrored["images"][name], picture.flip(-1))
         assert not torch.equal(mirrored["images"][name], picture)
+
+
+def published_looking() -> PI0Policy:
+    """A policy with the input of published ones, and next to nothing behind it."""
+    tower = SiglipDims(width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=56)
+    return policy(vision=tower, mirror_images=True, num_steps=1)
+
+
+def frames_of_256() -> tuple[np.ndarray, np.ndarray]:
+    """Two frames as openpi's script gets them from LIBERO, and what its `resize_with_pad` (PIL) makes of them."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    upright = np.stack([np.asarray(Image.fromarray(frame).resize((256, 256))) for frame in coarse])
+    turned = upright[:, :, ::-1]  # LIBERO's, upside down, turned by 180 degrees
+    resized = [
+        np.asarray(Image.fromarray(frame).resize((224, 224), Image.Resampling.BILINEAR)) for frame in turned
+    ]
+    return upright, np.stack(resized)
+
+
+def assert_resized(seen: torch.Tensor, expected: np.ndarray) -> None:
+    """Within one grey level: PIL rounds after each of the two directions."""
+    levels = ((seen + 1) / 2 * 255).permute(0, 2, 3, 1).numpy()
+    assert levels.shape == expected.shape
+    assert np.abs(levels - expected).max() <= 1.01
+
+
+def test_frames_of_256_are_resized_as_openpi_does_before_a_policy_acts(monkeypatch):
+    looking, (frames, expected), seen = published_looking(), frames_of_256(), []
+    encode = Pi0Network.encode_prefix
+    monkeypatch.setattr(
+        Pi0Network,
+        "encode_prefix",
+        lambda self, images, *rest: seen.append(images) or encode(self, images, *rest),
+    )
+    images = dict.fromkeys(looking.config.cameras, frames)
+    states = np.tile(np.array(STATE_MEAN, np.float32), (2, 1))
+    acting = ActingPolicy(looking)
+    acting.act(
+        images, states, ["put the bowl on the plate"] * 2, np.stack([acting.noise((n,)) for n in (0, 1)])
+    )
+    for name in looking.config.cameras:
+        assert_resized(seen[0][name], expected)
+
+
+def test_frames_of_256_are_resized_as_openpi_does_before_a_policy_learns():
+    looking, (frames, expected), seen = published_looking(), frames_of_256(), []
+    chunks = Chunks(
+        {name: torch.from_numpy(frames) for name in looking.config.cameras},
+        torch.tensor(STATE_MEAN).expand(2, 8),
+        ["put the bowl on the plate"] * 2,
+        torch.zeros(2, 10, 7),
+        torch.ones(2, 10, dtype=torch.bool),
+    )
+
+    def model(images, **inputs):
+        seen.append(images)
+        return looking(images=images, **inputs)
+
+    flow_loss(looking, chunks, samples=1, generator=torch.Generator(), model=model)
+    for name in looking.config.cameras:
+        assert_resized(seen[0][name], expected)
+
+
+# openpi, examples/libero/main.py: LIBERO_ENV_RESOLUTION, replan_steps, num_steps_wait.
+OPENPI = {"image_size": 256, "replan_steps": 5, "settle_steps": 10}
+
+
+def test_configuration_for_published_policies_simulates_as_openpi_does():
+    task = load_config(REPO_ROOT / "configs/pi0_libero.yaml").task
+    assert {name: getattr(task, name) for name in OPENPI} == OPENPI
+    assert (task.render, task.fixtures, task.max_episode_length) == ("exact", "libero_eval", None)
+
+
+def test_documented_evaluation_of_published_policies_is_openpis():
+    lines = (REPO_ROOT / "docs/checkpoints.md").read_text(encoding="utf-8").splitlines()
+    (command,) = [line for line in lines if line.startswith("python -m pi0.evaluate --policy_path /data/")]
+    options = evaluate.parse_arguments(shlex.split(command)[3:])
+    assert {name: getattr(options, name) for name in OPENPI} == OPENPI
+    assert (options.render, options.fixtures, options.max_episode_length) == ("exact", "libero_eval", None)
 
 
 def test_frames_are_padded_to_224_in_the_middle():

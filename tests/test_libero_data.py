@@ -1,5 +1,7 @@
 """LIBERO's HDF5 demonstrations: paired rightly, turned upright, and broken files are named."""
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
@@ -44,6 +46,22 @@ def test_the_pairing_can_be_said(tmp_path, recorded):
     read = LiberoDemonstrations(tmp_path / "task_demo.hdf5", observed_after_action=False).read(0)
     assert np.array_equal(read.actions, recorded["demo_0"].actions)
     assert np.array_equal(read.states, recorded["demo_0"].states)
+
+
+def test_what_1_means_to_the_gripper_can_be_said(tmp_path, recorded):
+    theirs = {}
+    for name, demonstration in recorded.items():
+        actions = demonstration.actions.copy()
+        actions[:, -1] = 1 - actions[:, -1].clip(0, 1)
+        theirs[name] = dataclasses.replace(demonstration, actions=actions)
+    write_hdf5(tmp_path / "task_demo.hdf5", theirs, instruction=None)
+    with pytest.raises(DataError, match=r"task_demo.hdf5: gripper actions are 0\S* to 1,"):
+        open_demonstrations(tmp_path / "task_demo.hdf5")
+    read = open_demonstrations(tmp_path / "task_demo.hdf5", gripper="open-is-1").read(1)
+    assert np.array_equal(read.actions[:, :-1], recorded["demo_2"].actions[:, :-1])
+    np.testing.assert_allclose(
+        read.actions[:, -1], 2 * recorded["demo_2"].actions[:, -1].clip(0, 1) - 1, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("steps", [[0, 3, 6, 9, 12], [1, 2, 7], [4], []])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,15 +120,56 @@ def test_gradients_are_finite_differences():
         index = torch.randint(len(flat), (1,), generator=pick).item()
         if name.endswith("token_embedding.weight"):
             index = inputs["tokenized_prompt"][1, 0].item() * config.gemma.width
-        start, step = flat[index].item(), 1e-6
-        with torch.no_grad():
-            flat[index] = start + step
-            above = loss()
-            flat[index] = start - step
-            below = loss()
-            flat[index] = start
-        difference = ((above - below) / (2 * step)).item()
+        difference = finite_difference(loss, flat, index)
         assert gradient[index].item() == pytest.approx(difference, rel=1e-5, abs=1e-8), name
+
+
+def finite_difference(loss: Callable[[], torch.Tensor], weights: torch.Tensor, index: int) -> float:
+    """Slope of the loss in one of `weights`, float64 [N], which the loss is computed from."""
+    start, step = weights[index].item(), 1e-6
+    with torch.no_grad():
+        weights[index] = start + step
+        above = loss()
+        weights[index] = start - step
+        below = loss()
+        weights[index] = start
+    return ((above - below) / (2 * step)).item()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision.embeddings.patch_embedding.weight",
+        "vision.encoder.layers.0.self_attn.v_proj.weight",
+        "projector.weight",
+        "gemma.layers.0.self_attn.q_proj.weight",
+        "gemma.layers.2.self_attn.k_proj.weight",
+        "expert.layers.0.input_layernorm.weight",
+        "expert.layers.1.mlp.gate_proj.weight",
+        "state_proj.weight",
+        "action_time_mlp_in.weight",
+        "action_out_proj.bias",
+    ],
+)
+def test_gradients_of_the_reference_are_finite_differences(reference, name):
+    _, inputs, stored = reference
+
+    def in_type(dtype: torch.dtype) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        """The parameter called `name`, and the loss."""
+        policy = PI0Policy.from_pretrained(REFERENCE).to(dtype)
+        seen = {**inputs, "actions": stored["actions"].to(dtype), "time": stored["time"].to(dtype)}
+        seen |= {part: inputs[part].to(dtype) for part in ("state", "noise")}
+        seen["images"] = {camera: image.to(dtype) for camera, image in inputs["images"].items()}
+        return policy.network.get_parameter(name), lambda: policy.forward(**seen).mean()
+
+    parameter, loss = in_type(torch.float64)
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    index = gradient.abs().argmax().item()
+    difference = finite_difference(loss, parameter.data.view(-1), index)
+    assert gradient.view(-1)[index].item() == pytest.approx(difference, rel=1e-6)
+    parameter, loss = in_type(torch.float32)
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    assert gradient.view(-1)[index].item() == pytest.approx(difference, rel=1e-4)
 
 
 def joint_velocity(network: Pi0Network, inputs: dict, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Rollouts in worker processes: the same episodes however many workers, whatever happens to them."""
 
 import dataclasses
+import operator
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pi0.ript.env import pool
 from pi0.ript.env.pool import WorkerError, usable_cores
 from pi0.ript.env.runner import LIBEROEnvRunner
 
@@ -234,6 +236,28 @@ def test_a_worker_that_answers_garbage_is_replaced_and_changes_no_result(runner,
     assert connection.closed
     (loss,) = runner.pool.losses[before:]
     assert "sent" in loss.cause
+
+
+BREAK = ("act", operator.attrgetter("anything"))  # acting then raises an error that is no simulation's
+
+
+def test_a_worker_that_fails_is_replaced_and_changes_no_result(runner, episodes):
+    before = len(runner.pool.losses)
+    list(runner.pool.call(setattr, [BREAK]))  # the first of the two workers
+    assert_same(run(runner, rollouts(runner, 10)), episodes)
+    (loss,) = runner.pool.losses[before:]
+    assert loss.cause.startswith("failed (worker 0: TypeError: ")
+
+
+def test_when_nothing_is_ever_finished_the_run_ends_with_the_cause(monkeypatch):
+    monkeypatch.setattr(pool, "FRUITLESS_LOSSES", 1)
+    with make_runner(2) as runner:
+        monkeypatch.setattr(runner.pool, "_replace", lambda worker: worker)  # the next is no better
+        list(runner.pool.call(setattr, [BREAK, BREAK]))
+        with pytest.raises(
+            WorkerError, match=r"3 losses without a finished rollout: worker . failed .*TypeError"
+        ):
+            run(runner, rollouts(runner, 10))
 
 
 def test_by_default_there_is_a_worker_on_each_core(monkeypatch):

@@ -24,6 +24,7 @@ from stage_13_runs import (
     assert_same,
     finish,
     outcome,
+    ranks_of,
     run_of,
     start,
     steps_saved,
@@ -68,6 +69,24 @@ def test_two_processes_stop_together_when_one_is_asked(tmp_path):
     output = finish(process, timeout=30)
     assert time.monotonic() - asked < 30
     assert "stopped; --resume goes on from" in output
+    assert no_process_has(tmp_path)
+
+
+def test_ctrl_c_reaches_launcher_and_ranks_alike_and_the_run_goes_on_later(straight_of_two, tmp_path):
+    process = start(tmp_path, processes=2)
+    wait_until(lambda: 1 in steps_saved(tmp_path), process)
+    asked = time.monotonic()
+    for group in (
+        process.pid,
+        *ranks_of(tmp_path).values(),
+    ):  # a terminal signals all of its foreground group
+        os.kill(group, signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - asked < 30
+    assert "stopped; --resume goes on from" in output
+    wait_until_nothing_has(tmp_path)
+    finish(start(tmp_path, "--resume", processes=2))
+    assert_same(tmp_path, straight_of_two, except_stats=True)
 
 
 WAITS_IN_A_COLLECTIVE = """
@@ -102,6 +121,43 @@ def test_a_signal_is_heard_while_python_waits_for_others():
     assert process.returncode == 128 + signal.SIGTERM
 
 
+ASKED_TO_STOP = """
+import os, signal, time
+from pi0.ript.interrupts import Interrupted, Interrupts
+interrupts = Interrupts()
+interrupts.install()
+os.kill(os.getpid(), signal.SIGTERM)
+while not interrupts.stop_asked:
+    time.sleep(0.01)
+started = time.monotonic()
+try:
+    while True:
+        interrupts.check_together(patience_s=0.5)
+        time.sleep(0.01)
+except Interrupted:
+    print(time.monotonic() - started)
+"""
+
+
+def test_an_update_may_go_on_for_a_while_after_a_request_to_stop():
+    done = subprocess.run([sys.executable, "-c", ASKED_TO_STOP], cwd=REPO_ROOT, env=with_path(),
+                          capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+    assert 0.5 <= float(done.stdout) < 5
+
+
+def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
+    process = start(tmp_path, "--override", "training.save_freq=100")
+    wait_until(lambda: any(path.read_text() for path in tmp_path.glob("run-*/metrics.jsonl")), process)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, timeout=30)
+    saved = steps_saved(tmp_path)
+    assert saved[0] == 0
+    assert saved[1] in (1, 2)
+    assert f"stopped; --resume goes on from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
+    finish(start(tmp_path, "--resume"))
+    assert_same(tmp_path, straight[0], except_stats=True)
+
+
 def test_the_same_signal_again_stops_at_once(tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -124,24 +180,16 @@ def test_sigusr1_makes_a_checkpoint_and_the_run_goes_on(straight, tmp_path):
     assert_same(tmp_path, straight[0])
 
 
-def ranks_of(folder: Path) -> dict[int, int]:
-    """Process by rank of the run in `folder`."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (process / "cmdline").read_bytes().decode().split("\0")
-            environment = (process / "environ").read_bytes().decode().split("\0")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if (
-            SCRIPT in arguments
-            and str(folder / "config.yaml") in arguments
-            and "torch.distributed.run" not in arguments
-        ):
-            for entry in environment:
-                if entry.startswith("RANK="):
-                    found[int(entry[5:])] = int(process.name)
-    return found
+def with_path() -> dict[str, str]:
+    """The environment for a script that is not at the top."""
+    return {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+
+
+def wait_until_nothing_has(folder: Path) -> None:
+    limit = time.monotonic() + 30
+    while not no_process_has(folder):
+        assert time.monotonic() < limit
+        time.sleep(0.1)
 
 
 def no_process_has(folder: Path) -> bool:
@@ -213,6 +261,25 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     ours, theirs = outcome(tmp_path), outcome(straight[0])
     assert ours["weights"] == theirs["weights"]
     assert ours["after"] == theirs["after"]
+
+
+def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    output = finish(start(tmp_path, script=("tests/spoilt_gradients.py", "1"), env=with_path()))
+    assert "1 gradients were not finite and were left out" in output
+    rows = outcome(tmp_path)["rows"]
+    assert [row["bad_updates"] for row in rows] == [1, 0, 0]
+    assert rows[-1]["rollbacks"] == 0
+    assert all(row["updates"] > 0 for row in rows)
+
+
+def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tmp_path):
+    # One update an iteration: the third iteration's is the third in a row.
+    few = ["--override", "training.max_bad_updates=3", "algo.num_epochs=1", "algo.minibatch_size=100"]
+    output = finish(start(tmp_path, *few, script=("tests/spoilt_gradients.py", "3"), env=with_path()))
+    assert "step 2: 3 gradients in a row are not finite; back to the last good checkpoint" in output
+    rows = outcome(tmp_path)["rows"]
+    assert [row["rollbacks"] for row in rows] == [0, 0, 1]
+    assert [row["updates"] > 0 for row in rows] == [False, False, True]
 
 
 def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_reported(tmp_path):
@@ -290,8 +357,7 @@ def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_m
     large = ["algo.minibatch_size=100", "algo.noise_samples=32", "algo.negative_weight=0.5"]
     settings = ["--override", "training.use_fsdp=true", "training.num_train_steps=1", *large]
     short = ("tests/rank_short_of_memory.py", "300000000")
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
-    process = start(tmp_path, *settings, processes=2, script=short, env=environment)
+    process = start(tmp_path, *settings, processes=2, script=short, env=with_path())
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     line = "error: step 0: memory ran out on rank 1; --resume goes on with minibatches in 2 passes"
@@ -345,9 +411,14 @@ def test_memory_that_grows_is_reported(capsys):
     spec.loader.exec_module(stage)
 
     def row(step: int, size: float) -> dict:
-        return {"step": step, "memory": {"rss_mb": size, "workers_mb": 0.0}}
+        return {"step": step, "memory": {"rss_mb": size, "workers_mb": 0.0, "gpu_mb": None}}
 
     stage.monitor_memory([row(n, 1000.0 + n) for n in range(50)])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     stage.monitor_memory([row(0, 900.0), row(1, 990.0), row(2, 1000.0), row(3, 1600.0)])
-    assert "from 1000 to 1600 MB since step 2" in capsys.readouterr().out
+    assert capsys.readouterr().err == "memory has grown from 1000 to 1600 MB since step 2\n"
+    on_gpu = [row(n, 900.0) for n in range(5)]
+    for size, step in zip([10.0, 10.0, 200.0, 210.0, 400.0], on_gpu, strict=True):
+        step["memory"]["gpu_mb"] = size
+    stage.monitor_memory(on_gpu)
+    assert capsys.readouterr().err == "GPU memory has grown from 200 to 400 MB since step 2\n"

@@ -1,6 +1,7 @@
 """openpi's and LeRobot's checkpoints: read as they are, written back as they were, refused where they do not fit."""
 
 import copy
+import dataclasses
 import json
 import re
 import subprocess
@@ -150,6 +151,71 @@ def test_base_models_padded_features_are_no_robots(tmp_path):
     assert (config.robot_state_dim, config.robot_action_dim) == (8, 7)
 
 
+def test_statistics_give_a_base_models_features_their_width(tmp_path):
+    # LeRobot normalises a vector of the feature's width by the statistics' vectors.
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    for processor in directory.glob("policy_p*"):
+        processor.unlink()
+    padded = {
+        "input_features": {"observation.state": {"type": "STATE", "shape": [32]}},
+        "output_features": {"action": {"type": "ACTION", "shape": [32]}},
+    }
+    edit_config(directory, **padded)
+    PI0Policy.from_pretrained(directory).save_pretrained(tmp_path / "base", layout="lerobot")
+    content = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert {part: content[part] for part in padded} == padded
+    write_json(tmp_path / "norm_stats.json", {"norm_stats": STATS})
+    policy = PI0Policy.from_pretrained(directory, norm_stats_path=tmp_path / "norm_stats.json")
+    policy.save_pretrained(tmp_path / "out", layout="lerobot")
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["input_features"]["observation.state"] == {"type": "STATE", "shape": [8]}
+    assert content["output_features"]["action"] == {"type": "ACTION", "shape": [7]}
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        for step in json.loads((tmp_path / "out" / f"{name}.json").read_text())["steps"]:
+            if "norm_map" in step["config"]:
+                stored = load_file(tmp_path / "out" / step["state_file"])
+                for feature, described in step["config"]["features"].items():
+                    assert list(stored[f"{feature}.mean"].shape) == described["shape"]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "trained"),
+    [
+        ({"freeze_vision_encoder": True, "train_expert_only": False}, {"projector", "gemma", "expert"}),
+        ({"freeze_vision_encoder": False, "train_expert_only": True}, {"expert"}),
+        ({"freeze_vision_encoder": False}, {"vision", "projector", "gemma", "expert"}),
+    ],
+)
+def test_what_lerobot_freezes_is_frozen_and_written(tmp_path, frozen, trained):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    edit_config(directory, **frozen)
+    policy = PI0Policy.from_pretrained(directory)
+    policy.choose_trained("as_saved")
+    asked = {name.split(".")[0] for name, p in policy.network.named_parameters() if p.requires_grad}
+    assert asked & {"vision", "projector", "gemma", "expert"} == trained
+    policy.save_pretrained(tmp_path / "again", layout="lerobot")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == LEROBOT_CONFIG | frozen
+
+
+def test_what_a_policy_freezes_is_written_for_lerobot():
+    config = Pi0Config.preset("pi0", freeze_vision_encoder=True)
+    assert lerobot_config(config)["freeze_vision_encoder"] is True
+    # Not all of LeRobot's releases know these keys, and its parser refuses what it does not know.
+    assert "train_expert_only" not in lerobot_config(config)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_lerobots_default_normalisation_of_pi05_is_by_quantiles(tmp_path, pi05):
+    directory = write_lerobot(tmp_path / "checkpoint", weights(pi05=pi05))
+    content = LEROBOT_CONFIG | {"type": "pi05" if pi05 else "pi0"}
+    del content["normalization_mapping"]
+    write_json(directory / "config.json", content)
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        file = directory / f"{name}.json"
+        file.write_text(file.read_text().replace("MEAN_STD", "QUANTILES" if pi05 else "MEAN_STD"))
+    assert PI0Policy.from_pretrained(directory).config.use_quantile_norm is pi05
+
+
 # Refusing
 
 
@@ -194,6 +260,8 @@ def test_tensor_that_is_there_under_two_names_is_refused(tmp_path):
         ({"max_state_dim": 24}, "max_state_dim 24 is not max_action_dim 32"),
         ({"normalization_mapping": NORM_MAP | {"STATE": "MIN_MAX"}}, "normalises by .*MIN_MAX"),
         ({"normalization_mapping": NORM_MAP | {"VISUAL": "MEAN_STD"}}, "leaves VISUAL at IDENTITY"),
+        ({"normalization_mapping": {"STATE": "MEAN_STD"}}, "MEAN_STD or QUANTILES for both STATE and ACTION"),
+        ({"paligemma_variant": "gemma_7b"}, "paligemma_variant is 'gemma_7b'"),
         ({"chunk_size": "6"}, "action_horizon must be int"),
     ],
 )
@@ -210,6 +278,19 @@ def test_unknown_key_beside_openpis_is_refused(tmp_path):
     edit_config(directory, action_horizont=50)
     with pytest.raises(CheckpointError, match="unknown key 'action_horizont'"):
         PI0Policy.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "variant"), [("paligemma_variant", "gemma_2b_lora"), ("action_expert_variant", "gemma_1b")]
+)
+def test_openpis_unknown_variant_is_refused(tmp_path, key, variant):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    edit_config(directory, **{key: variant})
+    with pytest.raises(
+        CheckpointError, match=f"{key} is '{variant}'; known are gemma_2b and gemma_300m"
+    ) as error:
+        PI0Policy.from_pretrained(directory)
+    assert str(directory / "config.json") in str(error.value)
 
 
 def test_several_statistics_are_not_chosen_from(tmp_path):
@@ -283,6 +364,20 @@ def test_lerobots_weights_are_written_back_byte_by_byte(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == LEROBOT_CONFIG
 
 
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_embedding_goes_back_under_the_one_name_it_had(tmp_path, layout):
+    tensors = weights()
+    directory = WRITERS[layout](tmp_path / "checkpoint", tensors)
+    tensors[EMBED_TOKENS] = tensors.pop(LM_HEAD)
+    prefix = "model." if layout == "lerobot" else ""
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(named, directory / "model.safetensors", metadata={"format": "pt"})
+    PI0Policy.from_pretrained(directory).save_pretrained(tmp_path / "again", layout)
+    assert_same_weights(tmp_path / "again", directory)
+    policy = PI0Policy.from_pretrained(tmp_path / "again")
+    assert torch.equal(policy.network.token_embedding.weight, tensors[EMBED_TOKENS])
+
+
 def test_for_lerobot_an_openpi_file_gets_the_embedding_under_both_names(tmp_path, monkeypatch):
     # LeRobot 0.4.4 loads nothing from a file that lacks one.
     monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
@@ -329,17 +424,39 @@ class Tree(nn.Module):
             module.register_parameter(last, nn.Parameter(torch.zeros_like(tensor), requires_grad=False))
 
 
-@pytest.mark.parametrize("source", WRITERS)
-def test_written_weights_load_as_openpi_loads_them(tmp_path, source):
+def load_as_openpi(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights that openpi has after it loaded this directory's, of a model of the usual test sizes."""
     tensors = weights()
-    PI0Policy.from_pretrained(WRITERS[source](tmp_path / "in", tensors)).save_pretrained(tmp_path / "out")
     model = Tree(tensors | {EMBED_TOKENS: tensors[LM_HEAD]})
     paligemma = model.paligemma_with_expert.paligemma
     paligemma.lm_head.weight = paligemma.model.language_model.embed_tokens.weight  # as transformers ties them
     # openpi: src/openpi/models/model.py load_pytorch; strict is the default
-    safetensors.torch.load_model(model, tmp_path / "out" / "model.safetensors")
-    assert torch.equal(paligemma.model.language_model.embed_tokens.weight, tensors[LM_HEAD])
-    assert torch.equal(model.action_time_mlp_in.weight, tensors["action_time_mlp_in.weight"])
+    safetensors.torch.load_model(model, directory / "model.safetensors")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("source", WRITERS)
+def test_written_weights_load_as_openpi_loads_them(tmp_path, source):
+    tensors = weights()
+    PI0Policy.from_pretrained(WRITERS[source](tmp_path / "in", tensors)).save_pretrained(tmp_path / "out")
+    loaded = load_as_openpi(tmp_path / "out")
+    assert torch.equal(loaded[EMBED_TOKENS], tensors[LM_HEAD])
+    assert torch.equal(loaded["action_time_mlp_in.weight"], tensors["action_time_mlp_in.weight"])
+
+
+def load_as_lerobot(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights that LeRobot has after it loaded this directory's, of a model of the usual test sizes."""
+    # LeRobot: policies/pi0/modeling_pi0.py, _fix_pytorch_state_dict_keys and from_pretrained
+    fixed = {}
+    for key, value in load_file(directory / "model.safetensors").items():
+        if key in ("model." + LM_HEAD, LM_HEAD):
+            fixed["model." + EMBED_TOKENS] = value.clone()
+        fixed[key] = value
+    prefixed = {key if key.startswith("model.") else "model." + key: value for key, value in fixed.items()}
+    tensors = weights()
+    model = Tree({"model." + k: v for k, v in (tensors | {EMBED_TOKENS: tensors[LM_HEAD]}).items()})
+    model.load_state_dict(prefixed, strict=True)
+    return {key.removeprefix("model."): value for key, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("layout", ["openpi", "lerobot"])
@@ -352,18 +469,7 @@ def test_written_weights_load_as_lerobot_loads_them(tmp_path, monkeypatch, sourc
     PI0Policy.from_pretrained(WRITERS[source](tmp_path / "in", tensors)).save_pretrained(
         tmp_path / "out", layout
     )
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    # LeRobot: policies/pi0/modeling_pi0.py, _fix_pytorch_state_dict_keys and from_pretrained
-    fixed = {}
-    for key, value in stored.items():
-        if key in ("model." + LM_HEAD, LM_HEAD):
-            fixed["model." + EMBED_TOKENS] = value.clone()
-        fixed[key] = value
-    prefixed = {key if key.startswith("model.") else "model." + key: value for key, value in fixed.items()}
-    model = Tree({"model." + k: v for k, v in (tensors | {EMBED_TOKENS: tensors[LM_HEAD]}).items()})
-    model.load_state_dict(prefixed, strict=True)
-    embedding = model.model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight
-    assert torch.equal(embedding, tensors[LM_HEAD])
+    assert torch.equal(load_as_lerobot(tmp_path / "out")[EMBED_TOKENS], tensors[LM_HEAD])
 
 
 @pytest.mark.parametrize("source", ["openpi", "lerobot_early"])
@@ -466,6 +572,38 @@ def test_openpis_actions_less_the_state_are_lerobots_relative_actions(tmp_path, 
     assert PI0Policy.from_pretrained(tmp_path / "out").delta_actions
 
 
+def test_actions_found_to_be_less_the_state_are_written_down_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    assert "delta_actions" not in json.loads((directory / "config.json").read_text())
+    relative = {
+        "state": STATS["state"] | {"mean": [3.0] * 8},
+        "actions": STATS["actions"] | {"mean": [-3.0] * 6 + [0.25]},
+    }
+    write_json(directory / "norm_stats.json", {"norm_stats": relative})
+    policy = PI0Policy.from_pretrained(directory)
+    assert policy.delta_actions
+    states, chunk = torch.full((1, 8), 2.5), torch.ones(1, HORIZON, 32)
+    for layout in ("openpi", "lerobot"):
+        policy.save_pretrained(tmp_path / layout, layout)
+        again = PI0Policy.from_pretrained(tmp_path / layout)
+        assert again.delta_actions
+        assert torch.equal(
+            again.unnormalize_actions(chunk, states), policy.unnormalize_actions(chunk, states)
+        )
+    # Also for readers that do not look at the statistics.
+    content = {
+        name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("openpi", "lerobot")
+    }
+    assert content["openpi"]["delta_actions"] is True
+    assert content["lerobot"]["use_relative_actions"] is True
+    steps = json.loads((tmp_path / "lerobot" / "policy_preprocessor.json").read_text())["steps"]
+    assert "relative_actions_processor" in [step["registry_name"] for step in steps]
+
+
+ADAPTED = Pi0Config.preset("pi0", gemma=dataclasses.replace(Pi0Config.preset("pi0").gemma, lora_rank=16))
+
+
 def test_published_sizes_have_lerobots_names():
     config = lerobot_config(Pi0Config.preset("pi0"))
     assert (config["paligemma_variant"], config["action_expert_variant"]) == ("gemma_2b", "gemma_300m")
@@ -477,6 +615,7 @@ def test_published_sizes_have_lerobots_names():
     [
         (Pi0Config.preset("pi0_tiny"), "no place for a convolutional tower"),
         (Pi0Config.preset("pi0", guidance=True), "no place for an optimality condition"),
+        (ADAPTED, "no place for low-rank additions; .*convert. merges them"),
         (Pi0Config.preset("pi05", discrete_state_input=False), "whose prompt does not spell the state"),
         (Pi0Config.preset("pi05", pad_discrete_state=True), "spells the state's padding"),
         (Pi0Config.preset("pi0", gemma=Pi0Config.preset("pi0").action_expert, tokenizer="tiny"), "'tiny'"),
@@ -487,10 +626,13 @@ def test_what_lerobot_has_no_place_for_is_not_written(config, message):
         lerobot_config(config)
 
 
-def test_unknown_layout_is_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["jax", "lerobot_early"])
+def test_layout_that_is_not_written_is_refused(tmp_path, layout):
     policy = PI0Policy(Pi0Config.preset("pi0_tiny"))
-    with pytest.raises(CheckpointError, match="layout is openpi or lerobot, not 'jax'"):
-        policy.save_pretrained(tmp_path / "out", layout="jax")
+    with pytest.raises(
+        CheckpointError, match=f"layout is openpi or lerobot, not '{layout}'; .*only read: choose lerobot"
+    ):
+        policy.save_pretrained(tmp_path / "out", layout=layout)
     assert not (tmp_path / "out").exists()
 
 
@@ -537,8 +679,8 @@ def test_loading_takes_a_tenth_more_memory_than_the_weights(tmp_path):
 # inspect and convert
 
 
-def inspected(directory: Path, capsys) -> tuple[int, str]:
-    status = main(["inspect", str(directory)])
+def inspected(directory: Path, capsys, *options: str) -> tuple[int, str]:
+    status = main(["inspect", str(directory), *options])
     return status, capsys.readouterr().out
 
 
@@ -566,6 +708,22 @@ def test_inspect_says_what_a_checkpoint_is(tmp_path, capsys, name, says):
 def test_inspect_takes_the_file_too(tmp_path, capsys):
     directory = write_openpi(tmp_path / "checkpoint", weights())
     assert inspected(directory / "model.safetensors", capsys) == inspected(directory, capsys)
+
+
+def test_inspect_and_convert_take_other_statistics(tmp_path, capsys):
+    directory = write_openpi(tmp_path / "checkpoint", weights())
+    (directory / "assets" / "droid").mkdir()
+    write_json(directory / "assets" / "droid" / "norm_stats.json", {"norm_stats": STATS})
+    status, text = inspected(directory, capsys)
+    assert status == 1
+    assert "name one as norm_stats_path" in text
+    named = directory / "assets" / "physical-intelligence" / "libero" / "norm_stats.json"
+    options = ["--norm_stats_path", str(named)]
+    status, text = inspected(directory, capsys, *options)
+    assert status == 0
+    assert f"with quantiles; found: {named}" in text
+    assert main(["convert", str(directory), str(tmp_path / "out"), *options]) == 0
+    assert json.loads((tmp_path / "out" / "norm_stats.json").read_text()) == {"norm_stats": STATS}
 
 
 def test_inspect_lists_what_is_missing(tmp_path, capsys):
@@ -609,6 +767,50 @@ def test_convert_writes_another_layout(tmp_path, capsys):
     )
     with pytest.raises(InputError, match="holds a model.safetensors already"):
         main(["convert", str(directory), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_convert_merges_low_rank_additions(tmp_path, monkeypatch, capsys, layout):
+    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    adapted = PI0Policy.from_pretrained(write_openpi(tmp_path / "published", weights()))
+    plain = sampled(adapted)
+    adapted.choose_trained("lora")
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.network.named_parameters():
+            if name.endswith("lora_b"):
+                parameter.normal_(std=0.3, generator=g)
+    adapted.save_pretrained(tmp_path / "policy")
+    # A run goes on from its policy folder, so the additions stay apart there.
+    assert any(name.endswith("lora_b") for name in load_file(tmp_path / "policy" / "model.safetensors"))
+
+    assert main(["convert", str(tmp_path / "policy"), str(tmp_path / "out"), "--layout", layout]) == 0
+    assert "low-rank additions (rank 16 and 32) are merged into the weights" in capsys.readouterr().out
+    loaded = (load_as_openpi if layout == "openpi" else load_as_lerobot)(tmp_path / "out")
+    changed = {name for name, tensor in weights().items() if not torch.equal(loaded[name], tensor)}
+    assert changed
+    assert all(".layers." in name and name.endswith("_proj.weight") for name in changed)
+    converted = PI0Policy.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(sampled(converted), sampled(adapted), rtol=0, atol=1e-4)
+    assert (sampled(adapted) - plain).abs().max() > 0.01
+    assert converted.config.gemma.lora_rank == 0
+
+
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_convert_refuses_guidance(tmp_path, layout):
+    policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "published", weights()))
+    policy.enable_guidance()
+    policy.save_pretrained(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match="guidance is true; openpi and LeRobot have no place") as error:
+        main(["convert", str(tmp_path / "policy"), str(tmp_path / "out"), "--layout", layout])
+    assert str(tmp_path / "policy" / "config.json") in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_says_what_openpi_does_not_load(tmp_path, capsys):
+    PI0Policy(Pi0Config.preset("pi0_tiny")).save_pretrained(tmp_path / "policy")
+    assert main(["convert", str(tmp_path / "policy"), str(tmp_path / "out")]) == 0
+    assert "convolutional tower has no place in openpi's model" in capsys.readouterr().out
 
 
 # Practice

@@ -1,5 +1,6 @@
 """Demonstrations in files become the chunks that recording makes, all at once or as a stream."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 import torch
 from recordings import CAMERAS, FPS, SIZE, make_demonstration
 
-from pi0 import warmstart
+from pi0 import PI0Policy, warmstart
 from pi0.data import DataError, open_demonstrations
 from pi0.data.lerobot_writer import LeRobotWriter
+from pi0.errors import CheckpointError
 from pi0.images import to_network_images
+from pi0.model.config import Pi0Config
 from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
-from pi0.normalization import load_norm_stats
+from pi0.normalization import NormStats, load_norm_stats
 from pi0.ript.chunks import Chunks
 from pi0.ript.demonstrations import record_demonstrations
 from pi0.ript.env.runner import LIBEROEnvRunner
@@ -192,6 +195,117 @@ def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored)
     stats = json.loads((tmp_path / "policy/norm_stats.json").read_text())["norm_stats"]["state"]["mean"]
     states = np.concatenate([stored.read(index, ()).states[::2] for index in (0, 2)])
     assert np.allclose(stats, states.mean(0), atol=1e-6)
+
+
+def inverted_set(root):
+    """A set of the first task in which 1 opens the gripper."""
+    demonstration = make_demonstration(9, 0, TASKS[0].prompt)
+    demonstration.actions[:, -1] = demonstration.executed[:, -1] = np.arange(9) < 3
+    with LeRobotWriter(root, FPS) as writer:
+        writer.add(demonstration)
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """Warm starts end without an episode of a score."""
+    monkeypatch.setattr(warmstart, "score_on_training_states", lambda *_: 0)
+
+
+def test_a_warm_start_from_a_gripper_that_1_opens_has_to_be_told(tmp_path, unscored):
+    inverted_set(tmp_path / "set")
+    with pytest.raises(DataError, match="set: gripper actions are 0 to 1"):
+        start(tmp_path / "policy", "--dataset", tmp_path / "set")
+    start(
+        tmp_path / "policy",
+        "--dataset",
+        tmp_path / "set",
+        "--dataset-gripper",
+        "open-is-1",
+        "--frame-every",
+        1,
+    )
+    assert load_norm_stats(tmp_path / "policy/norm_stats.json", 8, 7).actions.q01[-1] == -1
+
+
+def test_statistics_of_a_gripper_that_1_opens_have_to_be_told(tmp_path):
+    inverted_set(tmp_path / "set")
+    options = ["--dataset", str(tmp_path / "set"), "--output", str(tmp_path / "stats.json"), "--horizon", "1"]
+    with pytest.raises(DataError, match="set: gripper actions are 0 to 1"):
+        compute_norm_stats(options)
+    compute_norm_stats([*options, "--dataset-gripper", "open-is-1"])
+    assert load_norm_stats(tmp_path / "stats.json", 8, 7).actions.mean[-1] == pytest.approx((6 - 3) / 9)
+
+
+def small_policy(folder, **changes):
+    """A checkpoint of another chunk length and image size than a new policy's."""
+    config = Pi0Config.preset("pi0_tiny")
+    config = dataclasses.replace(
+        config, action_horizon=12, vision=dataclasses.replace(config.vision, image_size=48), **changes
+    )
+    random = np.random.default_rng(0)
+    stats = NormStats.of(random.normal(size=(9, 8)), random.uniform(-1, 1, size=(9, 7)))
+    torch.manual_seed(0)
+    policy = PI0Policy(config, stats)
+    policy.save_pretrained(folder)
+    return policy
+
+
+def test_a_warm_start_goes_on_from_a_policy_of_other_sizes(tmp_path, stored, monkeypatch):
+    learned = []
+    flow_loss = warmstart.flow_loss
+    monkeypatch.setattr(
+        warmstart,
+        "flow_loss",
+        lambda policy, chunks, **how: learned.append(chunks) or flow_loss(policy, chunks, **how),
+    )
+    policy = small_policy(tmp_path / "small", cameras=CAMERAS[:1])
+    manifest = start(tmp_path / "further", "--start-from", tmp_path / "small", "--demonstrations", 1)
+    protocol = manifest["protocol"]
+    assert (protocol["image_size"], protocol["replan_steps"], protocol["cameras"]) == (48, 10, [CAMERAS[0]])
+    (chunks,) = learned
+    assert chunks.actions.shape == (2, 12, 7)
+    assert {name: frames.shape for name, frames in chunks.images.items()} == {CAMERAS[0]: (2, 48, 48, 3)}
+    further = PI0Policy.from_pretrained(tmp_path / "further")
+    assert further.config == policy.config
+    assert further.norm_stats.to_dict() == policy.norm_stats.to_dict()
+
+
+def test_a_warm_start_takes_frames_of_another_size_and_other_statistics(tmp_path, stored, unscored):
+    policy = small_policy(tmp_path / "small")
+    (tmp_path / "other.json").write_text(
+        json.dumps(norm_stats(load_chunks(stored, [0], chunk=1, frame_every=1, image_size=SIZE)).to_dict())
+    )
+    from_small = ["--start-from", tmp_path / "small", "--dataset", stored.root, "--image-size", 56]
+    manifest = start(
+        tmp_path / "further",
+        *from_small,
+        "--norm-stats-path",
+        tmp_path / "other.json",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+    )
+    assert manifest["protocol"]["image_size"] == 56
+    further = PI0Policy.from_pretrained(tmp_path / "further", dtype=torch.bfloat16)
+    assert further.config == policy.config
+    assert further.norm_stats.to_dict() == load_norm_stats(tmp_path / "other.json", 8, 7).to_dict()
+
+
+def test_a_warm_start_from_a_policy_without_statistics_asks_for_them(tmp_path, stored):
+    small_policy(tmp_path / "small")
+    (tmp_path / "small/norm_stats.json").unlink()
+    with pytest.raises(
+        CheckpointError, match="small has no normalisation statistics; name some as --norm-stats-path"
+    ):
+        start(tmp_path / "further", "--start-from", tmp_path / "small", "--dataset", stored.root)
+
+
+@pytest.mark.parametrize("option", [["--dtype", "bfloat16"], ["--norm-stats-path", "stats.json"]])
+def test_what_is_said_of_a_checkpoint_needs_one(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        start(tmp_path / "policy", *option)
+    assert "--start-from, which is not given" in capsys.readouterr().err
 
 
 def test_a_warm_start_names_what_is_wrong_with_its_data_set(tmp_path, stored):

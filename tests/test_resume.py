@@ -25,6 +25,7 @@ from stage_13_runs import (
     steps_saved,
     wait_until,
 )
+from test_html_report import browser_check
 
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
@@ -54,6 +55,26 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
     assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
     # The file of statistics may count visits again that were made after the last checkpoint.
     assert_same(killed, straight[0], except_stats=True)
+
+
+def test_every_metric_of_a_run_is_documented(straight):
+    documented = set(re.findall(r"`(\w+)`", (REPO_ROOT / "docs" / "metrics.md").read_text()))
+    for row in outcome(straight[0])["rows"]:
+        assert set(row) <= documented
+        assert {"dropped_share", "skipped_share", "bad_updates", "rollbacks"} <= set(row)
+    memory = json.loads((run_of(straight[0]) / "metrics.jsonl").read_text().splitlines()[0])["memory"]
+    assert set(memory) <= documented
+    assert list(memory["worker_mb"]) == ["0"]
+    assert memory["workers_mb"] == memory["worker_mb"]["0"] > 100
+
+
+def test_chromium_shows_the_report_of_a_run(straight, tmp_path):
+    seen = browser_check(run_of(straight[0]), tmp_path, 1200)
+    assert seen["failures"] == []
+    assert seen["broken_images"] == seen["dangling"] == 0
+    assert seen["plots"] >= 5
+    assert seen["window_width"] == seen["content_width"]
+    assert "libero_spatial" in seen["text"]
 
 
 def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
@@ -89,6 +110,17 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(s
     assert_same(killed, straight[0], except_stats=True)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
+    for manifest in killed.glob("run-*/checkpoints/*/manifest.json"):
+        manifest.write_text("{}")
+    lines = (run_of(killed) / "metrics.jsonl").read_text()
+    output, _ = (process := start(killed, "--resume")).communicate(timeout=300)
+    assert process.returncode == 1
+    assert "error: no checkpoint in" in output
+    assert "verifies; start anew, without --resume" in output
+    assert (run_of(killed) / "metrics.jsonl").read_text() == lines != ""
+
+
 def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
     process = start(tmp_path, "--resume")
     output, _ = process.communicate(timeout=60)
@@ -107,6 +139,15 @@ def test_resume_takes_the_newest_run_of_just_this_experiment(tmp_path):
     make_run(tmp_path, "run-20260101-000000", {"seed": 0})
     newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
     make_run(tmp_path, "run-b-20260301-000000", {"seed": 0})
+    assert newest_run(str(tmp_path), "run", {"seed": 0}) == newest
+
+
+def test_a_run_without_checkpoints_does_not_hide_an_older_one_that_has_some(tmp_path):
+    older = make_run(tmp_path, "run-20260101-000000", {"seed": 0})
+    (older / "checkpoints/step-000004").mkdir()
+    newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
+    assert newest_run(str(tmp_path), "run", {"seed": 0}) == older
+    (newest / "checkpoints/step-000000").mkdir()
     assert newest_run(str(tmp_path), "run", {"seed": 0}) == newest
 
 
@@ -142,7 +183,57 @@ def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
     ours = PI0Policy.from_pretrained(newest / "policy").network.state_dict()
     saved = PI0Policy.from_pretrained(run_of(folder) / "policy").network.state_dict()
     assert all(torch.equal(ours[name], saved[name]) for name in saved)
-    assert len(steps_saved(folder)) in (2, 3)  # the newest two, and the best where it is older
+
+
+def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
+    # A success in evaluation scores higher than what comes of a learning rate that spoils the policy.
+    few = ["training.keep_checkpoints=1", "logging.log_freq=1", "algo.lr=0.05", "algo.ema_decay=0"]
+    finish(start(tmp_path, "--override", *few))
+    (run_dir,) = tmp_path.glob("run-*")
+    evaluations = json.loads((run_dir / "metrics.json").read_text())
+    scores = {entry["step"]: entry["success_rate"] for entry in evaluations}
+    assert sorted(scores) == [1, 2, 3]
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert steps_saved(tmp_path) == sorted({best, STEPS})
+    for step in {best, STEPS}:
+        manifest = json.loads((run_dir / f"checkpoints/step-{step:06d}/manifest.json").read_text())
+        assert manifest["score"] == scores[step]
+        assert manifest["facts"]["config"]["algo"]["lr"] == 0.05
+
+
+PRACTISED = [
+    "task.task_names_to_use=[3,8]", "algo.group_by=state", "algo.enable_dynamic_sampling=true",
+    "algo.max_sampling_attempts=4", "algo.data_batch_size=8", "algo.rollout_skip_threshold=1", "logging.use_wandb=true",
+]  # fmt: skip
+
+
+def test_a_killed_and_resumed_run_with_all_that_samplers_remember_ends_with_the_same_bits(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    finish(start(straight, "--override", *PRACTISED))
+    process = start(killed, "--override", *PRACTISED)
+    wait_until(lambda: 2 in steps_saved(killed), process)
+    process.kill()
+    process.communicate()
+    finish(start(killed, "--resume", "--override", *PRACTISED))
+    assert_same(killed, straight, except_stats=True)
+    rows = outcome(straight)["rows"]
+    assert any(row["dropped_groups"] for row in rows[:2])
+    assert len({task for row in rows for task in row["tasks"]}) == 2
+    # One WandB run, in a folder for each process.
+    folders = sorted((run_of(killed) / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+
+
+def test_two_processes_learn_what_they_learn_in_stage_12(straight_of_two, tmp_path):
+    finish(start(tmp_path, processes=2, script=("12_train_with_dataset.py",)))
+    (metrics,) = tmp_path.glob("run-*/metrics.jsonl")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(rows) == STEPS
+    for mine, other in zip(rows, outcome(straight_of_two)["rows"], strict=True):
+        assert mine["successes"] == other["successes"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-6)
 
 
 # Large policies ----------------------------------------------------------------------------------------
@@ -199,6 +290,24 @@ def test_checkpointed_gradients_and_bfloat16_train_on_two_processes(
     assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance, abs=0)
     assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance, abs=0)
     assert (mine["loss"] == other["loss"]) == (tolerance == 0)
+
+
+def test_all_that_saves_memory_goes_together_with_guidance(tmp_path):
+    large = ["use_fsdp", "use_mixed_precision", "gradient_checkpointing"]
+    overrides = [f"training.{setting}=true" for setting in large]
+    finish(
+        start(
+            tmp_path,
+            "--override",
+            *overrides,
+            "algo.mode=guidance",
+            "training.num_train_steps=1",
+            processes=2,
+        )
+    )
+    row = json.loads((run_of(tmp_path) / "metrics.jsonl").read_text())
+    assert row["updates"] > 0
+    assert row["bad_updates"] == 0
 
 
 def test_shards_need_ranks(tmp_path):

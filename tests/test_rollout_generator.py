@@ -97,13 +97,6 @@ def test_without_dynamic_sampling_unanimous_groups_stay_and_teach_nothing(runner
     assert collection.advantages == [0.0] * 6
 
 
-def test_no_time_left_ends_the_collection(runner):
-    rollouts = generator(
-        runner, reward=lambda episode: 0.0, enable_dynamic_sampling=True, time_limit_s=0.0, max_groups=100
-    )
-    assert rollouts.generate_rollouts(StillPolicy(), step=0).metrics()["dropped_groups"] == 2
-
-
 def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(runner):
     rollouts = generator(runner, num_groups=2)
     pool = runner.evaluation_states()[0]

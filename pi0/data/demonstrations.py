@@ -36,6 +36,35 @@ class Orientation(StrEnum):
         return frames[..., ::-1, :] if self is Orientation.ROTATED else frames
 
 
+class Gripper(StrEnum):
+    """What 1 means as the action of the gripper, which is the last number of an action.
+
+    LIBERO's is opened by -1 and closed by 1 (robosuite 1.4, `PandaGripper.format_action`). Where 1 opens, 0
+    closes: so OpenVLA trains (prismatic/vla/datasets/rlds/oxe/transforms.py, `libero_dataset_transform`), and so
+    does the converter behind IPEC-COMMUNITY's LIBERO sets store (Tavish9/any4lerobot,
+    libero2lerobot/libero_utils/libero_utils.py): 1 - clip(a, 0, 1) for LIBERO's a.
+    """
+
+    CLOSE_IS_1 = "close-is-1"  # LIBERO's own
+    OPEN_IS_1 = "open-is-1"
+
+    def convert(self, actions: np.ndarray, where: str) -> np.ndarray:
+        """Stored actions [T, A] as LIBERO's controller takes them; `where` names them in errors.
+
+        Raises:
+            DataError: values below 0 where 0 is said to close.
+        """
+        if self is Gripper.CLOSE_IS_1:
+            return actions
+        gripper = actions[:, -1:]
+        if gripper.min(initial=0) < 0:
+            raise DataError(
+                f"{where}: gripper actions down to {gripper.min():g}; where 1 opens they are 0 to 1. "
+                f"Leave {Gripper.OPEN_IS_1} out"
+            )
+        return np.concatenate([actions[:, :-1], 1 - 2 * gripper], axis=1)
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """One episode of T control steps. What is at step t was seen before the action of step t was carried out.

@@ -89,7 +89,7 @@ LEROBOT_NAMES = FeatureNames(
 OPENPI_NAMES = FeatureNames(
     {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}, "state", "actions", "executed_actions"
 )
-# LIBERO sets on the hub that LeRobot's own tools made (IPEC-COMMUNITY and lerobot, libero_*).
+# IPEC-COMMUNITY's LIBERO sets (Tavish9/any4lerobot, libero2lerobot); in them 1 opens the gripper (`Gripper`).
 WRIST_IMAGE_NAMES = replace(
     LEROBOT_NAMES,
     cameras={

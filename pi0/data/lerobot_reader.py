@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Orientation
+from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
 from pi0.data.frames import decode_image, read_video
 from pi0.data.lerobot_layout import EPISODE_FILES, EPISODES_JSONL, DatasetInfo, FeatureNames
 from pi0.errors import MissingFileError
@@ -39,6 +39,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         orientation: how its images are kept. Of LIBERO they are LIBERO's turned by 180 degrees, by openpi's
             and by LeRobot's convention alike; the files do not say.
         tolerance_s: how far from its time stamp a video frame may be; the default is LeRobot's.
+        gripper: what 1 means to the gripper, a `Gripper`; the files do not say.
 
     Attributes:
         info: what meta/info.json says.
@@ -55,12 +56,14 @@ class LeRobotDemonstrations(DemonstrationSet):
         names: FeatureNames | None = None,
         orientation: Orientation = Orientation.ROTATED,
         tolerance_s: float = 1e-4,
+        gripper: str = Gripper.CLOSE_IS_1,
     ):
         self.root = Path(root)
         self.info = DatasetInfo.read(self.root)
         self.names = self.info.find_names(names)
         self.cameras = tuple(self.names.cameras)
         self._orientation = Orientation(orientation)
+        self._gripper = Gripper(gripper)
         self._tolerance_s = tolerance_s
         features = self.info.features
         self._video_cameras = {
@@ -94,10 +97,13 @@ class LeRobotDemonstrations(DemonstrationSet):
         ]
         stored_images = set(self.names.cameras.values()) - set(self._video_cameras.values())
         table = self._rows(episode, columns + (sorted(stored_images) if len(steps) else []))
-        actions = self._numbers(table, self.names.actions, episode)
-        executed, rewards, dones = (
+        actions = self._actions(table, self.names.actions, episode)
+        executed = (
+            self._actions(table, self.names.executed, episode) if self.names.executed in columns else actions
+        )
+        rewards, dones = (
             self._numbers(table, name, episode) if name in columns else None
-            for name in (self.names.executed, self.names.reward, self.names.done)
+            for name in (self.names.reward, self.names.done)
         )
         return Demonstration(
             prompt=episode.prompt,
@@ -112,7 +118,7 @@ class LeRobotDemonstrations(DemonstrationSet):
             }
             if len(steps)
             else {},
-            executed=actions if executed is None else executed,
+            executed=executed,
             rewards=rewards,
             dones=None if dones is None else dones.astype(bool),
         )
@@ -229,6 +235,11 @@ class LeRobotDemonstrations(DemonstrationSet):
         if not np.isfinite(numbers).all():
             raise DataError(f"{where} has values that are not finite")
         return numbers if shape == [1] and values is column else numbers.reshape(-1, width)
+
+    def _actions(self, table: pa.Table, name: str, episode: _Episode) -> np.ndarray:
+        """A column of actions as LIBERO has them, float32 [T, A]."""
+        where = f"{episode.data}, episode {episode.number}: column {name}"
+        return self._gripper.convert(self._numbers(table, name, episode), where)
 
     def _frames(self, table: pa.Table, camera: str, episode: _Episode, steps: np.ndarray) -> np.ndarray:
         """The stored frames of a camera at some steps, uint8 [F, height, width, 3]."""

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Orientation
+from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
 from pi0.errors import MissingFileError
 from pi0.instructions import instruction_in
 
@@ -41,6 +41,7 @@ class LiberoDemonstrations(DemonstrationSet):
         cameras: policy camera name to a key of `obs`.
         observed_after_action: whether observations belong after the action of their index; None to tell by
             the file. LIBERO's own training pairs equal indices: False.
+        gripper: what 1 means to the gripper, a `Gripper`.
 
     Raises:
         MissingFileError: no such file, or a folder without any.
@@ -52,6 +53,7 @@ class LiberoDemonstrations(DemonstrationSet):
         path: str | Path,
         cameras: Mapping[str, str] = CAMERAS,
         observed_after_action: bool | None = None,
+        gripper: str = Gripper.CLOSE_IS_1,
     ):
         path = Path(path)
         if path.is_dir():
@@ -64,6 +66,7 @@ class LiberoDemonstrations(DemonstrationSet):
                 "nor a LeRobot data set with its meta/info.json"
             )
         self._keys = dict(cameras)
+        self._gripper = Gripper(gripper)
         self.cameras = tuple(cameras)
         self._places: list[tuple[Path, str, bool]] = []  # file, group, observed after the action
         self.prompts, self.lengths = [], []
@@ -96,6 +99,7 @@ class LiberoDemonstrations(DemonstrationSet):
                 for key, width in (("ee_states", 6), ("gripper_states", 2))
             ]
             actions = _array(demo, "actions", (recorded, 7), file)[done].astype(np.float32)
+            actions = self._gripper.convert(actions, f"{file}: {demo.name}/actions")
             images = {}
             for camera, key in self._keys.items() if len(steps) else ():
                 frames = _child(obs, key, h5py.Dataset, file)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 A, B = "lora_a", "lora_b"  # last parts of parameter names
 START_STD = 0.01  # of the first matrix, as in openpi
+RANKS = (16, 32)  # of the prefix's transformer and of the action expert, openpi's
 
 
 class LoRALinear(nn.Linear):
@@ -41,11 +42,10 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + F.linear(low, self.lora_b.to(x.dtype))
 
     def merged(self) -> nn.Linear:
-        """The same map as one matrix."""
+        """The same map as one matrix, in the type of the thin ones."""
         result = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         with torch.no_grad():
-            weight = self.weight.to(self.lora_a.dtype) + self.lora_b @ self.lora_a
-        result.weight = nn.Parameter(weight.to(self.weight.dtype))
+            result.weight = nn.Parameter(self.weight.to(self.lora_a.dtype) + self.lora_b @ self.lora_a)
         return result
 
 

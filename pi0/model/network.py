@@ -91,30 +91,30 @@ class Pi0Network(nn.Module):
         self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def choose_trained(self, config: Pi0Config) -> None:
-        """Freeze what `config` says, and add low-rank adaptation of its ranks where there is none yet."""
-        self.config = config
-        for expert, dims in self._transformers():
-            for part in _parts(expert) if dims.lora_rank else ():
-                for name, linear in part.items():
-                    if not isinstance(linear, LoRALinear):
-                        part[name] = LoRALinear(linear, dims.lora_rank)
-        self._freeze()
+        """Train what `config` says, in the types that this asks for.
 
-    def merge_lora(self, config: Pi0Config) -> None:
-        """Put low-rank adaptation into the weights and take it away, for a `config` without it."""
+        Low-rank adaptation of its ranks is added where there is none yet, and put into the weights where `config`
+        has none any more.
+        """
         self.config = config
-        for expert, _ in self._transformers():
+        # No output depends on this matrix: it is never trained and so always in the lower type.
+        low_dtype = self.gemma.layers[-1].self_attn["q_proj"].weight.dtype
+        for expert, dims in self._transformers():
             for part in _parts(expert):
                 for name, linear in part.items():
-                    if isinstance(linear, LoRALinear):
+                    adapted = isinstance(linear, LoRALinear)
+                    if dims.lora_rank and not adapted:
+                        part[name] = LoRALinear(linear, dims.lora_rank)
+                    elif adapted and not dims.lora_rank:
                         part[name] = linear.merged()
         self._freeze()
+        self._set_types(low_dtype)
 
     def _transformers(self) -> list[tuple[Gemma, GemmaDims]]:
         return [(self.gemma, self.config.gemma), (self.expert, self.config.action_expert)]
 
-    def _freeze(self) -> None:
-        """Train what the configuration asks for, and nothing that no output depends on.
+    def _frozen_parts(self) -> tuple[str, ...]:
+        """How the names of what the configuration freezes begin.
 
         Low-rank adaptation freezes its transformer, and with the prefix's the token embedding, but not the
         vision tower, as openpi does (src/openpi/models/pi0_config.py: get_freeze_filter).
@@ -131,10 +131,21 @@ class Pi0Network(nn.Module):
             frozen += ("token_embedding.", "gemma.")
         if config.action_expert.lora_rank:
             frozen += ("expert.",)
+        return frozen
+
+    def _freeze(self) -> None:
+        """Train what the configuration asks for, and nothing that no output depends on."""
+        frozen = self._frozen_parts()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_lora(name) or not name.startswith(frozen))
         for parameter in self.unused_parameters():
             parameter.requires_grad_(False)
+
+    def _set_types(self, low_dtype: torch.dtype) -> None:
+        """`low_dtype` for `low_precision_parameters`, float32 (or what is wider) for the others."""
+        low, exact = self.low_precision_parameters(), torch.promote_types(low_dtype, torch.float32)
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(low_dtype if name in low else exact)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, which hold most of the parameters and run one after another."""
@@ -158,15 +169,23 @@ class Pi0Network(nn.Module):
         return [p for module in [*modules, last.mlp] for p in module.parameters()]
 
     def low_precision_parameters(self) -> set[str]:
-        """Names of the parameters that openpi keeps in bfloat16; the others stay in float32."""
+        """Names of the parameters that may be in bfloat16; the others stay in float32.
+
+        They are those that openpi keeps in bfloat16. Where only a part of the network is trained, that part is not
+        among them, as in openpi (scripts/train.py: init_train_state casts what is frozen): a bfloat16 weight of 0.1
+        has neighbours 0.0005 apart, and the steps of a small learning rate would round away. Where all of it is
+        trained, that would leave none.
+        """
         norms = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
         exact = (*norms, "patch_embedding", "position_embedding")
+        partly = bool(self._frozen_parts())
         return {
             name
-            for name, _ in self.named_parameters()
+            for name, parameter in self.named_parameters()
             if name.startswith(("vision.", "projector.", "token_embedding.", "gemma.", "expert."))
             and not any(part in name for part in exact)
             and not is_lora(name)
+            and not (partly and parameter.requires_grad)
         }
 
     def encode_prefix(
@@ -194,8 +213,8 @@ class Pi0Network(nn.Module):
         prompt = self.token_embedding(tokens) * math.sqrt(self.config.gemma.width)
         valid = [image_masks[name][:, None].expand(-1, self.vision.tokens) for name in cameras]
         valid = torch.cat([*valid, token_masks], 1).bool()  # [B, P]
-        x = torch.cat([*(self.projector(t) for t in image_tokens), prompt], 1)  # [B, P, width]
-        x = x.to(self.gemma.dtype)
+        projected = [self.projector(t.to(self.projector.weight.dtype)) for t in image_tokens]
+        x = torch.cat([*projected, prompt], 1).to(self.gemma.dtype)  # [B, P, width]
         rope = rotary_angles(valid.cumsum(1) - 1, self.config.gemma.head_dim)
         mask = _additive_mask(valid[:, None, None, :], x.dtype)
         keys, values = [], []
@@ -300,8 +319,8 @@ class Gemma(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix weights; norms may stay in float32."""
-        return self.layers[0].self_attn["q_proj"].weight.dtype
+        """Of the matrices that are used, which the last layer of a prefix has fewer of; norms may stay in float32."""
+        return self.layers[0].self_attn["k_proj"].weight.dtype
 
 
 class GemmaLayer(nn.Module):
@@ -354,8 +373,9 @@ class GemmaLayer(nn.Module):
         if mask is None:
             return x, k, v
         q = rotate(self._heads("q_proj", h), rope)
-        seen_k = k if keys_before is None else torch.cat([keys_before, k], 2)
-        seen_v = v if values_before is None else torch.cat([values_before, v], 2)
+        # What comes before may be of the other expert, in another type.
+        seen_k = k if keys_before is None else torch.cat([keys_before.to(k.dtype), k], 2)
+        seen_v = v if values_before is None else torch.cat([values_before.to(v.dtype), v], 2)
         attended = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=True)
         x = gated_sum(x, self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2)), gate)
         h, gate = normed(self.post_attention_layernorm, x, condition)

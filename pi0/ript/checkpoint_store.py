@@ -117,6 +117,11 @@ class CheckpointStore:
             ) from error
         return final
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint, whether or not it verifies."""
+        checkpoints = self._checkpoints()
+        return checkpoints[max(checkpoints)] if checkpoints else None
+
     def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
         """The newest checkpoint that verifies, or None; and newer ones that do not, with the reason, newest first."""
         damaged: list[tuple[Path, str]] = []

@@ -66,7 +66,7 @@ class TaskConfig:
     )
     image_size: int | None = key(
         None,
-        "width and height of a camera image; null: as large as the policy looks at",
+        "width and height of a camera image; null: as large as the policy looks at (published policies: 256)",
         unit="pixels",
         low=16,
     )
@@ -137,6 +137,9 @@ class AlgoConfig:
         None,
         "data set of demonstrations (LeRobot's or LIBERO's HDF5) to learn from as well; null: none (from stage 13 on)",
     )
+    cotraining_gripper: Literal["close-is-1", "open-is-1"] | None = key(
+        None, "what 1 means to the gripper there; null: to close, and that some action opens it is checked"
+    )
     cotraining_chunks: int = key(
         256, "chunks of them drawn for each iteration, on each rank", unit="chunks", low=1
     )
@@ -185,7 +188,7 @@ class TrainingConfig:
     trainable: Literal["as_saved", "all", "without_vision", "expert", "lora"] = key(
         "as_saved",
         "which weights learn: all, all but the vision tower, the action expert's, low-rank additions; "
-        "as_saved: what the checkpoint's configuration says",
+        "as_saved: what the checkpoint's configuration says; a part is trained in float32 whatever dtype is",
     )
     use_mixed_precision: bool = key(False, "compute losses in bfloat16 where that is safe (autocast)")
     gradient_checkpointing: bool = key(
@@ -238,7 +241,8 @@ class Config:
     policy_path: str = key(MISSING, "checkpoint folder of the policy to start from")
     device: str = key("auto", "where the policy runs: cpu, cuda, cuda:1; auto: the GPU if there is one")
     dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "type of the transformers' weights; norms, position embeddings and flow head stay float32"
+        "float32",
+        "type of the weights; norms, position embeddings, flow head and a part that is trained stay float32",
     )
     compile: bool = key(
         False, "run the network by torch.compile: faster once the minutes that compiling takes are over"

@@ -39,14 +39,14 @@ class Cotraining:
 
 
 def find_demonstrations(
-    path: str, policy: PI0Policy, tasks: Sequence[Task]
+    path: str, gripper: str | None, policy: PI0Policy, tasks: Sequence[Task]
 ) -> tuple[DemonstrationSet, list[int]]:
-    """The data set at `path`, and which of its demonstrations are of `tasks`.
+    """The data set at `path`, and which of its demonstrations are of `tasks`; `gripper` as for opening it.
 
     Raises:
         DataError: it cannot be read, or shows other tasks or cameras.
     """
-    recorded = open_demonstrations(path)
+    recorded = open_demonstrations(path, gripper=gripper)
     cameras = [name for name in policy.config.cameras if name in CAMERAS]
     if set(recorded.cameras) != set(cameras):
         raise DataError(
@@ -66,7 +66,7 @@ def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) ->
     algo = config.algo
     if algo.cotraining_path is None:
         return None
-    recorded, indices = find_demonstrations(algo.cotraining_path, policy, tasks)
+    recorded, indices = find_demonstrations(algo.cotraining_path, algo.cotraining_gripper, policy, tasks)
     chunks = load_chunks(
         recorded,
         indices,

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -116,13 +117,14 @@ class RankWatch:
     notices: their ranks wait in a collective until its time limit.
     """
 
-    def __init__(self, silence_s: float = SILENCE_S):
+    def __init__(self, silence_s: float):
         self.rank, self.world_size = rank_and_world_size()
         self._silence_s = silence_s
         self.stop_asked = False  # by any rank
         # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
         self._store = _connect()
         self._peers: list[tuple[str, int]] = gather((socket.gethostname(), os.getpid()))
+        self._here = [machine == _machine() for machine in gather(_machine())]
         self._stopped = threading.Event()
         self._ending = threading.Lock()
         self._beat("0")
@@ -147,8 +149,12 @@ class RankWatch:
     def dead(self) -> str | None:
         """One line about a rank on this host whose process is gone, None while all live."""
         for rank, (host, process) in enumerate(self._peers):
-            here = host == socket.gethostname() and rank != self.rank
-            if here and not _is_alive(process) and self._sign(rank) != "finished":
+            if (
+                rank != self.rank
+                and self._here[rank]
+                and not _is_alive(process)
+                and self._sign(rank) != "finished"
+            ):
                 return f"rank {rank} (process {process} on {host}) has died"
         return None
 
@@ -189,12 +195,16 @@ class RankWatch:
 
 
 @contextlib.contextmanager
-def watched_ranks() -> Iterator[RankWatch | None]:
-    """While this lasts, the death of a rank ends the others within a minute, each with a line that names it."""
+def watched_ranks(silence_s: float = SILENCE_S) -> Iterator[RankWatch | None]:
+    """While this lasts, the death of a rank ends the others within a minute, each with a line that names it.
+
+    Args:
+        silence_s: time without a sign of life after which a rank is taken for dead.
+    """
     if rank_and_world_size()[1] == 1:
         yield None
         return
-    watch = RankWatch()
+    watch = RankWatch(silence_s)
 
     def terminated(number: int, _: object) -> NoReturn:
         # Torchrun sends this to the ranks beside one that has failed.
@@ -241,6 +251,12 @@ def _first_to_say(message: str) -> bool:
         return _connect().add(f"said/{socket.gethostname()}/{message}", 1) == 1
     except RuntimeError:  # nobody can tell
         return True
+
+
+def _machine() -> str:
+    """What tells processes apart whose ids mean the same: hosts and containers may share a name."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _is_alive(process: int) -> bool:

@@ -30,6 +30,7 @@ class Interrupts:
     def __init__(self, watch: RankWatch | None = None):
         self._watch = watch
         self._asked_at: float | None = None
+        self._noticed_at: float | None = None
         self.checkpoint_asked = False
 
     def install(self) -> None:
@@ -56,9 +57,16 @@ class Interrupts:
         if self.stop_asked:
             raise Interrupted
 
-    def check_together(self, abandoned: bool = False) -> None:
-        """Raise `Interrupted` on all ranks if any has `abandoned` its work or was asked to stop; a collective."""
-        if largest(int(abandoned or self.stop_asked)):
+    def check_together(self, abandoned: bool = False, patience_s: float = 0.0) -> None:
+        """Raise `Interrupted` on all ranks if any has `abandoned` its work or was asked to stop; a collective.
+
+        Args:
+            patience_s: how long after the request, or after this rank has noticed it, the work may still go on.
+        """
+        if self.stop_asked and self._noticed_at is None:
+            self._noticed_at = time.monotonic()
+        overdue = self._noticed_at is not None and time.monotonic() - self._noticed_at >= patience_s
+        if largest(int(abandoned or overdue)):
             raise Interrupted
 
     def _hear(self, heard: socket.socket, _told: socket.socket) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,17 +19,36 @@ def resident_mb(process: int | str = "self") -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def memory_use(workers: Iterable[int]) -> dict[str, float | None]:
+def memory_use(workers: Iterable[int]) -> dict[str, Any]:
     """Memory now, MB.
 
     Args:
         workers: ids of the rollout workers.
     Returns:
-        `rss_mb` of this process, `workers_mb` of all its workers together, `gpu_mb` at most since the last
-        call (None without a GPU).
+        `rss_mb` of this process, `workers_mb` of all its workers together, `worker_mb` of each by its number,
+        `gpu_mb` at most since the last call (None without a GPU).
     """
     gpu = None
     if torch.cuda.is_available():
         gpu = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
-    return {"rss_mb": resident_mb(), "workers_mb": sum(map(resident_mb, workers)), "gpu_mb": gpu}
+    each = {str(number): resident_mb(process) for number, process in enumerate(workers)}
+    return {"rss_mb": resident_mb(), "workers_mb": sum(each.values()), "worker_mb": each, "gpu_mb": gpu}
+
+
+def growth(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for the host's and for the GPU's memory that is at a new high, more than half above the third step's.
+
+    Args:
+        history: rows of steps, each with `memory_use` under "memory"; the first two steps allocate what stays.
+    """
+    lines = []
+    rows = [row["memory"] for row in history[2:]]
+    for name, sizes in {
+        "memory": [row["rss_mb"] + row["workers_mb"] for row in rows],
+        "GPU memory": [row["gpu_mb"] or 0.0 for row in rows],
+    }.items():
+        if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
+            since = f"since step {history[2]['step']}"
+            lines.append(f"{name} has grown from {sizes[0]:.0f} to {sizes[-1]:.0f} MB {since}")
+    return lines

@@ -5,6 +5,7 @@ docs/metrics.md lists every metric with its unit.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -18,9 +19,17 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Add a line to a JSON-lines file, in one write, so that a reader sees whole lines."""
-    with path.open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    """Add a line to a JSON-lines file, whole or not at all.
+
+    Raises:
+        OSError: the disk refuses, or has no room for all of the line.
+    """
+    line = (json.dumps(metrics) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if file.write(line) != len(line):
+            file.truncate(size)  # the next line would be joined to the half of this one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

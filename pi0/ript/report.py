@@ -60,7 +60,9 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
 
 
 def newest_run(output_dir: str, name: str, config: dict[str, Any]) -> Path:
-    """The newest of `output_dir/name-DATE-TIME` with a checkpoint folder; says where its configuration differed.
+    """The newest of `output_dir/name-DATE-TIME` with checkpoints; says where its configuration differed.
+
+    Where none has any, the newest that was about to make one.
 
     Raises:
         OutputError: there is none, or its configuration differed in what the run was built on.
@@ -74,6 +76,7 @@ def newest_run(output_dir: str, name: str, config: dict[str, Any]) -> Path:
         raise OutputError(
             f"nothing to resume: no {name}-DATE-TIME/checkpoints in {output_dir}; start without --resume"
         )
+    runs.sort(key=lambda run: any(run.glob("checkpoints/step-*")))  # those of a name stay in order
     earlier = yaml.safe_load((runs[-1] / "config.yaml").read_text())
     differences = _differences(earlier, config)
     if fixed := [difference for difference in differences if difference[0].startswith(DECIDED_AT_START)]:

@@ -97,6 +97,9 @@ class Collection:
             counts[1] += 1
         return {
             "tasks": tasks,
+            "states": len(
+                {(episode.rollout.task.name, episode.rollout.init_index) for episode in self.tried}
+            ),
             "rollouts": len(self.tried),
             "successes": sum(episode.success for episode in self.tried),
             "trajectories": len(self.episodes),
@@ -146,8 +149,12 @@ def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             merged[name] = _merge_distributions(values)
         else:
             merged[name] = sum(values[1:], start=values[0])
+    tried = merged["groups"] + merged["dropped_groups"]
+    merged["dropped_share"] = merged["dropped_groups"] / max(1, tried)
     if "skipped_by_task" in merged:
         merged["skipped_states"] = sum(map(sum, merged["skipped_by_task"].values()))
+        came_up = merged["skipped_states"] + merged["states"]
+        merged["skipped_share"] = merged["skipped_states"] / max(1, came_up)
     return merged
 
 
@@ -193,7 +200,6 @@ class RolloutGenerator:
         use_val_init: `validation_states` draws states for periodic evaluation.
         shuffle_advantages: deal the advantages of a group to its episodes at random: a control that shows
             whether it is the reward that teaches.
-        time_limit_s: no further groups are tried after this long.
         seed: of the policy's noise, together with step, task, state and repetition.
     Raises:
         InputError: several `agent_gpus`.
@@ -220,7 +226,6 @@ class RolloutGenerator:
         rollout_stats_path: str | Path | None = None,
         use_val_init: bool = False,
         shuffle_advantages: bool = False,
-        time_limit_s: float = 3600.0,
         reward: Callable[[Episode], float] | None = None,
     ):
         if agent_gpus is not None and len(agent_gpus) > 1:
@@ -246,7 +251,6 @@ class RolloutGenerator:
         self.seed = seed
         self.enable_dynamic_sampling = enable_dynamic_sampling
         self.shuffle_advantages = shuffle_advantages
-        self.time_limit_s = time_limit_s
         self.reward = reward or BinarySuccessReward()
 
     def _next_batch(self) -> Sequence[Start]:
@@ -257,9 +261,10 @@ class RolloutGenerator:
     def generate_rollouts(self, policy: Policy, step: int, record: int = 0) -> Collection:
         """Collect one iteration's groups with `policy`.
 
-        Always ends: with exactly `num_groups` whole groups, or after `max_groups` tries or `time_limit_s` with
-        fewer; twice as many tries where dynamic sampling has dropped every group. A group with a broken simulation is a failed try: reported, and another one takes its place. A
-        policy that always or never succeeds gives, under dynamic sampling, an empty collection.
+        Always ends: with exactly `num_groups` whole groups, or after `max_groups` tries with fewer; twice as many
+        tries where dynamic sampling has dropped every group. A group with a broken simulation is a failed try:
+        reported, and another one takes its place. A policy that always or never succeeds gives, under dynamic
+        sampling, an empty collection.
 
         Args:
             step: number of the iteration; with the seed it decides the noise.
@@ -279,8 +284,6 @@ class RolloutGenerator:
                 break
             collection.phases += self.env_runner.pool.phases
             tried += wanted
-            if time.monotonic() - start > self.time_limit_s:
-                break
             if tried == limit == self.max_groups and not collection.groups and collection.dropped:
                 print(f"all {tried} groups tried were unanimous: going on to as many other states")
                 limit *= 2

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pi0 import PI0Policy
-from pi0.checkpoints import write_tensors
+from pi0.checkpoints import pair, read_header, write_tensors
 from pi0.errors import CheckpointError
+from pi0.model.network import Pi0Network
 from pi0.ript.cfg_adapter import WeightedChunks
 from pi0.ript.checkpoint_store import load_state, save_state
 from pi0.ript.ema import AveragedPolicy
@@ -106,8 +108,6 @@ class TrainingState:
         run = json.loads((folder / "run.json").read_text())
         self.step, self.history = run["step"], run["history"]
         self.evaluations, self.facts = run["evaluations"], run["facts"]
-        averaged = PI0Policy.from_pretrained(folder / "policy")
-        self.average.policy.network.load_state_dict(averaged.network.state_dict())
         weights = load_file(folder / "training.safetensors")
         trained = {name for name, p in self.policy.network.named_parameters() if p.requires_grad}
         if missing := sorted(trained - weights.keys()):
@@ -115,6 +115,7 @@ class TrainingState:
                 f"{folder}: training.safetensors has no {missing[0]} and {len(missing) - 1} others that this run "
                 "trains; resume with the same training.trainable"
             )
+        _copy_weights(folder / "policy", self.average.policy.network)
         load_weights(self.policy.network, weights)
         states = load_state(folder / "optimizer.pt")
         load_optimizer(self.optimizer, states["optimizer"])
@@ -139,6 +140,16 @@ class TrainingState:
             f"written by {run['world_size']} processes, read by {world_size}: states, statistics and replayed "
             "chunks are dealt anew, random streams start from the seed and the step"
         )
+
+
+def _copy_weights(checkpoint: Path, network: Pi0Network) -> None:
+    """Copy a checkpoint into a network, whose memory and types stay: there may be no room for another of its size."""
+    parameters = dict(network.named_parameters())
+    header = read_header(checkpoint)
+    names = pair(header, {name: parameter.shape for name, parameter in parameters.items()})
+    with safe_open(header.path, framework="pt") as file:  # mapped, so that one tensor at a time is read
+        for name, parameter in parameters.items():
+            parameter.data.copy_(file.get_tensor(header.keys[names[name]]))
 
 
 def _joined(parts: tuple[dict | None, ...]) -> WeightedChunks | None:

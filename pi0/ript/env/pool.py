@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHECK_S = 1.0  # longest time from one call of `RolloutPool.check` to the next
 ATTEMPTS = 3  # times a rollout is given to a worker before it counts as failed
+FRUITLESS_LOSSES = 9  # of each worker in a run that finishes nothing: it is not the rollouts
 
 
 class Policy(Protocol):
@@ -199,6 +200,8 @@ class RolloutPool:
             num_envs: rollouts that run at once, at most; None for all slots of all workers.
         Yields:
             (index into `rollouts`, finished episode), in order of completion.
+        Raises:
+            WorkerError: workers are lost time and again.
         """
         if num_envs is not None and num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; at least one environment is needed")
@@ -212,6 +215,7 @@ class RolloutPool:
             worker.number: {} for worker in self._workers
         }
         attempts = [1] * len(rollouts)
+        fruitless = 0  # losses since a rollout was finished
         workers = self._workers if num_envs is None else self._workers[:num_envs]
         # Few rollouts are dealt evenly, so that all workers have some.
         slots_used = min(self.spec.slots, -(-len(rollouts) // len(workers)))
@@ -230,6 +234,11 @@ class RolloutPool:
                     if isinstance(answers, str):
                         rollouts_lost = tuple(str(recording.rollout) for _, recording in slots.values())
                         self.losses.append(Loss(worker.number, answers, rollouts_lost))
+                        fruitless += 1
+                        if fruitless > FRUITLESS_LOSSES * len(workers):
+                            raise WorkerError(
+                                f"{fruitless} losses without a finished rollout: {self.losses[-1]}"
+                            )
                         logger.warning("%s; that runs again", self.losses[-1])
                         for index, recording in slots.values():
                             attempts[index] += 1
@@ -247,6 +256,7 @@ class RolloutPool:
                         continue
                     self.phases.render += sum(answer.render_s for answer in answers)
                     self.phases.physics += sum(answer.busy_s - answer.render_s for answer in answers)
+                    fruitless = 0 if any(answer.done for answer in answers) else fruitless
                     yield from self._finish(answers, slots)
                     commands = self._act(policy, worker, slots, replan_steps)
                     self._refill(worker, slots, waiting, commands, slots_used, replan_steps)
@@ -362,6 +372,8 @@ class RolloutPool:
                     answers = worker.receive()
                 except (EOFError, ConnectionResetError):
                     yield worker, f"ended ({_exit(worker.process)})"
+                except WorkerError as error:  # of memory, OpenGL, MuJoCo: its simulations are of no use
+                    yield worker, f"failed ({error})"
                 except (pickle.UnpicklingError, ValueError, TypeError) as error:
                     yield worker, f"sent what cannot be read ({error})"
                 else:
