@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import gc
 import json
 import os
 import random
@@ -82,7 +81,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
-from pi0.ript.memory import growth, memory_use
+from pi0.ript.memory import growth, memory_use, release
 from pi0.ript.metrics import TensorBoard, append_line, flatten, write_lines
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
@@ -385,10 +384,8 @@ def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
 
 
 def monitor_memory(history: list[dict]) -> None:
-    """Collect garbage, and warn of memory that grows."""
-    gc.collect()
-    if not gc.get_freeze_count():
-        gc.freeze()  # what imports have made stays, and need not be looked through each time
+    """Release what is not used, and warn of memory that grows."""
+    release()
     for line in growth(history):
         print(line, file=sys.stderr)  # each rank watches its own; rank 0 alone speaks on standard output
 
