@@ -12,7 +12,7 @@ from episodes import make_episode
 
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.ript.distributed import average_gradients
+from pi0.ript.distributed import average_gradients, broadcast_weights
 from pi0.ript.sharding import shard, whole
 
 PASSES = 4
@@ -26,6 +26,9 @@ def main() -> None:
     gradients, losses = [], []
     for sharded in (False, True):
         policy = PI0Policy.from_pretrained(sys.argv[1])
+        if rank > 0:  # as from another file
+            next(policy.parameters()).data += 1.0
+        broadcast_weights(policy)
         adapter = PI0_CFG_Adapter(shard(policy) if sharded else policy)
         adapter.passes = PASSES
         batch = adapter.weigh([make_episode(True, [10] * 10, rank)], [1.0])[torch.arange(count)]

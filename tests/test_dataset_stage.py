@@ -275,6 +275,8 @@ def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path
     skipped = sum(row["skipped_states"] for row in rows)
     said = re.findall(r"skipped states of \w+: (\d+), solved on each of their last visits", output)
     assert skipped == sum(map(int, said)) > 0
+    for row in rows:
+        assert row["skipped_share"] == row["skipped_states"] / (row["skipped_states"] + row["states"])
 
 
 def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):

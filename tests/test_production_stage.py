@@ -304,6 +304,31 @@ def test_a_full_disk_keeps_training_and_says_so(tmp_path):
     assert len(results["history"]) == STEPS
 
 
+HALF_A_LINE = """
+import resource, signal, sys
+from pathlib import Path
+from pi0.ript.metrics import append_line
+path = Path(sys.argv[1])
+append_line(path, {"step": 0})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 8, -1))
+try:
+    append_line(path, {"step": 1})
+except OSError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+append_line(path, {"step": 2})
+"""
+
+
+def test_a_line_that_the_disk_has_no_room_for_leaves_the_others_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    done = subprocess.run([sys.executable, "-c", HALF_A_LINE, str(path)], cwd=REPO_ROOT, env=with_path(),
+                          capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+    assert "No space left" in done.stdout
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2]
+
+
 OUT_OF_MEMORY = """
 import resource, sys, torch
 from episodes import make_episode
@@ -399,6 +424,22 @@ def test_more_passes_give_the_same_gradient():
     theirs = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+HOLDS_FREE_MEMORY = """
+from pi0.ript.memory import release, resident_mb
+blocks = [bytes(60_000) for _ in range(4_000)]  # too small to be mapped by themselves
+blocks = blocks[-1:]  # what malloc has below it stays
+before = resident_mb()
+release()
+print(before - resident_mb())
+"""
+
+
+def test_free_memory_is_given_back():
+    done = subprocess.run([sys.executable, "-c", HOLDS_FREE_MEMORY], cwd=REPO_ROOT, env=with_path(),
+                          capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+    assert float(done.stdout) > 100
 
 
 def test_memory_that_grows_is_reported(capsys):
