@@ -106,7 +106,7 @@ def outcome(folder: Path) -> dict:
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
-    """Process by rank of the run in `folder`."""
+    """Process by rank of a run that has `folder` in its arguments; launchers and rollout workers are none."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -114,14 +114,8 @@ def ranks_of(folder: Path) -> dict[int, int]:
             environment = (process / "environ").read_bytes().decode().split("\0")
         except (OSError, UnicodeDecodeError):
             continue
-        if (
-            SCRIPT in arguments
-            and str(folder / "config.yaml") in arguments
-            and "torch.distributed.run" not in arguments
-        ):
-            for entry in environment:
-                if entry.startswith("RANK="):
-                    found[int(entry[5:])] = int(process.name)
+        if str(folder) in " ".join(arguments) and "torch.distributed.run" not in arguments:
+            found |= {int(entry[5:]): int(process.name) for entry in environment if entry.startswith("RANK=")}
     return found
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from stage_13_runs import finish
+from stage_13_runs import finish, ranks_of
 
 from pi0.paths import REPO_ROOT
 from pi0.ript.env.init_states import InitStatePool, state_hash
@@ -205,25 +206,11 @@ def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
 # Ranks that die ----------------------------------------------------------------------------------------
 
 
-def processes_of(rank: int, token: str) -> list[int]:
-    """Processes of a run (named by `token` in its arguments) with this rank, the rollout workers left out."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (folder / "cmdline").read_bytes().decode().split("\0")
-            environment = (folder / "environ").read_bytes().decode().split("\0")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if SCRIPT in arguments and token in " ".join(arguments) and f"RANK={rank}" in environment:
-            found.append(int(folder.name))
-    return found
-
-
 def wait_for_ranks(output_dir: Path, ranks: int) -> None:
     """Until all ranks practise."""
     limit = time.monotonic() + 120
     while time.monotonic() < limit:
-        if all(processes_of(rank, str(output_dir)) for rank in range(ranks)) and list(output_dir.glob("*/")):
+        if len(ranks_of(output_dir)) == ranks and list(output_dir.glob("*/")):
             return
         time.sleep(0.2)
     raise AssertionError("the ranks never started")
@@ -237,7 +224,7 @@ def long_run(output_dir: Path) -> list[str]:
 def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path):
     run = torchrun(2, *long_run(tmp_path))
     wait_for_ranks(tmp_path, 2)
-    (victim,) = processes_of(1, str(tmp_path))
+    victim = ranks_of(tmp_path)[1]
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
     output, _ = run.communicate(timeout=60)
@@ -245,14 +232,17 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
     assert run.returncode != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert f"rank 1 (process {victim} on" in line
-    assert processes_of(0, str(tmp_path)) == []
+    assert ranks_of(tmp_path) == {}
 
 
 def test_a_rank_that_is_silent_is_taken_for_dead():
     # As one behind a broken network, whose process nobody here can look at.
     process = torchrun(2, "tests/rank_silent.py", "4")
     silent = int(next(line for line in process.stdout if line.startswith("process ")).split()[1])
+    end = threading.Timer(40.0, os.kill, (silent, signal.SIGKILL))  # if nobody notices
+    end.start()
     line = next((line for line in process.stdout if line.startswith("error:")), "")
+    end.cancel()
     os.kill(silent, signal.SIGKILL)
     process.communicate(timeout=60)
     assert re.fullmatch(
@@ -301,7 +291,7 @@ def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_
     hosts = two_hosts(free_port(), *long_run(tmp_path))
     wait_for_ranks(tmp_path, 2)
     # The second launcher's host goes down: launcher and rank at once, nobody says goodbye.
-    (survivor,), (victim,) = processes_of(0, str(tmp_path)), processes_of(1, str(tmp_path))
+    survivor, victim = ranks_of(tmp_path)[0], ranks_of(tmp_path)[1]
     launchers = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
                  for rank in (survivor, victim)}  # fmt: skip
     os.kill(launchers[victim], signal.SIGKILL)

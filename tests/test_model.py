@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from finite_differences import finite_difference
 from safetensors.torch import load_file
 
 from pi0 import PI0Policy
@@ -122,18 +123,6 @@ def test_gradients_are_finite_differences():
             index = inputs["tokenized_prompt"][1, 0].item() * config.gemma.width
         difference = finite_difference(loss, flat, index)
         assert gradient[index].item() == pytest.approx(difference, rel=1e-5, abs=1e-8), name
-
-
-def finite_difference(loss: Callable[[], torch.Tensor], weights: torch.Tensor, index: int) -> float:
-    """Slope of the loss in one of `weights`, float64 [N], which the loss is computed from."""
-    start, step = weights[index].item(), 1e-6
-    with torch.no_grad():
-        weights[index] = start + step
-        above = loss()
-        weights[index] = start - step
-        below = loss()
-        weights[index] = start
-    return ((above - below) / (2 * step)).item()
 
 
 @pytest.mark.parametrize(
