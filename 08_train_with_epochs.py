@@ -113,9 +113,9 @@ def load_policy(config: Config) -> PI0Policy:
         pick_device(config.device),
         getattr(torch, config.dtype),
         config.norm_stats_path,
+        config.training.trainable,
     )
     policy.compiled = config.compile
-    policy.choose_trained(config.training.trainable)
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy

@@ -208,7 +208,8 @@ def distributed_collect_batches(
             print(f"rank {rank}: {part['trajectories']} trajectories, {part['solved']} solved")
     metrics = merge_metrics(parts)
     tried = metrics["groups"] + metrics["dropped_groups"]
-    print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
+    if tried:  # none where the run was asked to stop before
+        print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
     for name, (solved, failed) in metrics["dropped_by_task"].items():
         print(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
     for name, (count,) in metrics["skipped_by_task"].items():
@@ -290,6 +291,7 @@ def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
             print(f"WandB {mode} is not available: {error}")
         else:
             upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
+            run.define_metric("*", step_metric="step")  # which goes back when a run does
             print(f"WandB initialised: {mode} run {run.id}{upload}")
             return run
     return None
@@ -306,7 +308,7 @@ def log_metrics(
         if (step + 1) % config.logging.log_freq == 0 or step == 0:
             write_html_report(run_dir)
         if run is not None:
-            run.log(numbers, step=step)
+            run.log(numbers)
     except (OSError, InputError, wandb.Error) as error:
         print(f"step {step}: metrics or report not written: {error}")
 
@@ -326,9 +328,9 @@ def load_policy(config: Config) -> PI0Policy:
         pick_device(config.device),
         getattr(torch, config.dtype),
         config.norm_stats_path,
+        config.training.trainable,
     )
     policy.compiled = config.compile
-    policy.choose_trained(config.training.trainable)
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy

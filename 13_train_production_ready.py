@@ -82,7 +82,7 @@ from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
 from pi0.ript.memory import growth, memory_use, release
-from pi0.ript.metrics import TensorBoard, append_line, flatten, write_lines
+from pi0.ript.metrics import TensorBoard, append_line, flatten, rewrite
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
     film_before_after,
@@ -95,7 +95,7 @@ from pi0.ript.report import (
 )
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
-from pi0.ript.sharding import shard, whole
+from pi0.ript.sharding import shard, weights_are_finite, whole
 from pi0.ript.training_state import TrainingState
 from pi0.stats import format_rate
 
@@ -234,7 +234,8 @@ def distributed_collect_batches(
             print(f"rank {rank}: {part['trajectories']} trajectories, {part['solved']} solved")
     metrics = merge_metrics(parts)
     tried = metrics["groups"] + metrics["dropped_groups"]
-    print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
+    if tried:  # none where the run was asked to stop before
+        print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
     for name, (solved, failed) in metrics["dropped_by_task"].items():
         print(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
     for name, (count,) in metrics["skipped_by_task"].items():
@@ -316,6 +317,7 @@ def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
             print(f"WandB {mode} is not available: {error}")
         else:
             upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
+            run.define_metric("*", step_metric="step")  # which goes back when a run does
             print(f"WandB initialised: {mode} run {run.id}{upload}")
             return run
     return None
@@ -332,27 +334,25 @@ def log_metrics(
         if (step + 1) % config.logging.log_freq == 0 or step == 0:
             write_html_report(run_dir)
         if run is not None:
-            run.log(numbers, step=step)
+            run.log(numbers)
     except (OSError, InputError, wandb.Error) as error:
         print(f"step {step}: metrics or report not written: {error}")
 
 
 def save_checkpoint(
-    store: CheckpointStore,
-    state: TrainingState,
-    of_rank: dict,
-    rank: int,
-    world_size: int,
-    best: float | None,
+    store: CheckpointStore, state: TrainingState, of_rank: dict, rank: int, world_size: int
 ) -> None:
     """Write what the run is after `state.step` iterations; a disk that refuses is reported, and training goes on."""
+    if state.facts.get("bad_in_a_row"):  # maybe it is the weights that are spoilt
+        print(f"no checkpoint of step {state.step}: its last gradient was not finite")
+        return
     problem = on_rank_zero(attempt, store.begin, state.step)
     if problem is None:
         folder = store.temporary(state.step)
         problems = gather(attempt(state.write, folder, rank, world_size, of_rank))
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
-            problem = on_rank_zero(attempt, store.seal, state.step, best, state.facts)
+            problem = on_rank_zero(attempt, store.seal, state.step, state.score, state.facts)
         else:
             on_rank_zero(store.abandon, state.step)
     if problem is not None:
@@ -401,8 +401,8 @@ def cleanup_on_exit(store: CheckpointStore, rank: int, world_size: int) -> Itera
     try:
         yield held
     except Interrupted:
-        if "of_rank" in held and not on_rank_zero(store.path(held["state"].step).exists):
-            save_checkpoint(store, held["state"], held["of_rank"], rank, world_size, None)
+        if "of_rank" in held and not on_rank_zero(store.has, held["state"].step):
+            save_checkpoint(store, held["state"], held["of_rank"], rank, world_size)
         print(f"stopped; --resume goes on from {store.newest() or 'the start, since there is no checkpoint'}")
 
 
@@ -421,9 +421,9 @@ def load_policy(config: Config) -> PI0Policy:
         pick_device(config.device),
         getattr(torch, config.dtype),
         config.norm_stats_path,
+        config.training.trainable,
     )
     policy.compiled = config.compile
-    policy.choose_trained(config.training.trainable)
     if config.algo.mode == "guidance":
         policy.enable_guidance()
     return policy
@@ -506,6 +506,8 @@ def update_policy(
                     if facts["bad_in_a_row"] >= config.training.max_bad_updates:
                         raise FloatingPointError(f"{facts['bad_in_a_row']} gradients in a row are not finite")
                     interrupts.check_together(patience_s=patience_s)
+    if not weights_are_finite(policy):
+        raise FloatingPointError("the weights are not finite")
     policy.eval()
     counts = {"updates": len(norms), "bad_updates": bad}
     if bad:
@@ -555,7 +557,9 @@ def train(
     reduce_memory(config, policy)
     make_dir = newest_run if resume else new_run_dir
     run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))
-    store = CheckpointStore(run_dir / "checkpoints", config.training.keep_checkpoints)
+    store = CheckpointStore(
+        run_dir / "checkpoints", config.training.keep_checkpoints, config.training.save_best
+    )
     run_dir.mkdir(parents=True, exist_ok=True)  # on another host
     for tee in tees:
         tee.log_to(run_dir / f"train_rank{rank}.log")
@@ -620,7 +624,7 @@ def train(
             started -= state.facts["seconds"]
             noted = json.loads(noted_passes.read_text()) if noted_passes.exists() else 1
             adapter.passes = largest(max(noted, state.facts.get("passes", 1)))
-        on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
+        on_rank_zero(attempt, rewrite, run_dir, state.history, state.evaluations)
         held |= {"state": state, "of_rank": state.of_rank()}
         of_run = {"wandb_run_id": run.id if run else None, "config": to_dict(config)}
         state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
@@ -637,9 +641,10 @@ def train(
         nothing = WeightedChunks.empty(
             env_runner.cameras, env_runner.image_size, policy.config.action_horizon
         )
+        scored = state.score  # None also where a stop came before the score
         evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
-        if state.step == 0:
-            save_checkpoint(store, state, held["of_rank"], rank, world_size, None)
+        if state.step == 0 or state.score != scored:
+            save_checkpoint(store, state, held["of_rank"], rank, world_size)
         while (step := state.step) < config.training.num_train_steps:
             step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
             collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
@@ -655,7 +660,7 @@ def train(
                 batch = WeightedChunks.cat([batch, cotraining.draw(generator)])
             update_started = time.monotonic()
             # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
-            patience_s = 0.0 if on_rank_zero(store.path(step).exists) else 10.0
+            patience_s = 0.0 if on_rank_zero(store.has, step) else 10.0
             del held["of_rank"]  # from here to the end of the update there is nothing whole to save
             if largest(len(batch)):
                 try:
@@ -684,10 +689,12 @@ def train(
                             f"step {step}: {error}, again and again; start anew with a lower algo.lr"
                         ) from error
                     print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
+                    if in_a_row > 1:
+                        store.doubt_last()
                     if not load_checkpoint(store, state, rank, world_size, seed):
                         raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
                     generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * in_a_row + 7_919 * diverged)
-                    on_rank_zero(attempt, write_lines, run_dir / "metrics.jsonl", state.history)
+                    on_rank_zero(attempt, rewrite, run_dir, state.history, state.evaluations)
                     history, replay, evaluations = state.history, state.replay, state.evaluations
                     state.facts |= {"bad_in_a_row": 0, "rollbacks": rollbacks}
                     held["of_rank"] = state.of_rank()
@@ -711,11 +718,9 @@ def train(
             print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
             evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             asked, interrupts.checkpoint_asked = interrupts.checkpoint_asked, False
-            best = [entry["success_rate"] for entry in evaluations if entry["step"] == state.step]
-            best = best[0] if best and config.training.save_best else None
             due = state.step % config.training.save_freq == 0 or state.step == config.training.num_train_steps
-            if largest(int(asked or due or best is not None)):
-                save_checkpoint(store, state, held["of_rank"], rank, world_size, best)
+            if largest(int(asked or due or (config.training.save_best and state.score is not None))):
+                save_checkpoint(store, state, held["of_rank"], rank, world_size)
             interrupts.check_together()
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started

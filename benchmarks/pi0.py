@@ -56,7 +56,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="observations at once")
     parser.add_argument("--steps", nargs="+", type=int, help="Euler steps; default: one, and the preset's")
     parser.add_argument(
-        "--trainable", nargs="+", default=["all", "expert", "lora"], help="what a training step trains"
+        "--trainable",
+        nargs="+",
+        default=["all", "expert", "lora"],
+        choices=["all", "without_vision", "expert", "lora"],
+        help="what a training step trains",
     )
     parser.add_argument("--train-batch", type=int, default=4, help="chunks in a training step")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile beside eager")

@@ -8,6 +8,7 @@ the policy sees with `render: exact` beside `render: fast`, at 64 and at 256 pix
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -39,6 +40,10 @@ TASK = ("libero_spatial", 3)
 
 def main() -> None:
     """Draw both pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     gl.select_backend()
     np.random.seed(0)
     draw_standins(ROOT / "docs" / "pictures" / "standins.png")

@@ -52,12 +52,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--layout",
         default="openpi",
         choices=list(WRITABLE),
-        help="openpi: this project's directory, with weights that openpi and LeRobot load; lerobot: LeRobot's",
+        help="openpi: this project's directory, with weights that openpi loads; lerobot: LeRobot's",
     )
     convert.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of the experts and the vision tower; default: as they are stored",
+        help="of the experts and the vision tower, save what the checkpoint's configuration trains beside "
+        "other frozen parts than adapted ones, which stays float32; default: as they are stored",
     )
     for command in (inspect, convert):
         command.add_argument(

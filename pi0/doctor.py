@@ -178,23 +178,23 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     import torch
 
     from pi0 import PI0Policy
-    from pi0.checkpoints import MODEL_FILE
     from pi0.model.config import SiglipDims
     from pi0.normalization import NormStatsError
     from pi0.ript.env.suites import find_tasks
 
     path = Path(config.policy_path)
-    weights = path / MODEL_FILE
-    if weights.is_file() and weights.stat().st_size > _available_memory():
-        size, free = weights.stat().st_size / GIB, _available_memory() / GIB
-        yield Finding(
-            STOP, "checkpoint", f"{weights} has {size:.1f} GiB, free memory {free:.1f}", "free memory"
-        )
-        return
+    how = {
+        "dtype": getattr(torch, config.dtype),
+        "norm_stats_path": config.norm_stats_path,
+        "trainable": config.training.trainable,
+    }
     try:
-        policy = PI0Policy.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), norm_stats_path=config.norm_stats_path
-        )
+        size, free = PI0Policy.bytes_of_weights(path, **how), _available_memory()
+        if size > free:
+            text = f"{path} takes {size / GIB:.1f} GiB as {config.dtype}, free memory has {free / GIB:.1f}"
+            yield Finding(STOP, "checkpoint", text, "free memory, or set dtype: bfloat16")
+            return
+        policy = PI0Policy.from_pretrained(path, **how)
     except NormStatsError as error:
         yield Finding(STOP, "norm stats", str(error), "set norm_stats_path to those it learned with")
         return
@@ -331,6 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--override", nargs="*", default=[], metavar="KEY=VALUE", help="as for the stage scripts"
     )
     options = parser.parse_args(arguments)
+    if options.override and not options.config_path:
+        parser.error("--override changes a configuration: name it with --config_path")
 
     findings: list[Finding] = []
 
@@ -339,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(str(finding).replace("\n", " "), flush=True)
 
     config = None
-    if options.config_path or options.override:
+    if options.config_path:
         try:
             config = _read_config(options.config_path, options.override)
         except (ImportError, ValueError) as error:

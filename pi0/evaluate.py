@@ -93,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         pick_device(options.device),
         getattr(torch, options.dtype),
         options.norm_stats_path,
+        trainable="none",
     )
     policy.compiled = options.compile
     horizon = policy.config.action_horizon

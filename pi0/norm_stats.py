@@ -76,7 +76,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=list(Gripper),
         help="what 1 means to the gripper of a data set; open-is-1 is IPEC-COMMUNITY's way with LIBERO",
     )
-    parser.add_argument("--suite", default="libero_spatial", help="libero_spatial or libero_object")
+    parser.add_argument(
+        "--suite",
+        default="libero_spatial",
+        help="libero_spatial, libero_object, or libero_10 with tasks 0, 1, 4, 6, 7",
+    )
     parser.add_argument(
         "--tasks", nargs="+", default=[], help="by index or name; default: the suite's, a data set's all"
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pi0.checkpoints import Origin, load_weights, read_config, read_norm_stats, save_checkpoint_files
-from pi0.errors import InputError
+from pi0.errors import CheckpointError, InputError
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
 from pi0.model.lora import RANKS
@@ -32,6 +32,8 @@ from pi0.normalization import (
     unnormalize,
 )
 from pi0.tokenizer import PaligemmaTokenizer, TinyTokenizer, Tokenizer
+
+TRAINABLE = ("all", "without_vision", "expert", "lora", "as_saved", "none")
 
 
 class PI0Policy(nn.Module):
@@ -73,6 +75,7 @@ class PI0Policy(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         norm_stats_path: str | Path | None = None,
+        trainable: str = "as_saved",
     ) -> PI0Policy:
         """Load a checkpoint directory of this project, openpi or LeRobot, in evaluation mode.
 
@@ -82,21 +85,18 @@ class PI0Policy(nn.Module):
             path: holds model.safetensors, config.json and, for acting, statistics; docs/checkpoints.md says which.
             device: where the weights go.
             dtype: of the two experts and the vision tower; what openpi keeps in float32 stays so: norms, patch
-                and position embeddings, the flow head; and so does the part that is trained, where the configuration
-                of the checkpoint trains a part (`choose_trained`). None is float32.
+                and position embeddings, the flow head; and so does the part that is trained, where only a part
+                is (`choose_trained`). None is float32.
             norm_stats_path: a norm_stats.json to use instead of the directory's own statistics.
+            trainable: the part to train, as `choose_trained` takes it, which rounds what has been loaded; here
+                nothing that is trained in float32 is rounded on the way.
 
         Raises:
             FileNotFoundError: the directory, config.json, model.safetensors or norm_stats_path is missing.
             CheckpointError: a file is broken or does not fit the others.
         """
-        config = read_config(path)
-        stats = read_norm_stats(path, config, norm_stats_path).stats
-        with torch.device("meta"), _without_start_values():
-            policy = cls(config, stats)
+        policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
         shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
-        low = policy.network.low_precision_parameters() if dtype else set()
-        dtypes = {name: dtype if dtype and name in low else torch.float32 for name in shapes}
         weights, policy._origin = load_weights(path, shapes, dtypes, device)
         frozen = {
             name for name, parameter in policy.network.named_parameters() if not parameter.requires_grad
@@ -104,15 +104,42 @@ class PI0Policy(nn.Module):
         policy.network.load_state_dict(weights, assign=True)
         for name, parameter in policy.network.named_parameters():
             parameter.requires_grad_(name not in frozen)
+        policy.choose_trained(trainable)
         return policy.eval()
+
+    @classmethod
+    def bytes_of_weights(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        norm_stats_path: str | Path | None = None,
+        trainable: str = "as_saved",
+    ) -> int:
+        """Memory of the weights that `from_pretrained` would load from a file, of which this reads none."""
+        policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
+        return sum(p.numel() * dtypes[name].itemsize for name, p in policy.network.named_parameters())
+
+    @classmethod
+    def _without_weights(
+        cls, path: str | Path, dtype: torch.dtype | None, norm_stats_path: str | Path | None, trainable: str
+    ) -> tuple[PI0Policy, dict[str, torch.dtype]]:
+        """The policy that a file's weights go into, and by name the types in which they are wanted."""
+        config = read_config(path)
+        stats = read_norm_stats(path, config, norm_stats_path).stats
+        with torch.device("meta"), _without_start_values():
+            policy, trainee = cls(config, stats), cls(config, stats)
+            trainee.choose_trained(trainable)
+        low = trainee.network.low_precision_parameters() if dtype else set()
+        names = [name for name, _ in policy.network.named_parameters()]
+        return policy, {name: dtype if dtype and name in low else torch.float32 for name in names}
 
     def save_pretrained(self, path: str | Path, layout: str = "openpi") -> None:
         """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway.
 
         Args:
-            layout: "openpi": openpi's PyTorch code and LeRobot load its weights, unless they hold parts of this
-                project's own: low-rank additions (`merge_lora` first), an optimality condition, a convolutional
-                tower; "lerobot": LeRobot loads all of it.
+            layout: "openpi": openpi's PyTorch code loads its weights, unless they hold parts of this project's
+                own: low-rank additions (`merge_lora` first), an optimality condition, a convolutional tower;
+                "lerobot": LeRobot loads all of it.
 
         Raises:
             CheckpointError: the model has parts that the layout has no place for.
@@ -157,14 +184,23 @@ class PI0Policy(nn.Module):
         """From now on train this part of the weights.
 
         A part is trained in float32, beside what is frozen in the type that the policy was loaded in; in bfloat16
-        it would stand still at small learning rates. A policy that was loaded in bfloat16 starts from its rounding.
+        it would stand still at small learning rates. What was loaded in bfloat16 starts from its rounding; load
+        with `trainable` to start from what the file holds.
 
         Args:
-            what: "all", in the type that the policy was loaded in; "without_vision", all but the vision tower;
+            what: one of `TRAINABLE`: "all", in the type that the policy was loaded in; "without_vision", all but the vision tower;
                 "expert", the action expert and its projections alone; "lora", low-rank additions to both
                 transformers beside the vision tower and the projections; "as_saved", what the checkpoint's
-                configuration says.
+                configuration says; "none", nothing, and the configuration stays.
+
+        Raises:
+            ValueError: it is none of these.
         """
+        if what not in TRAINABLE:
+            raise ValueError(f"{what!r} is trained nowhere; choose one of {', '.join(TRAINABLE)}")
+        if what == "none":
+            self.requires_grad_(False)
+            return
         if what == "as_saved" or (what == "lora" and self._adapted):
             return
         self._train(
@@ -456,8 +492,9 @@ class PI0Policy(nn.Module):
 
     def _stats(self) -> NormStats:
         if self.norm_stats is None:
-            raise ValueError(
-                "this policy has no normalisation statistics (no norm_stats.json in its checkpoint)"
+            raise CheckpointError(
+                "this policy has no normalisation statistics (no norm_stats.json in its checkpoint); name one as "
+                "norm_stats_path, which python -m pi0.norm_stats computes"
             )
         return self.norm_stats
 

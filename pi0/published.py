@@ -58,6 +58,8 @@ _LEROBOT_ONLY = {
     "n_obs_steps": 1,
     "adapt_to_pi_aloha": False,
     "use_delta_joint_actions_aloha": False,
+    "use_visual_memory": False,
+    "use_proprioceptive_memory": False,
     "min_period": 4e-3,
     "max_period": 4.0,
 }
@@ -91,12 +93,7 @@ def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) ->
     pi05 = holds_pi05(shapes)
     if content.get("pi05", pi05) != pi05:
         raise CheckpointError(f"{source}: pi05 is {content['pi05']}, but the tensors are not of such a model")
-    try:
-        base = Pi0Config.preset("pi05" if pi05 else "pi0")
-    except ValueError as error:
-        raise CheckpointError(
-            f"{source}: the tensors are of pi0.5, which this version does not run"
-        ) from error
+    base = Pi0Config.preset("pi05" if pi05 else "pi0")
     for key in ("paligemma_variant", "action_expert_variant"):
         if key in content and content[key] not in list(GEMMA_VARIANTS):
             raise CheckpointError(

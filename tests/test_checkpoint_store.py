@@ -148,11 +148,41 @@ def test_damaged_checkpoint_that_was_passed_over_does_not_take_a_sound_ones_plac
     assert names(store) == ["step-000002", "step-000003"]
 
 
-def test_checkpoint_just_sealed_stays_although_later_ones_are_there(tmp_path):
-    store = CheckpointStore(tmp_path, keep=1)
-    save(store, 9)
-    save(store, 3)
-    assert names(store) == ["step-000003", "step-000009"]
+def test_a_run_that_went_back_leaves_what_it_did_before_behind(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (2, 9, 3):
+        save(store, step, score=step / 10)
+    assert names(store) == ["step-000002", "step-000003"]
+
+
+def test_the_best_goes_like_any_other_where_it_is_not_wanted(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=False)
+    for step, score in enumerate([0.9, 0.1]):
+        save(store, step, score)
+    assert names(store) == ["step-000001"]
+
+
+def test_where_the_newest_leads_nowhere_an_earlier_one_is_found_until_it_is_made_anew(store):
+    paths = [save(store, step) for step in (1, 2, 3)]
+    found = []
+    for _ in range(4):
+        found.append(store.newest_valid()[0])
+        store.doubt_last()
+    assert found == [paths[2], paths[1], paths[0], paths[2]]  # where all are doubted, the newest again
+    save(store, 2, course=1)
+    assert store.newest_valid()[0] == paths[1]
+
+
+def test_a_damaged_checkpoint_is_none_once_it_was_passed_over(store):
+    save(store, 1)
+    newest = save(store, 2)
+    assert store.has(2)
+    (newest / "state.pt").unlink()
+    store.newest_valid()
+    assert not store.has(2)
+    assert store.newest() == store.folder / "step-000001"
+    save(store, 2)
+    assert store.has(2)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])

@@ -216,13 +216,14 @@ def wait_for_ranks(output_dir: Path, ranks: int) -> None:
     raise AssertionError("the ranks never started")
 
 
-def long_run(output_dir: Path) -> list[str]:
+def long_run(output_dir: Path, script: str = SCRIPT) -> list[str]:
     settings = [*SMALL, f"output_dir={output_dir}", "training.num_train_steps=50"]
-    return [SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
+    return [script, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
 
 
-def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path):
-    run = torchrun(2, *long_run(tmp_path))
+@pytest.mark.parametrize("script", [SCRIPT, "13_train_production_ready.py"])
+def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path, script):
+    run = torchrun(2, *long_run(tmp_path, script))
     wait_for_ranks(tmp_path, 2)
     victim = ranks_of(tmp_path)[1]
     os.kill(victim, signal.SIGKILL)

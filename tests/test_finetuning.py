@@ -104,9 +104,7 @@ PARTS = ["without_vision", "expert", "lora"]
 def loaded_in(dtype: torch.dtype, folder: Path, what: str, pi05: bool = False, **changes) -> PI0Policy:
     """A policy from its file, that trains what is asked for."""
     policy(pi05, **changes).float().save_pretrained(folder)
-    loaded = PI0Policy.from_pretrained(folder, dtype=dtype)
-    loaded.choose_trained(what)
-    return loaded
+    return PI0Policy.from_pretrained(folder, dtype=dtype, trainable=what)
 
 
 def types(policy: PI0Policy) -> dict[str, torch.dtype]:
@@ -412,6 +410,20 @@ def test_what_is_trained_is_float32_beside_frozen_bfloat16(tmp_path, what, pi05)
     assert types(chosen) == types(whole)
 
 
+@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize("what", PARTS)
+def test_what_is_trained_starts_from_what_the_file_holds(tmp_path, what, pi05):
+    policy(pi05).float().save_pretrained(tmp_path)
+    file = dict(PI0Policy.from_pretrained(tmp_path).network.named_parameters())
+    chosen = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16, trainable=what)
+    for name in trained(chosen) & file.keys():
+        assert torch.equal(chosen.network.get_parameter(name), file[name])
+    later = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    later.choose_trained(what)
+    assert types(later) == types(chosen)
+    assert trained(later) == trained(chosen)
+
+
 @pytest.mark.parametrize("what", PARTS)
 def test_partly_trained_policy_comes_back_with_its_types_and_bits(tmp_path, what):
     chosen = loaded_in(torch.bfloat16, tmp_path / "before", what)
@@ -420,8 +432,7 @@ def test_partly_trained_policy_comes_back_with_its_types_and_bits(tmp_path, what
             parameter.data += 1e-5 * torch.randn_like(parameter)
     chosen.save_pretrained(tmp_path / "after")
     for again in (what, "as_saved"):
-        loaded = PI0Policy.from_pretrained(tmp_path / "after", dtype=torch.bfloat16)
-        loaded.choose_trained(again)
+        loaded = PI0Policy.from_pretrained(tmp_path / "after", dtype=torch.bfloat16, trainable=again)
         assert trained(loaded) == trained(chosen)
         assert save(loaded.network.state_dict()) == save(chosen.network.state_dict())
 
@@ -464,6 +475,27 @@ def test_loss_and_gradients_in_mixed_types_stay_near_those_in_float32(tmp_path, 
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
     with torch.autocast("cpu", torch.bfloat16):  # training.use_mixed_precision
         assert one_loss(mixed, mixed).item() == pytest.approx(losses[0].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_autocast_leaves_in_float32_what_openpi_computes_so(pi05):
+    learner = policy(pi05).float()
+    seen = {}
+    for name, module in learner.network.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        one_loss(learner, learner)
+    exact = {name for name, dtype in seen.items() if dtype == torch.float32}
+    flow = (
+        ["time_mlp_in", "time_mlp_out"]
+        if pi05
+        else ["state_proj", "action_time_mlp_in", "action_time_mlp_out"]
+    )
+    norms = {name for name in seen if name.startswith("expert") and name.endswith(".dense")}
+    assert exact == {"vision.embeddings.patch_embedding", "action_in_proj", "action_out_proj", *flow} | norms
+    assert bool(norms) == pi05
+    assert torch.bfloat16 in seen.values()
 
 
 @pytest.mark.parametrize("what", PARTS)

@@ -54,7 +54,7 @@ def step_metrics(step: int, tasks: list[str] = TASKS) -> dict:
         "unanimous_groups": step % 2,
         "dropped_groups": 1,
         "skipped_states": 3,
-        "failed_rollouts": 0,
+        "failed_rollouts": [],
         "lost_workers": [],
         "control_steps": 10028,
         "rollout_seconds": 26.5,
@@ -339,12 +339,16 @@ def test_losses_failures_and_unreadable_lines_are_named(tmp_path):
     run_dir = start_run(tmp_path, steps=2)
     with (run_dir / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 2, "loss": 0.\n[1, 2]\n')  # a crash in the middle of a line, and no metrics
-    trouble = {**step_metrics(2), "lost_workers": ["worker 1 died: killed by signal 9"], "failed_rollouts": 3}
+    trouble = {
+        **step_metrics(2),
+        "lost_workers": ["worker 1 died: killed by signal 9"],
+        "failed_rollouts": ["libero_spatial task 3 state 7: diverged"],
+    }
     append_line(run_dir / "metrics.jsonl", trouble)
     write_html_report(run_dir)
     text = Page(run_dir).text
     assert "step 2: worker 1 died: killed by signal 9" in text
-    assert "step 2: 3 rollouts failed" in text
+    assert "step 2: failed, its group is left out: libero_spatial task 3 state 7: diverged" in text
     assert "metrics.jsonl, line 3: unreadable" in text and "metrics.jsonl, line 4: unreadable" in text
 
 

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 
 from pi0 import PI0Policy
+from pi0.errors import CheckpointError, InputError
 from pi0.images import to_network_images
 from pi0.model.config import Pi0Config
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.normalization import NormStats
+from pi0.ript.acting import ActingPolicy
 from pi0.tokenizer import (
     VOCABULARY_FILE,
     PaligemmaTokenizer,
@@ -119,8 +121,25 @@ def test_unusable_observations_are_refused(change, message):
 
 def test_acting_without_norm_stats_is_refused():
     policy = PI0Policy(Pi0Config.preset("pi0_tiny"))
-    with pytest.raises(ValueError, match=r"norm_stats\.json"):
+    with pytest.raises(CheckpointError, match=r"norm_stats\.json.*name one as norm_stats_path"):
         policy.select_action(raw_observations(1), torch.randn(1, 10, 8))
+
+
+def test_guidance_of_a_policy_that_knows_no_optimality_is_refused():
+    with pytest.raises(InputError, match="guidance weight 2.0: this policy has no optimality condition"):
+        ActingPolicy(tiny_policy(), 2.0)
+
+
+def test_what_the_network_is_given_can_be_looked_at():
+    policy = tiny_policy()
+    raw = raw_observations(2)
+    given = ActingPolicy(policy).prepared(raw["images"], raw["state"], raw["prompt"])
+    expected = policy.prepare(raw)
+    assert np.array_equal(given["state"], expected["state"].numpy())
+    assert np.array_equal(given["tokenized_prompt"], expected["tokenized_prompt"].numpy())
+    for camera in policy.config.cameras:
+        assert np.array_equal(given[f"images/{camera}"], expected["images"][camera].numpy())
+        assert given[f"image_masks/{camera}"].all()
 
 
 def test_flow_times_follow_the_published_distribution():

@@ -33,6 +33,12 @@ class NoisePolicy:
         actions[..., 3:6] = 0
         return np.clip(actions, -1, 1)
 
+    def prepared(self, images, states, prompts):
+        pixels = {
+            f"images/{name}": frames.transpose(0, 3, 1, 2) / 127.5 - 1 for name, frames in images.items()
+        }
+        return pixels | {"state": 10 * states}
+
 
 class SharingPolicy(NoisePolicy):
     """The same, except that rollouts which begin alike look together; counts the looks."""
@@ -186,8 +192,10 @@ def test_debug_variables_write_what_happened_and_what_the_policy_saw(runner, epi
             assert str(seen["prompt"]) == episode.rollout.task.prompt
             assert np.array_equal(seen["states"], episode.states)
             assert np.array_equal(seen["images/base_0_rgb"], episode.images["base_0_rgb"])
+            assert np.array_equal(seen["network/state"], 10 * episode.states)
         with Image.open(str(name) + ".png") as picture:
             assert picture.size == (32 * len(episode.states), 64)
+            assert np.array_equal(np.asarray(picture)[:32, :32], episode.images["base_0_rgb"][0])
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.6])

@@ -154,6 +154,20 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     assert_same(tmp_path, straight[0], except_stats=True)
 
 
+def test_a_score_that_a_stop_cut_short_is_made_up_for_and_counts_for_its_checkpoint(tmp_path):
+    process = start(tmp_path, "--override", "evaluation.periodic_episodes=8")
+    log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
+    wait_until(lambda: log() and "iteration 1:" in log().read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, timeout=30)
+    checkpoint = run_of(tmp_path) / "checkpoints" / "step-000002"
+    assert json.loads((checkpoint / "manifest.json").read_text())["score"] is None
+    finish(start(tmp_path, "--resume", "--override", "evaluation.periodic_episodes=8"))
+    (evaluation,) = outcome(tmp_path)["evaluations"]
+    assert (evaluation["step"], evaluation["episodes"]) == (2, 8)
+    assert json.loads((checkpoint / "manifest.json").read_text())["score"] == evaluation["success_rate"]
+
+
 def test_the_same_signal_again_stops_at_once(tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -268,14 +282,41 @@ def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
     assert all(row["updates"] > 0 for row in rows)
 
 
-def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tmp_path, processes):
     # One update an iteration: the third iteration's is the third in a row.
     few = ["--override", "training.max_bad_updates=3", "algo.num_epochs=1", "algo.minibatch_size=100"]
-    output = finish(start(tmp_path, *few, script=("tests/spoilt_gradients.py", "3"), env=with_path()))
+    script = ("tests/spoilt_gradients.py", "3")
+    output = finish(start(tmp_path, *few, processes=processes, script=script, env=with_path()))
     assert "step 2: 3 gradients in a row are not finite; back to the last good checkpoint" in output
+    for step in (1, 2):  # weights that give no gradient may be spoilt
+        assert f"no checkpoint of step {step}: its last gradient was not finite" in output
+    assert "step-000000, 0 iterations done" in output
     rows = outcome(tmp_path)["rows"]
-    assert [row["rollbacks"] for row in rows] == [0, 0, 1]
-    assert [row["updates"] > 0 for row in rows] == [False, False, True]
+    assert [row["rollbacks"] for row in rows] == [1] * STEPS
+    assert all(row["updates"] > 0 for row in rows)
+
+
+FOUR_UPDATES = ["--override", "algo.num_epochs=4", "algo.minibatch_size=100", "training.max_bad_updates=3"]
+
+
+def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path):
+    # The last update of the first iteration: the checkpoint after it is whole, and its gradients overflow.
+    output = finish(
+        start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "1e12"), env=with_path())
+    )
+    assert re.findall(r"going on from .*/step-00000(\d)", output) == ["1", "0"]
+    rows = outcome(tmp_path)["rows"]
+    assert [row["rollbacks"] for row in rows] == [2] * STEPS
+    assert all(row["bad_updates"] == 0 for row in rows)
+
+
+def test_weights_that_are_no_numbers_are_in_no_checkpoint(tmp_path):
+    output = finish(
+        start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "nan"), env=with_path())
+    )
+    assert "step 0: the weights are not finite; back to the last good checkpoint" in output
+    assert [row["rollbacks"] for row in outcome(tmp_path)["rows"]] == [1] * STEPS
 
 
 def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_reported(tmp_path):

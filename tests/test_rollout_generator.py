@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pi0.errors import InputError
 from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 
@@ -97,7 +98,7 @@ def test_without_dynamic_sampling_unanimous_groups_stay_and_teach_nothing(runner
     assert collection.advantages == [0.0] * 6
 
 
-def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(runner):
+def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(runner, capsys):
     rollouts = generator(runner, num_groups=2)
     pool = runner.evaluation_states()[0]
     pool.states[1].state[1] = np.nan
@@ -107,7 +108,8 @@ def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(r
     assert [episode.rollout.init_index for episode in collection.episodes] == [2, 3, 4, 5, 6, 7]
     assert len(collection.failures) == 1
     assert "diverged" in collection.failures[0]
-    assert collection.metrics()["failed_rollouts"] == 1
+    assert collection.metrics()["failed_rollouts"] == collection.failures
+    assert collection.failures[0] in capsys.readouterr().out
 
 
 def test_rollouts_that_always_break_end_the_collection_after_the_allowed_tries(runner):
@@ -118,3 +120,10 @@ def test_rollouts_that_always_break_end_the_collection_after_the_allowed_tries(r
     collection = rollouts.generate_rollouts(StillPolicy(), step=0)
     assert collection.groups == []
     assert len(collection.failures) == 5
+
+
+def test_more_steps_than_a_chunk_has_are_refused_before_anything_is_started():
+    with pytest.raises(InputError, match="replan_steps is 12; the policy's chunks have 10 actions"):
+        LIBEROEnvRunner(
+            "libero_spatial", [3], cameras=("base_0_rgb",), image_size=32, chunk=10, replan_steps=12
+        )

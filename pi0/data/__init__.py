@@ -12,7 +12,6 @@ from pi0.data.demonstrations import (
     DemonstrationSet,
     Gripper,
     Orientation,
-    norm_stats_of,
 )
 from pi0.data.lerobot_layout import LEROBOT_NAMES, OPENPI_NAMES, FeatureNames
 
@@ -25,7 +24,6 @@ __all__ = [
     "FeatureNames",
     "Gripper",
     "Orientation",
-    "norm_stats_of",
     "open_demonstrations",
 ]
 

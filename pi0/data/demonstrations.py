@@ -10,7 +10,6 @@ from enum import StrEnum
 import numpy as np
 
 from pi0.errors import InputError
-from pi0.normalization import NormStats
 
 
 class DataError(InputError, ValueError):
@@ -159,9 +158,3 @@ class DemonstrationSet(ABC):
                 f"image steps of demonstration {index} must ascend within 0 to {length - 1}: {wanted}"
             )
         return steps
-
-
-def norm_stats_of(demonstrations: DemonstrationSet) -> NormStats:
-    """Normalisation statistics over every step, without reading an image."""
-    read = [demonstrations.read(index, image_steps=()) for index in range(len(demonstrations))]
-    return NormStats.of(np.concatenate([d.states for d in read]), np.concatenate([d.actions for d in read]))

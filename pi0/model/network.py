@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from pi0.model import cpu_math
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
 from pi0.model.lora import LoRALinear, is_lora
+from pi0.model.precision import without_autocast
 from pi0.model.vision import ConvTowers, SiglipTower
 
 NULL, POSITIVE, NEGATIVE = 0, 1, 2  # rows of `condition_embedding`
@@ -247,12 +248,15 @@ class Pi0Network(nn.Module):
         if len(x_t) != samples * batch:
             raise ValueError(f"{len(x_t)} noisy chunks cannot share {batch} prefixes evenly")
         # One sequence per prefix: the state token, then its chunks one after the other, blind to each other.
-        chunks, time = self._embed_actions(x_t, t, condition)
+        with without_autocast(x_t.device):
+            chunks, time = self._embed_actions(x_t, t, condition)
+            if not self.config.pi05:
+                state = self.state_proj(state)[:, None]
         x = chunks.unflatten(0, (samples, batch)).transpose(0, 1).flatten(1, 2)  # [B, S * H, width]
         if time is not None:
             time = time.unflatten(0, (samples, batch)).transpose(0, 1)  # [B, S, width]
         if not self.config.pi05:
-            x = torch.cat([self.state_proj(state)[:, None], x], 1)
+            x = torch.cat([state, x], 1)
         x = x.to(self.expert.dtype)  # [B, T, width]
         states = self._state_tokens
         steps = torch.arange(states, states + self.config.action_horizon, device=x.device).repeat(samples)
@@ -262,7 +266,8 @@ class Pi0Network(nn.Module):
         for layer, *before in zip(self.expert.layers, prefix.keys, prefix.values, strict=True):
             x, _, _ = layer(x, rope, mask, *before, time)
         x, _ = normed(self.expert.norm, x[:, states:], time)
-        x = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
+        with without_autocast(x.device):
+            x = self.action_out_proj(x.to(self.action_out_proj.weight.dtype))
         return x.unflatten(1, (samples, -1)).transpose(0, 1).flatten(0, 1)
 
     @property
@@ -413,7 +418,8 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, S * H, width] under conditions [N, S, width]: normed tokens and their gates, as many."""
         h = unit_rms(x).unflatten(1, (condition.shape[1], -1))  # [N, S, H, width]
-        scale, shift, gate = self.dense(condition)[:, :, None].to(h.dtype).chunk(3, -1)
+        with without_autocast(x.device):
+            scale, shift, gate = self.dense(condition)[:, :, None].to(h.dtype).chunk(3, -1)
         h = h * (1.0 + scale) + shift
         return h.flatten(1, 2).to(x.dtype), gate.to(x.dtype).expand_as(h).flatten(1, 2)
 

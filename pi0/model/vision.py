@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0.model.config import ConvDims, SiglipDims
+from pi0.model.precision import without_autocast
 
 
 class SiglipTower(nn.Module):
@@ -29,7 +30,8 @@ class SiglipTower(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         """One [B, 3, size, size] in [-1, 1] per camera to one [B, T, width] per camera."""
-        x = self.embeddings["patch_embedding"](torch.cat(images))  # [cameras * B, width, rows, columns]
+        with without_autocast(images[0].device):
+            x = self.embeddings["patch_embedding"](torch.cat(images))  # [cameras * B, width, rows, columns]
         x = x.flatten(2).transpose(1, 2) + self.embeddings["position_embedding"].weight
         x = x.to(self.post_layernorm.weight.dtype)
         for layer in self.encoder["layers"]:

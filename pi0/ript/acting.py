@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
+from pi0.errors import InputError
 from pi0.model.config import SiglipDims
 
 
@@ -18,9 +19,16 @@ class ActingPolicy:
     Args:
         policy: the policy; switched to evaluation mode while it acts.
         guidance_weight: weight w of classifier-free guidance, None to sample the unconditional field.
+    Raises:
+        InputError: a guidance weight, and a policy without an optimality condition.
     """
 
     def __init__(self, policy: PI0Policy, guidance_weight: float | None = None):
+        if guidance_weight is not None and not policy.config.guidance:
+            raise InputError(
+                f"guidance weight {guidance_weight}: this policy has no optimality condition to be guided by; "
+                "algo.mode=guidance trains one"
+            )
         self._policy = policy
         self._guidance_weight = guidance_weight
         # A small tower costs less than another batch; SigLIP and Gemma cost most of a chunk.
@@ -58,3 +66,15 @@ class ActingPolicy:
         finally:
             torch.set_num_threads(threads)
         return actions.float().cpu().numpy()
+
+    def prepared(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str]
+    ) -> dict[str, np.ndarray]:
+        """What the network is given for observations as `act` takes them: what `PI0Policy.prepare` returns, by name."""
+        given = self._policy.prepare({"images": images, "state": states, "prompt": prompts})
+        parts = {
+            f"{name}/{camera}": tensor
+            for name in ("images", "image_masks")
+            for camera, tensor in given.pop(name).items()
+        }
+        return {name: tensor.cpu().numpy() for name, tensor in (parts | given).items()}

@@ -154,6 +154,8 @@ class PI0_CFG_Adapter:
     ) -> Tensor:
         """Loss of all executed chunks at once, a scalar with gradient; 0 when nothing can be learned.
 
+        The stages take its two steps by themselves, `weigh` and, on a minibatch at a time, `minibatch_loss`.
+
         Args:
             episodes: finished rollouts.
             advantages: one for each episode.

@@ -41,15 +41,19 @@ class CheckpointStore:
 
     Args:
         folder: made when the first checkpoint begins.
-        keep: how many of the newest checkpoints stay; the best and the one being written come on top.
+        keep: how many of the newest checkpoints stay; the one being written comes on top.
+        keep_best: so does the one with the best score.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, keep_best: bool = True):
         if keep < 1:
             raise CheckpointError(f"{keep} checkpoints to keep: at least one must stay")
         self.folder = Path(folder)
         self.keep = keep
+        self.keep_best = keep_best
         self._damaged: set[Path] = set()
+        self._last: int | None = None  # step of what `newest_valid` found
+        self._doubted = math.inf  # step from which on checkpoints are the last choice
 
     def temporary(self, step: int) -> Path:
         """Where the files of the checkpoint that is being written go; makes nothing."""
@@ -75,7 +79,8 @@ class CheckpointStore:
         """Turn `temporary(step)` into a checkpoint, in place of an earlier one of the step; prune.
 
         The newest `keep` stay, the one with the best score (of equals the newest) and this one. Damaged ones that
-        `newest_valid` passed over are counted among none of them and go.
+        `newest_valid` passed over are counted among none of them and go, and so do later steps: a run that comes by
+        here again has left them.
 
         Args:
             score: higher is better; None never counts as best.
@@ -108,6 +113,7 @@ class CheckpointStore:
             _sync(self.folder)
         try:
             self._damaged.discard(final)
+            self._doubted = math.inf if step >= self._doubted else self._doubted
             if replaced.exists():
                 self._remove(replaced)
             self._prune(step)
@@ -118,22 +124,31 @@ class CheckpointStore:
         return final
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, whether or not it verifies."""
-        checkpoints = self._checkpoints()
+        """The newest checkpoint but for those that `newest_valid` passed over; does not verify it."""
+        checkpoints = self._sound()
         return checkpoints[max(checkpoints)] if checkpoints else None
+
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step` that `newest_valid` has not passed over; does not verify it."""
+        return step in self._sound()
 
     def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
         """The newest checkpoint that verifies, or None; and newer ones that do not, with the reason, newest first."""
         damaged: list[tuple[Path, str]] = []
-        newest = None
-        for _, path in sorted(self._checkpoints().items(), reverse=True):
+        newest = self._last = None
+        found = sorted(self._checkpoints().items(), reverse=True)
+        for step, path in sorted(found, key=lambda entry: entry[0] >= self._doubted):  # these come last
             reason = self.verify(path)
             if reason is None:
-                newest = path
+                newest, self._last = path, step
                 break
             damaged.append((path, reason))
         self._damaged.update(path for path, _ in damaged)
         return newest, damaged
+
+    def doubt_last(self) -> None:
+        """What `newest_valid` found last leads nowhere: it finds earlier ones, if any, until that one is made anew."""
+        self._doubted = math.inf if self._last is None else self._last
 
     def verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, or None; reads all of it."""
@@ -168,10 +183,6 @@ class CheckpointStore:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}; use an older checkpoint") from error
 
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` is, or would be."""
-        return self._path(step)
-
     def _path(self, step: int, state: str | None = None) -> Path:
         if step < 0:
             raise ValueError(f"step {step} is negative")
@@ -188,11 +199,14 @@ class CheckpointStore:
                 found[int(match[1] or match[2])] = path
         return found
 
+    def _sound(self) -> dict[int, Path]:
+        return {step: path for step, path in self._checkpoints().items() if path not in self._damaged}
+
     def _prune(self, sealed: int) -> None:
         checkpoints = self._checkpoints()
-        sound = sorted(step for step, path in checkpoints.items() if path not in self._damaged)
+        sound = sorted(step for step in self._sound() if step <= sealed)
         scores = []
-        for step in sound:
+        for step in sound if self.keep_best else []:
             try:
                 score = _read_manifest(checkpoints[step])["score"]
             except CheckpointError:

@@ -66,7 +66,8 @@ class TaskConfig:
     )
     image_size: int | None = key(
         None,
-        "width and height of a camera image; null: as large as the policy looks at (published policies: 256)",
+        "width and height of a camera image; null: as large as the policy looks at. Published ones look at 224, which "
+        "openpi makes from 256: set 256 for them",
         unit="pixels",
         low=16,
     )
@@ -100,13 +101,19 @@ class AlgoConfig:
         True, "keep the success history of initial states in a file (from stage 12 on)"
     )
     rollout_skip_threshold: int = key(
-        2, "visits solved in a row after which a state is passed over for a round", unit="visits", low=1
+        2,
+        "visits solved in a row after which a state is passed over for a round (from stage 12 on; before: 2)",
+        unit="visits",
+        low=1,
     )
     rollout_stats_path: str | None = key(
-        None, "statistics file, which ranks and runs may share; null: rollout_stats.json in the run's folder"
+        None,
+        "statistics file, which ranks and runs may share; null: rollout_stats.json in the run's folder "
+        "(from stage 12 on)",
     )
     use_val_init: bool = key(
-        False, "periodic evaluation starts from drawn validation states, not from LIBERO's recorded ones"
+        False,
+        "periodic evaluation starts from drawn validation states, not from LIBERO's recorded ones (from stage 12 on)",
     )
     shuffle_advantages: bool = key(
         False, "control: shuffle advantages inside each group, so that reward teaches nothing"
@@ -176,23 +183,32 @@ class TrainingConfig:
     save_freq: int = key(
         1, "iterations from one checkpoint to the next (from stage 13 on)", unit="iterations", low=1
     )
-    save_best: bool = key(True, "keep the checkpoint with the best periodic evaluation, however old")
-    keep_checkpoints: int = key(2, "newest checkpoints that stay", unit="checkpoints", low=1)
+    save_best: bool = key(
+        True, "keep the checkpoint with the best periodic evaluation, however old (from stage 13 on)"
+    )
+    keep_checkpoints: int = key(
+        2, "newest checkpoints that stay (from stage 13 on)", unit="checkpoints", low=1
+    )
     max_bad_updates: int = key(
         5,
-        "gradients in a row that are not finite before the last checkpoint is loaded",
+        "gradients in a row that are not finite before the last checkpoint is loaded (from stage 13 on)",
         unit="updates",
         low=1,
     )
-    max_rollbacks: int = key(3, "such loads for the same iteration before the run ends", unit="loads", low=0)
+    max_rollbacks: int = key(
+        3, "such loads for the same iteration before the run ends (from stage 13 on)", unit="loads", low=0
+    )
     trainable: Literal["as_saved", "all", "without_vision", "expert", "lora"] = key(
         "as_saved",
         "which weights learn: all, all but the vision tower, the action expert's, low-rank additions; "
         "as_saved: what the checkpoint's configuration says; a part is trained in float32 whatever dtype is",
     )
-    use_mixed_precision: bool = key(False, "compute losses in bfloat16 where that is safe (autocast)")
+    use_mixed_precision: bool = key(
+        False, "compute losses in bfloat16 where that is safe (autocast; from stage 13 on)"
+    )
     gradient_checkpointing: bool = key(
-        False, "keep only the inputs of transformer blocks for the backward pass: less memory, more time"
+        False,
+        "keep only the inputs of transformer blocks for the backward pass: less memory, more time (from stage 13 on)",
     )
     use_fsdp: bool = key(
         False, "cut weights and optimizer state over the ranks (FSDP2, needs torchrun; from stage 13 on)"

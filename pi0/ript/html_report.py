@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from pi0.files import write_whole
 from pi0.ript.plots import draw_pictures
 from pi0.ript.report_page import build_page
 from pi0.ript.run_record import read_run
@@ -30,17 +30,7 @@ def write_html_report(run_dir: Path) -> Path:
     plots = run_dir / "plots"
     plots.mkdir(exist_ok=True)
     for picture in pictures:
-        _write_whole(plots / f"{picture.name}.png", picture.png)
+        write_whole(plots / f"{picture.name}.png", picture.png)
     page = run_dir / "report.html"
-    _write_whole(page, build_page(record, pictures).encode("utf-8", "replace"))
+    write_whole(page, build_page(record, pictures).encode("utf-8", "replace"))
     return page
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # With the process in its name, since a person may ask for the report while the run writes it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

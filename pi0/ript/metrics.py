@@ -17,6 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from pi0.files import write_whole
+
 
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
     """Add a line to a JSON-lines file, whole or not at all.
@@ -32,11 +34,11 @@ def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Make a JSON-lines file hold these rows, whole or not at all: what a resumed run has behind it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+def rewrite(run_dir: Path, history: Sequence[Mapping[str, Any]], evaluations: Sequence[Any]) -> None:
+    """Make metrics.jsonl and metrics.json hold what a run has behind it that goes on from a checkpoint."""
+    write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    if evaluations or (run_dir / "metrics.json").exists():
+        write_whole(run_dir / "metrics.json", json.dumps(evaluations, indent=1))
 
 
 def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from pi0.errors import InputError
+from pi0.files import write_whole
 from pi0.ript.pictures import percent, pooled
 from pi0.ript.run_record import success_counts
 from pi0.stats import format_rate, paired_difference, wilson_interval
@@ -37,7 +38,7 @@ VIDEO_FPS = 10  # twice real time
 # Keys, by how they begin, that a resumed run cannot change: optimizer and schedule, what is practised, what scores
 # are compared with.
 DECIDED_AT_START = (
-    "policy_path", "task.benchmark_name", "task.task_name", "task.assets", "task.fixtures", "task.max_episode_length",
+    "policy_path", "norm_stats_path", "task.benchmark_name", "task.demonstrations", "task.task_name", "task.assets", "task.fixtures", "task.max_episode_length",
     "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
     "algo.train_init_states", "training.num_train_steps", "training.seed", "training.optimizer",
     "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
@@ -55,7 +56,7 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
         OutputError: the folder cannot be made or written.
     """
     run_dir = writable_dir(Path(output_dir) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    _note(run_dir, config)
     return run_dir
 
 
@@ -94,7 +95,7 @@ def take_run(run_dir: Path, config: dict[str, Any]) -> None:
     """Keep other processes from writing to a run's folder for as long as this one lives; note what it runs with.
 
     Raises:
-        OutputError: one already does.
+        OutputError: one already does, or the folder cannot be written.
     """
     lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # open until the process ends
     try:
@@ -104,7 +105,16 @@ def take_run(run_dir: Path, config: dict[str, Any]) -> None:
         raise OutputError(
             f"another process writes to {run_dir}; stop it first, or choose another exp_name"
         ) from error
-    _write_whole(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    _note(run_dir, config)
+
+
+def _note(run_dir: Path, config: dict[str, Any]) -> None:
+    try:
+        write_whole(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {run_dir}: {error.strerror}; make room, or choose another folder"
+        ) from error
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
@@ -135,16 +145,7 @@ def writable_dir(path: str | Path) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all."""
-    _write_whole(path, json.dumps(content, indent=1))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the name with nothing behind it
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1))
 
 
 def machine() -> dict[str, Any]:

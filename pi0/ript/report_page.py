@@ -183,7 +183,7 @@ def _steps_table(record: RunRecord) -> str:
         ("unanimous", "unanimous_groups", str),
         ("dropped", "dropped_groups", str),
         ("skipped states", "skipped_states", str),
-        ("failed rollouts", "failed_rollouts", str),
+        ("failed rollouts", "failed_rollouts", lambda lines: str(len(lines))),
         ("control steps", "control_steps", str),
         ("updates", "updates", str),
         ("loss", "loss", "{:.4f}".format),
@@ -209,11 +209,11 @@ def _steps_table(record: RunRecord) -> str:
 
 def _troubles(record: RunRecord) -> str:
     """Lost workers, failed rollouts, broken episodes and unreadable lines; says so where there were none."""
-    lines = [f"step {row['step']}: {loss}" for row in record.steps for loss in row.get("lost_workers", [])]
-    lines += [
-        f"step {row['step']}: {_count(row['failed_rollouts'], 'rollout')} failed; the groups were not used"
+    lines = [
+        f"step {row['step']}: {what}{line}"
+        for key, what in (("lost_workers", ""), ("failed_rollouts", "failed, its group is left out: "))
         for row in record.steps
-        if row.get("failed_rollouts")
+        for line in row.get(key, [])
     ]
     lines += [
         f"evaluation, {label}: {broken}"

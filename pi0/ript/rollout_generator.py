@@ -108,7 +108,7 @@ class Collection:
             "unanimous_groups": sum(group.unanimous for group in self.groups),
             "dropped_groups": sum(map(sum, self.dropped.values())),
             "dropped_by_task": self.dropped,
-            "failed_rollouts": len(self.failures),
+            "failed_rollouts": self.failures,
             "lost_workers": self.lost_workers,
             "control_steps": sum(episode.steps for episode in self.tried),
             "rollout_seconds": self.seconds,
@@ -335,6 +335,8 @@ class RolloutGenerator:
 
     def _add(self, collection: Collection, episodes: list[Episode]) -> None:
         failures = [f"{episode.rollout}: {episode.failure}" for episode in episodes if episode.failure]
+        for failure in failures:
+            print(f"rollout failed, its group is left out: {failure}")
         if failures:
             collection.failures += failures
             return

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pi0.errors import InputError
+from pi0.files import locked, write_whole
 from pi0.ript.env.init_states import state_hash
 from pi0.ript.env.stepping import InitState
 from pi0.ript.env.suites import Task
@@ -82,11 +78,12 @@ class RolloutStats:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path.with_name(f".{self.path.name}.lock")):
+            with locked(self.path.with_name(f".{self.path.name}.lock")):
                 everything = _read(self.path)
                 for name, visits in self._unwritten.items():
                     everything.setdefault(name, []).extend(visits)
-                _write(self.path, everything)
+                content = {"format": FORMAT, "visit": ["successes", "rollouts"], "states": everything}
+                write_whole(self.path, json.dumps(content))
         except OSError as error:
             raise StatsError(
                 f"cannot write {self.path}: {error.strerror}; choose another algo.rollout_stats_path"
@@ -117,14 +114,6 @@ class RolloutStats:
         self._solved_in_a_row[name] = self._solved_in_a_row.get(name, 0) + 1 if successes == rollouts else 0
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`; the system releases it for a process that dies."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _read(path: Path) -> dict[str, list[Visit]]:
     if not path.exists():
         return {}
@@ -138,16 +127,3 @@ def _read(path: Path) -> dict[str, list[Visit]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT or "states" not in content:
         raise StatsError(f"{path} is not a statistics file of format {FORMAT}; {mend}")
     return content["states"]
-
-
-def _write(path: Path, states: dict[str, list[Visit]]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump({"format": FORMAT, "visit": ["successes", "rollouts"], "states": states}, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)  # others may share it
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -42,6 +42,15 @@ def whole(tree: T) -> T:
     return tree_map_only(DTensor, DTensor.full_tensor, tree)
 
 
+def weights_are_finite(module: torch.nn.Module) -> bool:
+    """Whether the weights that are trained are numbers, and small enough that the sum of their squares is one.
+
+    To be called by all ranks together where there are shards.
+    """
+    trained = [parameter.detach() for parameter in module.parameters() if parameter.requires_grad]
+    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(trained))))
+
+
 def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
     """This rank's part of a whole tensor, cut as `example` is; the tensor itself where that is whole."""
     if not isinstance(example, DTensor):

@@ -66,6 +66,11 @@ class TrainingState:
     evaluations: list[dict] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def score(self) -> float | None:
+        """Success rate after `step` iterations, if it was evaluated then."""
+        return {entry["step"]: entry["success_rate"] for entry in self.evaluations}.get(self.step)
+
     def of_rank(self) -> dict:
         """This rank's own part, copied; the rest changes in updates alone."""
         return {

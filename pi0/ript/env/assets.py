@@ -4,7 +4,6 @@ LIBERO's package holds tasks and initial states, not geometry. The order here is
 `LIBERO_ASSETS`), the installed package, the model hub when it can be reached, the built-in stand-ins.
 """
 
-import fcntl
 import hashlib
 import importlib
 import importlib.util
@@ -15,13 +14,12 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi0.errors import InputError
+from pi0.files import locked
 from pi0.paths import cache_dir
 from pi0.ript.env import standins
 from pi0.ript.env.libero_import import libero_package_root, prepare_libero
@@ -142,7 +140,7 @@ def _hub_assets() -> Path | None:
     prepare_libero()
     download_utils = importlib.import_module("libero.libero.utils.download_utils")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         if folder.is_dir() and not _missing_folders(folder):
             return folder
         # LIBERO's downloader takes a half-finished folder for a finished one, so it gets a fresh one.
@@ -177,10 +175,3 @@ def _reachable(url: str, timeout_s: float) -> bool:
     # A name lookup has no time-out of its own: leave it behind in a daemon thread.
     threading.Thread(target=ask, daemon=True).start()
     return answered.wait(timeout_s)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,7 +1,11 @@
-"""For debugging: every rollout's video, and exactly what the policy saw, written as rollouts finish.
+"""For debugging: every rollout's video, and what the policy saw at each of its looks, written as rollouts finish.
 
 Environment variables switch it on: `PI0_DEBUG_SAVE_VIDEO=true` for videos, `DEBUG_SAVE_PROCESSED=1` for
 observations, `PI0_DEBUG_DIR` for the folder (outputs/debug by default).
+
+A file NAME.npz holds what the environment gave (`images/CAMERA` uint8 [T, h, w, 3], `states`, `prompt`), what the
+network was given for it (`network/...`: `PI0Policy.prepare`), and `actions` and `executed`; NAME.png shows the
+network's images, a camera a row.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -16,6 +21,9 @@ from PIL import Image
 from pi0.paths import REPO_ROOT
 from pi0.ript.env.episodes import Episode, Rollout
 from pi0.video import write_video
+
+if TYPE_CHECKING:
+    from pi0.ript.env.pool import Policy
 
 VIDEO_EVERY = 2  # control steps from one frame to the next
 VIDEO_FPS = 10  # real time: 20 control steps a second
@@ -33,8 +41,8 @@ class DebugOutput:
         """The rollout, filmed if videos are wanted."""
         return replace(rollout, record=rollout.record or VIDEO_EVERY) if self.videos else rollout
 
-    def save(self, episode: Episode) -> None:
-        """Write what is wanted of a finished episode, under a name that says which it was."""
+    def save(self, episode: Episode, policy: Policy) -> None:
+        """Write what is wanted of an episode that `policy` has finished, under a name that says which it was."""
         if not (self.videos or self.observations):
             return
         rollout = episode.rollout
@@ -46,17 +54,25 @@ class DebugOutput:
             write_video(self.folder / f"{name}.mp4", episode.video, VIDEO_FPS)
         if self.observations and len(episode.states):
             images = {f"images/{camera}": frames for camera, frames in episode.images.items()}
+            prompt = rollout.task.prompt
+            given = policy.prepared(episode.images, episode.states, [prompt] * len(episode.states))
             np.savez_compressed(
                 self.folder / f"{name}.npz",
                 allow_pickle=False,
-                prompt=np.array(rollout.task.prompt),
+                prompt=np.array(prompt),
                 states=episode.states,
                 actions=episode.actions,
                 executed=episode.executed,
                 **images,
+                **{f"network/{key}": array for key, array in given.items()},
             )
-            rows = [np.concatenate(list(frames), axis=1) for frames in episode.images.values()]
-            Image.fromarray(np.concatenate(rows)).save(self.folder / f"{name}.png")
+            rows = [
+                np.concatenate(list(frames.transpose(0, 2, 3, 1)), axis=1)
+                for key, frames in given.items()
+                if key.startswith("images/")
+            ]
+            picture = np.round(127.5 * (np.concatenate(rows) + 1)).astype(np.uint8)
+            Image.fromarray(picture).save(self.folder / f"{name}.png")
 
 
 def _is_on(variable: str) -> bool:

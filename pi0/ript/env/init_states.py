@@ -8,9 +8,8 @@ are demonstrations, the states at which they began come first.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from pi0.data.demonstrations import DataError
 from pi0.errors import MissingFileError
+from pi0.files import write_whole
 from pi0.paths import cache_dir
 from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
 from pi0.ript.env.suites import Task
@@ -63,7 +63,7 @@ class InitStatePool:
     Attributes:
         kind: `evaluation` or `training`.
         states: where episodes may start.
-        provenance: what they were made from; recorded with every result.
+        provenance: what they were made from; drawn ones keep it in their cache file.
     """
 
     task: Task
@@ -237,9 +237,9 @@ def _cache_file(folder: str, pool: Caller, task: Task, what: str) -> Path:
 
 def _save(file: Path, arrays: dict[str, np.ndarray], provenance: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
-        np.savez(temporary, allow_pickle=False, provenance=np.array(json.dumps(provenance)), **arrays)
-    os.replace(temporary.name, file)
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, provenance=np.array(json.dumps(provenance)), **arrays)
+    write_whole(file, content.getvalue())
 
 
 def _load(file: Path) -> tuple[dict[str, np.ndarray], dict]:

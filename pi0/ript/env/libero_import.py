@@ -10,12 +10,12 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import yaml
 
+from pi0.files import write_whole
 from pi0.paths import cache_dir
 
 # What LIBERO brings along (matplotlib, software GL) keeps caches in the home unless told otherwise.
@@ -62,7 +62,8 @@ def prepare_libero() -> ModuleType:
     # Our own file follows the environment when that moves; a user's file is the user's.
     stale = folder == ours and config_file.is_file() and config_file.read_text() != wanted
     if stale or not config_file.is_file():
-        _write_atomically(config_file, wanted)
+        config_file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(config_file, wanted)
     return importlib.import_module("libero.libero")
 
 
@@ -76,19 +77,6 @@ def leave_out_wrappers() -> None:
     spec = importlib.util.find_spec("libero.libero.envs")
     assert spec is not None
     sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write a file that readers in other processes see either not at all or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _quiet_robosuite() -> None:

@@ -54,6 +54,11 @@ class Policy(Protocol):
         Noise [S, B, C, A] asks for S chunks for each observation, [S, B, C, 7].
         """
 
+    def prepared(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str]
+    ) -> dict[str, np.ndarray]:
+        """What the network is given for observations as `act` takes them, by name; `images/...` in [-1, 1]."""
+
 
 def usable_cores() -> int:
     """Cores for this process's workers: those it may run on, less what other ranks of this machine use."""

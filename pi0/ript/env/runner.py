@@ -143,6 +143,10 @@ class LIBEROEnvRunner:
             raise InputError(
                 f"the policy looks through {', '.join(cameras) or 'no camera'}; LIBERO has {', '.join(CAMERAS)}"
             )
+        if not 1 <= replan_steps <= chunk:
+            raise InputError(
+                f"replan_steps is {replan_steps}; the policy's chunks have {chunk} actions: 1 to {chunk}"
+            )
         self.image_size = image_size
         self.benchmark_name = benchmark_name
         self.tasks: list[Task] = find_tasks(benchmark_name, list(task_names_to_use))
@@ -169,6 +173,9 @@ class LIBEROEnvRunner:
             workers=num_parallel_envs,
             check=lambda: self.interrupts.check(),
         )
+        if distributed.rank_and_world_size()[0] == 0:
+            geometry = self.pool.spec.assets
+            print(f"LIBERO assets: {geometry.source} ({geometry.path}); frames by {gl.renderer()}")
 
     # Tasks ---------------------------------------------------------------------------------------
 
@@ -259,7 +266,7 @@ class LIBEROEnvRunner:
         pool = created_env[0] if created_env else self.pool
         for index, episode in pool.run(policy, prepared, self.replan_steps, num_envs):
             self._used(episode.rollout.task)
-            debug.save(episode)
+            debug.save(episode, policy)
             yield index, episode
 
     def run(
@@ -283,7 +290,8 @@ class LIBEROEnvRunner:
         Raises:
             InputError: more episodes than there are states.
         """
-        pools = initial_states or self.evaluation_states()
+        # By one rank: others that waited for a stop elsewhere would wait for ever.
+        pools = initial_states or distributed.on_rank_zero(self.evaluation_states)
         counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
         for states, count in zip(pools, counts, strict=True):
             if count > len(states):
@@ -315,7 +323,7 @@ class LIBEROEnvRunner:
 
     def restore_result(self, content: dict) -> EvaluationResult:
         """The evaluation of recorded states that `EvaluationResult.to_dict` outlined."""
-        pools = {pool.task.index: pool for pool in self.evaluation_states()}
+        pools = {pool.task.index: pool for pool in distributed.on_rank_zero(self.evaluation_states)}
         seed = content["protocol"]["seed"]
         episodes = []
         for outline in content["episodes"]:

@@ -7,11 +7,12 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import mujoco
+import numpy as np
 
+from pi0.files import write_whole
 from pi0.paths import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -63,15 +64,10 @@ def _load(file: Path) -> mujoco.MjModel | None:
 
 def _save(file: Path, model: mujoco.MjModel) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
-        try:
-            mujoco.mj_saveModel(model, temporary.name)
-            content = Path(temporary.name).read_bytes()
-            Path(temporary.name).write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(temporary.name, file)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+    buffer = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, buffer)
+    binary = buffer.tobytes()
+    write_whole(file, hashlib.sha256(binary).digest() + binary)
     _drop_oldest(file.parent)
 
 

@@ -1,0 +1,70 @@
+"""Files are whole or not there, whoever writes at the same time and however full the disk is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pi0.files import write_whole
+from pi0.paths import REPO_ROOT
+from pi0.ript.report import OutputError, new_run_dir, take_run
+
+WRITES_OFTEN = """
+import sys
+from pathlib import Path
+from pi0.files import write_whole
+for _ in range(200):
+    write_whole(Path(sys.argv[1]), sys.argv[2] * 5000)
+"""
+ON_A_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from pi0.ript.report import OutputError, take_run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+try:
+    take_run(Path(sys.argv[1]), {"note": "x" * 5000})
+except OutputError as error:
+    print(error)
+"""
+
+
+def start(code: str, *arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPO_ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_two_that_write_the_same_file_do_not_meet_and_readers_see_whole_ones(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, "a" * 5000)
+    writers = [start(WRITES_OFTEN, path, letter) for letter in "ab"]
+    while any(writer.poll() is None for writer in writers):
+        assert path.read_text() in ("a" * 5000, "b" * 5000)
+    assert [writer.communicate()[0] for writer in writers] == ["", ""]
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_full_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_path):
+    run_dir = new_run_dir(str(tmp_path), "run", {"note": "before"})
+    output, _ = start(ON_A_FULL_DISK, run_dir).communicate(timeout=60)
+    assert output == f"cannot write to {run_dir}: File too large; make room, or choose another folder\n"
+    assert (run_dir / "config.yaml").read_text() == "note: before\n"
+    assert sorted(os.listdir(run_dir)) == [".lock", "config.yaml"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "config.yaml").mkdir()  # where the file belongs
+    with pytest.raises(OutputError, match=f"cannot write to {tmp_path}"):
+        take_run(tmp_path, {})
+
+
+def test_text_and_bytes_are_written_as_they_are(tmp_path: Path):
+    write_whole(tmp_path / "text", json.dumps("ü", ensure_ascii=False))
+    write_whole(tmp_path / "bytes", b"\x00\xff")
+    assert (tmp_path / "text").read_bytes() == '"ü"'.encode()
+    assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
