@@ -344,7 +344,7 @@ def save_checkpoint(
 ) -> None:
     """Write what the run is after `state.step` iterations; a disk that refuses is reported, and training goes on."""
     if state.facts.get("bad_in_a_row"):  # maybe it is the weights that are spoilt
-        print(f"no checkpoint of step {state.step}: its last gradient was not finite")
+        print(f"no checkpoint of step {state.step}: the last gradient was not finite")
         return
     problem = on_rank_zero(attempt, store.begin, state.step)
     if problem is None:
@@ -506,7 +506,7 @@ def update_policy(
                     if facts["bad_in_a_row"] >= config.training.max_bad_updates:
                         raise FloatingPointError(f"{facts['bad_in_a_row']} gradients in a row are not finite")
                     interrupts.check_together(patience_s=patience_s)
-    if not weights_are_finite(policy):
+    if largest(int(not weights_are_finite(policy))):
         raise FloatingPointError("the weights are not finite")
     policy.eval()
     counts = {"updates": len(norms), "bad_updates": bad}
@@ -690,7 +690,7 @@ def train(
                         ) from error
                     print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
                     if in_a_row > 1:
-                        store.doubt_last()
+                        on_rank_zero(attempt, store.drop_last)
                     if not load_checkpoint(store, state, rank, world_size, seed):
                         raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
                     generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * in_a_row + 7_919 * diverged)

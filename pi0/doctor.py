@@ -192,7 +192,8 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         size, free = PI0Policy.bytes_of_weights(path, **how), _available_memory()
         if size > free:
             text = f"{path} takes {size / GIB:.1f} GiB as {config.dtype}, free memory has {free / GIB:.1f}"
-            yield Finding(STOP, "checkpoint", text, "free memory, or set dtype: bfloat16")
+            lower = config.dtype == "float32" and not config.training.use_fsdp
+            yield Finding(STOP, "checkpoint", text, "free memory" + ", or set dtype: bfloat16" * lower)
             return
         policy = PI0Policy.from_pretrained(path, **how)
     except NormStatsError as error:

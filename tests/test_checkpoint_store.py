@@ -162,15 +162,23 @@ def test_the_best_goes_like_any_other_where_it_is_not_wanted(tmp_path):
     assert names(store) == ["step-000001"]
 
 
-def test_where_the_newest_leads_nowhere_an_earlier_one_is_found_until_it_is_made_anew(store):
+def test_what_leads_nowhere_goes_while_an_earlier_checkpoint_verifies(store):
     paths = [save(store, step) for step in (1, 2, 3)]
     found = []
     for _ in range(4):
         found.append(store.newest_valid()[0])
-        store.doubt_last()
-    assert found == [paths[2], paths[1], paths[0], paths[2]]  # where all are doubted, the newest again
-    save(store, 2, course=1)
-    assert store.newest_valid()[0] == paths[1]
+        store.drop_last()
+    assert found == [paths[2], paths[1], paths[0], paths[0]]
+    assert names(store) == ["step-000001"]
+
+
+def test_what_leads_nowhere_stays_where_all_before_it_is_damaged(store):
+    save(store, 1)
+    save(store, 2)
+    (store.folder / "step-000001" / "state.pt").unlink()
+    store.newest_valid()
+    store.drop_last()
+    assert names(store) == ["step-000001", "step-000002"]
 
 
 def test_a_damaged_checkpoint_is_none_once_it_was_passed_over(store):

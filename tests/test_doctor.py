@@ -94,6 +94,22 @@ def test_a_published_input_wants_the_frames_that_openpi_draws(tmp_path):
     assert {finding.status for finding in findings} == {OK}
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_weights_that_do_not_fit_in_memory_are_found_by_the_type_they_are_wanted_in(
+    tmp_path, monkeypatch, dtype, size
+):
+    # Nearly all of this policy is its token embedding.
+    config = config_of(save(tmp_path, vocab_size=50_000))
+    config.dtype = dtype
+    weights = 50_000 * Pi0Config.preset("pi0_tiny").gemma.width * size
+    monkeypatch.setattr(doctor, "_available_memory", lambda: weights)
+    (line,) = stops(doctor.check_checkpoint(config))
+    assert f"as {dtype}, free memory has" in line
+    assert ("set dtype: bfloat16" in line) == (dtype == "float32")
+    monkeypatch.setattr(doctor, "_available_memory", lambda: 2 * weights)
+    assert not stops(doctor.check_checkpoint(config))
+
+
 def test_truncated_weights_are_found(broken):
     os.truncate(broken / "model.safetensors", 1000)
     (line,) = stops(doctor.check_checkpoint(config_of(broken)))

@@ -352,6 +352,16 @@ def test_losses_failures_and_unreadable_lines_are_named(tmp_path):
     assert "metrics.jsonl, line 3: unreadable" in text and "metrics.jsonl, line 4: unreadable" in text
 
 
+def test_runs_that_only_counted_failed_rollouts_have_a_report(tmp_path):
+    run_dir = start_run(tmp_path, steps=2)
+    append_line(run_dir / "metrics.jsonl", step_metrics(2) | {"failed_rollouts": 0})
+    append_line(run_dir / "metrics.jsonl", step_metrics(3) | {"failed_rollouts": 2})
+    write_html_report(run_dir)
+    text = Page(run_dir).text
+    assert text.count("step 3: failed, its group is left out: cause not recorded") == 2
+    assert "step 2: failed" not in text
+
+
 def test_a_step_run_again_after_a_resume_counts_once_as_it_went_last(tmp_path):
     run_dir = start_run(tmp_path, steps=3)
     append_line(run_dir / "metrics.jsonl", {**step_metrics(1), "successes": 64})

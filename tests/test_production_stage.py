@@ -290,7 +290,7 @@ def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tm
     output = finish(start(tmp_path, *few, processes=processes, script=script, env=with_path()))
     assert "step 2: 3 gradients in a row are not finite; back to the last good checkpoint" in output
     for step in (1, 2):  # weights that give no gradient may be spoilt
-        assert f"no checkpoint of step {step}: its last gradient was not finite" in output
+        assert f"no checkpoint of step {step}: the last gradient was not finite" in output
     assert "step-000000, 0 iterations done" in output
     rows = outcome(tmp_path)["rows"]
     assert [row["rollbacks"] for row in rows] == [1] * STEPS

@@ -53,7 +53,6 @@ class CheckpointStore:
         self.keep_best = keep_best
         self._damaged: set[Path] = set()
         self._last: int | None = None  # step of what `newest_valid` found
-        self._doubted = math.inf  # step from which on checkpoints are the last choice
 
     def temporary(self, step: int) -> Path:
         """Where the files of the checkpoint that is being written go; makes nothing."""
@@ -113,7 +112,6 @@ class CheckpointStore:
             _sync(self.folder)
         try:
             self._damaged.discard(final)
-            self._doubted = math.inf if step >= self._doubted else self._doubted
             if replaced.exists():
                 self._remove(replaced)
             self._prune(step)
@@ -136,8 +134,7 @@ class CheckpointStore:
         """The newest checkpoint that verifies, or None; and newer ones that do not, with the reason, newest first."""
         damaged: list[tuple[Path, str]] = []
         newest = self._last = None
-        found = sorted(self._checkpoints().items(), reverse=True)
-        for step, path in sorted(found, key=lambda entry: entry[0] >= self._doubted):  # these come last
+        for step, path in sorted(self._checkpoints().items(), reverse=True):
             reason = self.verify(path)
             if reason is None:
                 newest, self._last = path, step
@@ -146,9 +143,18 @@ class CheckpointStore:
         self._damaged.update(path for path, _ in damaged)
         return newest, damaged
 
-    def doubt_last(self) -> None:
-        """What `newest_valid` found last leads nowhere: it finds earlier ones, if any, until that one is made anew."""
-        self._doubted = math.inf if self._last is None else self._last
+    def drop_last(self) -> None:
+        """Remove what `newest_valid` found last, which leads nowhere, and what is newer; unless no earlier one verifies.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        checkpoints, last = self._checkpoints(), self._last
+        if last is None or all(self.verify(path) for step, path in checkpoints.items() if step < last):
+            return
+        for step in checkpoints:
+            if step >= last:
+                self._remove(checkpoints[step])
 
     def verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, or None; reads all of it."""

@@ -181,7 +181,13 @@ def _read_steps(path: Path) -> tuple[list[Row], list[int]]:
 
 
 def _latest_of_each_step(rows: Sequence[Row]) -> list[Row]:
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+    return [_as_today(row) for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+
+def _as_today(row: Row) -> Row:
+    """Earlier runs only counted rollouts that failed."""
+    failed = row.get("failed_rollouts")
+    return row | {"failed_rollouts": failed * ["cause not recorded"]} if isinstance(failed, int) else row
 
 
 def _without_nulls(value: Any) -> Any:
