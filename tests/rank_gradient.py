@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from episodes import CAMERAS, make_episode
+from rank_end import leave_together
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
@@ -61,8 +62,7 @@ def main() -> None:
                 worst = max(worst, float((ours.grad - theirs.grad).abs().max()))
                 size = max(size, float(theirs.grad.abs().max()))
         print(f"worst difference {worst} of gradients up to {size}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 def load(checkpoint: str, mode: str) -> PI0Policy:

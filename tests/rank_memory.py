@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from episodes import make_episode
+from rank_end import leave_together
 
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
@@ -38,8 +39,7 @@ def main() -> None:
         dist.all_gather(parts, ours)
         torch.testing.assert_close(mean, sum(parts) / (last + 1))
     print(f"rank {rank}: {adapter.passes} passes, loss {loss}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":

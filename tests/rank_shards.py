@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from episodes import make_episode
+from rank_end import leave_together
 
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
@@ -47,8 +48,7 @@ def main() -> None:
     assert losses[:2] == losses[2:] or count == 0, losses
     if rank == 0:
         print(f"worst difference {worst} of gradients up to {size}", flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
