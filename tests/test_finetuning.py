@@ -424,6 +424,27 @@ def test_what_is_trained_starts_from_what_the_file_holds(tmp_path, what, pi05):
     assert trained(later) == trained(chosen)
 
 
+def test_where_nothing_is_trained_nothing_is_kept_in_float32_for_it(tmp_path):
+    whole = loaded_in(torch.bfloat16, tmp_path, "all", train_expert_only=True)
+    still = PI0Policy.from_pretrained(tmp_path, dtype=torch.bfloat16, trainable="none")
+    assert types(still) == types(whole)
+    assert not trained(still)
+    assert still.config.train_expert_only
+
+
+@pytest.mark.parametrize("what", ["none", "all", "expert", "as_saved"])
+def test_memory_of_the_weights_is_known_before_they_are_loaded(tmp_path, what):
+    loaded = loaded_in(torch.bfloat16, tmp_path, what, train_expert_only=True)
+    expected = sum(parameter.nbytes for parameter in loaded.network.parameters())
+    assert PI0Policy.bytes_of_weights(tmp_path, torch.bfloat16, trainable=what) == expected
+
+
+def test_an_unknown_part_to_train_is_refused(tmp_path):
+    policy().float().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'expret' is trained nowhere; choose one of all, .*expert"):
+        PI0Policy.from_pretrained(tmp_path, trainable="expret")
+
+
 @pytest.mark.parametrize("what", PARTS)
 def test_partly_trained_policy_comes_back_with_its_types_and_bits(tmp_path, what):
     chosen = loaded_in(torch.bfloat16, tmp_path / "before", what)

@@ -30,7 +30,7 @@ from test_html_report import browser_check
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
 from pi0.ript.checkpoint_store import CheckpointStore
-from pi0.ript.report import OutputError, newest_run, take_run
+from pi0.ript.report import OutputError, new_run_dir, newest_run, take_run
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
     assert "error: no checkpoint in" in output
     assert "verifies; start anew, without --resume" in output
     assert (run_of(killed) / "metrics.jsonl").read_text() == lines != ""
+
+
+@pytest.mark.parametrize(
+    "changed", [{"norm_stats_path": "others.json"}, {"task": {"demonstrations": "folder"}}]
+)
+def test_what_weights_and_states_mean_cannot_change_in_between(tmp_path, changed):
+    config = {"norm_stats_path": None, "task": {"demonstrations": None}}
+    run_dir = new_run_dir(str(tmp_path), "run", config)
+    (run_dir / "checkpoints").mkdir()
+    assert newest_run(str(tmp_path), "run", config) == run_dir
+    with pytest.raises(OutputError, match=r"cannot go on with other settings \(\S+ was None and is '"):
+        newest_run(str(tmp_path), "run", config | changed)
 
 
 def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
