@@ -82,7 +82,7 @@ from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
 from pi0.ript.memory import growth, memory_use, release
-from pi0.ript.metrics import TensorBoard, append_line, flatten, rewrite
+from pi0.ript.metrics import TensorBoard, append_line, flatten, rewrite_metrics
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
     film_before_after,
@@ -624,7 +624,7 @@ def train(
             started -= state.facts["seconds"]
             noted = json.loads(noted_passes.read_text()) if noted_passes.exists() else 1
             adapter.passes = largest(max(noted, state.facts.get("passes", 1)))
-        on_rank_zero(attempt, rewrite, run_dir, state.history, state.evaluations)
+        on_rank_zero(attempt, rewrite_metrics, run_dir, state.history, state.evaluations)
         held |= {"state": state, "of_rank": state.of_rank()}
         of_run = {"wandb_run_id": run.id if run else None, "config": to_dict(config)}
         state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
@@ -694,7 +694,7 @@ def train(
                     if not load_checkpoint(store, state, rank, world_size, seed):
                         raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
                     generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * in_a_row + 7_919 * diverged)
-                    on_rank_zero(attempt, rewrite, run_dir, state.history, state.evaluations)
+                    on_rank_zero(attempt, rewrite_metrics, run_dir, state.history, state.evaluations)
                     history, replay, evaluations = state.history, state.replay, state.evaluations
                     state.facts |= {"bad_in_a_row": 0, "rollbacks": rollbacks}
                     held["of_rank"] = state.of_rank()

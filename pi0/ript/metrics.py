@@ -34,7 +34,7 @@ def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def rewrite(run_dir: Path, history: Sequence[Mapping[str, Any]], evaluations: Sequence[Any]) -> None:
+def rewrite_metrics(run_dir: Path, history: Sequence[Mapping[str, Any]], evaluations: Sequence[Any]) -> None:
     """Make metrics.jsonl and metrics.json hold what a run has behind it that goes on from a checkpoint."""
     write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     if evaluations or (run_dir / "metrics.json").exists():

@@ -38,8 +38,8 @@ VIDEO_FPS = 10  # twice real time
 # Keys, by how they begin, that a resumed run cannot change: optimizer and schedule, what is practised, what scores
 # are compared with.
 DECIDED_AT_START = (
-    "policy_path", "norm_stats_path", "task.benchmark_name", "task.demonstrations", "task.task_name", "task.assets", "task.fixtures", "task.max_episode_length",
-    "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
+    "policy_path", "norm_stats_path", "task.benchmark_name", "task.task_name", "task.demonstrations", "task.assets",
+    "task.fixtures", "task.max_episode_length", "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
     "algo.train_init_states", "training.num_train_steps", "training.seed", "training.optimizer",
     "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
 )  # fmt: skip
@@ -56,7 +56,7 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
         OutputError: the folder cannot be made or written.
     """
     run_dir = writable_dir(Path(output_dir) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    _note(run_dir, config)
+    _write_config(run_dir, config)
     return run_dir
 
 
@@ -105,10 +105,10 @@ def take_run(run_dir: Path, config: dict[str, Any]) -> None:
         raise OutputError(
             f"another process writes to {run_dir}; stop it first, or choose another exp_name"
         ) from error
-    _note(run_dir, config)
+    _write_config(run_dir, config)
 
 
-def _note(run_dir: Path, config: dict[str, Any]) -> None:
+def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
     try:
         write_whole(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
