@@ -81,7 +81,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
-from pi0.ript.memory import growth, memory_use, release
+from pi0.ript.memory import RELEASE_EVERY, growth, memory_use, release
 from pi0.ript.metrics import TensorBoard, append_line, flatten, rewrite_metrics
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
@@ -384,8 +384,9 @@ def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
 
 
 def monitor_memory(history: list[dict]) -> None:
-    """Release what is not used, and warn of memory that grows."""
-    release()
+    """Now and then release what is not used, and warn of memory that grows."""
+    if len(history) % RELEASE_EVERY == 1:
+        release()
     for line in growth(history):
         print(line, file=sys.stderr)  # each rank watches its own; rank 0 alone speaks on standard output
 
@@ -724,8 +725,7 @@ def train(
             interrupts.check_together()
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        trained = [metrics for metrics in history if metrics.get("updates")]
-        final = {"total_steps": len(trained), "iterations": len(history)}
+        final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
         final |= {"before": score(before), "after": score(after)}
         on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final)
         print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")

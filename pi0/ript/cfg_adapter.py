@@ -232,8 +232,9 @@ class PI0_CFG_Adapter:
         try:
             # As many on every rank, however few chunks it has: with shards they run in step.
             for index in torch.arange(len(batch)).tensor_split(self.passes):
+                part = batch if self.passes == 1 else batch[index]
                 with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
-                    part_loss = self.minibatch_loss(batch[index], generator, divisor)
+                    part_loss = self.minibatch_loss(part, generator, divisor)
                 (part_loss / steps).backward()
                 loss += part_loss.item()
         except RuntimeError as error:

@@ -11,6 +11,11 @@ from typing import Any
 
 import torch
 
+RELEASE_EVERY = 10  # iterations
+# Of mallopt(3): from which size on each piece is a mapping of its own, and how much may be free at the heap's end.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # that all versions take
+
 
 def resident_mb(process: int | str = "self") -> float:
     """Resident memory of a process, MB; 0 for one that is gone."""
@@ -22,13 +27,21 @@ def resident_mb(process: int | str = "self") -> float:
 
 
 def release() -> None:
-    """Collect garbage, and give the system back what malloc keeps of it, which otherwise grows step by step."""
+    """Collect garbage, and give the system back what malloc keeps of it, which otherwise grows step by step.
+
+    From then on until the next call malloc keeps what is freed: the next minibatch needs it again, and a page that the
+    system takes back and gives anew costs time (`benchmarks/stage13_parts.py`).
+    """
     gc.collect()
     if not gc.get_freeze_count():
         gc.freeze()  # what imports have made stays, and need not be looked through each time
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):  # not glibc
+        return
+    # Both or none: the first sets malloc's own choice aside, which without the second gives back even more.
+    if libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD):
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    libc.malloc_trim(0)
 
 
 def memory_use(workers: Iterable[int]) -> dict[str, Any]:
