@@ -23,7 +23,7 @@ from pi0.progress import progress
 from pi0.ript.env.assets import resolve_assets, use_assets
 from pi0.ript.env.experts import NoExpertError, PickAndPlace
 from pi0.ript.env.stepping import InitState, TaskSim, quat_to_axis_angle
-from pi0.ript.env.suites import Task, suite_tasks
+from pi0.ript.env.suites import Task, find_tasks
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
@@ -35,9 +35,10 @@ def main() -> None:
     )
     parser.add_argument("--suites", nargs="+", default=list(SUITES))
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
+    parser.add_argument("--tasks", nargs="+", default=[], help="by index or name; default: all of each suite")
     parser.add_argument("--steps", type=int, help="control steps; the suite's horizon by default")
     options = parser.parse_args()
-    tasks = [task for suite in options.suites for task in suite_tasks(suite)]
+    tasks = [task for suite in options.suites for task in find_tasks(suite, options.tasks)]
     lines, differing = ["| task | control steps | solved | first difference |", "|---|---|---|---|"], 0
     with progress(total=len(tasks), label="comparing", unit="task") as bar:
         for task in tasks:

@@ -104,6 +104,7 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=int, default=7, help="of the run; the first is not counted")
     parser.add_argument("--turns", type=int, default=40, help="updates of each kind")
+    parser.add_argument("--override", nargs="*", default=[], help="further overrides for the run")
     options = parser.parse_args()
     if options.iterations < 3 or options.turns < 2:
         parser.error("at least three iterations and two turns are needed")
@@ -142,6 +143,7 @@ def main() -> None:
             f"training.num_train_steps={options.iterations}",
             "evaluation.episodes=2",
             "features.save_video=false",
+            *options.override,
         ]
         stage["main"]()
     config, adapter, optimizer, average, batch, generator, *rest = clock.last_update

@@ -1,16 +1,12 @@
 """Every command in the READMEs, docs, configs and docstrings runs, and both READMEs say the same.
 
 A command's program is run until its own parser has read the arguments as they stand; what they name, such as
-configuration files, keys, checkpoints, suites and tasks, is then looked up, and nothing is trained or
-measured. Of `make` the recipe is printed, and its commands are treated alike. So no flag, key, file, script
-or target can be documented that is not there. torchrun's flags are read by torchrun's parser; no network is
-touched.
+configuration files, keys, checkpoints, suites and tasks, is then looked up. Of `make` the recipe is printed, and its
+commands are treated alike. So no flag, key, file, script or target can be documented that is not there.
 
-Programs that no other test runs are run here besides, made short by further arguments (`WAYS`), except those
-of which even the least takes long. Run as processes elsewhere are stages 08 to 13 with their configurations,
-overrides and torchrun (tests/test_stages.py, test_distributed.py, test_logging_stage.py,
-test_dataset_stage.py, test_production_stage.py), `pi0.report` (test_html_report.py) and `pi0.stages pages`
-(test_stage_pages.py).
+Then it is run to its end, made short by further arguments (`WAYS`): training with torchrun on two ranks or two
+hosts, too. What a user would have made or come by before (`STAND_INS`) is made by earlier commands. Left out are
+those that another test runs as they stand, and those of which even the least takes long or needs what is not here.
 
 A command of a program that has no entry in `WAYS` fails until it has one.
 """
@@ -26,6 +22,7 @@ import re
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tokenize
@@ -74,12 +71,13 @@ class Way(NamedTuple):
 
     run: bool  # here
     more: str = ""  # arguments that are appended for it; {out} is a new folder
+    overrides: str = ""  # further ones, for a command with or without overrides of its own
     copied: bool = False  # run a copy of the script, which writes beside itself
     why_not: str = ""  # not run here: the test that runs the program, or what keeps it from being run
 
 
-def here(more: str = "", copied: bool = False) -> Way:
-    return Way(True, more, copied)
+def here(more: str = "", overrides: str = "", copied: bool = False) -> Way:
+    return Way(True, more, overrides, copied)
 
 
 def elsewhere(test: str) -> Way:
@@ -90,57 +88,103 @@ def not_run(reason: str) -> Way:
     return Way(False, why_not=reason)
 
 
+# What words of commands stand for, by what is put in their place: a run and its policy, a data set, a host.
+STAND_INS = {
+    "outputs/RUN": "{run}",
+    "outputs/RUN/policy": "{run}/policy",
+    "outputs/ript-20260102-030405": "{run}",
+    "policy_path=/data/pi0_libero": "policy_path=checkpoints/pi0_tiny_libero_spatial",
+    "/data/pi0_libero": "checkpoints/pi0_tiny_libero_spatial",
+    "algo.cotraining_path=demonstrations": "algo.cotraining_path={demonstrations}",
+    "demonstrations": "{demonstrations}",
+    "CHECKPOINT": "checkpoints/pi0_tiny_libero_spatial",
+    "/data/for_openpi": "{out}/converted",
+    "/data/for_lerobot": "{out}/converted",
+    "OUTPUT": "{out}/converted",
+    "outputs/stages.json": "{measured}/stages.json",
+    "outputs/rollouts/standins.json": "{measured}/standins.json",
+    "/data/libero_assets": "standins",
+    "../libero_assets": "standins",
+    "--rdzv_endpoint=first:29500": "--rdzv_endpoint=127.0.0.1:{port}",
+    "--nproc_per_node=4": "--nproc_per_node=2",
+}
+# Training of an iteration, of which it takes the least that there is.
+LEAST = (
+    "output_dir={out} training.num_train_steps=1 task.task_names_to_use=[3] task.max_episode_length=2"
+    " task.settle_steps=0 task.num_parallel_envs=1 algo.rloo_batch_size=2 algo.data_batch_size=2"
+    " algo.train_init_states=4 algo.max_sampling_attempts=1 evaluation.episodes=1"
+    " evaluation.periodic_episodes=0 features.save_video=false"
+)
+EVALUATED = "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
+CLONED = (
+    "--tasks 3 --output {out} --max-minutes 0 --score-every 1 --score-episodes 1 --batch-size 4 --workers 1"
+)
+LEARNED = (
+    "--seeds 0 --output {out} --override training.num_train_steps=0 evaluation.episodes=1"
+    " task.max_episode_length=1 task.settle_steps=0 task.num_parallel_envs=1 algo.train_init_states=1"
+    " features.save_video=false logging.use_wandb=false"
+)
+ROLLOUTS = "--figures small --episodes 1 --turns 1 --output {out}"
+# As little as has something to learn from: cut off in the middle, not all episodes are solved.
+LEARNS = (
+    "algo.data_batch_size=4 algo.rloo_batch_size=4 task.task_names_to_use=[3] task.max_episode_length=105"
+    " evaluation.episodes=1 algo.train_init_states=8 task.num_parallel_envs=1"
+)
+STAGES = f"--stages 09 13 --iterations 1 --output {{out}}/stages.json --override {LEARNS}"
+
 # By the beginning of a command, without what starts Python; the longest that fits counts.
 WAYS = {
     "make": not_run("sets up an environment, runs all tests or trains; the recipe's commands are looked at"),
     "tools/check_upstream.py": not_run("needs LeRobot or openpi, which ask for other versions"),
     "tools/setup.py": not_run("installs packages"),
     "08_train_with_epochs.py": elsewhere("test_stages.py"),
-    "09_train_with_config.py": elsewhere("test_stages.py"),
-    "10_train_with_distributed.py": elsewhere("test_distributed.py"),
-    "11_train_with_logging.py": elsewhere("test_logging_stage.py"),
-    "12_train_with_dataset.py": elsewhere("test_dataset_stage.py"),
-    "13_train_production_ready.py": elsewhere("stage_13_runs.py"),
-    "pi0.report": elsewhere("test_html_report.py"),
+    "09_train_with_config.py": here(overrides=LEAST),
+    "10_train_with_distributed.py": here(overrides=LEAST),
+    "11_train_with_logging.py": here(overrides=LEAST),
+    "12_train_with_dataset.py": here(overrides=f"{LEAST} algo.rollout_stats_path={{out}}/stats.json"),
+    "13_train_production_ready.py": here(
+        overrides=f"{LEAST} algo.rollout_stats_path={{out}}/stats.json compile=false"
+    ),
+    "13_train_production_ready.py --help": here(),
+    "pi0.report": here(),
     "pi0.stages": here(),
     "pi0.stages pages": elsewhere("test_stage_pages.py"),
     "pi0.tokenizer": not_run("writes over the vocabulary, whose tests are in tests/test_policy.py"),
     "pi0.doctor": elsewhere("test_doctor.py"),
     "pi0.doctor --config_path configs/quickstart.yaml": here(),
-    "pi0.checkpoint": elsewhere("test_published_checkpoints.py"),
-    "pi0.checkpoint inspect checkpoints/pi0_tiny_libero_spatial": here(),
-    "pi0.norm_stats": elsewhere("test_libero_conventions.py"),
-    "pi0.evaluate": not_run("the README's is run"),
-    "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8"
-    " --episodes 50 --assets standins": here(
-        "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
+    "pi0.checkpoint": here(),
+    "pi0.checkpoint inspect FOLDER": elsewhere("test_published_checkpoints.py"),
+    "pi0.checkpoint convert outputs/RUN/policy /data/for_lerobot": elsewhere("test_published_checkpoints.py"),
+    "pi0.checkpoint convert CHECKPOINT OUTPUT --layout": elsewhere("test_published_checkpoints.py"),
+    "pi0.norm_stats": here("--tasks 3 --demonstrations 1 --output {out}/stats.json"),
+    "pi0.evaluate": here(EVALUATED),
+    "pi0.warmstart": here(f"{CLONED} --demonstrations 1 --frame-every 9"),
+    "pi0.warmstart --tasks 3 8 --output outputs/warmstart --dataset demonstrations": here(CLONED),
+    "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),
+    "pi0.warmstart --tasks 3 8 --write-dataset demonstrations": not_run("runs for what the others read"),
+    "pi0.warmstart --tasks 3 8 --dataset LIBERO/datasets/libero_spatial": not_run(
+        "needs LIBERO's own files; tests/test_recorded_chunks.py runs it with one of their kind"
     ),
-    "pi0.warmstart": not_run("the README's is run"),
-    "pi0.warmstart --tasks 3 8 --output outputs/warmstart": here(
-        "--tasks 3 --output {out} --demonstrations 1 --max-minutes 0 --score-every 1 --score-episodes 1"
-        " --batch-size 4 --frame-every 9 --workers 1"
-    ),
-    "pi0.warmstart --tasks 3 8 --output outputs/warmstart --dataset": not_run(
-        "needs a data set; tests/test_recorded_chunks.py runs both ways with one"
-    ),
-    "benchmarks/checkpoint.py": not_run("writes gigabytes"),
-    "benchmarks/checkpoint.py --shrink 8": here(),
-    "benchmarks/identity.py": not_run("LIBERO's environment takes seconds to build for each of ten tasks"),
-    "benchmarks/learning.py": not_run("takes hours"),
-    "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(
-        "--seeds 0 --output {out} --override training.num_train_steps=0 evaluation.episodes=1"
-        " task.max_episode_length=1 task.settle_steps=0 task.num_parallel_envs=1 algo.train_init_states=1"
-        " features.save_video=false logging.use_wandb=false"
-    ),
+    "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
+    "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
+    "benchmarks/learning.py": not_run("scores hundreds of episodes after training"),
+    "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(LEARNED),
+    "benchmarks/learning.py --runs shuffled": here(LEARNED),
     "benchmarks/learning.py --table": here("--table {out}"),
     "benchmarks/pictures.py": here(copied=True),
-    "benchmarks/rollout_cost.py": not_run("takes minutes"),
-    "benchmarks/rollout_cost.py --tables profile": here("--episodes 1"),
-    "benchmarks/pi0.py": not_run("takes minutes, at full size a GPU"),
-    "benchmarks/pi0.py --preset pi0_tiny": here("--tables sharing --dtypes float32 --output {out}/pi0.json"),
-    "benchmarks/run_memory.py": not_run("needs a run of several iterations"),
-    "benchmarks/stages.py": not_run("takes minutes, in which it runs every stage"),
-    "benchmarks/rollouts.py": not_run("takes minutes, most of them in LIBERO's own environments"),
+    "benchmarks/rollout_cost.py": here("--tables profile --episodes 1"),
+    "benchmarks/pi0.py": here(
+        "--preset pi0_tiny --shrink 1 --tables sharing --dtypes float32 --repeats 1 --device cpu --output {out}/pi0.json"
+    ),
+    "benchmarks/pi0.py --shrink 8 --compile": not_run(
+        "compiles for a minute; --tables with --compile is run"
+    ),
+    "benchmarks/run_memory.py": here(),
+    "benchmarks/stage13_parts.py": here(f"--iterations 3 --turns 2 --override {LEARNS}"),
+    "benchmarks/stages.py": here(STAGES),
+    "benchmarks/stages.py --table": here(),
+    "benchmarks/rollouts.py": here(ROLLOUTS),
+    "benchmarks/rollouts.py --table": here(),
 }
 
 
@@ -374,7 +418,7 @@ def look_up(options: dict) -> None:
         assert is_there(config.policy_path), config.policy_path
     if "policy_path" in options:
         assert is_there(options["policy_path"]), options["policy_path"]
-    if "tasks" in options:
+    if "tasks" in options and "suite" in options:
         find_tasks(options["suite"], options["tasks"])
     for suite in options.get("suites", []):
         suite_tasks(suite)
@@ -382,7 +426,7 @@ def look_up(options: dict) -> None:
 
 def is_there(checkpoint: str) -> bool:
     """Whether a checkpoint is there, or stands for one that a user has come by or has trained."""
-    return checkpoint.startswith(("/data/", "outputs/RUN/")) or Path(checkpoint).is_dir()
+    return checkpoint in STAND_INS or Path(checkpoint).is_dir()
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +434,42 @@ def programs(tmp_path_factory):
     programs = Programs(tmp_path_factory.mktemp("programs"))
     yield programs
     programs.close()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds the package; torchrun looks beside the script alone."""
+    return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def made_before(programs, tmp_path_factory):
+    """What `STAND_INS` names, made by documented commands: a run of several iterations, a data set, measurements."""
+    folder = tmp_path_factory.mktemp("made")
+    texts = [command.text for command in COMMANDS]
+    train = "python 13_train_production_ready.py --config_path configs/quickstart.yaml"
+    record = "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
+    assert train in texts
+    assert record in texts
+    overrides = LEAST.format(out=folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
+    outcome = programs.run(with_overrides(shlex.split(train)[1:], shlex.split(overrides)))
+    assert outcome.code == 0, outcome.output[-3000:]
+    (run,) = (folder / "runs").iterdir()
+    demonstrations = folder / "demonstrations"
+    words = [str(demonstrations) if word == "demonstrations" else word for word in shlex.split(record)[1:]]
+    more = CLONED.format(out=folder / "warmstart") + " --demonstrations 1 --frame-every 9"
+    outcome = programs.run([*words, *shlex.split(more)])
+    assert outcome.code == 0, outcome.output[-3000:]
+    for script, least in (("stages", STAGES), ("rollouts", ROLLOUTS)):
+        words = shlex.split(least.format(out=folder / "measured"))
+        outcome = programs.run([f"benchmarks/{script}.py", *words])
+        assert outcome.code == 0, outcome.output[-3000:]
+    return {"run": run, "demonstrations": demonstrations, "measured": folder / "measured"}
 
 
 # Commands.
@@ -455,20 +535,67 @@ def check_arguments(programs: Programs, command: Command) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [command for command in COMMANDS if command.way and command.way.run],
+    [
+        command
+        for command in COMMANDS
+        if command.way and command.way.run and (command.arguments or not command.mention)
+    ],
     ids=lambda command: command.text,
 )
-def test_it_runs(programs, command, tmp_path):
-    _, *words = command.words
-    if command.way.copied:
+def test_it_runs(programs, made_before, command, tmp_path):
+    way, words = command.way, command.words
+    if words[0] != "torchrun":
+        words = words[1:]
+    places = {"out": tmp_path, "port": free_port(), **made_before}
+    words = [STAND_INS.get(word, word).format(**places) for word in words]
+    words = with_overrides(words, shlex.split(way.overrides.format(**places)))
+    words += shlex.split(way.more.format(**places))
+    if way.copied:
         script = tmp_path / command.program
         script.parent.mkdir()
         script.write_text(command.file.read_text(encoding="utf-8"), encoding="utf-8")
         (tmp_path / "docs" / "pictures").mkdir(parents=True)
         words[words.index(command.program)] = str(script)
-    outcome = programs.run([*words, *shlex.split(command.way.more.format(out=tmp_path))])
-    assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
-    assert "Traceback" not in outcome.output
+    if "--resume" in words:
+        first = [word for word in words if word != "--resume"]
+        assert programs.run(first).code == 0
+    if words[0] == "torchrun":
+        hosts = 2 if "--nnodes=2" in words else 1  # two hosts have a rank each
+        outcomes = run_hosts([word for word in words if hosts == 1 or "nproc" not in word], hosts, tmp_path)
+    else:
+        outcomes = [programs.run(words)]
+    for outcome in outcomes:
+        assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
+        assert "Traceback" not in outcome.output
+    if way.overrides:
+        (results,) = tmp_path.glob("*/results.json")
+        steps = int(re.findall(r"num_train_steps=(\d+)", " ".join(words))[-1])
+        assert len(json.loads(results.read_text())["history"]) == steps
+
+
+def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
+    """The words of a command, with these behind its own overrides."""
+    if not overrides:
+        return words
+    if "--override" not in words:
+        return [*words, "--override", *overrides]
+    start = words.index("--override") + 1
+    end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    return words[:end] + overrides + words[end:]
+
+
+def run_hosts(words: list[str], hosts: int, folder: Path) -> list[Outcome]:
+    """torchrun, as many times as there are hosts at the same time."""
+    launch = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    files = [folder / f"host{number}" for number in range(hosts)]
+    processes = []
+    for file in files:
+        with file.open("wb") as output:
+            processes.append(
+                subprocess.Popen(launch, cwd=REPO_ROOT, stdout=output, stderr=output, env=environment())
+            )
+    codes = [process.wait(timeout=200) for process in processes]
+    return [Outcome(code, file.read_text(errors="replace")) for code, file in zip(codes, files, strict=True)]
 
 
 def test_torchrun_is_where_python_is():

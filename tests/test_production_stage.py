@@ -483,6 +483,26 @@ def test_free_memory_is_given_back():
     assert float(done.stdout) > 100
 
 
+KEEPS_FREED_MEMORY = """
+import resource
+import torch
+from pi0.ript.memory import release
+release()
+for _ in range(3):
+    torch.zeros(5_000_000)  # 20 MB, of which a page that comes anew is a fault
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.zeros(5_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_between_releases_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, "-c", KEEPS_FREED_MEMORY], cwd=REPO_ROOT, env=with_path(),
+                          capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+    assert int(done.stdout) < 1000
+
+
 def test_memory_that_grows_is_reported(capsys):
     spec = importlib.util.spec_from_file_location("stage_13", REPO_ROOT / SCRIPT)
     stage = importlib.util.module_from_spec(spec)
