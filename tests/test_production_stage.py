@@ -488,19 +488,21 @@ import resource
 import torch
 from pi0.ript.memory import release
 release()
-for _ in range(3):
-    torch.zeros(5_000_000)  # 20 MB, of which a page that comes anew is a fault
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.zeros(5_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt  # pages that came anew from the system
+for number in range(15):
+    if number == 10:
+        before = faults()
+    blocks = [torch.zeros(5_000_000) for _ in range(10)]  # 20 MB each: more than malloc keeps of itself
+    del blocks
+print(faults() - before)
 """
 
 
 def test_between_releases_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", KEEPS_FREED_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
-    assert int(done.stdout) < 1000
+    assert int(done.stdout) < 10_000  # of 244,000
 
 
 def test_memory_that_grows_is_reported(capsys):
