@@ -22,7 +22,6 @@ import re
 import runpy
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tokenize
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from test_distributed import free_port
 
 from pi0.paths import REPO_ROOT
 from pi0.ript.env.libero_import import prepare_libero
@@ -439,12 +439,6 @@ def programs(tmp_path_factory):
 def environment() -> dict[str, str]:
     """Of a process that finds the package; torchrun looks beside the script alone."""
     return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
