@@ -1,4 +1,5 @@
 # `make` lists the targets. PYTHON picks the interpreter that makes .venv, TORCH the build: auto, cpu or cuda.
+# ARGS goes to training and to pytest: make quickstart ARGS="--override training.seed=1", make test ARGS="-k model".
 PYTHON ?= $(firstword $(shell command -v python3.11 2>/dev/null) $(shell command -v python3 2>/dev/null))
 TORCH ?= auto
 NO_PYTHON = no python3.11 on the path: install Python 3.11 (Debian: apt-get install python3.11-venv)
@@ -21,10 +22,10 @@ test: setup-test  ## lint, check types, run the tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(ARGS)
 
 quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table, curve, video and report at the end
-	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml
+	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml $(ARGS)
 
 resume: setup  ## go on with a quickstart that was interrupted
-	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume
+	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)

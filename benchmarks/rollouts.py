@@ -79,13 +79,18 @@ def main() -> None:
     parser.add_argument("--figures", nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--turns", type=int, default=3, help="measurements of each side")
     parser.add_argument(
-        "--episodes", type=int, default=24, help="episodes in `loop`; `workers` runs 4 times as many"
+        "--episodes",
+        type=int,
+        default=24,
+        help="episodes in `loop`, an even number, as theirs run in pairs; `workers` runs 4 times as many",
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--output", default=str(ROOT / "outputs" / "rollouts"))
     parser.add_argument("--table", help="only print the table of this file")
     parser.add_argument("--measure", nargs=2, metavar=("FIGURE", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.episodes < 2 or options.episodes % 2:
+        parser.error(f"--episodes {options.episodes}: theirs run in pairs; ask for 2, 4, 6, ...")
     if options.measure:
         figure, side = options.measure
         gl.select_backend()

@@ -12,6 +12,7 @@ encodes text and newline together.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from pi0.errors import MissingFileError
+from pi0.files import write_whole
 
 VOCABULARY_FILE = Path(__file__).with_name("tiny_vocabulary.json")
 PIECES = 125  # words and phrases of the tiny vocabulary: 384 ids with the 3 special ones and 256 bytes
@@ -208,7 +210,19 @@ def libero_prompts() -> list[str]:
     return [re.sub(r"^[A-Z_]+SCENE\d+_", "", name).replace("_", " ") for name in names]
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """Rebuild the vocabulary."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pi0.tokenizer",
+        description="Rebuild the vocabulary of the tiny policies from the prompts of the installed LIBERO's tasks.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=VOCABULARY_FILE, help="file to write")
+    options = parser.parse_args(arguments)
     vocabulary = build_vocabulary(libero_prompts())
-    VOCABULARY_FILE.write_text(json.dumps({"pieces": vocabulary}, indent=0) + "\n")
-    print(f"{VOCABULARY_FILE}: {len(vocabulary)} pieces")
+    write_whole(options.output, json.dumps({"pieces": vocabulary}, indent=0) + "\n")
+    print(f"{options.output}: {len(vocabulary)} pieces")
+
+
+if __name__ == "__main__":
+    main()

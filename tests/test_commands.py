@@ -4,7 +4,7 @@ A command's program is run until its own parser has read the arguments as they s
 configuration files, keys, checkpoints, suites and tasks, is then looked up. Of `make` the recipe is printed, and its
 commands are treated alike. So no flag, key, file, script or target can be documented that is not there.
 
-Then it is run to its end, made short by further arguments (`WAYS`): training with torchrun on two ranks or two
+Then it is run to its end, made short by further arguments (`WAYS`): training with torchrun on several ranks or
 hosts, too. What a user would have made or come by before (`STAND_INS`) is made by earlier commands. Left out are
 those that another test runs as they stand, and those of which even the least takes long or needs what is not here.
 
@@ -31,10 +31,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from recordings import write_hdf5
 from test_distributed import free_port
 
+from pi0.data import open_demonstrations
 from pi0.paths import REPO_ROOT
 from pi0.ript.env.libero_import import prepare_libero
+from pi0.ript.env.suites import find_tasks
 
 ENGLISH, CHINESE = REPO_ROOT / "README.md", REPO_ROOT / "README.zh-CN.md"
 MARKDOWN = [ENGLISH, CHINESE, *sorted(REPO_ROOT.glob("docs/**/*.md"))]
@@ -97,6 +100,7 @@ STAND_INS = {
     "/data/pi0_libero": "checkpoints/pi0_tiny_libero_spatial",
     "algo.cotraining_path=demonstrations": "algo.cotraining_path={demonstrations}",
     "demonstrations": "{demonstrations}",
+    "LIBERO/datasets/libero_spatial": "{libero_files}",
     "CHECKPOINT": "checkpoints/pi0_tiny_libero_spatial",
     "/data/for_openpi": "{out}/converted",
     "/data/for_lerobot": "{out}/converted",
@@ -106,50 +110,53 @@ STAND_INS = {
     "/data/libero_assets": "standins",
     "../libero_assets": "standins",
     "--rdzv_endpoint=first:29500": "--rdzv_endpoint=127.0.0.1:{port}",
-    "--nproc_per_node=4": "--nproc_per_node=2",
 }
-# Training of an iteration, of which it takes the least that there is.
+# Training of an iteration, of which it takes the least that there is: nothing to learn.
 LEAST = (
     "output_dir={out} training.num_train_steps=1 task.task_names_to_use=[3] task.max_episode_length=2"
     " task.settle_steps=0 task.num_parallel_envs=1 algo.rloo_batch_size=2 algo.data_batch_size=2"
-    " algo.train_init_states=4 algo.max_sampling_attempts=1 evaluation.episodes=1"
-    " evaluation.periodic_episodes=0 features.save_video=false"
+    " algo.train_init_states=4 algo.max_sampling_attempts=1 algo.rollout_stats_path={out}/stats.json"
+    " evaluation.episodes=1 evaluation.periodic_episodes=0 features.save_video=false"
 )
 EVALUATED = "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
 CLONED = (
     "--tasks 3 --output {out} --max-minutes 0 --score-every 1 --score-episodes 1 --batch-size 4 --workers 1"
 )
-LEARNED = (
-    "--seeds 0 --output {out} --override training.num_train_steps=0 evaluation.episodes=1"
-    " task.max_episode_length=1 task.settle_steps=0 task.num_parallel_envs=1 algo.train_init_states=1"
-    " features.save_video=false logging.use_wandb=false"
-)
-ROLLOUTS = "--figures small --episodes 1 --turns 1 --output {out}"
+LEARNED = "--rehearse --seeds 0 --output {out}/learning --override logging.use_wandb=false"
+ROLLOUTS = "--episodes 2 --turns 1 --output {out}"
+TINY = "--preset pi0_tiny --shrink 1 --device cpu --repeats 1 --output {out}/pi0.json"
 # As little as has something to learn from: cut off in the middle, not all episodes are solved.
 LEARNS = (
     "algo.data_batch_size=4 algo.rloo_batch_size=4 task.task_names_to_use=[3] task.max_episode_length=105"
     " evaluation.episodes=1 algo.train_init_states=8 task.num_parallel_envs=1"
 )
+TRAINS = (
+    f"output_dir={{out}} training.num_train_steps=1 evaluation.periodic_episodes=0 features.save_video=false"
+    f" algo.enable_dynamic_sampling=true algo.max_sampling_attempts=8 {LEARNS}"
+)
 STAGES = f"--stages 09 13 --iterations 1 --output {{out}}/stages.json --override {LEARNS}"
 
 # By the beginning of a command, without what starts Python; the longest that fits counts.
 WAYS = {
-    "make": not_run("sets up an environment, runs all tests or trains; the recipe's commands are looked at"),
+    "make setup": here(),
+    "make quickstart": here(overrides=TRAINS),
+    "make resume": here(overrides=TRAINS),
+    "make test": not_run("runs these tests; the recipe's commands are looked at"),
     "tools/check_upstream.py": not_run("needs LeRobot or openpi, which ask for other versions"),
     "tools/setup.py": not_run("installs packages"),
     "08_train_with_epochs.py": elsewhere("test_stages.py"),
-    "09_train_with_config.py": here(overrides=LEAST),
-    "10_train_with_distributed.py": here(overrides=LEAST),
-    "11_train_with_logging.py": here(overrides=LEAST),
-    "12_train_with_dataset.py": here(overrides=f"{LEAST} algo.rollout_stats_path={{out}}/stats.json"),
-    "13_train_production_ready.py": here(
-        overrides=f"{LEAST} algo.rollout_stats_path={{out}}/stats.json compile=false"
-    ),
+    "09_train_with_config.py": here(overrides=TRAINS),
+    "10_train_with_distributed.py": here(overrides=TRAINS),
+    "11_train_with_logging.py": here(overrides=TRAINS),
+    "12_train_with_dataset.py": here(overrides=TRAINS),
+    "12_train_with_dataset.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST),
+    "13_train_production_ready.py": here(overrides=f"{TRAINS} compile=false"),
+    "13_train_production_ready.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST),
     "13_train_production_ready.py --help": here(),
     "pi0.report": here(),
     "pi0.stages": here(),
     "pi0.stages pages": elsewhere("test_stage_pages.py"),
-    "pi0.tokenizer": not_run("writes over the vocabulary, whose tests are in tests/test_policy.py"),
+    "pi0.tokenizer": here("--output {out}/vocabulary.json"),
     "pi0.doctor": elsewhere("test_doctor.py"),
     "pi0.doctor --config_path configs/quickstart.yaml": here(),
     "pi0.checkpoint": here(),
@@ -162,28 +169,34 @@ WAYS = {
     "pi0.warmstart --tasks 3 8 --output outputs/warmstart --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --write-dataset demonstrations": not_run("runs for what the others read"),
-    "pi0.warmstart --tasks 3 8 --dataset LIBERO/datasets/libero_spatial": not_run(
-        "needs LIBERO's own files; tests/test_recorded_chunks.py runs it with one of their kind"
-    ),
+    "pi0.warmstart --tasks 3 8 --dataset LIBERO/datasets/libero_spatial": here(CLONED),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
-    "benchmarks/learning.py": not_run("scores hundreds of episodes after training"),
-    "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(LEARNED),
-    "benchmarks/learning.py --runs shuffled": here(LEARNED),
+    "benchmarks/learning.py": here(LEARNED),
+    # All four kinds, of which the others are run by themselves.
+    "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
     "benchmarks/learning.py --table": here("--table {out}"),
     "benchmarks/pictures.py": here(copied=True),
     "benchmarks/rollout_cost.py": here("--tables profile --episodes 1"),
-    "benchmarks/pi0.py": here(
-        "--preset pi0_tiny --shrink 1 --tables sharing --dtypes float32 --repeats 1 --device cpu --output {out}/pi0.json"
+    "benchmarks/pi0.py": here(TINY),
+    "benchmarks/pi0.py --preset pi0_tiny": here(
+        f"{TINY} --dtypes float32 --batches 1 --steps 1 --trainable all"
     ),
-    "benchmarks/pi0.py --shrink 8 --compile": not_run(
-        "compiles for a minute; --tables with --compile is run"
+    "benchmarks/pi0.py --shrink 4": here(f"{TINY} --dtypes float32 --batches 1 --steps 1 --trainable lora"),
+    "benchmarks/pi0.py --shrink 4 --dtypes": here(TINY),
+    "benchmarks/pi0.py --shrink 8 --tables model": here(
+        "--dtypes float32 --batches 1 --repeats 1 --output {out}/pi0.json"
+    ),
+    "benchmarks/pi0.py --device cuda": here(f"{TINY} --steps 1 --trainable all"),
+    "benchmarks/pi0.py --tables sampling sharing --compile": here(
+        f"{TINY} --dtypes float32 --batches 1 --steps 1"
     ),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(f"--iterations 3 --turns 2 --override {LEARNS}"),
     "benchmarks/stages.py": here(STAGES),
     "benchmarks/stages.py --table": here(),
     "benchmarks/rollouts.py": here(ROLLOUTS),
+    "benchmarks/rollouts.py --episodes": here(f"--figures small {ROLLOUTS}"),
     "benchmarks/rollouts.py --table": here(),
 }
 
@@ -339,7 +352,7 @@ class Programs:
             text=True,
         )
 
-    def run(self, words: list[str], seconds: int = 200) -> Outcome:
+    def run(self, words: list[str], seconds: int = 500) -> Outcome:
         """`python words`."""
         return self._ask(words, seconds, only_read=False)
 
@@ -453,17 +466,27 @@ def made_before(programs, tmp_path_factory):
     overrides = LEAST.format(out=folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
     outcome = programs.run(with_overrides(shlex.split(train)[1:], shlex.split(overrides)))
     assert outcome.code == 0, outcome.output[-3000:]
-    (run,) = (folder / "runs").iterdir()
+    (results,) = (folder / "runs").glob("*/results.json")
     demonstrations = folder / "demonstrations"
     words = [str(demonstrations) if word == "demonstrations" else word for word in shlex.split(record)[1:]]
     more = CLONED.format(out=folder / "warmstart") + " --demonstrations 1 --frame-every 9"
     outcome = programs.run([*words, *shlex.split(more)])
     assert outcome.code == 0, outcome.output[-3000:]
-    for script, least in (("stages", STAGES), ("rollouts", ROLLOUTS)):
+    libero_files = folder / "libero_spatial"
+    libero_files.mkdir()
+    (recorded,) = open_demonstrations(demonstrations)
+    (task,) = find_tasks("libero_spatial", [3])
+    write_hdf5(libero_files / f"{task.name}_demo.hdf5", {"demo_0": recorded}, instruction=task.prompt)
+    for script, least in (("stages", STAGES), ("rollouts", f"--figures small {ROLLOUTS}")):
         words = shlex.split(least.format(out=folder / "measured"))
         outcome = programs.run([f"benchmarks/{script}.py", *words])
         assert outcome.code == 0, outcome.output[-3000:]
-    return {"run": run, "demonstrations": demonstrations, "measured": folder / "measured"}
+    return {
+        "run": results.parent,
+        "demonstrations": demonstrations,
+        "libero_files": libero_files,
+        "measured": folder / "measured",
+    }
 
 
 # Commands.
@@ -503,16 +526,23 @@ def test_its_program_takes_the_arguments_as_they_stand(programs, command):
 
 def recipes(command: Command) -> list[Command]:
     """The commands of this project that `make` would run."""
-    environment = {**os.environ, "MAKEFLAGS": "", "LC_ALL": "C"}
-    done = subprocess.run(
-        ["make", "-n", *command.arguments],
-        cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{command.place}: {done.stderr}"
+    outcome = make("-n", *command.arguments)
+    assert outcome.code == 0, f"{command.place}: {outcome.output}"
     # Said of a file or folder that happens to have the name.
-    assert "Nothing to be done" not in done.stdout, f"{command.place}: {done.stdout}"
-    found = re.findall(r"python[\d.]*\"? ((?:-m pi0\.|\S+\.py)[^;&|\n]*)", done.stdout)
+    assert "Nothing to be done" not in outcome.output, f"{command.place}: {outcome.output}"
+    found = re.findall(r"python[\d.]*\"? ((?:-m pi0\.|\S+\.py)[^;&|\n]*)", outcome.output)
     return [Command(f"python {words}", "Makefile") for words in found]
+
+
+def make(*words: str) -> Outcome:
+    """`make words`, as if no other make were running."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "ARGS")}
+    done = subprocess.run(
+        ["make", *words],
+        cwd=REPO_ROOT, env={**environment, "LC_ALL": "C"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False, timeout=500,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout)
 
 
 def check_arguments(programs: Programs, command: Command) -> None:
@@ -538,7 +568,9 @@ def check_arguments(programs: Programs, command: Command) -> None:
 )
 def test_it_runs(programs, made_before, command, tmp_path):
     way, words = command.way, command.words
-    if words[0] != "torchrun":
+    if words[0] == "make" and Path(sys.prefix).resolve() != (REPO_ROOT / ".venv").resolve():
+        pytest.skip("would set up .venv, which is not what runs the tests")
+    if words[0] not in ("torchrun", "make"):
         words = words[1:]
     places = {"out": tmp_path, "port": free_port(), **made_before}
     words = [STAND_INS.get(word, word).format(**places) for word in words]
@@ -553,9 +585,10 @@ def test_it_runs(programs, made_before, command, tmp_path):
     if "--resume" in words:
         first = [word for word in words if word != "--resume"]
         assert programs.run(first).code == 0
-    if words[0] == "torchrun":
-        hosts = 2 if "--nnodes=2" in words else 1  # two hosts have a rank each
-        outcomes = run_hosts([word for word in words if hosts == 1 or "nproc" not in word], hosts, tmp_path)
+    if words[0] == "make":
+        outcomes = run_targets(words)
+    elif words[0] == "torchrun":
+        outcomes = run_hosts(words, 2 if "--nnodes=2" in words else 1, tmp_path)
     else:
         outcomes = [programs.run(words)]
     for outcome in outcomes:
@@ -564,7 +597,9 @@ def test_it_runs(programs, made_before, command, tmp_path):
     if way.overrides:
         (results,) = tmp_path.glob("*/results.json")
         steps = int(re.findall(r"num_train_steps=(\d+)", " ".join(words))[-1])
-        assert len(json.loads(results.read_text())["history"]) == steps
+        history = json.loads(results.read_text())["history"]
+        assert len(history) == steps
+        assert all("loss" in step for step in history) or way.overrides == LEAST
 
 
 def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
@@ -578,6 +613,13 @@ def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
     return words[:end] + overrides + words[end:]
 
 
+def run_targets(words: list[str]) -> list[Outcome]:
+    """make, with the overrides of training in ARGS; what is to be resumed is there before."""
+    _, target, *more = words
+    targets = ["quickstart", "resume"] if target == "resume" else [target]
+    return [make(name, f"ARGS={shlex.join(more)}") for name in targets]
+
+
 def run_hosts(words: list[str], hosts: int, folder: Path) -> list[Outcome]:
     """torchrun, as many times as there are hosts at the same time."""
     launch = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
@@ -588,7 +630,7 @@ def run_hosts(words: list[str], hosts: int, folder: Path) -> list[Outcome]:
             processes.append(
                 subprocess.Popen(launch, cwd=REPO_ROOT, stdout=output, stderr=output, env=environment())
             )
-    codes = [process.wait(timeout=200) for process in processes]
+    codes = [process.wait(timeout=500) for process in processes]
     return [Outcome(code, file.read_text(errors="replace")) for code, file in zip(codes, files, strict=True)]
 
 
