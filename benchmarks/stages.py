@@ -6,11 +6,12 @@
 
 Every stage runs the quickstart's configuration, shortened: the same states, the same noise, so the same episodes and
 updates, with what it adds switched on as a user has it (stage 11 on: WandB offline, TensorBoard, report; stage 12:
-statistics; stage 13: a checkpoint in every iteration). All runs are started, and then take turns, an iteration each, forth
-and back, while the others are paused (SIGSTOP): a machine that is now faster, now slower, is so for neighbours alike. The
-first iteration is left out: it opens scenes and imports what optimizers need.
+statistics; stage 13: a checkpoint in every iteration). The last is stage 13 on two processes, which share the rollouts.
 
-Ranks that are paused take each other for dead, so two processes run by themselves, after stage 13 by itself.
+All runs go on at once, but only one at a time: each for a second, the others paused (SIGSTOP) with all that they started.
+So a machine that is now faster, now slower, is so for all alike. An iteration's time is that of its own seconds. When all
+runs are through with an iteration, all begin the next. The first is left out: it opens scenes and imports what optimizers
+need.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -31,6 +34,9 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from scipy.stats import quantile_test
+
+from pi0.ript.distributed import SILENCE_S
 from pi0.ript.report import write_json
 
 CONFIG = "configs/quickstart.yaml"
@@ -42,8 +48,8 @@ STAGES = {
     "11": "11_train_with_logging.py",
     "12": "12_train_with_dataset.py",
     "13": "13_train_production_ready.py",
+    "two": "13_train_production_ready.py",
 }
-ALONE, TWO_PROCESSES = "13 by itself", "13 on two processes"
 # Stage 08 has its settings in the file; this is its `train` with others.
 STAGE_08 = """
 import runpy, sys
@@ -58,10 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=10, help="of each run that count")
+    parser.add_argument("--iterations", type=int, default=12, help="of each run that count")
     parser.add_argument(
-        "--stages", nargs="+", default=[*STAGES, "two"], choices=[*STAGES, "two"], help="two: two processes"
+        "--stages", nargs="+", default=list(STAGES), choices=STAGES, help="two: two processes"
     )
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a run goes on for while others wait")
     parser.add_argument("--override", nargs="*", default=[], help="further overrides for every run")
     parser.add_argument("--output", default="outputs/stages.json")
     parser.add_argument("--table", help="only print the table of this file")
@@ -69,40 +76,52 @@ def main() -> None:
     if options.table is None:
         if options.iterations < 1:
             parser.error("at least one iteration is needed")
-        together = [name for name in options.stages if name != "two"]
-        alone = [[ALONE], [TWO_PROCESSES]] if "two" in options.stages else []
-        seconds: dict[str, list[float]] = {}
-        for names in [together, *alone]:
-            seconds |= measure(names, options.iterations, options.override)
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(options.output), {"seconds": seconds})
+        if not 0 < options.seconds < SILENCE_S / len(STAGES):
+            parser.error(
+                f"--seconds {options.seconds}: ranks that are paused for {SILENCE_S:g} s count as dead"
+            )
+        seconds = measure(options.stages, options.iterations, options.seconds, options.override)
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(options.output), {"seconds": seconds})
     print(table(json.loads(Path(options.table or options.output).read_text())["seconds"]))
 
 
-def measure(names: list[str], iterations: int, overrides: list[str]) -> dict[str, list[float]]:
+def measure(names: list[str], iterations: int, turn: float, overrides: list[str]) -> dict[str, list[float]]:
     """Seconds of each iteration but the first, by run."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs = {}
         for name in names:
-            runs[name] = Run(name, Path(folder) / name, iterations + 1, overrides, pause=len(names) > 1)
+            runs[name] = Run(name, Path(folder) / name, iterations + 1, overrides)
             stack.callback(runs[name].kill)
-            runs[name].iteration()
-        for number in range(iterations):
-            for name in names[:: 1 if number % 2 == 0 else -1]:
-                seconds[name].append(runs[name].iteration())
-                print(f"iteration {number + 1}: {name}: {seconds[name][-1]:.2f} s", flush=True)
+            runs[name].pause()
+        for number in range(iterations + 1):
+            taken = dict.fromkeys(names, 0.0)
+            going = names[:: 1 if number % 2 == 0 else -1]
+            while going:
+                ended = set()
+                for name in going:
+                    elapsed, done = runs[name].go_on(turn)
+                    taken[name] += elapsed
+                    ended |= {name} if done else set()
+                going = [name for name in going if name not in ended]
+            print(
+                f"iteration {number}:", ", ".join(f"{name} {taken[name]:.2f} s" for name in names), flush=True
+            )
+            if number > 0:
+                for name in names:
+                    seconds[name].append(taken[name])
         for run in runs.values():
             run.end()
     return seconds
 
 
 class Run:
-    """A stage as a process, which is paused between its iterations."""
+    """A stage as a process that is paused most of the time."""
 
-    def __init__(self, name: str, folder: Path, iterations: int, overrides: list[str], pause: bool):
-        processes = 2 if name == TWO_PROCESSES else 1
-        self.name, self._pause, script = name, pause, STAGES[name[:2]]
+    def __init__(self, name: str, folder: Path, iterations: int, overrides: list[str]):
+        processes = 2 if name == "two" else 1
+        self.name, script = name, STAGES[name]
         settings = [
             f"output_dir={folder}",
             f"algo.data_batch_size={ROLLOUTS // processes}",
@@ -127,56 +146,85 @@ class Run:
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
                 start_new_session=True,
             )
-
-    def iteration(self) -> float:
-        """Seconds to the end of the next iteration."""
         assert self._process.stdout is not None
+        self._output = self._process.stdout.fileno()
+        self._said = b""
+
+    def go_on(self, limit: float) -> tuple[float, bool]:
+        """Until the next iteration ends, for at most so many seconds; how many it took, and whether it ended."""
+        self._signal(signal.SIGCONT)
         started = time.perf_counter()
-        os.killpg(self._process.pid, signal.SIGCONT)
-        for line in self._process.stdout:
-            if line.startswith("iteration "):
-                if self._pause:
-                    os.killpg(self._process.pid, signal.SIGSTOP)
-                return time.perf_counter() - started
-        self._fail()
+        ended = False
+        while not ended and (left := started + limit - time.perf_counter()) > 0:
+            if select.select([self._output], [], [], left)[0]:
+                said = os.read(self._output, 1 << 16)
+                if not said:
+                    self._fail()
+                *lines, self._said = (self._said + said).split(b"\n")
+                ended = any(line.startswith(b"iteration ") for line in lines)
+        self.pause()
+        return time.perf_counter() - started, ended
+
+    def pause(self) -> None:
+        """Stop it and all that it started."""
+        self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
         """Let it come to its end."""
-        os.killpg(self._process.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         self._process.communicate()
         if self._process.returncode:
             self._fail()
 
     def kill(self) -> None:
         """Leave nothing behind, paused or not."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in family(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def _fail(self) -> NoReturn:
         sys.exit(f"stage {self.name} failed:\n{self._errors.read_text(errors='replace')[-3000:]}")
 
 
+def family(process: int) -> list[int]:
+    """A process and all that it started, of other sessions too, as WandB's and torchrun's are."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has just ended
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(folder.name))
+    found = [process]
+    for member in found:
+        found += children.get(member, [])
+    return found
+
+
 def table(seconds: dict[str, list[float]]) -> str:
-    """Markdown table: each stage against the one before in the same turn."""
+    """Markdown table: each stage against the one before in the same iteration."""
     lines = [
-        "| stage | s an iteration, median (lowest to highest) | over the one before, median (middle half) | goal |",
+        "| stage | s an iteration, median (lowest to highest) | over the one before, median (95% interval) | goal |",
         "|---|---|---|---|",
     ]
     for before, name in zip([None, *seconds], seconds, strict=False):
         times = (
             f"{statistics.median(seconds[name]):.2f} ({min(seconds[name]):.2f} to {max(seconds[name]):.2f})"
         )
-        if before is None or name == ALONE:
-            lines.append(f"| {name} | {times} | | |")
+        label = "13 on two processes" if name == "two" else name
+        if before is None:
+            lines.append(f"| {label} | {times} | | |")
             continue
         change = [100 * (b / a - 1) for a, b in zip(seconds[before], seconds[name], strict=True)]
-        low, _, high = statistics.quantiles(change, n=4) if len(change) > 1 else change * 3
-        share = f"{statistics.median(change):+.1f}% ({low:+.1f} to {high:+.1f})"
-        goal = "" if name == TWO_PROCESSES else f"under {LARGEST_OVERHEAD:.0f}%"
-        lines.append(f"| {name} | {times} | {share} | {goal} |")
+        low, high = quantile_test(change).confidence_interval(0.95)
+        limits = "too few" if math.isnan(low) else f"{low:+.1f} to {high:+.1f}"
+        share = f"{statistics.median(change):+.1f}% ({limits})"
+        goal = "" if name == "two" else f"under {LARGEST_OVERHEAD:.0f}%"
+        lines.append(f"| {label} | {times} | {share} | {goal} |")
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tm
     assert "stopped; --resume goes on from" in output
     assert no_process_has(tmp_path)
     finish(start(tmp_path, "--resume"))
-    assert_same(tmp_path, straight[0], except_stats=True)
+    assert_same(tmp_path, straight[0])
 
 
 def test_two_processes_stop_together_when_one_is_asked(tmp_path):
@@ -82,7 +82,7 @@ def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_goes_on_later(strai
     assert "stopped; --resume goes on from" in output
     wait_until_nothing_has(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))
-    assert_same(tmp_path, straight_of_two, except_stats=True)
+    assert_same(tmp_path, straight_of_two)
 
 
 WAITS_IN_A_COLLECTIVE = """
@@ -151,7 +151,7 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     assert saved[1] in (1, 2)
     assert f"stopped; --resume goes on from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
     finish(start(tmp_path, "--resume"))
-    assert_same(tmp_path, straight[0], except_stats=True)
+    assert_same(tmp_path, straight[0])
 
 
 def test_a_score_that_a_stop_cut_short_is_made_up_for_and_counts_for_its_checkpoint(tmp_path):
@@ -246,7 +246,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
             whole_runs, seen = whole_runs + 1, 0
     if list(tmp_path.glob("run-*")):
         finish(start(tmp_path, "--resume"))
-        assert_same(tmp_path, straight[0], except_stats=True)
+        assert_same(tmp_path, straight[0])
     assert kills == 20
     print(
         f"{kills} kills, {verified} of them with checkpoints there, the newest of which verified each time; "

@@ -117,3 +117,39 @@ def test_a_checkpoint_brings_back_what_is_passed_over():
     again = RolloutStats(None, skip_threshold=2)
     again.load_state_dict([json.loads(json.dumps(stats.state_dict()))])
     assert again.pass_over("a")
+
+
+def test_what_is_done_again_after_a_kill_is_counted_once(tmp_path):
+    file = tmp_path / "stats.json"
+    stats = RolloutStats(file, skip_threshold=2)
+    stats.record("a", 1, 2)
+    stats.save()
+    stats.record("b", 2, 2)
+    checkpoint = json.loads(json.dumps(stats.state_dict()))
+    for name in "bc":  # visits after the checkpoint, which is made with one unwritten
+        stats.record(name, 0, 2)
+        stats.save()
+    again = RolloutStats(file, skip_threshold=2)
+    again.load_state_dict([checkpoint])
+    again.save()
+    for name in "bca":
+        again.record(name, 0, 2)
+        again.save()
+    expected = {"a": [[1, 2], [0, 2]], "b": [[2, 2], [0, 2]], "c": [[0, 2]]}
+    assert json.loads(file.read_text())["states"] == expected
+    assert again.history == expected
+
+
+def test_ranks_that_were_dealt_anew_count_all_their_visits(tmp_path):
+    file = tmp_path / "stats.json"
+    old = [RolloutStats(file, skip_threshold=2) for _ in range(2)]
+    for rank, stats in enumerate(old):
+        stats.record(f"of {rank}", 1, 2)
+        stats.save()
+    new = RolloutStats(file, skip_threshold=2)
+    new.load_state_dict([stats.state_dict() for stats in old])
+    new.record("of 0", 2, 2)
+    new.save()
+    expected = {"of 0": [[1, 2], [2, 2]], "of 1": [[1, 2]]}
+    assert json.loads(file.read_text())["states"] == expected
+    assert new.history == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
 from pi0.errors import InputError
@@ -35,6 +36,9 @@ class RolloutStats:
     What a rank decides depends on the file as it was at the start and on its own visits, never on when other
     processes write theirs, so that runs can be repeated.
 
+    The file says how many visits each writer has added. One that goes on from a checkpoint, makes visits again and
+    comes to the same outcomes, adds only those that are new: a killed run counts nothing twice.
+
     Args:
         path: JSON file that grows from run to run; ranks and runs may share it. None keeps all in memory.
         skip_threshold: visits in a row, all of whose rollouts succeed, that make a state solved.
@@ -46,10 +50,12 @@ class RolloutStats:
         self.path = None if path is None else Path(path)
         self.skip_threshold = skip_threshold
         self.history: dict[str, list[Visit]] = {}
-        self._unwritten: dict[str, list[Visit]] = {}
+        self._writer = secrets.token_hex(8)  # no run or rank has another's
+        self._visits = 0
+        self._unwritten: list[tuple[str, Visit]] = []  # the last ones
         self._solved_in_a_row: dict[str, int] = {}
         if self.path is not None:
-            self.history = _read(self.path)
+            self.history = _read(self.path)["states"]
             for name, visits in self.history.items():
                 for visit in visits:
                     self._count(name, visit)
@@ -58,7 +64,8 @@ class RolloutStats:
         """Remember a visit."""
         visit = [int(successes), int(rollouts)]
         self.history.setdefault(name, []).append(visit)
-        self._unwritten.setdefault(name, []).append(visit)
+        self._unwritten.append((name, visit))
+        self._visits += 1
         self._count(name, visit)
 
     def pass_over(self, name: str) -> bool:
@@ -79,44 +86,54 @@ class RolloutStats:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with locked(self.path.with_name(f".{self.path.name}.lock")):
-                everything = _read(self.path)
-                for name, visits in self._unwritten.items():
-                    everything.setdefault(name, []).extend(visits)
-                content = {"format": FORMAT, "visit": ["successes", "rollouts"], "states": everything}
+                content = _read(self.path)
+                added = content["writers"].get(self._writer, 0)
+                for number, (name, visit) in enumerate(self._unwritten, self._visits - len(self._unwritten)):
+                    if number >= added:
+                        content["states"].setdefault(name, []).append(visit)
+                content["writers"][self._writer] = max(added, self._visits)
                 write_whole(self.path, json.dumps(content))
         except OSError as error:
             raise StatsError(
                 f"cannot write {self.path}: {error.strerror}; choose another algo.rollout_stats_path"
             ) from error
-        self._unwritten = {}
+        self._unwritten = []
 
     def state_dict(self) -> dict:
         """What decides from here on, for a checkpoint."""
         return {
             "history": self.history,
+            "writer": self._writer,
+            "visits": self._visits,
             "unwritten": self._unwritten,
             "solved_in_a_row": self._solved_in_a_row,
         }
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Go on from one `state_dict()`, or from those of several ranks, which visited different states."""
-        self.history, self._unwritten, self._solved_in_a_row = {}, {}, {}
+        self.history, self._unwritten, self._solved_in_a_row = {}, [], {}
         for state in states:
             for name, visits in state["history"].items():
                 if len(visits) > len(self.history.get(name, [])):  # whoever visited it knows most
                     self.history[name] = visits
                     self._solved_in_a_row[name] = state["solved_in_a_row"].get(name, 0)
-        if len(states) == 1:  # several ranks' visits are written when a checkpoint is made
-            self._unwritten = states[0]["unwritten"]
+        if (
+            len(states) == 1
+        ):  # several ranks' visits are written when a checkpoint is made, and are dealt anew
+            (state,) = states
+            self._writer, self._visits = state["writer"], state["visits"]
+            self._unwritten = [(name, visit) for name, visit in state["unwritten"]]
 
     def _count(self, name: str, visit: Visit) -> None:
         successes, rollouts = visit
         self._solved_in_a_row[name] = self._solved_in_a_row.get(name, 0) + 1 if successes == rollouts else 0
 
 
-def _read(path: Path) -> dict[str, list[Visit]]:
+def _read(path: Path) -> dict:
+    """What the file holds: `states`, name to visits; `writers`, name to number of visits added."""
+    empty = {"format": FORMAT, "visit": ["successes", "rollouts"], "states": {}, "writers": {}}
     if not path.exists():
-        return {}
+        return empty
     mend = "move it away, or choose another algo.rollout_stats_path"
     try:
         content = json.loads(path.read_text())
@@ -126,4 +143,4 @@ def _read(path: Path) -> dict[str, list[Visit]]:
         raise StatsError(f"{path} cannot be read: {error.strerror}; {mend}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "states" not in content:
         raise StatsError(f"{path} is not a statistics file of format {FORMAT}; {mend}")
-    return content["states"]
+    return empty | content
