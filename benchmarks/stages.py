@@ -151,9 +151,11 @@ class Run:
         assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
         self._said = b""
+        self._members = [self._process.pid]
 
     def go_on(self, limit: float) -> tuple[float, bool]:
         """Until the next iteration ends, for at most so many seconds; how many it took, and whether it ended."""
+        self._members = family(self._process.pid)
         self._signal(signal.SIGCONT)
         started = time.perf_counter()
         ended = False
@@ -168,11 +170,12 @@ class Run:
         return time.perf_counter() - started, ended
 
     def pause(self) -> None:
-        """Stop it and all that it started."""
+        """Stop it and all that it had started when it was last let go on; looking for more would take its time."""
         self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
         """Let it come to its end."""
+        self._members = family(self._process.pid)
         self._signal(signal.SIGCONT)
         self._process.communicate()
         if self._process.returncode:
@@ -180,10 +183,12 @@ class Run:
 
     def kill(self) -> None:
         """Leave nothing behind, paused or not."""
-        self._signal(signal.SIGKILL)
+        if self._process.poll() is None:  # else its number may be another's
+            self._members = family(self._process.pid)
+            self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        for process in family(self._process.pid):
+        for process in self._members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
