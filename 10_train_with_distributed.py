@@ -272,9 +272,8 @@ def update_policy(
             for minibatch in adapter.minibatches(batch, parts, generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
-                adapter.model.require_backward_grad_sync = (
-                    complete  # gradients meet once in an optimizer step
-                )
+                # Gradients meet once in an optimizer step.
+                adapter.model.require_backward_grad_sync = complete
                 loss = adapter.minibatch_loss(minibatch, generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")

@@ -225,9 +225,8 @@ class _TeeIO(DescriptorTap):
 
     def __init__(self, descriptor: int, echo: bool):
         self._log: int | None = None
-        self._kept: (
-            list[bytes] | None
-        ) = []  # lines that the file does not have yet; None when the copy has ended
+        # Lines that the file does not have yet; None when the copy has ended.
+        self._kept: list[bytes] | None = []
         self._line = b""  # not ended yet
         self._lock = threading.Lock()
         super().__init__(descriptor, echo)
@@ -377,9 +376,8 @@ def update_policy(
             for minibatch in adapter.minibatches(batch, parts, generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
-                adapter.model.require_backward_grad_sync = (
-                    complete  # gradients meet once in an optimizer step
-                )
+                # Gradients meet once in an optimizer step.
+                adapter.model.require_backward_grad_sync = complete
                 loss = adapter.minibatch_loss(minibatch, generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")

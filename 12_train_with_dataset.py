@@ -5,7 +5,7 @@ states, scores them by success, and learns from the collected chunks for a few e
 YAML file; `--help` lists every key with its unit, default and meaning.
 
 A group is K rollouts of one initial state (algo.group_by). A group whose rollouts all agree teaches nothing and is
-replaced by one of another state; a state that keeps being solved is passed over now and then; whole suites are
+replaced by one of another state; a state that keeps being solved is skipped for a round; whole suites are
 practised, all ranks taking states of all tasks. Every logging.log_freq steps the policy is evaluated on
 evaluation.periodic_episodes episodes.
 
@@ -117,14 +117,14 @@ class TaskAwareSampler(Sampler[list[int]]):
     """
 
     def __init__(self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int):
-        pools = dataset.pools
         self.dataset = dataset
-        self.pools = pools
+        self.pools = pools = dataset.pools
         self.group_size = group_size
         self.credit = [0.0] * len(pools)
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
-        self.rings = [[i for i in ranks if dataset.starts[i][0] is pool] for pool in pools]
+        own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without what evens out the ranks
+        self.rings = [[i for i in own if dataset.starts[i][0] is pool] for pool in pools]
         if not all(self.rings):
             raise ConfigError(
                 f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
@@ -163,9 +163,9 @@ class TaskAwareSampler(Sampler[list[int]]):
     def record(self, collection: Collection) -> None:
         """Remember which tasks the policy solved."""
         for number, pool in enumerate(self.pools):
-            outcomes = [episode.success for episode in collection.tried if episode.rollout.task == pool.task]
-            if outcomes:
-                self.success_rate[number] = sum(outcomes) / len(outcomes)
+            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
+            if episodes:
+                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -225,9 +225,8 @@ class _TeeIO(DescriptorTap):
 
     def __init__(self, descriptor: int, echo: bool):
         self._log: int | None = None
-        self._kept: (
-            list[bytes] | None
-        ) = []  # lines that the file does not have yet; None when the copy has ended
+        # Lines that the file does not have yet; None when the copy has ended.
+        self._kept: list[bytes] | None = []
         self._line = b""  # not ended yet
         self._lock = threading.Lock()
         super().__init__(descriptor, echo)
@@ -377,9 +376,8 @@ def update_policy(
             for minibatch in adapter.minibatches(batch, parts, generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
-                adapter.model.require_backward_grad_sync = (
-                    complete  # gradients meet once in an optimizer step
-                )
+                # Gradients meet once in an optimizer step.
+                adapter.model.require_backward_grad_sync = complete
                 loss = adapter.minibatch_loss(minibatch, generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")
@@ -523,13 +521,8 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        trained = [metrics for metrics in history if metrics.get("updates")]
-        final = {
-            "total_steps": len(trained),
-            "iterations": len(history),
-            "before": score(before),
-            "after": score(after),
-        }
+        final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
+        final |= {"before": score(before), "after": score(after)}
         on_rank_zero(write_json, run_dir / "final_training_results.json", final)
         print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         if rank == 0:
@@ -541,6 +534,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         if run is not None:
             run.summary.update({"before": before.success_rate, "after": after.success_rate})
             run.finish()
+        rollouts.cleanup()
     return run_dir
 
 

@@ -5,7 +5,7 @@ states, scores them by success, and learns from the collected chunks for a few e
 YAML file; `--help` lists every key with its unit, default and meaning.
 
 A group is K rollouts of one initial state (algo.group_by). A group whose rollouts all agree teaches nothing and is
-replaced by one of another state; a state that keeps being solved is passed over now and then; whole suites are
+replaced by one of another state; a state that keeps being solved is skipped for a round; whole suites are
 practised, all ranks taking states of all tasks. Every logging.log_freq steps the policy is evaluated on
 evaluation.periodic_episodes episodes.
 
@@ -137,14 +137,14 @@ class TaskAwareSampler(Sampler[list[int]]):
     """
 
     def __init__(self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int):
-        pools = dataset.pools
         self.dataset = dataset
-        self.pools = pools
+        self.pools = pools = dataset.pools
         self.group_size = group_size
         self.credit = [0.0] * len(pools)
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
-        self.rings = [[i for i in ranks if dataset.starts[i][0] is pool] for pool in pools]
+        own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without what evens out the ranks
+        self.rings = [[i for i in own if dataset.starts[i][0] is pool] for pool in pools]
         if not all(self.rings):
             raise ConfigError(
                 f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
@@ -183,20 +183,20 @@ class TaskAwareSampler(Sampler[list[int]]):
     def record(self, collection: Collection) -> None:
         """Remember which tasks the policy solved."""
         for number, pool in enumerate(self.pools):
-            outcomes = [episode.success for episode in collection.tried if episode.rollout.task == pool.task]
-            if outcomes:
-                self.success_rate[number] = sum(outcomes) / len(outcomes)
+            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
+            if episodes:
+                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
 
     def state_dict(self) -> dict:
         """Where the sampler is and what it remembers."""
         names = ("credit", "success_rate", "init_state_cursor")
         return {**{name: getattr(self, name) for name in names}, "stats": self.dataset.stats.state_dict()}
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Go on from one state; of several ranks' states the memories are joined and the rings start anew."""
-        for name in ("credit", "success_rate") + (("init_state_cursor",) if len(states) == 1 else ()):
+    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
+        """Go on from this rank's state, or, `dealt_anew`, from all ranks' joined statistics and with new rings."""
+        for name in ("credit", "success_rate") + (() if dealt_anew else ("init_state_cursor",)):
             setattr(self, name, states[0][name])
-        self.dataset.stats.load_state_dict([state["stats"] for state in states])
+        self.dataset.stats.load_state_dict([state["stats"] for state in states], dealt_anew)
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -251,9 +251,8 @@ class _TeeIO(DescriptorTap):
 
     def __init__(self, descriptor: int, echo: bool):
         self._log: int | None = None
-        self._kept: (
-            list[bytes] | None
-        ) = []  # lines that the file does not have yet; None when the copy has ended
+        # Lines that the file does not have yet; None when the copy has ended.
+        self._kept: list[bytes] | None = []
         self._line = b""  # not ended yet
         self._lock = threading.Lock()
         super().__init__(descriptor, echo)
@@ -348,15 +347,14 @@ def save_checkpoint(
         return
     problem = on_rank_zero(attempt, store.begin, state.step)
     if problem is None:
-        folder = store.temporary(state.step)
-        problems = gather(attempt(state.write, folder, rank, world_size, of_rank))
+        problems = gather(attempt(state.write, store.temporary(state.step), rank, world_size, of_rank))
         problem = next((text for text in problems if text is not None), None)
         if problem is None:
             problem = on_rank_zero(attempt, store.seal, state.step, state.score, state.facts)
         else:
             on_rank_zero(store.abandon, state.step)
     if problem is not None:
-        print(f"no checkpoint of step {state.step}: {problem}")
+        print(f"step {state.step}: {problem}")
 
 
 def load_checkpoint(
@@ -388,7 +386,7 @@ def monitor_memory(history: list[dict]) -> None:
     if len(history) % RELEASE_EVERY == 1:
         release()
     for line in growth(history):
-        print(line, file=sys.stderr)  # each rank watches its own; rank 0 alone speaks on standard output
+        print(line)
 
 
 @contextlib.contextmanager
@@ -510,7 +508,7 @@ def update_policy(
     if largest(int(not weights_are_finite(policy))):
         raise FloatingPointError("the weights are not finite")
     policy.eval()
-    counts = {"updates": len(norms), "bad_updates": bad}
+    counts = {"updates": len(norms), "bad_updates": bad, "passes": adapter.passes}
     if bad:
         print(f"{bad} gradients were not finite and were left out")
     if not norms:
@@ -627,7 +625,7 @@ def train(
             adapter.passes = largest(max(noted, state.facts.get("passes", 1)))
         on_rank_zero(attempt, rewrite_metrics, run_dir, state.history, state.evaluations)
         held |= {"state": state, "of_rank": state.of_rank()}
-        of_run = {"wandb_run_id": run.id if run else None, "config": to_dict(config)}
+        of_run = {"wandb_run_id": run.id if run else config.logging.wandb_run_id, "config": to_dict(config)}
         state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
         state.facts = {"bad_in_a_row": 0, "rollbacks": 0, **state.facts}
         if "before" in state.facts:
@@ -683,7 +681,7 @@ def train(
                         f"{error.passes} passes"
                     ) from error
                 except FloatingPointError as error:
-                    rollbacks, in_a_row = rollbacks + 1, in_a_row + 1 if step <= diverged else 1
+                    rollbacks, in_a_row = rollbacks + 1, (in_a_row + 1 if step <= diverged else 1)
                     diverged = max(diverged, step)
                     if in_a_row > config.training.max_rollbacks:
                         raise InputError(
@@ -714,11 +712,12 @@ def train(
             if problem := on_rank_zero(attempt, average.policy.save_pretrained, run_dir / "policy"):
                 print(f"step {step}: the policy is not saved: {problem}")
             monitor_memory(history)
-            updates = f"{metrics.get('updates')} updates, loss {metrics.get('loss', np.nan):.4f}"
-            learned = updates if "updates" in metrics else "nothing to learn from"
+            learned = "nothing to learn from"
+            if "updates" in metrics:
+                learned = f"{metrics['updates']} updates, loss {metrics.get('loss', np.nan):.4f}"
             print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
             evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
-            asked, interrupts.checkpoint_asked = interrupts.checkpoint_asked, False
+            asked = interrupts.take_checkpoint_request()
             due = state.step % config.training.save_freq == 0 or state.step == config.training.num_train_steps
             if largest(int(asked or due or (config.training.save_best and state.score is not None))):
                 save_checkpoint(store, state, held["of_rank"], rank, world_size)
@@ -727,12 +726,12 @@ def train(
         seconds = time.monotonic() - started
         final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
         final |= {"before": score(before), "after": score(after)}
-        on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final)
+        if problem := on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final):
+            print(f"final_training_results.json not written: {problem}")
         print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         held.pop("of_rank")  # nothing is left to save; what follows is for rank 0 alone
-        if rank == 0 and (
-            problem := attempt(write_report, run_dir, to_dict(config), before, after, history, seconds)
-        ):
+        results = (write_report, run_dir, to_dict(config), before, after, history, seconds)
+        if rank == 0 and (problem := attempt(*results)):
             print(f"results not written: {problem}")
         film = (film_before_after, run_dir, env_runner, start, acting, before, after)
         if config.features.save_video and rank == 0 and (problem := attempt(*film)):
@@ -743,6 +742,7 @@ def train(
         if run is not None:
             run.summary.update({"before": before.success_rate, "after": after.success_rate})
             run.finish()
+        rollouts.cleanup()
     return run_dir
 
 

@@ -1,5 +1,5 @@
 # `make` lists the targets. PYTHON picks the interpreter that makes .venv, TORCH the build: auto, cpu or cuda.
-# ARGS goes to training and to pytest: make quickstart ARGS="--override training.seed=1", make test ARGS="-k model".
+# ARGS is handed on to training and to pytest, for example ARGS="--override training.seed=1" or ARGS="-k model".
 PYTHON ?= $(firstword $(shell command -v python3.11 2>/dev/null) $(shell command -v python3 2>/dev/null))
 TORCH ?= auto
 NO_PYTHON = no python3.11 on the path: install Python 3.11 (Debian: apt-get install python3.11-venv)

@@ -64,11 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=12, help="of each run that count")
+    parser.add_argument("--iterations", type=int, default=12, help="measured iterations of each run")
     parser.add_argument(
         "--stages", nargs="+", default=list(STAGES), choices=STAGES, help="two: two processes"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="that a run goes on for while others wait")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a run's turn")
     parser.add_argument("--override", nargs="*", default=[], help="further overrides for every run")
     parser.add_argument("--output", default="outputs/stages.json")
     parser.add_argument("--table", help="only print the table of this file")

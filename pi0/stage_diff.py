@@ -44,10 +44,13 @@ class Hunk:
         return not any(line.startswith("+") for line in self.lines)
 
 
-def hunks(before: Stage | None, after: Stage) -> list[Hunk]:
+def hunks(before: Stage | None, after: Stage, anchors: Sequence[str] = ()) -> list[Hunk]:
     """What differs, for reading: each top-level definition apart, the imports together.
 
     Without an earlier stage everything is added. Not a patch: blank lines at the ends are left out.
+
+    Args:
+        anchors: changes close to each other are one hunk, except where a line with one of these begins another.
     """
     before = before or Stage(after.path, "")
     became = _successors(before, after)
@@ -62,6 +65,7 @@ def hunks(before: Stage | None, after: Stage) -> list[Hunk]:
         unit = after.units[piece.after] if piece.added else _name(before.units[piece.before], became)
         together = groups and units[-1] == unit
         near = groups and piece.after - groups[-1][-1].after_end <= 2 * CONTEXT
+        near = near and not any(anchor in line for anchor in anchors for line in piece.says(before, after))
         if together and (near or unit in (DOCSTRING, IMPORTS)):
             groups[-1].append(piece)
         else:
@@ -114,6 +118,14 @@ class _Change:
     @property
     def added(self) -> bool:
         return self.after_end > self.after
+
+    def says(self, before: Stage, after: Stage) -> Sequence[str]:
+        """The added lines, or the removed ones where none is added."""
+        return (
+            after.lines[self.after : self.after_end]
+            if self.added
+            else before.lines[self.before : self.before_end]
+        )
 
     def signed(self, before: Stage, after: Stage) -> list[str]:
         removed = [f"-{line}" for line in before.lines[self.before : self.before_end]]

@@ -12,8 +12,8 @@
         minor: true
 
 An anchor must be found in exactly one hunk: in a line that it adds, or in one that it removes where it adds
-none. Every hunk must have exactly one note; a note with several anchors covers several hunks. A test is one that
-fails without the hunk. A minor note needs no reason and no test. The first stage has no earlier one: its hunks
+none. Every hunk must have exactly one note; a note with several anchors covers several hunks. Changes close to each
+other are one hunk, unless an anchor is in a later one: there another begins. A test is one that fails without the hunk. A minor note needs no reason and no test. The first stage has no earlier one: its hunks
 are its parts.
 """
 

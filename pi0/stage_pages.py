@@ -41,8 +41,8 @@ def render_pages(root: Path) -> tuple[dict[Path, str], list[str]]:
 def _page(root: Path, stages: Sequence[Stage], position: int) -> str:
     stage = stages[position]
     before = stages[position - 1] if position else None
-    changes = hunks(before, stage)
     notes = read_notes(root / PAGES / "notes" / f"{stage.label}.yaml")
+    changes = hunks(before, stage, [anchor for note in notes.notes for anchor in note.anchors])
     problems: list[str] = missing_tests(notes, root)
     try:
         covered = match(notes, stage, changes)

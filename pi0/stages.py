@@ -41,8 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "A unified diff of two stages. Lines with + are new in the second one, lines with - are only in the\n"
         "first; behind @@ stands the definition that the change is in. Coloured on a terminal, unless\n"
         "NO_COLOR is set; in a pipe it is a patch.",
-        "examples:\n    python -m pi0.stages diff 8 9\n    python -m pi0.stages diff 8 10 --context 6\n"
-        "    python -m pi0.stages diff 8 9 | less",
+        "examples:\n    python -m pi0.stages diff 8 9\n    python -m pi0.stages diff 8 10 --context 6\n",
         name="diff",
         help="what differs between two stages",
     )

@@ -21,9 +21,11 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +33,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from recordings import write_hdf5
+from safetensors.torch import load_file, save_file
 from test_distributed import free_port
 
 from pi0.data import open_demonstrations
@@ -107,6 +111,7 @@ STAND_INS = {
     "OUTPUT": "{out}/converted",
     "outputs/stages.json": "{measured}/stages.json",
     "outputs/rollouts/standins.json": "{measured}/standins.json",
+    "outputs/learning": "{measured}/learning",
     "/data/libero_assets": "standins",
     "../libero_assets": "standins",
     "--rdzv_endpoint=first:29500": "--rdzv_endpoint=127.0.0.1:{port}",
@@ -134,13 +139,15 @@ TRAINS = (
     f"output_dir={{out}} training.num_train_steps=1 evaluation.periodic_episodes=0 features.save_video=false"
     f" algo.enable_dynamic_sampling=true algo.max_sampling_attempts=8 {LEARNS}"
 )
-STAGES = f"--stages 09 13 --iterations 1 --output {{out}}/stages.json --override {LEARNS}"
+# Into a folder of its own, which ends with what a user is promised.
+QUICKSTART = TRAINS.replace("features.save_video=false", "features.save_video=true")
+STAGES = f"--stages 08 13 two --iterations 1 --output {{out}}/stages.json --override {LEARNS}"
 
 # By the beginning of a command, without what starts Python; the longest that fits counts.
 WAYS = {
     "make setup": here(),
-    "make quickstart": here(overrides=TRAINS),
-    "make resume": here(overrides=TRAINS),
+    "make quickstart": here(overrides=QUICKSTART),
+    "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
     "make test": not_run("runs these tests; the recipe's commands are looked at"),
     "tools/check_upstream.py": not_run("needs LeRobot or openpi, which ask for other versions"),
     "tools/setup.py": not_run("installs packages"),
@@ -175,7 +182,7 @@ WAYS = {
     "benchmarks/learning.py": here(LEARNED),
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
-    "benchmarks/learning.py --table": here("--table {out}"),
+    "benchmarks/learning.py --table": here(),
     "benchmarks/pictures.py": here(copied=True),
     "benchmarks/rollout_cost.py": here("--tables profile --episodes 1"),
     "benchmarks/pi0.py": here(TINY),
@@ -290,6 +297,12 @@ def docstring(source: str) -> str:
     return ast.get_source_segment(source, first) or ""
 
 
+def help_texts(source: str) -> str:
+    """Texts of several lines in the code, such as those of `--help`."""
+    texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return "\n".join(text for text in texts if isinstance(text, str) and "\n" in text)
+
+
 def documented() -> Iterator[Command]:
     for path in MARKDOWN:
         place, text = str(path.relative_to(REPO_ROOT)), path.read_text(encoding="utf-8")
@@ -300,9 +313,11 @@ def documented() -> Iterator[Command]:
         yield from commands_of(indented(text), place)
         yield from mentions_of(text, place)
     for path in SCRIPTS:
-        place, text = str(path.relative_to(REPO_ROOT)), docstring(path.read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        place, text = str(path.relative_to(REPO_ROOT)), docstring(source)
         yield from commands_of(indented(text), place)
         yield from mentions_of(text, place)
+        yield from commands_of(indented(help_texts(source.replace(text, "", 1))), place)
     for path in CONFIGS:
         comments = re.findall(r"^#(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
         yield from commands_of("\n".join(comments), str(path.relative_to(REPO_ROOT)))
@@ -477,7 +492,8 @@ def made_before(programs, tmp_path_factory):
     (recorded,) = open_demonstrations(demonstrations)
     (task,) = find_tasks("libero_spatial", [3])
     write_hdf5(libero_files / f"{task.name}_demo.hdf5", {"demo_0": recorded}, instruction=task.prompt)
-    for script, least in (("stages", STAGES), ("rollouts", f"--figures small {ROLLOUTS}")):
+    measurements = {"stages": STAGES, "rollouts": f"--figures small {ROLLOUTS}", "learning": LEARNED}
+    for script, least in measurements.items():
         words = shlex.split(least.format(out=folder / "measured"))
         outcome = programs.run([f"benchmarks/{script}.py", *words])
         assert outcome.code == 0, outcome.output[-3000:]
@@ -510,6 +526,12 @@ def test_blocks_of_commands_hold_nothing_that_is_not_tried(path):
             assert [line for line in lines if not COMMAND.fullmatch(line)] == []
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(REPO_ROOT))
+def test_commands_in_a_docstring_are_indented_and_so_found(path):
+    lines = docstring(path.read_text(encoding="utf-8")).splitlines()
+    assert [line for line in lines if COMMAND.fullmatch(line)] == []
+
+
 @each_command
 def test_it_is_known_how_to_try_it(command):
     assert command.way, f"{command.place}: WAYS does not know {command.program}"
@@ -536,10 +558,9 @@ def recipes(command: Command) -> list[Command]:
 
 def make(*words: str) -> Outcome:
     """`make words`, as if no other make were running."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "ARGS")}
     done = subprocess.run(
         ["make", *words],
-        cwd=REPO_ROOT, env={**environment, "LC_ALL": "C"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=REPO_ROOT, env=outside_make(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False, timeout=500,
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout)
@@ -586,7 +607,7 @@ def test_it_runs(programs, made_before, command, tmp_path):
         first = [word for word in words if word != "--resume"]
         assert programs.run(first).code == 0
     if words[0] == "make":
-        outcomes = run_targets(words)
+        outcomes = run_targets(words, tmp_path)
     elif words[0] == "torchrun":
         outcomes = run_hosts(words, 2 if "--nnodes=2" in words else 1, tmp_path)
     else:
@@ -600,6 +621,9 @@ def test_it_runs(programs, made_before, command, tmp_path):
         history = json.loads(results.read_text())["history"]
         assert len(history) == steps
         assert all("loss" in step for step in history) or way.overrides == LEAST
+        if "save_video=true" in way.overrides:
+            for name in ("report.html", "learning_curve.png", "before_after.mp4", "plots", "policy"):
+                assert (results.parent / name).exists(), name
 
 
 def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
@@ -613,11 +637,39 @@ def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
     return words[:end] + overrides + words[end:]
 
 
-def run_targets(words: list[str]) -> list[Outcome]:
-    """make, with the overrides of training in ARGS; what is to be resumed is there before."""
+def run_targets(words: list[str], folder: Path) -> list[Outcome]:
+    """make, with the overrides of training, which writes to `folder`, in ARGS; what is to be resumed is there before."""
     _, target, *more = words
-    targets = ["quickstart", "resume"] if target == "resume" else [target]
-    return [make(name, f"ARGS={shlex.join(more)}") for name in targets]
+    arguments = f"ARGS={shlex.join(more)}"
+    before = [interrupted_quickstart(arguments, folder)] if target == "resume" else []
+    after = make(target, arguments)
+    assert not before or "going on from" in after.output
+    return [*before, after]
+
+
+def interrupted_quickstart(arguments: str, folder: Path) -> Outcome:
+    """make quickstart, as in a terminal where somebody presses Ctrl+C after the first iteration."""
+    with (folder / "interrupted").open("w+") as output:
+        process = subprocess.Popen(
+            ["make", "quickstart", arguments],
+            cwd=REPO_ROOT, env=outside_make(), stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        limit = time.monotonic() + 200
+        while not list(folder.glob("*/checkpoints/step-000001")) and process.poll() is None:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
+        output.seek(0)
+        said = output.read()
+    assert "SIGINT: stopping after a checkpoint" in said, said[-3000:]
+    return Outcome(0 if "stopped; --resume goes on from" in said else 1, said)
+
+
+def outside_make() -> dict[str, str]:
+    """Of a process that knows nothing of the make that runs these tests."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "ARGS")}
+    return {**environment, "LC_ALL": "C"}
 
 
 def run_hosts(words: list[str], hosts: int, folder: Path) -> list[Outcome]:
@@ -663,13 +715,47 @@ def python_blocks(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("block", python_blocks(ENGLISH), ids=lambda block: block.splitlines()[-1][:60])
-def test_python_in_the_readme_runs(programs, block, tmp_path):
-    script = tmp_path / "block.py"
-    script.write_text(block, encoding="utf-8")
+WITH_PYTHON = [path for path in MARKDOWN if path != CHINESE and python_blocks(path)]
+
+
+@pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.relative_to(REPO_ROOT))
+def test_python_in_a_document_runs(programs, made_before, path, tmp_path):
+    parts = tmp_path / "CHECKPOINT"
+    parts.mkdir()
+    for number in (1, 2):
+        save_file({f"weight{number}": torch.ones(2)}, parts / f"model-{number}.safetensors")
+    code = "\n".join(python_blocks(path))
+    for name, place in {
+        '"path/to/set"': made_before["demonstrations"], '"libero_spatial")': made_before["libero_files"],
+        '"new_set"': tmp_path / "new_set", '"CHECKPOINT"': parts,
+    }.items():  # fmt: skip
+        code = code.replace(name, repr(str(place)) + ")" * name.endswith(")"))
+    script = tmp_path / "blocks.py"
+    script.write_text(code, encoding="utf-8")
     outcome = programs.run([str(script)])
     assert outcome.code == 0, outcome.output[-3000:]
     assert "Traceback" not in outcome.output
+    if "LeRobotWriter" in code:
+        assert len(open_demonstrations(tmp_path / "new_set")) == 1
+    if "model-*.safetensors" in code:
+        assert sorted(load_file(parts / "model.safetensors")) == ["weight1", "weight2"]
+
+
+# What needs other projects' programs, or the network.
+FOREIGN = ("gsutil ", "hf download")
+
+
+def test_shell_commands_of_the_documents_run(made_before, tmp_path):
+    texts = [block for path in MARKDOWN for kind, block in code_blocks(path.read_text()) if kind == "text"]
+    own = [text for text in texts if not any(program in text for program in FOREIGN)]
+    policy = Path(shutil.copytree(made_before["run"] / "policy", tmp_path / "data" / "for_openpi"))
+    (tmp_path / "checkpoints/pi0_libero/RUN/20000").mkdir(parents=True)
+    for text in own:
+        subprocess.run(["sh", "-ec", text.replace("/data/", f"{tmp_path}/data/")], cwd=tmp_path, check=True)
+    assert (policy / "assets/physical-intelligence/libero/norm_stats.json").is_file()
+    written = json.loads((tmp_path / "checkpoints/pi0_libero/RUN/20000/config.json").read_text())
+    assert written == {"action_horizon": 50}
+    assert len(own) == 2
 
 
 def parts(path: Path) -> list[str]:

@@ -270,6 +270,12 @@ def reads_of(source: str) -> set[tuple[str, str]]:
     return reads
 
 
+def test_every_count_has_a_unit():
+    counts = [each for each in describe_keys() if each.type in (int, int | None)]
+    assert [each.name for each in counts if not each.unit] == ["training.seed", "evaluation.seed"]
+    assert len(counts) > 15
+
+
 def test_every_key_is_read_somewhere():
     # The schema itself and the doctor's checks are not what a key is for.
     others = {ROOT / "pi0" / "ript" / "config.py", ROOT / "pi0" / "doctor.py"}

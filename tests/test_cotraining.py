@@ -110,3 +110,15 @@ def test_a_run_learns_from_demonstrations_as_well(tmp_path):
     assert (
         row["updates"] >= 2 * 240 / 24
     )  # two passes in minibatches of 24; four rollouts alone make two or four
+
+
+def test_where_practice_teaches_nothing_demonstrations_do_not_stand_in_for_it(tmp_path):
+    overrides = [
+        f"algo.cotraining_path={write(tmp_path / 'set')}", "task.max_episode_length=10",  # too short to succeed
+        "training.num_train_steps=1", "evaluation.periodic_episodes=0",
+    ]  # fmt: skip
+    output = finish(start(tmp_path / "runs", "--override", *overrides))
+    assert "co-training: 6 chunks of 2 demonstrations" in output
+    assert "nothing to learn from" in output
+    (row,) = map(json.loads, (run_of(tmp_path / "runs") / "metrics.jsonl").read_text().splitlines())
+    assert "updates" not in row

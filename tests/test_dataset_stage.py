@@ -246,8 +246,20 @@ def test_step_3_statistics_are_kept_by_state_and_grow_from_run_to_run(runs):
     assert tried == sum(row["trajectories"] + 4 * row["dropped_groups"] for row in history)
     assert sum(rollouts for visits in states.values() for _, rollouts in visits) == tried
     assert all(re.fullmatch(r"libero_spatial/3/[0-9a-f]{16}", name) for name in states)
+    of_each_visit = {rollouts for visits in states.values() for _, rollouts in visits}
+    assert of_each_visit == {4}, "a group is four rollouts of one state"
     assert all(more[name][: len(visits)] == visits for name, visits in states.items())
     assert sum(map(len, more.values())) > sum(map(len, states.values()))
+
+
+def test_step_3_statistics_that_cannot_be_written_are_said_and_end_nothing(tmp_path):
+    (tmp_path / "folder").touch()  # a file where the folder should be
+    output, run_dir = train(
+        tmp_path, f"algo.rollout_stats_path={tmp_path}/folder/stats.json", "evaluation.periodic_episodes=0"
+    )
+    # After each of two iterations, and once more at the end.
+    assert len(re.findall(r"statistics not saved: cannot write .*folder/stats.json", output)) == 3
+    assert (run_dir / "results.json").is_file()
 
 
 # 4 ------------------------------------------------------------------------------------------------------
@@ -286,6 +298,8 @@ def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["dropped_groups"] for row in rows] == [8, 8]
     assert "nothing to learn from" in output
+    final = json.loads((run_dir / "final_training_results.json").read_text())
+    assert (final["total_steps"], final["iterations"]) == (0, 2)
 
 
 # 5 ------------------------------------------------------------------------------------------------------
@@ -321,6 +335,16 @@ def test_step_6_ranks_share_the_states_of_every_task(runner):
         dataset, sampler, _ = loader_of(runner, 1, ranks=(2, rank), count=4)
         assert all(len(ring) == 2 for ring in sampler.rings)
         shares += [index for ring in sampler.rings for index in ring]
+    assert sorted(shares) == list(range(len(dataset)))
+
+
+def test_step_6_states_that_do_not_divide_by_the_ranks_have_one_rank_each(runner):
+    shares = []
+    for rank in (0, 1, 2):
+        dataset, sampler, _ = loader_of(runner, 1, ranks=(3, rank), count=4)
+        assert all(sampler.rings)
+        shares += [index for ring in sampler.rings for index in ring]
+    assert len(dataset) % 3
     assert sorted(shares) == list(range(len(dataset)))
 
 

@@ -44,11 +44,13 @@ def load_script() -> ModuleType:
 stage = load_script()
 
 
-def torchrun(processes: int, *arguments: str, agent: tuple[str, ...] = ("--standalone",)) -> subprocess.Popen:
+def torchrun(
+    processes: int, *arguments: str, agent: tuple[str, ...] = ("--standalone",), cwd: Path = REPO_ROOT
+) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={processes}", *arguments],
-        cwd=REPO_ROOT,
+        cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -182,6 +184,27 @@ def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
     assert results["after"]["episodes"] == 4
 
 
+@pytest.mark.parametrize("script", [SCRIPT, "11_train_with_logging.py"])
+def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(tmp_path, script):
+    settings = [
+        *SMALL, f"output_dir={tmp_path / 'runs'}", "task.task_names_to_use=[3,8]", "evaluation.episodes=2",
+        "algo.gradient_accumulation_steps=2", "training.num_train_steps=1", "features.save_video=true",
+    ]  # fmt: skip
+    arguments = ["--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
+    finish(torchrun(2, "tests/rank_stage.py", str(tmp_path), script, *arguments))
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    (first,), (second,) = (rank["updates"] for rank in ranks)
+    assert first["weights"] == second["weights"]
+    assert ranks[0]["seed"] != ranks[1]["seed"]
+    assert first["met"] == second["met"]
+    assert sum(first["met"]) == first["reported"]["updates"] < len(first["met"])
+    shares = [np.mean(update["losses"]) for update in (first, second)]
+    assert first["reported"]["loss"] == second["reported"]["loss"] == pytest.approx(np.mean(shares))
+    assert shares[0] != pytest.approx(shares[1])
+    assert [rank["wrote"] for rank in ranks] == [["write_report", "film_before_after"], []]
+    assert [rank["has left"] for rank in ranks] == [True, True]
+
+
 def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path):
     output, run_dir = train(3, tmp_path, [3, 8], "training.num_train_steps=1")
     assert re.findall(r"rank (\d): task (\w+), (\d+) trajectories", output) == [
@@ -261,10 +284,12 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     assert line == "error: policy_path = '/nowhere': there is no such folder"
 
 
-def two_hosts(port: int, *arguments: str) -> list[subprocess.Popen]:
-    """Two launchers, as on two hosts, that meet at a port of this one."""
+def two_hosts(
+    port: int, *arguments: str, folders: tuple[Path, Path] = (REPO_ROOT, REPO_ROOT)
+) -> list[subprocess.Popen]:
+    """Two launchers, as on two hosts, that meet at a port of this one; `folders` are where each is started."""
     agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
-    return [torchrun(1, *arguments, agent=agent) for _ in range(2)]
+    return [torchrun(1, *arguments, agent=agent, cwd=folder) for folder in folders]
 
 
 def free_port() -> int:
@@ -288,20 +313,61 @@ def test_two_hosts_train_together(tmp_path):
     assert len(list(tmp_path.glob("*/results.json"))) == 1
 
 
-def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path):
-    hosts = two_hosts(free_port(), *long_run(tmp_path))
+def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_path):
+    folders = tmp_path / "one", tmp_path / "other"
+    for folder in folders:
+        folder.mkdir()
+    arguments = [
+        str(REPO_ROOT / "11_train_with_logging.py"), "--config_path",
+        str(REPO_ROOT / "configs/multi_task_distributed.yaml"), "--override", *SMALL, "output_dir=runs",
+        "task.task_names_to_use=[3,8]", "training.num_train_steps=0", "evaluation.episodes=2", "logging.use_wandb=false",
+    ]  # fmt: skip
+    for host in two_hosts(free_port(), *arguments, folders=folders):
+        finish(host)
+    logs = {
+        path.name: path.parents[2].relative_to(tmp_path).name
+        for path in tmp_path.glob("*/runs/*/train_rank?.log")
+    }
+    assert sorted(logs) == ["train_rank0.log", "train_rank1.log"]
+    assert sorted(logs.values()) == ["one", "other"]
+    (results,) = tmp_path.glob("*/runs/*/results.json")
+    assert results.with_name("train_rank0.log").is_file()
+
+
+@pytest.mark.parametrize("dies", ["first", "second"])
+def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path, dies):
+    port = free_port()
+    hosts = two_hosts(port, *long_run(tmp_path))
     wait_for_ranks(tmp_path, 2)
-    # The second launcher's host goes down: launcher and rank at once, nobody says goodbye.
-    survivor, victim = ranks_of(tmp_path)[0], ranks_of(tmp_path)[1]
-    launchers = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
-                 for rank in (survivor, victim)}  # fmt: skip
-    os.kill(launchers[victim], signal.SIGKILL)
+    launchers = {int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]): rank
+                 for rank, process in ranks_of(tmp_path).items()}  # fmt: skip
+    # The first host is the one whose launcher connects the ranks.
+    first = next(host for host in hosts if listens(host.pid, port))
+    (second,) = [host for host in hosts if host is not first]
+    lost, left = (first, second) if dies == "first" else (second, first)
+    rank = launchers[lost.pid]
+    victim = ranks_of(tmp_path)[rank]
+    # Launcher and rank at once, nobody says goodbye.
+    os.kill(lost.pid, signal.SIGKILL)
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
-    (left,) = [host for host in hosts if host.pid == launchers[survivor]]
     output, _ = left.communicate(timeout=60)
     assert time.monotonic() - killed < 60
     assert left.returncode != 0
-    assert f"error: rank 1 (process {victim} on" in output
-    for host in hosts:
-        host.communicate(timeout=60)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"rank {rank} (process {victim} on" in line
+    lost.communicate(timeout=60)
+
+
+def listens(process: int, port: int) -> bool:
+    """Whether a process has the port open for others to connect to."""
+    sockets = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir() if os.path.lexists(link)}
+    rows = [
+        row.split()
+        for name in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return any(
+        row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port and f"socket:[{row[9]}]" in sockets
+        for row in rows
+    )

@@ -1,10 +1,12 @@
 """What of a policy is trained: low-rank adaptation, the expert alone, never what no output depends on."""
 
 import dataclasses
+import random
 import shutil
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -63,7 +65,7 @@ class NoSampler:
     def state_dict(self) -> dict:
         return {}
 
-    def load_state_dict(self, states: list[dict]) -> None:
+    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
         assert states == [{}]
 
 
@@ -270,6 +272,20 @@ def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path, dtype):
     read.policy.choose_trained("all")
     with pytest.raises(CheckpointError, match=r"training\.trainable"):
         read.read(tmp_path, 0, 1, seed=0)
+
+
+def test_a_run_goes_on_with_the_random_numbers_that_come_next(tmp_path):
+    run = training_state(loaded_in(torch.float32, tmp_path / "start", "as_saved"), 1)
+
+    def draw() -> tuple:
+        own = torch.rand(3, generator=run.generator).tolist()
+        return random.random(), np.random.random(), torch.rand(3).tolist(), own
+
+    run.write(tmp_path, 0, 1, run.of_rank())
+    expected = draw()
+    assert draw() != expected
+    run.read(tmp_path, 0, 1, seed=0)
+    assert draw() == expected
 
 
 class LargestTensor(TorchDispatchMode):

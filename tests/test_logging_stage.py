@@ -7,15 +7,22 @@ import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from wandb.proto.wandb_internal_pb2 import Record
 
 from pi0.paths import REPO_ROOT
+from pi0.ript.config import load_config
+from pi0.ript.env.runner import RECORDED_STATES
+from pi0.ript.metrics import TensorBoard
 
 SCRIPT = REPO_ROOT / "11_train_with_logging.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -23,7 +30,7 @@ SMALL = [
     f"policy_path={CHECKPOINT}", "algo.rloo_batch_size=4", "algo.data_batch_size=8", "algo.train_init_states=8",
     "algo.num_epochs=1", "algo.minibatch_size=24", "training.num_train_steps=2", "evaluation.episodes=2",
     "task.task_names_to_use=[3]", "task.max_episode_length=105",  # solved in 82 to 141 steps: groups differ
-    "task.num_parallel_envs=1",
+    "task.num_parallel_envs=1", "algo.lr=1e-4", "training.optimizer.final_lr_share=0.5",
 ]  # fmt: skip
 
 
@@ -100,6 +107,7 @@ def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):
     _, run_dir = run
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-4, 5e-5]), "of the step, not of the next"
     documented = re.findall(r"`(\w+)`", (REPO_ROOT / "docs" / "metrics.md").read_text())
     for line in lines:
         assert set(line) <= set(documented)
@@ -132,6 +140,52 @@ def test_the_wandb_run_is_one_that_wandb_sync_accepts(run):
     assert done.returncode == 0, done.stderr
     assert next(folder.glob("run-*.wandb")).name in done.stdout + done.stderr
     assert b"success_rate" in next(folder.glob("run-*.wandb")).read_bytes()
+
+
+def test_the_wandb_run_ends_with_both_scores(run):
+    _, run_dir = run
+    (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    summary = {}
+    for record in wandb_records(file.read_bytes()):
+        summary |= {item.key: json.loads(item.value_json) for item in record.summary.update}
+    results = json.loads((run_dir / "results.json").read_text())
+    assert {when: summary[when] for when in ("before", "after")} == {
+        when: results[when]["success_rate"] for when in ("before", "after")
+    }
+
+
+def wandb_records(data: bytes) -> Iterator[Record]:
+    """Records of a file in LevelDB's log format: 7 bytes, then blocks of pieces: checksum (4), length (2), kind (1)."""
+    place, record = 7, b""
+    while place < len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # no room for a piece
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_metrics_that_cannot_be_written_or_sent_are_said_and_end_nothing(tmp_path, monkeypatch, capsys):
+    for name in ("WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    config = load_config(REPO_ROOT / "configs" / "stage11_ript_vla.yaml", ["logging.log_freq=100"])
+    stage = load_script()
+    metrics, board = {"step": 1, "rollouts": 4, "successes": 1}, TensorBoard(tmp_path / "tensorboard")
+    ended = stage.init_wandb(config, tmp_path)
+    ended.finish()
+    stage.log_metrics(config, tmp_path, metrics, ended, board)
+    assert re.search(r"step 1: metrics or report not written: .*finished", capsys.readouterr().out)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == metrics
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    stage.log_metrics(config, tmp_path, metrics, None, board)
+    assert "step 1: metrics or report not written: [Errno 21] Is a directory" in capsys.readouterr().out
 
 
 def test_tensorboard_has_the_same_numbers(run):
@@ -169,6 +223,10 @@ def test_a_run_in_progress_has_a_report(tmp_path):
     process = start(tmp_path, "training.num_train_steps=50", "logging.use_wandb=false")
     try:
         wait_for(lambda: list(tmp_path.glob("*/report.html")), 200)
+        page = next(tmp_path.glob("*/report.html")).read_text()
+        assert process.poll() is None, "the page is that of a finished run"
+        for part in ("libero_eval", "standins", RECORDED_STATES.replace("'", "&#x27;")):
+            assert part in page, "what its scores will depend on"
     finally:
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
@@ -262,17 +320,33 @@ def test_other_ranks_are_quiet_on_the_console_and_complete_in_their_log(tmp_path
     assert "an error" in log  # anywhere: each stream is in order, the two are read apart
 
 
+def test_a_last_line_without_an_end_is_in_the_log(tmp_path):
+    done = run_with_tee(tmp_path, 'sys.stdout.write("cut off"); sys.stdout.flush()')
+    assert done.stdout.endswith("cut off")
+    assert (tmp_path / "train.log").read_text().endswith("\ncut off\n")
+
+
 def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path):
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
-    code = 'import time\nfor i in range(100):\n    print("line", i, "x" * 60)\n    time.sleep(0.005)\nprint("the end")'
+    code = """
+import resource, time
+for i in range(100):
+    print("line", i, "x" * 60)
+    time.sleep(0.005)
+print("the end")
+time.sleep(0.2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("room again")
+"""
     done = run_with_tee(tmp_path, code, preexec_fn=small_files)
     assert done.returncode == 0, done.stderr
     assert "the end" in done.stdout
     assert "the log file ends here" in done.stdout
-    assert (tmp_path / "train.log").stat().st_size <= 2000
+    assert "room again" in done.stdout
+    assert (tmp_path / "train.log").stat().st_size <= 2000, "it ends where the disk was full, without holes"
 
 
 def test_a_terminal_stays_a_terminal(tmp_path):
@@ -310,7 +384,12 @@ def test_metrics_keep_both_counts_of_every_rate():
 
 
 def test_stage_11_is_a_module_without_side_effects():
+    stage = load_script()
+    assert issubclass(stage._TeeIO, stage.DescriptorTap)
+
+
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("stage_11", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert issubclass(module._TeeIO, module.DescriptorTap)
+    return module

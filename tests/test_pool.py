@@ -6,10 +6,12 @@ import os
 import pickle
 import signal
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import worker_calls
 from PIL import Image
 
 from pi0.ript.env import pool
@@ -92,8 +94,10 @@ def assert_same(ours, theirs):
 
 @pytest.fixture(scope="module")
 def runner():
-    with make_runner(2) as runner:
-        yield runner
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find worker_calls
+        with make_runner(2) as runner:
+            yield runner
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +223,7 @@ def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monke
     assert_same(run(runner, rollouts(runner, 10)), episodes)
     (loss,) = runner.pool.losses[before:]
     assert loss.cause == "hung for 25 s"
-    assert loss.rollouts
+    assert loss.work
 
 
 class SomethingElse:
@@ -293,6 +297,29 @@ def test_an_error_in_a_called_function_names_it(runner):
     with pytest.raises(WorkerError, match="AttributeError.*no_such_thing"):
         list(runner.pool.call(getattr, [("no_such_thing",)]))
     assert list(runner.pool.call(getattr, [("spec",)])) == [(0, runner.pool.spec)]
+
+
+def test_a_call_whose_worker_is_killed_is_made_again(runner, tmp_path):
+    before = len(runner.pool.losses)
+    calls = [(str(tmp_path / str(number)),) for number in range(4)]
+    done = sorted(runner.pool.call(worker_calls.die_the_first_time, calls))
+    assert done == [(number, path) for number, (path,) in enumerate(calls)]
+    losses = [str(loss).partition(" ended ")[2] for loss in runner.pool.losses[before:]]
+    assert losses == ["(SIGKILL) while it ran die_the_first_time"] * 4
+
+
+def test_a_call_that_ends_every_worker_ends_with_the_cause(runner):
+    with pytest.raises(WorkerError, match=r"ended \(SIGKILL\) while it ran die, 3 times"):
+        list(runner.pool.call(worker_calls.die, [()]))
+    assert list(runner.pool.call(getattr, [("spec",)])) == [(0, runner.pool.spec)]
+
+
+def test_a_worker_that_ends_within_an_answer_is_replaced_and_changes_no_result(runner, episodes):
+    before = len(runner.pool.losses)
+    list(runner.pool.call(worker_calls.die_within_the_next_answer, [()]))  # the first of the two workers
+    assert_same(run(runner, rollouts(runner, 10)), episodes)
+    (loss,) = runner.pool.losses[before:]
+    assert loss.cause == "ended (SIGKILL)"
 
 
 def test_workers_end_with_the_pool():

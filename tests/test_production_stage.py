@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,11 +31,21 @@ from stage_13_runs import (
     steps_saved,
     wait_until,
 )
+from test_distributed import TASKS, states_of
+from torch.utils.data import DistributedSampler
 
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 from pi0.ript.checkpoint_store import CheckpointStore
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stage_13", REPO_ROOT / SCRIPT)
+    stage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage)
+    return stage
+
 
 # Signals -----------------------------------------------------------------------------------------------
 
@@ -248,6 +259,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
         finish(start(tmp_path, "--resume"))
         assert_same(tmp_path, straight[0])
     assert kills == 20
+    assert verified >= 10, "most kills came before there was anything to lose"
     print(
         f"{kills} kills, {verified} of them with checkpoints there, the newest of which verified each time; "
         f"{whole_runs} runs got through all their iterations"
@@ -255,6 +267,35 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
 
 
 # What goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_what_several_ranks_remember_is_joined_where_states_are_dealt_anew():
+    stage = load_script()
+    pools = [states_of(task, 4) for task in TASKS[:2]]
+
+    def sampler_of(rank: int, ranks: int):
+        dataset = stage.LiberoInitStateDataset(pools)
+        return stage.TaskAwareSampler(dataset, DistributedSampler(dataset, ranks, rank, shuffle=False), 1)
+
+    old = [sampler_of(rank, 2) for rank in (0, 1)]
+    solved = set()
+    for sampler in old:
+        for _ in range(3):
+            (index,) = sampler.smart_sample_group()
+            for _ in range(sampler.dataset.stats.skip_threshold):
+                sampler.dataset.stats.record(sampler.names[index], 1, 1)
+            solved.add(sampler.names[index])
+    assert len(solved) == 6
+    states = json.loads(json.dumps([sampler.state_dict() for sampler in old]))
+    joined = sampler_of(0, 1)
+    joined.load_state_dict(states, dealt_anew=True)
+    assert joined.credit == old[0].credit != [0.0, 0.0]
+    assert joined.init_state_cursor == [0, 0], "rings begin anew"
+    assert {name for name in joined.names if joined.dataset.stats.pass_over(name)} == solved
+    again = sampler_of(1, 2)
+    again.load_state_dict(states[1:], dealt_anew=False)
+    assert again.state_dict() == old[1].state_dict()
+    assert again.init_state_cursor == [2, 1]
 
 
 def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
@@ -279,6 +320,7 @@ def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
     rows = outcome(tmp_path)["rows"]
     assert [row["bad_updates"] for row in rows] == [1, 0, 0]
     assert rows[-1]["rollbacks"] == 0
+    assert STEPS in steps_saved(tmp_path), "what came after it was finite"
     assert all(row["updates"] > 0 for row in rows)
 
 
@@ -306,6 +348,8 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
         start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "1e12"), env=with_path())
     )
     assert re.findall(r"going on from .*/step-00000(\d)", output) == ["1", "0"]
+    first, again = re.findall(r"iteration 0: .* loss (\S+)", output)
+    assert first != again, "the update's noise is drawn anew"
     rows = outcome(tmp_path)["rows"]
     assert [row["rollbacks"] for row in rows] == [2] * STEPS
     assert all(row["bad_updates"] == 0 for row in rows)
@@ -338,11 +382,32 @@ def test_a_full_disk_keeps_training_and_says_so(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
     output = finish(start(tmp_path, preexec_fn=small_files))
-    assert "no checkpoint of step 1" in output
+    assert "step 1: checkpoint of step 1 is not saved: " in output or re.search(
+        r"step 1: .* is not written: ", output
+    )
     assert "the policy is not saved" in output
     assert "make room" in output
     results = json.loads((run_of(tmp_path) / "results.json").read_text())
     assert len(results["history"]) == STEPS
+
+
+RESULTS = ("final_training_results.json", "results", "video", "report.html")
+
+
+def test_results_that_cannot_be_written_are_said_and_do_not_end_the_run_with_an_error(tmp_path):
+    few = [
+        "--override",
+        "training.num_train_steps=1",
+        "features.save_video=true",
+        "evaluation.periodic_episodes=0",
+    ]
+    process = start(tmp_path, *few)
+    wait_until(lambda: 0 in steps_saved(tmp_path), process)
+    for name in ("final_training_results.json", "results.json", "before_after.mp4", "report.html"):
+        (run_of(tmp_path) / name).mkdir()  # in the file's way
+    output = finish(process)
+    assert re.findall(r"^(\S+) not written: ", output, re.MULTILINE) == list(RESULTS)
+    assert 1 in steps_saved(tmp_path)
 
 
 HALF_A_LINE = """
@@ -505,20 +570,39 @@ def test_between_releases_freed_memory_is_kept():
     assert int(done.stdout) < 10_000  # of 244,000
 
 
+def test_a_run_whose_memory_grows_says_so(tmp_path):
+    script = ("tests/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
+    few = [
+        "--override",
+        "training.num_train_steps=4",
+        "task.max_episode_length=10",
+        "evaluation.periodic_episodes=0",
+    ]
+    output = finish(start(tmp_path, *few, script=script, env=with_path()))
+    (line,) = re.findall(r"^memory has grown from .*$", output, re.MULTILINE)
+    before, after = map(int, re.fullmatch(r".* from (\d+) to (\d+) MB since step 2", line).groups())
+    assert before + 2900 < after < before + 3300
+
+
 def test_memory_that_grows_is_reported(capsys):
-    spec = importlib.util.spec_from_file_location("stage_13", REPO_ROOT / SCRIPT)
-    stage = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage)
+    stage = load_script()
 
     def row(step: int, size: float) -> dict:
-        return {"step": step, "memory": {"rss_mb": size, "workers_mb": 0.0, "gpu_mb": None}}
+        use = {"rss_mb": size, "workers_mb": 0.0, "gpu_mb": None}
+        return {"step": step, "memory": {**use, "other_ranks": {}}}
 
     stage.monitor_memory([row(n, 1000.0 + n) for n in range(50)])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
     stage.monitor_memory([row(0, 900.0), row(1, 990.0), row(2, 1000.0), row(3, 1600.0)])
-    assert capsys.readouterr().err == "memory has grown from 1000 to 1600 MB since step 2\n"
+    assert capsys.readouterr().out == "memory has grown from 1000 to 1600 MB since step 2\n"
     on_gpu = [row(n, 900.0) for n in range(5)]
     for size, step in zip([10.0, 10.0, 200.0, 210.0, 400.0], on_gpu, strict=True):
         step["memory"]["gpu_mb"] = size
     stage.monitor_memory(on_gpu)
-    assert capsys.readouterr().err == "GPU memory has grown from 200 to 400 MB since step 2\n"
+    assert capsys.readouterr().out == "GPU memory has grown from 200 to 400 MB since step 2\n"
+    # Another rank's, which has joined later.
+    of_two = [row(n, 1000.0) for n in range(7)]
+    for step, size in zip(of_two[4:], (500.0, 600.0, 900.0), strict=True):
+        step["memory"]["other_ranks"] = {"1": {"rss_mb": size, "workers_mb": 0.0, "gpu_mb": None}}
+    stage.monitor_memory(of_two)
+    assert capsys.readouterr().out == "memory of rank 1 has grown from 500 to 900 MB since step 4\n"

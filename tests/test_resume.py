@@ -53,8 +53,19 @@ def killed(killed_run, tmp_path):
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
     output = finish(start(killed, "--resume"))
     assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
-    # The file of statistics may count visits again that were made after the last checkpoint.
     assert_same(killed, straight[0])
+    lines = (run_of(killed) / "metrics.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    assert seconds == sorted(seconds), "time goes on from where the run stopped"
+
+
+def test_a_run_that_goes_on_cannot_be_resumed_beside_it(tmp_path):
+    process = start(tmp_path)
+    wait_until(lambda: 0 in steps_saved(tmp_path), process)
+    second, _ = (beside := start(tmp_path, "--resume")).communicate(timeout=100)
+    assert beside.returncode == 1
+    assert "error: another process writes to" in second
+    finish(process)
 
 
 def test_every_metric_of_a_run_is_documented(straight):
@@ -205,6 +216,8 @@ def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
     evaluations = json.loads((run_dir / "metrics.json").read_text())
     scores = {entry["step"]: entry["success_rate"] for entry in evaluations}
     assert sorted(scores) == [1, 2, 3]
+    results = json.loads((run_dir / "results.json").read_text())
+    assert evaluations[-1]["outcomes"] == results["after"]["outcomes"] != results["before"]["outcomes"]
     best = max(scores, key=lambda step: (scores[step], step))
     assert steps_saved(tmp_path) == sorted({best, STEPS})
     for step in {best, STEPS}:

@@ -76,6 +76,18 @@ def test_a_policy_that_always_or_never_succeeds_ends_with_an_empty_result(runner
     assert collection.advantages == []
 
 
+def test_when_a_whole_budget_was_unanimous_the_groups_come_from_other_states(runner, capsys):
+    def of_the_fifth_state_on(episode) -> float:
+        return float(episode.rollout.init_index > 3 and episode.rollout.noise_key[-1] == 0)
+
+    rollouts = generator(runner, reward=of_the_fifth_state_on, enable_dynamic_sampling=True)
+    collection = rollouts.generate_rollouts(StillPolicy(), step=0)
+    assert [group.episodes[0].rollout.init_index for group in collection.groups] == [4, 5]
+    assert any(collection.advantages)
+    said = "all 4 groups tried were unanimous: going on to as many other states"
+    assert said in capsys.readouterr().out
+
+
 def test_dynamic_sampling_tries_other_states_until_it_has_enough(runner):
     # Every other group is mixed.
     rollouts = generator(

@@ -115,7 +115,7 @@ def test_a_checkpoint_brings_back_what_is_passed_over():
     stats.record("a", 1, 1)
     stats.record("a", 1, 1)
     again = RolloutStats(None, skip_threshold=2)
-    again.load_state_dict([json.loads(json.dumps(stats.state_dict()))])
+    again.load_state_dict([json.loads(json.dumps(stats.state_dict()))], dealt_anew=False)
     assert again.pass_over("a")
 
 
@@ -130,7 +130,7 @@ def test_what_is_done_again_after_a_kill_is_counted_once(tmp_path):
         stats.record(name, 0, 2)
         stats.save()
     again = RolloutStats(file, skip_threshold=2)
-    again.load_state_dict([checkpoint])
+    again.load_state_dict([checkpoint], dealt_anew=False)
     again.save()
     for name in "bca":
         again.record(name, 0, 2)
@@ -140,16 +140,23 @@ def test_what_is_done_again_after_a_kill_is_counted_once(tmp_path):
     assert again.history == expected
 
 
-def test_ranks_that_were_dealt_anew_count_all_their_visits(tmp_path):
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_ranks_that_were_dealt_anew_count_all_their_visits(tmp_path, before, after):
     file = tmp_path / "stats.json"
-    old = [RolloutStats(file, skip_threshold=2) for _ in range(2)]
-    for rank, stats in enumerate(old):
+    states = []
+    for rank in range(before):
+        stats = RolloutStats(file, skip_threshold=2)
         stats.record(f"of {rank}", 1, 2)
         stats.save()
-    new = RolloutStats(file, skip_threshold=2)
-    new.load_state_dict([stats.state_dict() for stats in old])
-    new.record("of 0", 2, 2)
-    new.save()
-    expected = {"of 0": [[1, 2], [2, 2]], "of 1": [[1, 2]]}
+        states.append(stats.state_dict())
+    expected = {f"of {rank}": [[1, 2]] for rank in range(before)}
+    states = json.loads(json.dumps(states))
+    for rank in range(after):
+        stats = RolloutStats(file, skip_threshold=2)
+        stats.load_state_dict(json.loads(json.dumps(states)), dealt_anew=True)
+        assert stats.history == {f"of {rank}": [[1, 2]] for rank in range(before)}
+        for name in ("of 0", f"new of {rank}"):
+            stats.record(name, 2, 2)
+            expected.setdefault(name, []).append([2, 2])
+        stats.save()
     assert json.loads(file.read_text())["states"] == expected
-    assert new.history == expected

@@ -259,7 +259,7 @@ def test_a_script_that_does_not_say_what_it_adds_is_named(tmp_path):
 
 def test_help_shows_examples_and_how_notes_are_written():
     assert "python -m pi0.stages diff 8 9" in run_command("--help").stdout
-    assert "| less" in run_command("diff", "--help").stdout
+    assert "--context 6" in run_command("diff", "--help").stdout
     assert "anchors: [" in run_command("pages", "--help").stdout
 
 

@@ -1,9 +1,12 @@
 """The stage scripts: real runs, the spec's lines, and what holds between stages."""
 
 import ast
+import dataclasses
 import difflib
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,10 +15,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from pi0 import PI0Policy
 from pi0.paths import REPO_ROOT
+from pi0.ript.config import Config, TaskConfig, TrainingConfig, describe_keys
 from pi0.video import CAPTION_HEIGHT
 
 STAGES = [
@@ -119,7 +124,7 @@ def runs(tmp_path_factory):
     done = {}
     for number, stage in enumerate(STAGES):
         file = folder / f"{number}.yaml"
-        extras = {"features": {"save_video": number == 1}, "logging": {"use_wandb": False}}
+        extras = {"features": {"save_video": number in (1, 5)}, "logging": {"use_wandb": False}}
         file.write_text(yaml.safe_dump({**config, **extras, "exp_name": f"run{number}"}))
         if number:
             completed = run_script(stage, "--config_path", str(file))
@@ -170,8 +175,9 @@ def test_with_its_own_feature_off_a_stage_trains_to_exactly_the_losses_of_the_on
     assert len(losses(after)) >= 1
 
 
-def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs):
-    _, run_dir = runs[STAGES[1]]
+@pytest.mark.parametrize("stage", [STAGES[1], STAGES[5]])
+def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs, stage):
+    _, run_dir = runs[stage]
     results = json.loads((run_dir / "results.json").read_text())
     for when in ("before", "after"):
         assert results[when]["episodes"] == 2
@@ -189,10 +195,10 @@ def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs):
     PI0Policy.from_pretrained(run_dir / "policy")
 
 
-def config_error(tmp_path: Path, change: dict) -> str:
+def config_error(tmp_path: Path, change: dict, *overrides: str) -> str:
     config = {"policy_path": str(CHECKPOINT), "exp_name": "bad", "output_dir": str(tmp_path), **change}
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
-    done = run_script(STAGES[1], "--config_path", str(tmp_path / "bad.yaml"))
+    done = run_script(STAGES[1], "--config_path", str(tmp_path / "bad.yaml"), "--override", *overrides)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -200,8 +206,11 @@ def config_error(tmp_path: Path, change: dict) -> str:
 
 def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "algo.lr" in config_error(tmp_path, {"algo": {"learning_rate": 1e-4}})
+    assert "algo.lr = -1.0" in config_error(tmp_path, {}, "algo.lr=-1.0")
     assert "did you mean" in config_error(tmp_path, {"task": {"task_names_to_use": ["pick_up_the_bowl"]}})
     assert "did you mean" in config_error(tmp_path, {"task": {"task_name": "pick_up_the_bowl"}})
+    too_many = {"task": {"task_name": 3}, "evaluation": {"episodes": 51}}
+    assert "evaluation.episodes = 51 is more than the 50 states" in config_error(tmp_path, too_many)
     assert not list(tmp_path.glob("bad-*")), "a run folder was made before the error"
     assert "no such folder" in config_error(tmp_path, {"policy_path": "nowhere"})
     assert "cannot write" in config_error(tmp_path, {"output_dir": "/proc/nowhere"})
@@ -209,5 +218,69 @@ def test_bad_settings_are_named_before_anything_starts(tmp_path):
 
 def test_help_lists_every_key():
     text = run_script(STAGES[1], "--help").stdout
-    for key in ("algo.rloo_batch_size", "training.num_train_steps", "task.max_episode_length"):
-        assert key in text
+    assert [each.name for each in describe_keys() if f"  {each.name}: " not in text] == []
+
+
+# What the stages share to the letter, so that one stands for all.
+
+
+@pytest.fixture(scope="module")
+def stage_08():
+    spec = importlib.util.spec_from_file_location("stage_08", REPO_ROOT / STAGES[0])
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "stage_08", module)  # where its dataclass looks for its module
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_a_policy_is_loaded_as_configured(stage_08, tmp_path):
+    statistics = json.loads((CHECKPOINT / "norm_stats.json").read_text())
+    statistics["norm_stats"]["state"]["mean"][0] += 0.5
+    (tmp_path / "norm_stats.json").write_text(json.dumps(statistics))
+    config = Config(
+        policy_path=str(CHECKPOINT),
+        dtype="bfloat16",
+        compile=True,
+        norm_stats_path=str(tmp_path / "norm_stats.json"),
+        training=TrainingConfig(trainable="expert"),
+    )
+    policy = stage_08.load_policy(config)
+    plain = PI0Policy.from_pretrained(CHECKPOINT)
+    trained = {name for name, p in policy.network.named_parameters() if p.requires_grad}
+    assert trained < {name for name, p in plain.network.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in policy.network.parameters()} == {torch.bfloat16, torch.float32}
+    assert policy.compiled
+    assert policy.norm_stats.state.mean[0] == pytest.approx(plain.norm_stats.state.mean[0] + 0.5)
+
+
+def test_environments_are_made_as_configured(stage_08):
+    task = TaskConfig(
+        benchmark_name="libero_goal", task_names_to_use=[1, 2], assets="standins", demonstrations="shown",
+        fixtures="pinned", num_parallel_envs=1, rollouts_per_env=3, max_open_tasks=5, max_episode_length=77,
+        settle_steps=2, replan_steps=4, image_size=48, render="exact",
+    )  # fmt: skip
+    unlike = TaskConfig()
+    for name in (each.name for each in dataclasses.fields(TaskConfig)):
+        assert getattr(task, name) != getattr(unlike, name) or name == "task_name", name
+    policy = PI0Policy.from_pretrained(CHECKPOINT)
+    with stage_08.make_env_runner(Config(policy_path=str(CHECKPOINT), task=task), policy) as runner:
+        spec = runner.pool.spec
+        assert (runner.benchmark_name, [each.index for each in runner.tasks]) == ("libero_goal", [1, 2])
+        assert (spec.assets.source, runner.demonstrations, runner.fixtures) == ("standins", "shown", "pinned")
+        assert (len(runner.pool.processes), spec.slots, spec.max_open_tasks) == (1, 3, 5)
+        assert (runner.max_episode_length, runner.settle_steps, runner.replan_steps) == (77, 2, 4)
+        assert (runner.image_size, spec.image_size, spec.render) == (48, 48, "exact")
+        assert (runner.cameras, spec.chunk) == (policy.config.cameras, policy.config.action_horizon)
+
+
+def test_stage_08_runs_with_the_settings_in_it(tmp_path):
+    (tmp_path / "checkpoints").symlink_to(REPO_ROOT / "checkpoints")
+    done = run_script(str(REPO_ROOT / STAGES[0]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    iterations = re.findall(r"^iteration \d: \d+ of 16 solved, (\d+) updates", done.stdout, re.MULTILINE)
+    assert len(iterations) == 3
+    (run_dir,) = tmp_path.glob("outputs/08_epochs-*")
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["before"]["episodes"] == results["after"]["episodes"] == 20
+    assert (run_dir / "before_after.mp4").is_file()

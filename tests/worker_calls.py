@@ -1,7 +1,12 @@
 """What tests let rollout workers do; they import it by name, so it stands apart from the tests."""
 
 import gc
+import os
+import signal
+import struct
+import sys
 import weakref
+from pathlib import Path
 
 
 def open_tasks(worker) -> list[int]:
@@ -17,3 +22,25 @@ def tasks_in_memory(worker, tasks) -> list[int]:
         return [index for index, scene in scenes if scene() is not None]
     finally:
         gc.enable()
+
+
+def die(_worker) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_the_first_time(worker, path: str) -> str:
+    """`path`, which remembers that it is not the first time."""
+    if not Path(path).exists():
+        Path(path).touch()
+        die(worker)
+    return path
+
+
+def die_within_the_next_answer(worker) -> None:
+    """Make the worker's next rollouts end it when a part of its answer is on its way."""
+
+    def advance(_commands) -> None:
+        os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"the first of 1000 bytes")
+        die(worker)
+
+    worker.advance = advance

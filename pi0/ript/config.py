@@ -46,7 +46,8 @@ class TaskConfig:
         None, "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states"
     )
     fixtures: Literal["libero_eval", "pinned"] = key(
-        "libero_eval", "cabinet and stove: as in LIBERO's evaluation after env.seed(0), or always its first"
+        "libero_eval",
+        "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always its first place",
     )
     num_parallel_envs: int | None = key(
         None, "worker processes that simulate; null: one on each core", unit="processes", low=1
@@ -58,11 +59,16 @@ class TaskConfig:
         10, "scenes a worker keeps in memory; the one unused for longest is closed first", unit="tasks", low=1
     )
     max_episode_length: int | None = key(
-        None, "length at which an episode has failed; null: LIBERO's for the suite", unit="steps", low=1
+        None,
+        "length at which an episode has failed; null: LIBERO's for the suite",
+        unit="control steps",
+        low=1,
     )
-    settle_steps: int = key(10, "steps without motion before the policy takes over", unit="steps", low=0)
+    settle_steps: int = key(
+        10, "steps without motion before the policy takes over", unit="control steps", low=0
+    )
     replan_steps: int = key(
-        10, "actions of a chunk executed before the policy looks again", unit="steps", low=1
+        10, "actions of a chunk executed before the policy looks again", unit="control steps", low=1
     )
     image_size: int | None = key(
         None,
@@ -125,14 +131,17 @@ class AlgoConfig:
     replay_iterations: int = key(
         4, "iterations whose rollouts are learned from, the current one included", unit="iterations", low=1
     )
-    num_epochs: int = key(2, "passes over the collected chunks in an iteration", unit="passes", low=1)
+    num_epochs: int = key(2, "passes over the collected chunks in an iteration", unit="epochs", low=1)
     minibatch_size: int = key(64, "action chunks in a forward pass", unit="chunks", low=1)
-    gradient_accumulation_steps: int = key(1, "forward passes in an optimizer step", unit="passes", low=1)
+    gradient_accumulation_steps: int = key(1, "minibatches in an optimizer step", unit="minibatches", low=1)
     noise_samples: int = key(4, "noise and time draws of the flow loss for a chunk", unit="draws", low=1)
     lr: float = key(1e-4, "learning rate", above=0)
     grad_norm_clip: float = key(1.0, "largest gradient norm; longer gradients are shortened to it", above=0)
     negative_weight: float = key(
-        0.0, "factor on negative advantages; 0: learn from success alone (guidance needs more)", low=0, high=1
+        0.0,
+        "factor on negative advantages; 0: learn from success alone; above 0 for mode: guidance",
+        low=0,
+        high=1,
     )
     ema_decay: float = key(
         0.99,
@@ -148,7 +157,7 @@ class AlgoConfig:
         None, "what 1 means to the gripper there; null: to close, and that some action opens it is checked"
     )
     cotraining_chunks: int = key(
-        256, "chunks of them drawn for each iteration, on each rank", unit="chunks", low=1
+        256, "chunks of them drawn for each iteration, on each rank (from stage 13 on)", unit="chunks", low=1
     )
     cotraining_weight: float = key(
         0.5, "weight of each in the loss; practised chunks weigh as their advantage", above=0
@@ -223,7 +232,10 @@ class EvaluationConfig:
     episodes: int = key(100, "episodes over all tasks, before and again after", unit="episodes", low=1)
     seed: int = key(0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED)
     periodic_episodes: int = key(
-        0, "episodes over all tasks every logging.log_freq steps (from stage 12 on); 0: none", low=0
+        0,
+        "episodes over all tasks every logging.log_freq iterations (from stage 12 on); 0: none",
+        unit="episodes",
+        low=0,
     )
 
 
@@ -231,7 +243,7 @@ class EvaluationConfig:
 class LoggingConfig:
     """Where metrics go besides the console, the log file and metrics.jsonl (from stage 11 on)."""
 
-    use_wandb: bool = key(True, "log to Weights & Biases")
+    use_wandb: bool = key(True, "log to Weights & Biases (from stage 11 on)")
     wandb_project: str = key("ript-pi0", "WandB project")
     wandb_entity: str | None = key(None, "WandB user or team; null: the key's own")
     wandb_mode: Literal["offline", "online", "disabled"] = key(
@@ -239,7 +251,10 @@ class LoggingConfig:
     )
     wandb_run_id: str | None = key(None, "run to go on with; null: a new one")
     log_freq: int = key(
-        5, "steps from one report.html, and one periodic evaluation, to the next", unit="steps", low=1
+        5,
+        "iterations from one report.html, and one periodic evaluation, to the next (from stage 11 on)",
+        unit="iterations",
+        low=1,
     )
 
 
@@ -266,7 +281,9 @@ class Config:
     norm_stats_path: str | None = key(None, "normalisation statistics; null: the checkpoint's own")
     output_dir: str = key("outputs", "folder of all runs")
     exp_name: str = key("ript", "name of this run and of its folder in output_dir")
-    profile: Literal["dev", "prod"] | None = key(None, "set of values to start from, see PROFILES")
+    profile: Literal["dev", "prod"] | None = key(
+        None, "values to start from; dev: every part once, in a minute; prod: many states and iterations"
+    )
     task: TaskConfig = field(default_factory=TaskConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -31,7 +31,8 @@ class Interrupts:
         self._watch = watch
         self._asked_at: float | None = None
         self._noticed_at: float | None = None
-        self.checkpoint_asked = False
+        self._checkpoints_asked = 0
+        self._checkpoints_taken = 0
 
     def install(self) -> None:
         """Hear the signals from now on.
@@ -51,6 +52,12 @@ class Interrupts:
     def stop_asked(self) -> bool:
         """Whether this rank knows of a request to stop."""
         return self._asked_at is not None or (self._watch is not None and self._watch.stop_asked)
+
+    def take_checkpoint_request(self) -> bool:
+        """Whether this rank was asked for a checkpoint since the last call."""
+        asked = self._checkpoints_asked  # read once: the next request may come at any time
+        taken, self._checkpoints_taken = self._checkpoints_taken, asked
+        return asked > taken
 
     def check(self) -> None:
         """Raise `Interrupted` where the run was asked to stop; for places without collectives."""
@@ -72,7 +79,7 @@ class Interrupts:
     def _hear(self, heard: socket.socket, _told: socket.socket) -> None:
         while numbers := heard.recv(1):
             if numbers[0] == signal.SIGUSR1:
-                self.checkpoint_asked = True
+                self._checkpoints_asked += 1
             elif numbers[0] in (signal.SIGINT, signal.SIGTERM):
                 self._stop(numbers[0])
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pi0.ript.distributed import gather
+
 RELEASE_EVERY = 10  # iterations
 # Of mallopt(3): from which size on each piece is a mapping of its own, and how much may be free at the heap's end.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
@@ -45,14 +47,19 @@ def release() -> None:
 
 
 def memory_use(workers: Iterable[int]) -> dict[str, Any]:
-    """Memory now, MB.
+    """Memory now, MB; a collective, the same for all ranks.
 
     Args:
-        workers: ids of the rollout workers.
+        workers: ids of this rank's rollout workers.
     Returns:
-        `rss_mb` of this process, `workers_mb` of all its workers together, `worker_mb` of each by its number,
-        `gpu_mb` at most since the last call (None without a GPU).
+        Of rank 0: `rss_mb` of the process, `workers_mb` of all its workers together, `worker_mb` of each by its
+        number, `gpu_mb` at most since the last call (None without a GPU). `other_ranks`: the same of each, by rank.
     """
+    first, *others = gather(_memory_of_this_rank(workers))
+    return {**first, "other_ranks": {str(rank): use for rank, use in enumerate(others, 1)}}
+
+
+def _memory_of_this_rank(workers: Iterable[int]) -> dict[str, Any]:
     gpu = None
     if torch.cuda.is_available():
         gpu = torch.cuda.max_memory_allocated() / 1e6
@@ -62,18 +69,23 @@ def memory_use(workers: Iterable[int]) -> dict[str, Any]:
 
 
 def growth(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for the host's and for the GPU's memory that is at a new high, more than half above the third step's.
+    """A line for each rank's memory, and its GPU's, that is at a new high, more than half above the third step's.
 
     Args:
         history: rows of steps, each with `memory_use` under "memory"; the first two steps allocate what stays.
     """
     lines = []
-    rows = [row["memory"] for row in history[2:]]
-    for name, sizes in {
-        "memory": [row["rss_mb"] + row["workers_mb"] for row in rows],
-        "GPU memory": [row["gpu_mb"] or 0.0 for row in rows],
-    }.items():
-        if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
-            since = f"since step {history[2]['step']}"
-            lines.append(f"{name} has grown from {sizes[0]:.0f} to {sizes[-1]:.0f} MB {since}")
+    ranks = {"0", *(rank for row in history[-1:] for rank in row["memory"]["other_ranks"])}
+    for rank in sorted(ranks, key=int):
+        uses = {row["step"]: {"0": row["memory"], **row["memory"]["other_ranks"]} for row in history[2:]}
+        # A run that goes on with another number of ranks has not always had this one.
+        steps = [step for step, of in uses.items() if rank in of]
+        for name, sizes in {
+            "memory": [uses[step][rank]["rss_mb"] + uses[step][rank]["workers_mb"] for step in steps],
+            "GPU memory": [uses[step][rank]["gpu_mb"] or 0.0 for step in steps],
+        }.items():
+            if len(sizes) > 1 and sizes[-1] > 1.5 * sizes[0] and sizes[-1] >= max(sizes):
+                whose = f"{name} of rank {rank}" if len(ranks) > 1 else name
+                change = f"from {sizes[0]:.0f} to {sizes[-1]:.0f} MB since step {steps[0]}"
+                lines.append(f"{whose} has grown {change}")
     return lines

@@ -299,21 +299,22 @@ class RolloutGenerator:
             visits.setdefault(state_name(rollout.task, rollout.init), []).append(episode.success)
         for name, outcomes in visits.items():
             self.stats.record(name, sum(outcomes), len(outcomes))
-        try:
-            self.stats.save()
-        except StatsError as error:
-            print(f"statistics not saved: {error}")
+        self._save_stats()
 
     def validation_states(self, count: int) -> list[InitStatePool] | None:
         """`count` states of each task for periodic evaluation; None for LIBERO's recorded ones, or where it is 0."""
         return self.env_runner.validation_states(count) if self.use_val_init and count else None
 
     def cleanup(self) -> None:
-        """Write what statistics there are, close the environments and end their processes."""
+        """Write what statistics could not be written before, close the environments and end their processes."""
+        self._save_stats()
+        self.env_runner.cleanup()
+
+    def _save_stats(self) -> None:
         try:
             self.stats.save()
-        finally:
-            self.env_runner.cleanup()
+        except StatsError as error:
+            print(f"statistics not saved: {error}")
 
     def _run_groups(
         self, policy: Policy, step: int, first: int, count: int, record: int

@@ -36,8 +36,9 @@ class RolloutStats:
     What a rank decides depends on the file as it was at the start and on its own visits, never on when other
     processes write theirs, so that runs can be repeated.
 
-    The file says how many visits each writer has added. One that goes on from a checkpoint, makes visits again and
-    comes to the same outcomes, adds only those that are new: a killed run counts nothing twice.
+    The file says how many visits each writer has added. One that goes on from a checkpoint and makes visits again adds
+    only those that are new: a killed run counts nothing twice. (Where they come out otherwise, as after a rollback,
+    which learns with other noise, the file keeps what came first.)
 
     Args:
         path: JSON file that grows from run to run; ranks and runs may share it. None keeps all in memory.
@@ -109,17 +110,20 @@ class RolloutStats:
             "solved_in_a_row": self._solved_in_a_row,
         }
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Go on from one `state_dict()`, or from those of several ranks, which visited different states."""
+    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
+        """Go on from this rank's `state_dict()`, or from those of all ranks of before, which visited different states.
+
+        Args:
+            dealt_anew: states are dealt to another number of ranks, each of which adds to the file as a new writer.
+                (What the disk had refused until then is not written any more.)
+        """
         self.history, self._unwritten, self._solved_in_a_row = {}, [], {}
         for state in states:
             for name, visits in state["history"].items():
                 if len(visits) > len(self.history.get(name, [])):  # whoever visited it knows most
                     self.history[name] = visits
                     self._solved_in_a_row[name] = state["solved_in_a_row"].get(name, 0)
-        if (
-            len(states) == 1
-        ):  # several ranks' visits are written when a checkpoint is made, and are dealt anew
+        if not dealt_anew:
             (state,) = states
             self._writer, self._visits = state["writer"], state["visits"]
             self._unwritten = [(name, visit) for name, visit in state["unwritten"]]

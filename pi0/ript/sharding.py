@@ -8,7 +8,7 @@ or without, can go on from it.
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,19 @@ def whole(tree: T) -> T:
     return tree_map_only(DTensor, DTensor.full_tensor, tree)
 
 
+def whole_on_rank_zero(tree: T) -> T:
+    """The same nest with every shard whole on rank 0, in the CPU's memory; on other ranks it holds nothing of use.
+
+    To be called by all ranks together. Shards are made whole one after another, since no device has room for all.
+    """
+
+    def gather(shard: DTensor) -> Tensor:
+        tensor = shard.full_tensor()
+        return tensor.cpu() if dist.get_rank() == 0 else tensor.new_empty(0)
+
+    return tree_map_only(DTensor, gather, tree)
+
+
 def weights_are_finite(module: torch.nn.Module) -> bool:
     """Whether the weights that are trained are numbers, and small enough that the sum of their squares is one.
 
@@ -70,8 +83,15 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """`optimizer.load_state_dict` of whole tensors, its parameters being sharded or not."""
-    optimizer.load_state_dict(state)
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:  # not the count of steps
-                values[name] = cut_like(value, parameter)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def own(number: int, value: Any) -> Any:
+        of_the_weight = isinstance(value, Tensor) and value.shape == parameters[number].shape
+        return cut_like(value, parameters[number]) if of_the_weight else value  # such as the count of steps
+
+    # Cut before they are handed over: the optimizer moves what it is given to the device.
+    moments = {
+        number: {name: own(number, value) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})

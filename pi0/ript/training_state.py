@@ -29,7 +29,7 @@ from pi0.ript.checkpoint_store import load_state, save_state
 from pi0.ript.ema import AveragedPolicy
 from pi0.ript.random_state import random_states, restore_random_states
 from pi0.ript.report import write_json
-from pi0.ript.sharding import load_optimizer, load_weights, whole
+from pi0.ript.sharding import load_optimizer, load_weights, whole_on_rank_zero
 
 
 class Sampler(Protocol):
@@ -38,8 +38,8 @@ class Sampler(Protocol):
     def state_dict(self) -> dict:
         """Its position and memory."""
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Go on from one state, or from those of as many other ranks as are given."""
+    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
+        """Go on from this rank's state, or from those of all ranks of before where states are dealt anew."""
 
 
 @dataclass
@@ -90,8 +90,8 @@ class TrainingState:
         """
         network = self.policy.network
         frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
-        weights = whole({name: t for name, t in network.state_dict().items() if name not in frozen})
-        optimizer = whole(self.optimizer.state_dict())
+        trained = {name: t for name, t in network.state_dict().items() if name not in frozen}
+        weights, optimizer = whole_on_rank_zero(trained), whole_on_rank_zero(self.optimizer.state_dict())
         save_state(folder / f"rank{rank}.pt", of_rank)
         if rank > 0:
             return
@@ -127,7 +127,7 @@ class TrainingState:
         self.schedule.load_state_dict(states["schedule"])
         if run["world_size"] == world_size:
             own = load_state(folder / f"rank{rank}.pt")
-            self.sampler.load_state_dict([own["sampler"]])
+            self.sampler.load_state_dict([own["sampler"]], dealt_anew=False)
             self.generator.set_state(own["generator"])
             self.replay = [
                 None if part is None else WeightedChunks.from_state(part) for part in own["replay"]
@@ -135,7 +135,7 @@ class TrainingState:
             restore_random_states(own["random"])
             return None
         everybody = [load_state(folder / f"rank{number}.pt") for number in range(run["world_size"])]
-        self.sampler.load_state_dict([other["sampler"] for other in everybody])
+        self.sampler.load_state_dict([other["sampler"] for other in everybody], dealt_anew=True)
         self.generator.manual_seed(seed + 1_000_003 * rank + 7_919 * self.step)
         share = [other["replay"] for number, other in enumerate(everybody) if number % world_size == rank]
         # From the newest back: a rank that has joined later has fewer.

@@ -33,7 +33,7 @@ from pi0.ript.env.worker import Progress, SharedArrays, WorkerSpec
 logger = logging.getLogger(__name__)
 
 CHECK_S = 1.0  # longest time from one call of `RolloutPool.check` to the next
-ATTEMPTS = 3  # times a rollout is given to a worker before it counts as failed
+ATTEMPTS = 3  # times a rollout or a call is given to a worker before it counts as failed
 FRUITLESS_LOSSES = 9  # of each worker in a run that finishes nothing: it is not the rollouts
 
 
@@ -77,10 +77,10 @@ class Loss:
 
     worker: int
     cause: str
-    rollouts: tuple[str, ...]
+    work: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"worker {self.worker} {self.cause} while it ran {', '.join(self.rollouts) or 'nothing'}"
+        return f"worker {self.worker} {self.cause} while it ran {', '.join(self.work) or 'nothing'}"
 
 
 @dataclass
@@ -148,6 +148,7 @@ class _Process:
             pass  # its end of the socket reads as closed, which is where a dead worker is noticed
 
     def receive(self) -> Any:
+        """Its answer; raises EOFError or OSError where it ended before or within it."""
         self.deadline = float("inf")
         answer, error, trace = self.connection.recv()
         if error is not None:
@@ -278,40 +279,55 @@ class RolloutPool:
     ) -> Iterator[tuple[int, Any]]:
         """Run `function(worker, *arguments)` for each arguments, spread over the workers.
 
+        Where a worker is lost, another one takes its place and its call.
+
         Yields:
             (index into `argument_lists`, result), in order of completion.
         Raises:
-            WorkerError: the function raised, or its worker was lost.
+            WorkerError: the function raised, or workers were lost in it time and again.
         """
-        waiting = deque(enumerate(argument_lists))
+        waiting = deque(range(len(argument_lists)))
+        attempts = [0] * len(argument_lists)
         busy: dict[int, int] = {}
-        for worker in self._workers:
+
+        def start_next(worker: _Process) -> None:
             if waiting:
-                busy[worker.number], arguments = waiting.popleft()
-                worker.send("call", (function, *arguments), 20 * self.limit_s)
+                index = busy[worker.number] = waiting.popleft()
+                attempts[index] += 1
+                worker.send("call", (function, *argument_lists[index]), 20 * self.limit_s)
+
+        for worker in self._workers:
+            start_next(worker)
         try:
             while busy:
                 self.check()
                 waited_for = [worker for worker in self._workers if worker.number in busy]
                 ready = wait([worker.connection for worker in waited_for], CHECK_S)
                 for worker in waited_for:
-                    if worker.connection not in ready:
-                        if time.monotonic() >= worker.deadline:
-                            raise WorkerError(f"worker {worker.number} hung while it ran {function.__name__}")
+                    cause = None
+                    if worker.connection in ready:
+                        try:
+                            result = worker.receive()
+                        except (EOFError, OSError):
+                            cause = f"ended ({_exit(worker.process)})"
+                        except WorkerError:
+                            del busy[worker.number]
+                            raise
+                    elif time.monotonic() >= worker.deadline:
+                        cause = f"hung for {20 * self.limit_s:.0f} s"
+                    else:
                         continue
-                    try:
-                        result = worker.receive()
-                    except EOFError:
-                        raise WorkerError(
-                            f"worker {worker.number} ended while it ran {function.__name__}"
-                        ) from None
-                    except WorkerError:
-                        del busy[worker.number]
-                        raise
-                    yield busy.pop(worker.number), result
-                    if waiting:
-                        busy[worker.number], arguments = waiting.popleft()
-                        worker.send("call", (function, *arguments), 20 * self.limit_s)
+                    index = busy.pop(worker.number)
+                    if cause is None:
+                        yield index, result
+                    else:
+                        self.losses.append(Loss(worker.number, cause, (function.__name__,)))
+                        worker = self._replace(worker)
+                        if attempts[index] == ATTEMPTS:
+                            raise WorkerError(f"{self.losses[-1]}, {ATTEMPTS} times")
+                        logger.warning("%s; that runs again", self.losses[-1])
+                        waiting.appendleft(index)
+                    start_next(worker)
         finally:
             for worker in self._workers:
                 if worker.number in busy:  # lost, or what it still answers is of no use
@@ -335,7 +351,7 @@ class RolloutPool:
                 raise WorkerError(f"worker {worker.number} hung for {self.limit_s:.0f} s")
             try:
                 answers.append(worker.receive())
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):
                 self._replace(worker)
                 raise WorkerError(f"worker {worker.number} ended ({_exit(worker.process)})") from None
         return answers
@@ -375,7 +391,7 @@ class RolloutPool:
             if worker.connection in ready:
                 try:
                     answers = worker.receive()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):
                     yield worker, f"ended ({_exit(worker.process)})"
                 except WorkerError as error:  # of memory, OpenGL, MuJoCo: its simulations are of no use
                     yield worker, f"failed ({error})"
