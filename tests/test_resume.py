@@ -209,9 +209,12 @@ def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
 
 
 def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
-    # A success in evaluation scores higher than what comes of a learning rate that spoils the policy.
-    few = ["training.keep_checkpoints=1", "logging.log_freq=1", "algo.lr=0.05", "algo.ema_decay=0"]
-    finish(start(tmp_path, "--override", *few))
+    # A success in evaluation, then an update that spoils the policy: the first iteration makes four at most.
+    few = ["training.keep_checkpoints=1", "logging.log_freq=1", "algo.lr=1e-5", "algo.ema_decay=0"]
+    script = ("tests/spoilt_weights.py", "5", "0")
+    finish(
+        start(tmp_path, "--override", *few, script=script, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)})
+    )
     (run_dir,) = tmp_path.glob("run-*")
     evaluations = json.loads((run_dir / "metrics.json").read_text())
     scores = {entry["step"]: entry["success_rate"] for entry in evaluations}
@@ -219,11 +222,12 @@ def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
     results = json.loads((run_dir / "results.json").read_text())
     assert evaluations[-1]["outcomes"] == results["after"]["outcomes"] != results["before"]["outcomes"]
     best = max(scores, key=lambda step: (scores[step], step))
+    assert best < STEPS
     assert steps_saved(tmp_path) == sorted({best, STEPS})
     for step in {best, STEPS}:
         manifest = json.loads((run_dir / f"checkpoints/step-{step:06d}/manifest.json").read_text())
         assert manifest["score"] == scores[step]
-        assert manifest["facts"]["config"]["algo"]["lr"] == 0.05
+        assert manifest["facts"]["config"]["algo"]["lr"] == 1e-5
 
 
 PRACTISED = [

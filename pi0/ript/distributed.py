@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import ipaddress
 import os
 import signal
 import socket
@@ -125,8 +124,9 @@ class RankWatch:
         # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
         self._store = _connect()
         self._peers: list[tuple[str, int]] = gather((socket.gethostname(), os.getpid()))
-        self._here = [machine == _machine() for machine in gather(_machine())]
-        self._beside_launcher = gather(_is_this_host(os.environ["MASTER_ADDR"]))
+        machines = gather(_machine())
+        self._here = [machine == _machine() for machine in machines]
+        self._beside_rank_0 = [machine == machines[0] for machine in machines]
         self._stopped = threading.Event()
         self._ending = threading.Lock()
         self._beat("0")
@@ -182,12 +182,12 @@ class RankWatch:
                 self._end(self._launcher_is_gone())
 
     def _launcher_is_gone(self) -> str:
-        """One line about the first host's launcher, whose store connects the ranks, and the ranks gone with it."""
+        """One line about the launcher of rank 0, whose store connects the ranks, and the ranks gone with it."""
         gone = [
             f"rank {rank} (process {process} on {host})"
             for rank, (host, process) in enumerate(self._peers)
             if rank != self.rank
-            and self._beside_launcher[rank]
+            and self._beside_rank_0[rank]
             and not (self._here[rank] and _is_alive(process))
         ]
         line = f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks is gone"
@@ -271,15 +271,6 @@ def _machine() -> str:
     """What tells processes apart whose ids mean the same: hosts and containers may share a name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _is_this_host(name: str) -> bool:
-    """Whether a host's name or address leads here: what is sent there then comes from the very same address."""
-    family, kind, protocol, _, address = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # of datagrams: nothing is sent
-        here, there = probe.getsockname()[0], probe.getpeername()[0]
-    return here == there or ipaddress.ip_address(there).is_loopback
 
 
 def _is_alive(process: int) -> bool:
