@@ -174,6 +174,19 @@ def test_the_hunks_of_a_page_hold_every_changed_line(first, second):
     )
 
 
+def test_changes_close_to_each_other_are_one_hunk_unless_an_anchor_begins_another():
+    old = script("08_train_a", "def run():", "    a()", "    b()", "    c()", "    d()")
+    new = script(
+        "09_train_b", "def run():", "    a()", "    one()", "    b()", "    two()", "    c()", "    d()"
+    )
+    (hunk,) = hunks(old, new)
+    assert hunk.changed == ["    one()", "    two()"]
+    first, second = hunks(old, new, ["two("])
+    assert (first.changed, second.changed) == (["    one()"], ["    two()"])
+    assert (first.line, second.line) == (3, 5)
+    assert second.lines == [" " + "    b()", "+    two()", "     c()", "     d()"]
+
+
 def test_every_line_of_the_first_stage_is_in_one_of_its_parts():
     shown = [line for hunk in hunks(None, STAGES[0]) for line in hunk.changed]
     assert [line for line in shown if line.strip()] == [line for line in STAGES[0].lines if line.strip()]

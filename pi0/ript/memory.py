@@ -77,8 +77,10 @@ def growth(history: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     ranks = {"0", *(rank for row in history[-1:] for rank in row["memory"]["other_ranks"])}
     for rank in sorted(ranks, key=int):
-        uses = {row["step"]: {"0": row["memory"], **row["memory"]["other_ranks"]} for row in history[2:]}
-        # A run that goes on with another number of ranks has not always had this one.
+        # A run that goes on with another number of ranks, or from an earlier version's metrics, has not always had it.
+        uses = {
+            row["step"]: {"0": row["memory"], **row["memory"].get("other_ranks", {})} for row in history[2:]
+        }
         steps = [step for step, of in uses.items() if rank in of]
         for name, sizes in {
             "memory": [uses[step][rank]["rss_mb"] + uses[step][rank]["workers_mb"] for step in steps],
