@@ -60,6 +60,7 @@ class InitialStateDataset:
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
         self.solved_in_a_row = [[0] * len(pool) for pool in pools]
+        self.skipped = 0
 
     def next_task(self) -> int:
         """Position in `pools` of the task whose turn it is."""
@@ -81,6 +82,7 @@ class InitialStateDataset:
             self.init_state_cursor[task] += 1
             if solved[index] >= self.skip_after:
                 solved[index] = 0
+                self.skipped += 1
             else:
                 starts.append((pool, index))
         return starts
@@ -219,12 +221,14 @@ def train(config: Config) -> Path:
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history, replay = [], []
         for step in range(config.training.num_train_steps):
+            dataset.skipped = 0
             collection = rollouts.generate_rollouts(acting, step)
             dataset.record(collection)
             chunks = adapter.weigh(collection.episodes, collection.advantages)
             replay = (replay + [chunks])[-algo.replay_iterations :]
             usable = [part for part in replay if part is not None]
-            metrics = {"step": step, **collection.metrics(), "seconds": time.monotonic() - started}
+            collected = {**collection.metrics(), "skipped_states": dataset.skipped}
+            metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             if usable:
                 batch = WeightedChunks.cat(usable)
                 metrics |= update_policy(config, adapter, optimizer, average, batch, generator)

@@ -47,10 +47,9 @@ from pi0.ript.config import (
     validate,
 )
 from pi0.ript.distributed import (
-    COLLECTIVE_LIMIT,
-    backend,
     exit_with,
     gather,
+    join_ranks,
     largest,
     on_rank_zero,
     watched_ranks,
@@ -79,6 +78,7 @@ class InitialStateDataset:
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
         self.solved_in_a_row = [[0] * len(pool) for pool in pools]
+        self.skipped = 0
 
     def next_task(self) -> int:
         """Position in `pools` of the task whose turn it is."""
@@ -100,6 +100,7 @@ class InitialStateDataset:
             self.init_state_cursor[task] += 1
             if solved[index] >= self.skip_after:
                 solved[index] = 0
+                self.skipped += 1
             else:
                 starts.append((pool, index))
         return starts
@@ -149,6 +150,7 @@ class DistributedInitialStateDataset(InitialStateDataset):
             for pool, index in self.get_states_for_envs(1, self.group_size - len(chosen)):
                 if solved[index] >= self.skip_after:
                     solved[index] = 0
+                    self.skipped += 1
                 else:
                     chosen.append((pool, index))
         return [((pool, index), state_hash(pool.states[index].state)) for pool, index in chosen]
@@ -165,7 +167,7 @@ def setup_distributed() -> tuple[int, int, int]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
+    join_ranks()
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
@@ -191,17 +193,17 @@ def get_distributed_tasks(tasks: list[Task], rank: int, world_size: int) -> list
 
 
 def distributed_collect_batches(
-    env_runner: LIBEROEnvRunner, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
+    dataset: InitialStateDataset, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
 ) -> tuple[Collection, dict]:
     """This rank's rollouts of its current task, and the metrics of all ranks.
 
     Exactly `algo.data_batch_size` trajectories on a rank that has a task, none on one that has not; fewer only
     when `algo.max_sampling_attempts` are used up.
     """
-    task = env_runner.set_current_task_by_cursor()
+    task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
-    env_runner.advance_task_cursor()
-    parts = gather((task and task.index, collection.metrics()))
+    rollouts.env_runner.advance_task_cursor()
+    parts = gather((task and task.index, {**collection.metrics(), "skipped_states": dataset.skipped}))
     for rank, (index, part) in enumerate(parts):
         if dist.is_initialized():
             print(f"rank {rank}: task {index}, {part['trajectories']} trajectories, {part['solved']} solved")
@@ -343,7 +345,8 @@ def train(config: Config, rank: int, world_size: int) -> Path:
             env_runner.cameras, env_runner.image_size, policy.config.action_horizon
         )
         for step in range(config.training.num_train_steps):
-            collection, collected = distributed_collect_batches(env_runner, rollouts, acting, step)
+            dataset.skipped = 0
+            collection, collected = distributed_collect_batches(dataset, rollouts, acting, step)
             dataset.record(collection)
             chunks = adapter.weigh(collection.episodes, collection.advantages)
             replay = (replay + [chunks])[-algo.replay_iterations :]

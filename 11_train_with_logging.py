@@ -53,10 +53,9 @@ from pi0.ript.config import (
 )
 from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
-    COLLECTIVE_LIMIT,
-    backend,
     exit_with,
     gather,
+    join_ranks,
     largest,
     on_rank_zero,
     watched_ranks,
@@ -67,7 +66,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import Task, find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.memory import memory_use
-from pi0.ript.metrics import TensorBoard, append_line, flatten
+from pi0.ript.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import film_before_after, new_run_dir, write_json, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -88,6 +87,7 @@ class InitialStateDataset:
         self.success_rate = [0.5] * len(pools)
         self.init_state_cursor = [0] * len(pools)
         self.solved_in_a_row = [[0] * len(pool) for pool in pools]
+        self.skipped = 0
 
     def next_task(self) -> int:
         """Position in `pools` of the task whose turn it is."""
@@ -109,6 +109,7 @@ class InitialStateDataset:
             self.init_state_cursor[task] += 1
             if solved[index] >= self.skip_after:
                 solved[index] = 0
+                self.skipped += 1
             else:
                 starts.append((pool, index))
         return starts
@@ -158,6 +159,7 @@ class DistributedInitialStateDataset(InitialStateDataset):
             for pool, index in self.get_states_for_envs(1, self.group_size - len(chosen)):
                 if solved[index] >= self.skip_after:
                     solved[index] = 0
+                    self.skipped += 1
                 else:
                     chosen.append((pool, index))
         return [((pool, index), state_hash(pool.states[index].state)) for pool, index in chosen]
@@ -174,7 +176,7 @@ def setup_distributed() -> tuple[int, int, int]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
+    join_ranks()
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
@@ -200,17 +202,17 @@ def get_distributed_tasks(tasks: list[Task], rank: int, world_size: int) -> list
 
 
 def distributed_collect_batches(
-    env_runner: LIBEROEnvRunner, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
+    dataset: InitialStateDataset, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
 ) -> tuple[Collection, dict]:
     """This rank's rollouts of its current task, and the metrics of all ranks.
 
     Exactly `algo.data_batch_size` trajectories on a rank that has a task, none on one that has not; fewer only
     when `algo.max_sampling_attempts` are used up.
     """
-    task = env_runner.set_current_task_by_cursor()
+    task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
-    env_runner.advance_task_cursor()
-    parts = gather((task and task.index, collection.metrics()))
+    rollouts.env_runner.advance_task_cursor()
+    parts = gather((task and task.index, {**collection.metrics(), "skipped_states": dataset.skipped}))
     for rank, (index, part) in enumerate(parts):
         if dist.is_initialized():
             print(f"rank {rank}: task {index}, {part['trajectories']} trajectories, {part['solved']} solved")
@@ -234,13 +236,14 @@ class _TeeIO(DescriptorTap):
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.leave_to(path)
         self.heard(b"")
 
     def heard(self, data: bytes) -> None:
         """Keep whole lines, as they stood when they ended."""
         with self._lock:
             *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line.rpartition(b"\r")[2]
+            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
             if self._kept is None:
                 return
             shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
@@ -455,7 +458,8 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         )
         for step in range(config.training.num_train_steps):
             step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
-            collection, collected = distributed_collect_batches(env_runner, rollouts, acting, step)
+            dataset.skipped = 0
+            collection, collected = distributed_collect_batches(dataset, rollouts, acting, step)
             dataset.record(collection)
             chunks = adapter.weigh(collection.episodes, collection.advantages)
             replay = (replay + [chunks])[-algo.replay_iterations :]
@@ -480,7 +484,8 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+        recorded = count_lines(run_dir / "metrics.jsonl")
+        print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         if rank == 0:
             write_report(run_dir, to_dict(config), before, after, history, seconds)
         if config.features.save_video and rank == 0:
@@ -488,8 +493,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         if rank == 0:
             print(f"  {write_html_report(run_dir)}")
         if run is not None:
-            run.summary.update({"before": before.success_rate, "after": after.success_rate})
-            run.finish()
+            finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
     return run_dir
 
 

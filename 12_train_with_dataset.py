@@ -58,10 +58,9 @@ from pi0.ript.config import (
 )
 from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
-    COLLECTIVE_LIMIT,
-    backend,
     exit_with,
     gather,
+    join_ranks,
     largest,
     on_rank_zero,
     watched_ranks,
@@ -72,7 +71,7 @@ from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.memory import memory_use
-from pi0.ript.metrics import TensorBoard, append_line, flatten
+from pi0.ript.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import film_before_after, new_run_dir, score, write_json, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -175,7 +174,7 @@ def setup_distributed() -> tuple[int, int, int]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
+    join_ranks()
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
@@ -234,13 +233,14 @@ class _TeeIO(DescriptorTap):
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.leave_to(path)
         self.heard(b"")
 
     def heard(self, data: bytes) -> None:
         """Keep whole lines, as they stood when they ended."""
         with self._lock:
             *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line.rpartition(b"\r")[2]
+            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
             if self._kept is None:
                 return
             shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
@@ -524,7 +524,8 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
         final |= {"before": score(before), "after": score(after)}
         on_rank_zero(write_json, run_dir / "final_training_results.json", final)
-        print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+        recorded = count_lines(run_dir / "metrics.jsonl")
+        print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         if rank == 0:
             write_report(run_dir, to_dict(config), before, after, history, seconds)
         if config.features.save_video and rank == 0:
@@ -532,8 +533,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         if rank == 0:
             print(f"  {write_html_report(run_dir)}")
         if run is not None:
-            run.summary.update({"before": before.success_rate, "after": after.success_rate})
-            run.finish()
+            finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
     return run_dir
 

@@ -64,13 +64,12 @@ from pi0.ript.config import (
 from pi0.ript.cotraining import load_cotraining
 from pi0.ript.descriptor_tap import DescriptorTap
 from pi0.ript.distributed import (
-    COLLECTIVE_LIMIT,
     RankWatch,
     average_gradients,
-    backend,
     broadcast_weights,
     exit_with,
     gather,
+    join_ranks,
     largest,
     on_rank_zero,
     watched_ranks,
@@ -82,7 +81,7 @@ from pi0.ript.env.suites import find_tasks
 from pi0.ript.html_report import write_html_report
 from pi0.ript.interrupts import Interrupted, Interrupts
 from pi0.ript.memory import RELEASE_EVERY, growth, memory_use, release
-from pi0.ript.metrics import TensorBoard, append_line, flatten, rewrite_metrics
+from pi0.ript.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, rewrite_metrics
 from pi0.ript.optimizer import make_optimizer, make_schedule
 from pi0.ript.report import (
     film_before_after,
@@ -206,7 +205,7 @@ def setup_distributed() -> tuple[int, int, int]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
+    join_ranks()
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
@@ -260,13 +259,14 @@ class _TeeIO(DescriptorTap):
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.leave_to(path)
         self.heard(b"")
 
     def heard(self, data: bytes) -> None:
         """Keep whole lines, as they stood when they ended."""
         with self._lock:
             *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line.rpartition(b"\r")[2]
+            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
             if self._kept is None:
                 return
             shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
@@ -728,7 +728,8 @@ def train(
         final |= {"before": score(before), "after": score(after)}
         if problem := on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final):
             print(f"final_training_results.json not written: {problem}")
-        print(f"metrics recorded: {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+        recorded = count_lines(run_dir / "metrics.jsonl")
+        print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         held.pop("of_rank")  # nothing is left to save; what follows is for rank 0 alone
         results = (write_report, run_dir, to_dict(config), before, after, history, seconds)
         if rank == 0 and (problem := attempt(*results)):
@@ -740,8 +741,7 @@ def train(
             problem = attempt(write_html_report, run_dir)
             print(f"report.html not written: {problem}" if problem else f"  {run_dir / 'report.html'}")
         if run is not None:
-            run.summary.update({"before": before.success_rate, "after": after.success_rate})
-            run.finish()
+            finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
     return run_dir
 

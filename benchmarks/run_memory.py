@@ -1,7 +1,9 @@
 """Does the memory of a run stay flat, and where did its time go? Tables from its metrics.jsonl.
 
-python benchmarks/run_memory.py outputs/RUN             # iterations from the third on, in thirds
-python benchmarks/run_memory.py outputs/RUN --first 3 --parts 2
+Means, and lowest to highest, of parts of the run:
+
+    python benchmarks/run_memory.py outputs/RUN             # iterations from the third on, in thirds
+    python benchmarks/run_memory.py outputs/RUN --first 3 --parts 2
 """
 
 from __future__ import annotations

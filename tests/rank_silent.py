@@ -1,6 +1,7 @@
 """Run under torchrun by test_distributed.py: the last rank stops where it stands, and the others notice its silence.
 
-Usage: rank_silent.py SECONDS (of silence after which a rank is taken for dead)
+Usage: rank_silent.py SECONDS [launcher]
+SECONDS: of silence after which a rank is taken for dead; launcher: no rank stops, somebody else stops the launcher.
 """
 
 import os
@@ -16,8 +17,10 @@ from pi0.ript.distributed import watched_ranks
 def main() -> None:
     dist.init_process_group("gloo")
     with watched_ranks(float(sys.argv[1])):
-        if dist.get_rank() == dist.get_world_size() - 1:
+        launcher = sys.argv[2:] == ["launcher"]
+        if launcher or dist.get_rank() == dist.get_world_size() - 1:
             print(f"process {os.getpid()}", flush=True)
+        if not launcher and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(60)
 

@@ -1,10 +1,12 @@
 """Stage 10: the spec's own numbers, one gradient from many ranks, ranks without anything, ranks that die."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ from pi0.ript.env.init_states import InitStatePool, state_hash
 from pi0.ript.env.runner import LIBEROEnvRunner
 from pi0.ript.env.stepping import InitState
 from pi0.ript.env.suites import suite_tasks
+from pi0.ript.rollout_generator import merge_metrics
 
 SCRIPT = "10_train_with_distributed.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -146,6 +149,7 @@ def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(d
     assert [name for _, name in sampled] == [
         state_hash(pool.states[index].state) for (pool, index), _ in sampled
     ]
+    assert dataset.skipped == 1
     dataset.init_state_cursor[0] = 0
     assert [index for (_, index), _ in dataset.smart_sample_init_state()] == [0, 1, 2, 3]
 
@@ -226,6 +230,47 @@ def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
     assert len(outcomes[0]) == 6
 
 
+def test_a_rank_takes_its_tasks_in_turns_and_counts_are_those_of_all_ranks(tmp_path):
+    short = ("task.max_episode_length=2", "training.num_train_steps=3", "evaluation.episodes=1")
+    output, run_dir = train(2, tmp_path, [3, 8, 0], *short)
+    turns = re.findall(r"rank (\d): task (\w+), 8 trajectories", output)
+    assert [task for rank, task in turns if rank == "0"] == ["3", "0", "3"]
+    assert [task for rank, task in turns if rank == "1"] == ["8", "8", "8"]
+    history = json.loads((run_dir / "results.json").read_text())["history"]
+    assert [sum(count for _, count in row["tasks"].values()) for row in history] == [16, 16, 16]
+
+
+def test_metrics_of_several_ranks_become_one():
+    parts = [
+        {
+            "tasks": {"a": [1, 4]}, "rollouts": 4, "groups": 1, "dropped_groups": 1, "dropped_by_task": {"a": [1, 0]},
+            "skipped_by_task": {"a": [2]}, "states": 2, "lost_workers": ["one"], "rollout_seconds": 5.0,
+            "phases": {"physics": 4.0}, "advantages": distribution([1.0, -1.0, 0.0]),
+        },
+        {
+            "tasks": {"a": [2, 4], "b": [0, 4]}, "rollouts": 8, "groups": 2, "dropped_groups": 0, "dropped_by_task": {},
+            "skipped_by_task": {"b": [1]}, "states": 3, "lost_workers": [], "rollout_seconds": 9.0,
+            "phases": {"physics": 8.0}, "advantages": distribution([0.5]),
+        },
+    ]  # fmt: skip
+    merged = merge_metrics(parts)
+    assert merged["tasks"] == {"a": [3, 8], "b": [0, 4]}
+    assert (merged["rollouts"], merged["groups"], merged["lost_workers"]) == (12, 3, ["one"])
+    assert merged["dropped_by_task"] == {"a": [1, 0]}
+    assert merged["skipped_by_task"] == {"a": [2], "b": [1]}
+    assert (merged["skipped_states"], merged["skipped_share"]) == (3, 3 / 8)
+    assert merged["dropped_share"] == 1 / 4
+    assert (merged["rollout_seconds"], merged["phases"]) == (9.0, {"physics": 8.0}), "of the slowest"
+    assert merged["advantages"] == pytest.approx(distribution([1.0, -1.0, 0.0, 0.5]))
+
+
+def distribution(values: list[float]) -> dict[str, float]:
+    return {
+        "count": len(values), "mean": np.mean(values), "std": np.std(values), "min": min(values), "max": max(values),
+        "positive": np.mean(np.array(values) > 0),
+    }  # fmt: skip
+
+
 # Ranks that die ----------------------------------------------------------------------------------------
 
 
@@ -293,8 +338,6 @@ def two_hosts(
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -332,6 +375,58 @@ def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_
     assert sorted(logs.values()) == ["one", "other"]
     (results,) = tmp_path.glob("*/runs/*/results.json")
     assert results.with_name("train_rank0.log").is_file()
+
+
+@pytest.mark.parametrize("wrong", ["arguments", "configuration"])
+def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, wrong):
+    port = free_port()
+    agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
+    script, *arguments = long_run(tmp_path)
+    code = "import sys, runpy, pi0.ript.distributed as d; d.MEET_S = 5.0; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "impatient.py").write_text(code)
+    whole = torchrun(1, str(tmp_path / "impatient.py"), script, *arguments, agent=agent)
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:  # the rendezvous is there, and not on the host that ends
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    missing = ["--config_pth", "x"] if wrong == "arguments" else [*arguments, "evaluation.episodes=-1"]
+    broken = torchrun(1, str(tmp_path / "impatient.py"), script, *missing, agent=agent)
+    output, _ = whole.communicate(timeout=100)
+    broken.communicate(timeout=60)
+    assert whole.returncode != 0
+    place = "start" if wrong == "arguments" else "watch"
+    missing = rf"rank [01] has not come to the ranks' {place} within 5 s"
+    launcher = rf"the launcher on \S+ that connects the ranks was gone before rank [01] had come to the ranks' {place}"
+    assert re.search(rf"^error: ({missing}|{launcher})", output, re.MULTILINE)  # whichever is rank 0
+    assert 'Traceback (most recent call last):\n  File "' + str(REPO_ROOT / script) not in output
+
+
+def test_a_launcher_that_answers_no_more_is_noticed():
+    # As one whose host is cut off: its connections stay open.
+    hosts = two_hosts(free_port(), "tests/rank_silent.py", "4", "launcher")
+    for host in hosts:
+        next(line for line in host.stdout if line.startswith("process "))
+    first = next(host for host in hosts if rank_under(host.pid) == 0)
+    (second,) = [host for host in hosts if host is not first]
+    os.kill(first.pid, signal.SIGSTOP)
+    end = threading.Timer(60.0, second.kill)  # if nobody notices
+    end.start()
+    line = next((line for line in second.stdout if line.startswith("error:")), "")
+    end.cancel()
+    for host in hosts:
+        host.kill()
+        host.communicate(timeout=60)
+    assert re.match(
+        r"error: the launcher on .* that connects the ranks.* has been silent for 4 s; rank 1 ends", line
+    )
+
+
+def rank_under(launcher: int) -> int:
+    """Rank of the process that a launcher has started."""
+    (process,) = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    environment = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return next(int(entry[5:]) for entry in environment if entry.startswith("RANK="))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -108,9 +108,18 @@ def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]
     assert [line["lr"] for line in lines] == pytest.approx([1e-4, 5e-5]), "of the step, not of the next"
-    documented = re.findall(r"`(\w+)`", (REPO_ROOT / "docs" / "metrics.md").read_text())
+    document = (REPO_ROOT / "docs" / "metrics.md").read_text()
+    documented = re.findall(r"`(\w+)`", document)
+    units = {
+        row.split("|")[1].strip(): row.split("|")[2].strip()
+        for row in re.findall(r"^\| `.*", document, re.MULTILINE)
+    }
+    assert len(units) > 20
+    assert [name for name, unit in units.items() if not re.fullmatch(r"[\w\[\], -]+", unit)] == []
     for line in lines:
-        assert set(line) <= set(documented)
+        assert (
+            {"dropped_share", "skipped_share", "skipped_states"} <= set(line) <= set(documented)
+        )
         for group in ("phases", "memory", "advantages"):
             assert set(line[group]) <= set(documented)
         successes, rollouts = next(iter(line["tasks"].values()))
@@ -145,13 +154,18 @@ def test_the_wandb_run_is_one_that_wandb_sync_accepts(run):
 def test_the_wandb_run_ends_with_both_scores(run):
     _, run_dir = run
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    summary = {}
+    summary, kinds = {}, []
     for record in wandb_records(file.read_bytes()):
         summary |= {item.key: json.loads(item.value_json) for item in record.summary.update}
+        kinds.append(record.WhichOneof("record_type"))
     results = json.loads((run_dir / "results.json").read_text())
-    assert {when: summary[when] for when in ("before", "after")} == {
-        when: results[when]["success_rate"] for when in ("before", "after")
-    }
+    for when in ("before", "after"):
+        assert summary[when] == results[when]["success_rate"]
+        assert summary[f"{when}_successes"] == results[when]["successes"]
+        assert summary[f"{when}_episodes"] == results[when]["episodes"] == 2
+    assert kinds.count("history") == 2
+    assert kinds.count("run") >= 1
+    assert kinds.count("exit") == 1, "it has ended in order"
 
 
 def wandb_records(data: bytes) -> Iterator[Record]:
@@ -320,6 +334,26 @@ def test_other_ranks_are_quiet_on_the_console_and_complete_in_their_log(tmp_path
     assert "an error" in log  # anywhere: each stream is in order, the two are read apart
 
 
+@pytest.mark.parametrize("end", ["os.abort()", "os.kill(os.getpid(), 9)"])
+def test_last_words_before_a_crash_reach_console_and_log(tmp_path, end):
+    done = run_with_tee(tmp_path, f'os.write(2, b"terminate called\\n"); {end}')
+    assert done.returncode in (-signal.SIGABRT, -signal.SIGKILL)
+    for text in (done.stderr, (tmp_path / "train.log").read_text()):
+        assert "terminate called" in text
+        assert ("Fatal Python error: Aborted" in text) == ("abort" in end), "with the place"
+
+
+def test_ends_of_lines_that_come_in_two_pieces_are_ends_of_lines(tmp_path):
+    code = """
+import time
+for piece in (b"10%\\r20%", b"\\r", b"\\n", b"of another system\\r", b"\\n"):
+    os.write(1, piece)
+    time.sleep(0.2)
+"""
+    run_with_tee(tmp_path, code)
+    assert (tmp_path / "train.log").read_text().splitlines()[-2:] == ["20%", "of another system"]
+
+
 def test_a_last_line_without_an_end_is_in_the_log(tmp_path):
     done = run_with_tee(tmp_path, 'sys.stdout.write("cut off"); sys.stdout.flush()')
     assert done.stdout.endswith("cut off")
@@ -379,6 +413,9 @@ def test_metrics_keep_both_counts_of_every_rate():
     flat = flatten({"step": 3, "tasks": {"a": [1, 4]}, "rollouts": 4, "successes": 1, "lost_workers": ["x"]})
     assert flat["success_rate/a"] == 0.25
     assert (flat["successes/a"], flat["rollouts/a"]) == (1, 4)
+    assert flatten({"dropped_by_task": {"a": [3, 7]}, "skipped_by_task": {"a": [12]}}) == {
+        "dropped_by_task/a/solved": 3, "dropped_by_task/a/failed": 7, "skipped_by_task/a": 12,
+    }  # fmt: skip
     assert flat["success_rate"] == 0.25
     assert flat["lost_workers"] == 1
 

@@ -302,9 +302,8 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
     time.sleep(1.0)
-    workers = [
-        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     output = finish(process)
     assert "SIGKILL" in output

@@ -165,6 +165,12 @@ def test_resume_takes_the_newest_run_of_just_this_experiment(tmp_path):
     assert newest_run(str(tmp_path), "run", {"seed": 0}) == newest
 
 
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
+    folders = {new_run_dir(str(tmp_path), "run", {"seed": seed}) for seed in range(3)}
+    assert len(folders) == 3
+    assert sorted(yaml.safe_load((path / "config.yaml").read_text())["seed"] for path in folders) == [0, 1, 2]
+
+
 def test_a_run_without_checkpoints_does_not_hide_an_older_one_that_has_some(tmp_path):
     older = make_run(tmp_path, "run-20260101-000000", {"seed": 0})
     (older / "checkpoints/step-000004").mkdir()

@@ -532,6 +532,7 @@ def test_a_state_that_keeps_succeeding_is_passed_over_for_one_round(stage_08):
     dataset.record(collected((0, True), (1, False), (2, True), (3, False)))
     # State 0 was solved twice running: passed over once, then back in the ring.
     assert next_group() == [1, 2, 3, 0]
+    assert dataset.skipped == 1
 
 
 def test_a_seed_decides_all_three_global_random_streams(stage_08):

@@ -179,7 +179,10 @@ class OptimizerConfig:
     beta1: float = key(0.9, "decay of the gradient's running mean; momentum for sgd", low=0, high=0.9999)
     beta2: float = key(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999)
     final_lr_share: float = key(
-        1.0, "share of algo.lr left in the last iteration, reached in equal steps; 1: constant", low=0, high=1
+        1.0,
+        "share of algo.lr left in the end, reached in equal steps, one for each iteration that learns; 1: constant",
+        low=0,
+        high=1,
     )
 
 

@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import os
 import select
+import subprocess
+import sys
 import termios
 import threading
 import tty
+from pathlib import Path
+
+# A process that waits until the one that is tapped has ended, and passes on what nobody has read: the last words of one
+# that was killed or has crashed. Arguments: descriptors of what is tapped, of the console, and of a pipe that says where
+# the log file is and closes with the tapped process; whether to echo.
+HEIR = """
+import os, select, sys
+tapped, console, told, echo = map(int, sys.argv[1:])
+path = b""
+while data := os.read(told, 4096):
+    path += data
+targets = [console] * echo
+if path:
+    targets.append(os.open(path, os.O_WRONLY | os.O_APPEND))
+while select.select([tapped], [], [], 0)[0]:
+    try:
+        data = os.read(tapped, 65536)
+    except OSError:  # how a terminal says that its last writer is gone
+        break
+    for target in targets if data else sys.exit():
+        try:
+            os.write(target, data)
+        except OSError:
+            pass
+"""
 
 
 class DescriptorTap:
     """Passes on what is written to a file descriptor, and tells `heard` of it.
 
     It works below Python's streams, so libraries, tracebacks and child processes are heard too. Where the
-    descriptor is a terminal, its writers still see one.
+    descriptor is a terminal, its writers still see one. What is written last before a crash is passed on by another
+    process (`HEIR`), and the crash says where in the program it was (`faulthandler`).
 
     Args:
         descriptor: 1 for standard output, 2 for standard error.
@@ -34,9 +63,26 @@ class DescriptorTap:
             self._reader, writer = os.pipe()
         os.dup2(writer, descriptor)
         os.close(writer)
+        if descriptor == 2:
+            faulthandler.enable()
+        told, self._tell = os.pipe()
+        descriptors = (self._reader, self._console, told)
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", HEIR, *map(str, descriptors), str(int(echo))],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl+C is not for it
+        )
+        os.close(told)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._pass_on, name="descriptor tap", daemon=True)
         self._thread.start()
+
+    def leave_to(self, path: Path) -> None:
+        """Where last words are to go that `heard` is not told of: the end of the file at `path`."""
+        os.write(self._tell, os.fsencode(path.resolve()))
 
     def heard(self, data: bytes) -> None:
         """Called with everything that was written, in order, from a thread of its own."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pi0.errors import InputError
+
 T = TypeVar("T")
 
 # Of 1x1 convolutions, whose few numbers are then copied.
@@ -30,6 +33,9 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead
 STORE_LIMIT = datetime.timedelta(seconds=30)  # for the launcher to answer
+MEET_S = (
+    120.0  # from the first rank that comes to a meeting to the last; hosts may be slow to load the program
+)
 # A rank may wait for the rollouts of others; that one has died is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
 
@@ -109,6 +115,15 @@ def exit_with(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
+def join_ranks() -> None:
+    """Become one of the ranks that torchrun has started; ends this process where another one does not come."""
+    try:
+        _meet("start", "")
+    except InputError as error:
+        exit_with(error)
+    dist.init_process_group(backend(), timeout=COLLECTIVE_LIMIT)
+
+
 class RankWatch:
     """Notices ranks that have died, on this host or another, and ends this process rather than let it wait.
 
@@ -123,22 +138,28 @@ class RankWatch:
         self.stop_asked = False  # by any rank
         # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
         self._store = _connect()
-        self._peers: list[tuple[str, int]] = gather((socket.gethostname(), os.getpid()))
-        machines = gather(_machine())
-        self._here = [machine == _machine() for machine in machines]
-        self._beside_rank_0 = [machine == machines[0] for machine in machines]
+        self._beat("0")  # nobody looks for a sign of life before everybody has given one
+        who = [socket.gethostname(), os.getpid(), _machine()]
+        brought = [json.loads(other) for other in _meet("watch", json.dumps(who))]
+        self._peers: list[tuple[str, int]] = [(host, process) for host, process, _ in brought]
+        self._here = [machine == _machine() for *_, machine in brought]
+        self._beside_rank_0 = [machine == brought[0][-1] for *_, machine in brought]
         self._stopped = threading.Event()
         self._ending = threading.Lock()
-        self._beat("0")
-        dist.barrier()  # nobody looks for a sign of life before everybody has given one
-        self._thread = threading.Thread(target=self._watch, name="rank watch", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()  # the launcher, last
+        self._threads = [
+            threading.Thread(target=watch, name="rank watch", daemon=True)
+            for watch in (self._watch, self._watch_launcher)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, finished: bool) -> None:
         """Stop watching; the others may wait no longer for a rank that has not `finished`."""
         self._stopped.set()
-        self._thread.join()
-        if finished:
+        for thread in self._threads:
+            thread.join(BEAT_S + self._silence_s)  # the launcher may be gone without a word
+        if finished and not any(thread.is_alive() for thread in self._threads):
             with contextlib.suppress(RuntimeError):  # the store ends with the first host's launcher
                 self._beat("finished")
 
@@ -178,20 +199,27 @@ class RankWatch:
                         self._end(f"{silence} {self._silence_s:.0f} s")
                 if death := self.dead():
                     self._end(death)
+                self._answered = time.monotonic()
             except RuntimeError:
-                self._end(self._launcher_is_gone())
+                self._end(f"{self._launcher()} is gone")
 
-    def _launcher_is_gone(self) -> str:
-        """One line about the launcher of rank 0, whose store connects the ranks, and the ranks gone with it."""
-        gone = [
+    def _watch_launcher(self) -> None:
+        # By a clock of our own: where the launcher's host is cut off, asking it for anything takes for ever.
+        while not self._stopped.wait(BEAT_S):
+            if time.monotonic() - self._answered > self._silence_s:
+                self._end(f"{self._launcher()} has been silent for {self._silence_s:.0f} s")
+
+    def _launcher(self) -> str:
+        """What names the launcher of rank 0, whose store connects the ranks, and the ranks that may be gone with it."""
+        beside = [
             f"rank {rank} (process {process} on {host})"
             for rank, (host, process) in enumerate(self._peers)
             if rank != self.rank
             and self._beside_rank_0[rank]
             and not (self._here[rank] and _is_alive(process))
         ]
-        line = f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks is gone"
-        return f"{line}, and with it {', '.join(gone)}" if gone else line
+        launcher = f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks"
+        return f"{launcher}, with {', '.join(beside)}," if beside else launcher
 
     def _beat(self, sign: str) -> None:
         self._store.set(f"sign of life/{self.rank}", sign)
@@ -257,6 +285,34 @@ def _connect() -> dist.TCPStore:
     )
 
 
+def _meet(place: str, message: str) -> list[str]:
+    """What each rank has brought to a meeting, by rank, when all have come.
+
+    Through the launcher's store and not by a collective: a rank may have ended before it, which nobody watches yet.
+
+    Raises:
+        InputError: a rank has not come within `MEET_S`.
+    """
+    started, missing = time.monotonic(), list(range(int(os.environ["WORLD_SIZE"])))
+    entry = f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        store = _connect()
+        store.set(f"{entry}/{os.environ['RANK']}", message)
+        while missing := [rank for rank in missing if not store.check([f"{entry}/{rank}"])]:
+            if time.monotonic() - started > MEET_S:
+                raise InputError(
+                    f"rank {missing[0]} has not come to the ranks' {place} within {MEET_S:.0f} s: it has ended before, "
+                    "and said why on its own host, or its host is very slow"
+                )
+            time.sleep(0.1)
+        return [store.get(f"{entry}/{rank}").decode() for rank in range(int(os.environ["WORLD_SIZE"]))]
+    except RuntimeError as error:
+        raise InputError(
+            f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks was gone before rank {missing[0]} had "
+            f"come to the ranks' {place}: what ended there is said on that host"
+        ) from error
+
+
 def _first_to_say(message: str) -> bool:
     """Whether no other rank of this host has asked this before about the same message."""
     if rank_and_world_size()[1] == 1:
@@ -278,5 +334,5 @@ def _is_alive(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends meanwhile
         return False

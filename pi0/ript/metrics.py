@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import wandb
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
@@ -51,6 +52,11 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
                 flat[f"rollouts/{task}"] = rollouts
                 if rollouts:
                     flat[f"success_rate/{task}"] = successes / rollouts
+        elif name == "dropped_by_task":
+            for task, (solved, failed) in value.items():
+                flat |= {f"{name}/{task}/solved": solved, f"{name}/{task}/failed": failed}
+        elif name == "skipped_by_task":
+            flat |= {f"{name}/{task}": count for task, (count,) in value.items()}
         elif isinstance(value, Mapping):
             flat |= {f"{name}/{inner}": number for inner, number in flatten(value).items()}
         elif isinstance(value, list):
@@ -60,6 +66,27 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
     if metrics.get("rollouts"):
         flat["success_rate"] = metrics["successes"] / metrics["rollouts"]
     return flat
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a JSON-lines file; 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def finish_wandb(run: wandb.Run, scores: Mapping[str, Sequence[bool]]) -> None:
+    """End a WandB run with success rates and their counts in its summary; what fails is said.
+
+    Args:
+        run: that goes on.
+        scores: outcomes of episodes by name, e.g. "before" and "after".
+    """
+    try:
+        for name, outcomes in scores.items():
+            counts = {f"{name}_successes": sum(outcomes), f"{name}_episodes": len(outcomes)}
+            run.summary.update({name: sum(outcomes) / len(outcomes), **counts})
+        run.finish()
+    except (OSError, wandb.Error) as error:
+        print(f"WandB's run is not finished: {error}")
 
 
 class TensorBoard:

@@ -26,6 +26,6 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LinearLR:
     """A learning rate that falls in equal steps to `final_share` of itself in the last of `iterations`.
 
-    `step()` is to be called after each iteration.
+    `step()` is to be called after each iteration that has learned; those that had nothing to learn from do not count.
     """
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, final_share, max(1, iterations - 1))

@@ -116,8 +116,9 @@ def draw_learning_curve(record: RunRecord) -> tuple[Figure, str] | None:
             bars = [middle - low, high - middle]
             axes.errorbar(place, middle, bars, fmt="s", c=INK, ms=4, capsize=3, label=label)
         if len(place) < 3:
-            for x, y in zip(place, middle, strict=True):
-                axes.annotate(f"{y:.0f}%", (x, y), textcoords="offset points", xytext=(6, 5))
+            for x, y, (_, _, score) in zip(place, middle, record.evaluations, strict=True):
+                successes, episodes = evaluation_counts(score)
+                axes.annotate(f"{successes} of {episodes}", (x, y), textcoords="offset points", xytext=(6, 5))
     axes.set(xlabel="training steps", ylabel="success (%), 95% interval", ylim=(0, 104))
     step_axis(axes)
     add_legend(figure, 1)

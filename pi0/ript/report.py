@@ -55,9 +55,16 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     Raises:
         OutputError: the folder cannot be made or written.
     """
-    run_dir = writable_dir(Path(output_dir) / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    _write_config(run_dir, config)
-    return run_dir
+    folder = writable_dir(output_dir)
+    while True:
+        run_dir = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            run_dir.mkdir()
+        except FileExistsError:
+            time.sleep(0.1)  # another run has started in the same second
+        else:
+            _write_config(run_dir, config)
+            return run_dir
 
 
 def newest_run(output_dir: str, name: str, config: dict[str, Any]) -> Path:

@@ -153,6 +153,7 @@ def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     merged["dropped_share"] = merged["dropped_groups"] / max(1, tried)
     if "skipped_by_task" in merged:
         merged["skipped_states"] = sum(map(sum, merged["skipped_by_task"].values()))
+    if "skipped_states" in merged:
         came_up = merged["skipped_states"] + merged["states"]
         merged["skipped_share"] = merged["skipped_states"] / max(1, came_up)
     return merged

@@ -24,7 +24,7 @@ from pi0.errors import MissingFileError
 from pi0.files import write_whole
 from pi0.paths import cache_dir
 from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
-from pi0.ript.env.suites import Task
+from pi0.ript.env.suites import Task, suite_tasks
 
 if TYPE_CHECKING:
     from pi0.ript.env.worker import Worker, WorkerSpec
@@ -148,15 +148,18 @@ def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Pa
         folder: LIBERO's HDF5 files, named as it names them: TASK_demo.hdf5. A task without one keeps its drawn states.
 
     Raises:
-        MissingFileError: no file of any of the tasks.
+        MissingFileError: no file of any task of the suite.
         DataError: a file that cannot be read, or of another scene.
     """
     from pi0.data.libero_hdf5 import read_starts  # large; most runs have no demonstrations
 
     files = [Path(folder) / f"{states.task.name}_demo.hdf5" for states in drawn]
     there = [index for index, file in enumerate(files) if file.is_file()]
-    if not there:
-        raise MissingFileError(f"{folder} has no demonstrations of the tasks, such as {files[0].name}")
+    if drawn and not there:
+        names = [f"{task.name}_demo.hdf5" for task in suite_tasks(drawn[0].task.suite)]
+        # Of ranks that share the tasks, some may have none with a file.
+        if not any((Path(folder) / name).is_file() for name in names):
+            raise MissingFileError(f"{folder} has no demonstrations of the tasks, such as {files[0].name}")
     pools = list(drawn)
     starts = [read_starts(files[index], drawn[index].task.recorded_init_states().shape[1]) for index in there]
     jobs = [
