@@ -82,6 +82,9 @@ def test_training_states_begin_where_demonstrations_did_except_evaluations_own(r
     ]
     assert (ours.provenance["demonstrated"], ours.provenance["left_out"], len(ours)) == (2, 1, 4)
     assert theirs is other
+    # Of several ranks one may have no task, or none that was demonstrated.
+    assert with_demonstrated(runner.pool, [], tmp_path) == []
+    assert with_demonstrated(runner.pool, [other], tmp_path) == [other]
 
 
 def test_demonstrations_of_another_scene_or_none_are_named(runner, tmp_path):
