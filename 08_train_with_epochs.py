@@ -142,6 +142,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         render=task.render,
         assets=task.assets,
         demonstrations=task.demonstrations,
+        held_out_states=task.held_out_states,
     )
 
 

@@ -455,6 +455,7 @@ def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
         render=task.render,
         assets=task.assets,
         demonstrations=task.demonstrations,
+        held_out_states=task.held_out_states,
     )
 
 
@@ -760,9 +761,7 @@ def validate_config(config: Config) -> None:
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
     check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
     if config.training.use_fsdp and not dist.is_initialized():
-        raise ConfigError(
-            "training.use_fsdp = true cuts the policy over ranks: start the script with torchrun"
-        )
+        raise ConfigError("training.use_fsdp = true cuts the policy over ranks: start it with torchrun")
     print("configuration validated")
 
 

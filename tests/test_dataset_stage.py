@@ -18,7 +18,9 @@ from pi0.errors import InputError
 from pi0.paths import REPO_ROOT
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import load_config
+from pi0.ript.env.init_states import state_hash
 from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env.suites import find_tasks
 from pi0.ript.rollout_generator import RolloutGenerator
 from pi0.ript.rollout_stats import state_name
 
@@ -293,7 +295,14 @@ def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path
 
 def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):
     # Episodes too short to succeed: every group fails.
-    output, run_dir = train(tmp_path, "task.max_episode_length=10", "evaluation.periodic_episodes=0")
+    overrides = ("task.max_episode_length=10", "evaluation.periodic_episodes=0", "task.held_out_states=40")
+    output, run_dir = train(tmp_path, *overrides)
+    (task,) = find_tasks("libero_spatial", [3])
+    recorded = [f"libero_spatial/3/{state_hash(state)}" for state in task.recorded_init_states()]
+    practised = json.loads((run_dir / "rollout_stats.json").read_text())["states"]
+    assert set(practised) <= set(recorded[40:48]), (
+        "of the recorded states that no score uses, the first eight"
+    )
     assert "all 4 groups tried were unanimous: going on to as many other states" in output
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["dropped_groups"] for row in rows] == [8, 8]

@@ -87,6 +87,23 @@ def test_training_states_begin_where_demonstrations_did_except_evaluations_own(r
     assert with_demonstrated(runner.pool, [other], tmp_path) == [other]
 
 
+def test_recorded_states_that_are_not_held_out_may_be_practised_and_are_never_scored(runner):
+    recorded = [[state_hash(state) for state in task.recorded_init_states()] for task in runner.tasks]
+    runner.held_out_states = 20
+    try:
+        scored, practised = runner.evaluation_states(), runner.training_states(8, seed=0)
+        rest = runner.training_states(100, seed=0)
+    finally:
+        runner.held_out_states = None
+    for hashes, of_scores, of_practice, whole in zip(recorded, scored, practised, rest, strict=True):
+        assert [state_hash(state.state) for state in of_scores.states] == hashes[:20]
+        assert [state_hash(state.state) for state in of_practice.states] == hashes[20:28]
+        assert [state_hash(state.state) for state in whole.states] == hashes[20:]
+        assert (of_practice.kind, of_practice.provenance["held_out"]) == ("training", 20)
+        assert of_scores.kind == "evaluation"
+    assert [len(pool) for pool in runner.evaluation_states()] == [50, 50], "nothing is held out for good"
+
+
 def test_demonstrations_of_another_scene_or_none_are_named(runner, tmp_path):
     (drawn, _) = runner.training_states(2, seed=0)
     with pytest.raises(MissingFileError, match=f"has no demonstrations .*{drawn.task.name}_demo.hdf5"):

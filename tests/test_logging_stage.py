@@ -117,9 +117,7 @@ def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):
     assert len(units) > 20
     assert [name for name, unit in units.items() if not re.fullmatch(r"[\w\[\], -]+", unit)] == []
     for line in lines:
-        assert (
-            {"dropped_share", "skipped_share", "skipped_states"} <= set(line) <= set(documented)
-        )
+        assert {"dropped_share", "skipped_share", "skipped_states"} <= set(line) <= set(documented)
         for group in ("phases", "memory", "advantages"):
             assert set(line[group]) <= set(documented)
         successes, rollouts = next(iter(line["tasks"].values()))

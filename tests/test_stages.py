@@ -211,6 +211,8 @@ def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "did you mean" in config_error(tmp_path, {"task": {"task_name": "pick_up_the_bowl"}})
     too_many = {"task": {"task_name": 3}, "evaluation": {"episodes": 51}}
     assert "evaluation.episodes = 51 is more than the 50 states" in config_error(tmp_path, too_many)
+    too_many = {"task": {"task_name": 3, "held_out_states": 9}, "evaluation": {"episodes": 10}}
+    assert "evaluation.episodes = 10 is more than the 9 held-out states" in config_error(tmp_path, too_many)
     assert not list(tmp_path.glob("bad-*")), "a run folder was made before the error"
     assert "no such folder" in config_error(tmp_path, {"policy_path": "nowhere"})
     assert "cannot write" in config_error(tmp_path, {"output_dir": "/proc/nowhere"})
@@ -256,7 +258,7 @@ def test_a_policy_is_loaded_as_configured(stage_08, tmp_path):
 
 def test_environments_are_made_as_configured(stage_08):
     task = TaskConfig(
-        benchmark_name="libero_goal", task_names_to_use=[1, 2], assets="standins", demonstrations="shown",
+        benchmark_name="libero_goal", task_names_to_use=[1, 2], assets="standins", demonstrations="shown", held_out_states=9,
         fixtures="pinned", num_parallel_envs=1, rollouts_per_env=3, max_open_tasks=5, max_episode_length=77,
         settle_steps=2, replan_steps=4, image_size=48, render="exact",
     )  # fmt: skip
@@ -269,6 +271,7 @@ def test_environments_are_made_as_configured(stage_08):
         assert (runner.benchmark_name, [each.index for each in runner.tasks]) == ("libero_goal", [1, 2])
         assert (spec.assets.source, runner.demonstrations, runner.fixtures) == ("standins", "shown", "pinned")
         assert (len(runner.pool.processes), spec.slots, spec.max_open_tasks) == (1, 3, 5)
+        assert runner.held_out_states == 9
         assert (runner.max_episode_length, runner.settle_steps, runner.replan_steps) == (77, 2, 4)
         assert (runner.image_size, spec.image_size, spec.render) == (48, 48, "exact")
         assert (runner.cameras, spec.chunk) == (policy.config.cameras, policy.config.action_horizon)

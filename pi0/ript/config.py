@@ -45,6 +45,14 @@ class TaskConfig:
     demonstrations: str | None = key(
         None, "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states"
     )
+    held_out_states: int | None = key(
+        None,
+        "of LIBERO's 50 recorded states of each task, the first ones that only scores use; practice starts from the "
+        "others. null: scores use all, and practice starts from states drawn as LIBERO draws them",
+        unit="states",
+        low=1,
+        high=49,
+    )
     fixtures: Literal["libero_eval", "pinned"] = key(
         "libero_eval",
         "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always its first place",
@@ -339,11 +347,13 @@ def validate(config: Config) -> None:
 
 def check_evaluation(config: Config, tasks: Sequence[object]) -> None:
     """Refuse more evaluation episodes than the tasks have recorded states; raises `ConfigError`."""
-    most = RECORDED_STATES * len(tasks)
+    each = config.task.held_out_states or RECORDED_STATES
+    most = each * len(tasks)
     for name in ("episodes", "periodic_episodes"):
         if (count := getattr(config.evaluation, name)) > most:
             raise ConfigError(
-                f"evaluation.{name} = {count} is more than the {RECORDED_STATES} states that LIBERO recorded for "
+                f"evaluation.{name} = {count} is more than the {each} "
+                f"{'held-out states' if config.task.held_out_states else 'states that LIBERO recorded'} for "
                 f"each of {len(tasks)} tasks; {most} are the most"
             )
 

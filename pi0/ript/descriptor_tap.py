@@ -23,15 +23,19 @@ tapped, console, told, echo = map(int, sys.argv[1:])
 path = b""
 while data := os.read(told, 4096):
     path += data
-targets = [console] * echo
-if path:
+targets = [console] if echo else []
+try:
     targets.append(os.open(path, os.O_WRONLY | os.O_APPEND))
+except OSError:  # there is no log file yet
+    pass
 while select.select([tapped], [], [], 0)[0]:
     try:
         data = os.read(tapped, 65536)
     except OSError:  # how a terminal says that its last writer is gone
         break
-    for target in targets if data else sys.exit():
+    if not data:
+        break
+    for target in targets:
         try:
             os.write(target, data)
         except OSError:

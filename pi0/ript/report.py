@@ -39,7 +39,7 @@ VIDEO_FPS = 10  # twice real time
 # are compared with.
 DECIDED_AT_START = (
     "policy_path", "norm_stats_path", "task.benchmark_name", "task.task_name", "task.demonstrations", "task.assets",
-    "task.fixtures", "task.max_episode_length", "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
+    "task.held_out_states", "task.fixtures", "task.max_episode_length", "task.settle_steps", "task.replan_steps", "task.image_size", "task.render", "algo.mode", "algo.lr",
     "algo.train_init_states", "training.num_train_steps", "training.seed", "training.optimizer",
     "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
 )  # fmt: skip

@@ -110,6 +110,21 @@ def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[Ini
     ]
 
 
+def recorded_pools(
+    pool: Caller, tasks: list[Task], fixtures: str, held_out: int, count: int
+) -> list[InitStatePool]:
+    """Training states of each task: at most `count` of LIBERO's recorded ones, without the first `held_out`."""
+    return [
+        InitStatePool(
+            states.task,
+            "training",
+            states.states[held_out : held_out + count],
+            {**states.provenance, "held_out": held_out},
+        )
+        for states in evaluation_pools(pool, tasks, fixtures)
+    ]
+
+
 def training_pools(pool: Caller, tasks: list[Task], count: int, seed: int) -> list[InitStatePool]:
     """`count` states of each task, drawn with `seed`; the first ones are the same however many are drawn."""
     files = [_cache_file("init_states", pool, task, f"seed{seed}-{count}") for task in tasks]

@@ -21,6 +21,7 @@ from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
 from pi0.ript.env.init_states import (
     InitStatePool,
     evaluation_pools,
+    recorded_pools,
     training_pools,
     with_demonstrated,
 )
@@ -117,6 +118,8 @@ class LIBEROEnvRunner:
         assets: folder of LIBERO's assets, `standins`, or None to look for them.
         max_open_tasks: scenes a worker keeps in memory.
         demonstrations: folder of LIBERO's HDF5 files, at whose beginnings training states are taken first.
+        held_out_states: recorded states of each task that scores alone use, the first ones; training states are the
+            others. None: scores use all, and training states are drawn.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class LIBEROEnvRunner:
         assets: str | None = None,
         max_open_tasks: int = 10,
         demonstrations: str | None = None,
+        held_out_states: int | None = None,
     ):
         self.cameras = tuple(name for name in cameras if name in CAMERAS)
         if not self.cameras:
@@ -156,6 +160,7 @@ class LIBEROEnvRunner:
         self.created_envs: OrderedDict[int, ParallelEnvs] = OrderedDict()
         self.interrupts = Interrupts()
         self.demonstrations = demonstrations
+        self.held_out_states = held_out_states
         self.replan_steps = replan_steps
         self.max_episode_length = max_episode_length
         self.settle_steps = settle_steps
@@ -215,17 +220,27 @@ class LIBEROEnvRunner:
     # Initial states ------------------------------------------------------------------------------
 
     def training_states(self, count: int, seed: int) -> list[InitStatePool]:
-        """A pool of `count` training states for each assigned task: where demonstrations began, then drawn ones."""
-        drawn = training_pools(self.pool, self.assigned_tasks, count, seed)
-        return with_demonstrated(self.pool, drawn, self.demonstrations) if self.demonstrations else drawn
+        """A pool of `count` training states for each assigned task, fewer where fewer are recorded.
+
+        Where demonstrations began, then recorded states that are not held out, or, where all are, drawn ones.
+        """
+        if self.held_out_states is None:
+            pools = training_pools(self.pool, self.assigned_tasks, count, seed)
+        else:
+            pools = recorded_pools(self.pool, self.assigned_tasks, self.fixtures, self.held_out_states, count)
+        return with_demonstrated(self.pool, pools, self.demonstrations) if self.demonstrations else pools
 
     def validation_states(self, count: int) -> list[InitStatePool]:
         """A pool of `count` states for each task, drawn as training states are and never trained on."""
         return training_pools(self.pool, self.tasks, count, VALIDATION_SEED)
 
     def evaluation_states(self) -> list[InitStatePool]:
-        """LIBERO's recorded states of each task."""
-        return evaluation_pools(self.pool, self.tasks, self.fixtures)
+        """LIBERO's recorded states of each task; those that are held out, where some are for practice."""
+        pools = evaluation_pools(self.pool, self.tasks, self.fixtures)
+        if self.held_out_states is not None:
+            for pool in pools:
+                del pool.states[self.held_out_states :]
+        return pools
 
     # Episodes ------------------------------------------------------------------------------------
 
