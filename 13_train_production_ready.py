@@ -402,7 +402,8 @@ def cleanup_on_exit(store: CheckpointStore, rank: int, world_size: int) -> Itera
     except Interrupted:
         if "of_rank" in held and not on_rank_zero(store.has, held["state"].step):
             save_checkpoint(store, held["state"], held["of_rank"], rank, world_size)
-        print(f"stopped; --resume goes on from {store.newest() or 'the start, since there is no checkpoint'}")
+        done = held["state"].step if "state" in held else 0
+        print(f"stopped; --resume goes on from {store.resume_point(done)}")
 
 
 def set_seed(seed: int) -> None:

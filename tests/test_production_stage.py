@@ -165,6 +165,27 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     assert_same(tmp_path, straight[0])
 
 
+def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(tmp_path):
+    # The first iteration makes four updates at most, the second at least four of four seconds.
+    few = [
+        "--override",
+        "training.save_freq=100",
+        "training.save_best=false",
+        "algo.num_epochs=4",
+        "algo.minibatch_size=100",
+    ]
+    process = start(tmp_path, *few, script=("tests/slow_updates.py", "4"), env=with_path())
+    log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
+    wait_until(lambda: log() and "rollouts 1:" in log().read_text(), process)
+    time.sleep(2.0)  # the update has begun
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, timeout=30)
+    assert time.monotonic() - asked >= 8.0
+    assert re.search(r"goes on from .*/step-000000; 1 iterations after it are to be done again", output)
+    assert steps_saved(tmp_path) == [0]
+
+
 def test_a_score_that_a_stop_cut_short_is_made_up_for_and_counts_for_its_checkpoint(tmp_path):
     process = start(tmp_path, "--override", "evaluation.periodic_episodes=8")
     log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)

@@ -126,6 +126,15 @@ class CheckpointStore:
         checkpoints = self._sound()
         return checkpoints[max(checkpoints)] if checkpoints else None
 
+    def resume_point(self, step: int) -> str:
+        """Where a run that has done `step` iterations would go on from, in words, with what is to be done again."""
+        checkpoints = self._sound()
+        if not checkpoints:
+            return "the start, since there is no checkpoint"
+        lost = step - max(checkpoints)
+        again = f"; {lost} iterations after it are to be done again" if lost > 0 else ""
+        return f"{checkpoints[max(checkpoints)]}{again}"
+
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of `step` that `newest_valid` has not passed over; does not verify it."""
         return step in self._sound()
