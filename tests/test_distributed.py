@@ -445,6 +445,5 @@ def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_
     assert left.returncode != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert f"rank {rank} (process {victim} on" in line
-    assert ("error: the launcher on" in line) == (rank == 0), "through which ranks hear of each other"
     for host in hosts:
         host.communicate(timeout=60)

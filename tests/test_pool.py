@@ -210,6 +210,9 @@ def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
     timer.start()
     assert_same(run(runner, jobs), episodes)
     timer.join()
+    assert_same(
+        run(runner, jobs[:2]), episodes[:2]
+    )  # where a worker is missed that was killed after the others' end
     for loss in runner.pool.losses[before:]:
         assert str(loss).startswith("worker 0 ended (SIGKILL) while it ran libero_spatial task 3 state ")
     if delay_s == 0.0:

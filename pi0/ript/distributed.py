@@ -176,7 +176,7 @@ class RankWatch:
                 rank != self.rank
                 and self._here[rank]
                 and not _is_alive(process)
-                and self._sign(rank) != "finished"
+                and not self._has_finished(rank)
             ):
                 return f"rank {rank} (process {process} on {host}) has died"
         return None
@@ -201,6 +201,7 @@ class RankWatch:
                     self._end(death)
                 self._answered = time.monotonic()
             except RuntimeError:
+                time.sleep(BEAT_S)  # a rank that was killed with it takes a moment to be gone
                 self._end(f"{self._launcher()} is gone")
 
     def _watch_launcher(self) -> None:
@@ -223,6 +224,12 @@ class RankWatch:
 
     def _beat(self, sign: str) -> None:
         self._store.set(f"sign of life/{self.rank}", sign)
+
+    def _has_finished(self, rank: int) -> bool:
+        """As far as the launcher can tell."""
+        with contextlib.suppress(RuntimeError):
+            return self._sign(rank) == "finished"
+        return False
 
     def _sign(self, rank: int) -> str:
         return self._store.get(f"sign of life/{rank}").decode()
