@@ -121,11 +121,6 @@ class CheckpointStore:
             ) from error
         return final
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint but for those that `newest_valid` passed over; does not verify it."""
-        checkpoints = self._sound()
-        return checkpoints[max(checkpoints)] if checkpoints else None
-
     def resume_point(self, step: int) -> str:
         """Where a run that has done `step` iterations would go on from, in words, with what is to be done again."""
         checkpoints = self._sound()
