@@ -118,7 +118,8 @@ def draw_learning_curve(record: RunRecord) -> tuple[Figure, str] | None:
         if len(place) < 3:
             for x, y, (_, _, score) in zip(place, middle, record.evaluations, strict=True):
                 successes, episodes = evaluation_counts(score)
-                axes.annotate(f"{successes} of {episodes}", (x, y), textcoords="offset points", xytext=(6, 5))
+                side = {"xytext": (-6, -16), "ha": "right"} if x > 0 else {"xytext": (6, 5)}
+                axes.annotate(f"{successes} of {episodes}", (x, y), textcoords="offset points", **side)
     axes.set(xlabel="training steps", ylabel="success (%), 95% interval", ylim=(0, 104))
     step_axis(axes)
     add_legend(figure, 1)

@@ -290,7 +290,8 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
             label="all tasks, states never trained on" if when == "before" else None,
         )
         beside = {"xytext": (8, 6)} if when == "before" else {"xytext": (-8, -14), "ha": "right"}
-        axes.annotate(f"{middle:.0f}%", (place, middle), textcoords="offset points", **beside)
+        counts = f"{cell['successes']} of {cell['episodes']}"
+        axes.annotate(counts, (place, middle), textcoords="offset points", **beside)
     axes.set(xlabel="iterations", ylabel="success (%), 95% interval", ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
