@@ -397,7 +397,9 @@ def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, 
     assert whole.returncode != 0
     place = "start" if wrong == "arguments" else "watch"
     missing = rf"rank [01] has not come to the ranks' {place} within 5 s"
-    launcher = rf"the launcher on \S+ that connects the ranks was gone before rank [01] had come to the ranks' {place}"
+    launcher = (
+        rf"the launcher on \S+ that connects the ranks was gone before all had come to the ranks' {place}"
+    )
     assert re.search(rf"^error: ({missing}|{launcher})", output, re.MULTILINE)  # whichever is rank 0
     assert 'Traceback (most recent call last):\n  File "' + str(REPO_ROOT / script) not in output
 

@@ -22,7 +22,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from pi0.paths import REPO_ROOT
 from pi0.ript.config import load_config
 from pi0.ript.env.runner import RECORDED_STATES
-from pi0.ript.metrics import TensorBoard
+from pi0.ript.metrics import TensorBoard, finish_wandb
 
 SCRIPT = REPO_ROOT / "11_train_with_logging.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -194,6 +194,8 @@ def test_metrics_that_cannot_be_written_or_sent_are_said_and_end_nothing(tmp_pat
     assert re.search(r"step 1: metrics or report not written: .*finished", capsys.readouterr().out)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == metrics
+    finish_wandb(ended, {"before": [True]})
+    assert re.search(r"WandB's run is not finished: .*finished", capsys.readouterr().out)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()
     stage.log_metrics(config, tmp_path, metrics, None, board)

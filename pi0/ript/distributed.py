@@ -33,9 +33,7 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead
 STORE_LIMIT = datetime.timedelta(seconds=30)  # for the launcher to answer
-MEET_S = (
-    120.0  # from the first rank that comes to a meeting to the last; hosts may be slow to load the program
-)
+MEET_S = 120.0  # for all ranks to come to a meeting; a host may be slow to load the program
 # A rank may wait for the rollouts of others; that one has died is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
 
@@ -293,12 +291,12 @@ def _connect() -> dist.TCPStore:
 
 
 def _meet(place: str, message: str) -> list[str]:
-    """What each rank has brought to a meeting, by rank, when all have come.
+    """What each rank has brought to a meeting, by rank, when all have come; the same `place` only once in a run.
 
     Through the launcher's store and not by a collective: a rank may have ended before it, which nobody watches yet.
 
     Raises:
-        InputError: a rank has not come within `MEET_S`.
+        InputError: a rank has not come within `MEET_S`, or the launcher is gone.
     """
     started, missing = time.monotonic(), list(range(int(os.environ["WORLD_SIZE"])))
     entry = f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -315,8 +313,8 @@ def _meet(place: str, message: str) -> list[str]:
         return [store.get(f"{entry}/{rank}").decode() for rank in range(int(os.environ["WORLD_SIZE"]))]
     except RuntimeError as error:
         raise InputError(
-            f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks was gone before rank {missing[0]} had "
-            f"come to the ranks' {place}: what ended there is said on that host"
+            f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks was gone before all had come to the "
+            f"ranks' {place}: what ended there is said on that host"
         ) from error
 
 

@@ -59,7 +59,7 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     while True:
         run_dir = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            run_dir.mkdir()
+            run_dir.mkdir(parents=True)  # a name may have folders in it
         except FileExistsError:
             time.sleep(0.1)  # another run has started in the same second
         else:
