@@ -19,18 +19,18 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.errors import InputError
-from pi0.progress import progress
-from pi0.ript.acting import ActingPolicy
+from pi0.base.errors import InputError
+from pi0.base.progress import progress
+from pi0.libero.init_states import InitStatePool
+from pi0.policy.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.chunks import Augmentation
 from pi0.ript.config import AlgoConfig, Config, EvaluationConfig, TaskConfig, TrainingConfig, to_dict
-from pi0.ript.ema import AveragedPolicy
-from pi0.ript.env.init_states import InitStatePool
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.optimizer import make_optimizer, make_schedule
-from pi0.ript.report import film_before_after, new_run_dir, write_report
+from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.ript.results import film_before_after, new_run_dir, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
+from pi0.training.ema import AveragedPolicy
+from pi0.training.flow_loss import Augmentation
+from pi0.training.optimizer import make_optimizer, make_schedule
 
 
 @dataclass(kw_only=True)

@@ -32,11 +32,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy, pick_device
-from pi0.errors import InputError
-from pi0.progress import progress
-from pi0.ript.acting import ActingPolicy
+from pi0.base.errors import InputError
+from pi0.base.progress import progress
+from pi0.libero.init_states import InitStatePool, state_hash
+from pi0.libero.suites import Task, find_tasks
+from pi0.policy.acting import ActingPolicy
+from pi0.ranks.collectives import gather, largest, on_rank_zero
+from pi0.ranks.watch import exit_with, join_ranks, watched_ranks
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.chunks import Augmentation
 from pi0.ript.config import (
     Config,
     ConfigError,
@@ -46,21 +49,12 @@ from pi0.ript.config import (
     to_dict,
     validate,
 )
-from pi0.ript.distributed import (
-    exit_with,
-    gather,
-    join_ranks,
-    largest,
-    on_rank_zero,
-    watched_ranks,
-)
-from pi0.ript.ema import AveragedPolicy
-from pi0.ript.env.init_states import InitStatePool, state_hash
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.suites import Task, find_tasks
-from pi0.ript.optimizer import make_optimizer, make_schedule
-from pi0.ript.report import film_before_after, new_run_dir, write_report
+from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.ript.results import film_before_after, new_run_dir, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
+from pi0.training.ema import AveragedPolicy
+from pi0.training.flow_loss import Augmentation
+from pi0.training.optimizer import make_optimizer, make_schedule
 
 
 class InitialStateDataset:

@@ -46,12 +46,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
-from pi0.errors import InputError, attempt
-from pi0.progress import progress
-from pi0.ript.acting import ActingPolicy
+from pi0.base.errors import InputError, attempt
+from pi0.base.progress import progress
+from pi0.base.stats import format_rate
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.suites import find_tasks
+from pi0.policy.acting import ActingPolicy
+from pi0.ranks.collectives import average_gradients, broadcast_weights, gather, largest, on_rank_zero
+from pi0.ranks.sharding import shard, weights_are_finite, whole
+from pi0.ranks.watch import RankWatch, exit_with, join_ranks, watched_ranks
+from pi0.report.html_report import write_html_report
 from pi0.ript.cfg_adapter import OutOfMemory, PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.checkpoint_store import CheckpointStore
-from pi0.ript.chunks import Augmentation
 from pi0.ript.config import (
     Config,
     ConfigError,
@@ -62,28 +67,8 @@ from pi0.ript.config import (
     validate,
 )
 from pi0.ript.cotraining import load_cotraining
-from pi0.ript.descriptor_tap import DescriptorTap
-from pi0.ript.distributed import (
-    RankWatch,
-    average_gradients,
-    broadcast_weights,
-    exit_with,
-    gather,
-    join_ranks,
-    largest,
-    on_rank_zero,
-    watched_ranks,
-)
-from pi0.ript.ema import AveragedPolicy
-from pi0.ript.env.init_states import InitStatePool
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.suites import find_tasks
-from pi0.ript.html_report import write_html_report
-from pi0.ript.interrupts import Interrupted, Interrupts
-from pi0.ript.memory import RELEASE_EVERY, growth, memory_use, release
-from pi0.ript.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, rewrite_metrics
-from pi0.ript.optimizer import make_optimizer, make_schedule
-from pi0.ript.report import (
+from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.ript.results import (
     film_before_after,
     new_run_dir,
     newest_run,
@@ -94,9 +79,15 @@ from pi0.ript.report import (
 )
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
-from pi0.ript.sharding import shard, weights_are_finite, whole
-from pi0.ript.training_state import TrainingState
-from pi0.stats import format_rate
+from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.descriptor_tap import DescriptorTap
+from pi0.training.ema import AveragedPolicy
+from pi0.training.flow_loss import Augmentation
+from pi0.training.interrupts import Interrupted, Interrupts
+from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
+from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, rewrite_metrics
+from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.state import TrainingState
 
 
 class LiberoInitStateDataset(Dataset):

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from pi0 import PI0Policy
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
-from pi0.tensor_names import EMBEDDING, OUTPUT_HEAD, UNUSED, file_name
+from pi0.policy.tensor_names import EMBEDDING, OUTPUT_HEAD, UNUSED, file_name
 
 
 def main() -> None:

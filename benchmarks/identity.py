@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from pi0.progress import progress
-from pi0.ript.env.assets import resolve_assets, use_assets
-from pi0.ript.env.experts import NoExpertError, PickAndPlace
-from pi0.ript.env.stepping import InitState, TaskSim, quat_to_axis_angle
-from pi0.ript.env.suites import Task, find_tasks
+from pi0.base.progress import progress
+from pi0.libero.assets import resolve_assets, use_assets
+from pi0.libero.experts import NoExpertError, PickAndPlace
+from pi0.libero.stepping import InitState, TaskSim, quat_to_axis_angle
+from pi0.libero.suites import Task, find_tasks
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.stats import format_rate, paired_difference
+from pi0.base.stats import format_rate, paired_difference
 
 SCRIPT = "13_train_production_ready.py"
 CONFIG = "configs/quickstart.yaml"

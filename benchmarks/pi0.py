@@ -34,8 +34,8 @@ from pi0 import PI0Policy, pick_device
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
 from pi0.ript.config import OptimizerConfig
-from pi0.ript.optimizer import make_optimizer
-from pi0.ript.report import machine, write_json
+from pi0.ript.results import machine, write_json
+from pi0.training.optimizer import make_optimizer
 
 GROUP = 8  # rollouts that begin from one observation
 LEAST_GAIN = 3.0  # of sharing it, at the published proportions

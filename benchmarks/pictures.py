@@ -21,11 +21,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pi0.ript.env import gl
-from pi0.ript.env.assets import resolve_assets
-from pi0.ript.env.rendering import CAMERAS, Renderer
-from pi0.ript.env.stepping import TaskSim
-from pi0.ript.env.suites import suite_tasks
+from pi0.libero import gl
+from pi0.libero.assets import resolve_assets
+from pi0.libero.rendering import CAMERAS, Renderer
+from pi0.libero.stepping import TaskSim
+from pi0.libero.suites import suite_tasks
 
 SCENES = [
     ("libero_spatial", 3),

@@ -26,14 +26,14 @@ import mujoco
 import numpy as np
 
 from pi0 import PI0Policy
-from pi0.progress import progress
-from pi0.ript.acting import ActingPolicy
-from pi0.ript.env import gl
-from pi0.ript.env.assets import resolve_assets
-from pi0.ript.env.rendering import Renderer
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.stepping import TaskSim
-from pi0.ript.env.worker import SharedArrays, Worker, WorkerSpec
+from pi0.base.progress import progress
+from pi0.libero import gl
+from pi0.libero.assets import resolve_assets
+from pi0.libero.rendering import Renderer
+from pi0.libero.stepping import TaskSim
+from pi0.libero.worker import SharedArrays, Worker, WorkerSpec
+from pi0.policy.acting import ActingPolicy
+from pi0.ript.env_runner import LIBEROEnvRunner
 
 CHECKPOINT = ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 SUITE, TASK = "libero_spatial", 3

@@ -38,8 +38,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from pi0.progress import progress
-from pi0.ript.env import gl
+from pi0.base.progress import progress
+from pi0.libero import gl
 
 CHECKPOINT = ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 TASK = ("libero_spatial", 3)
@@ -161,8 +161,8 @@ def table(results: dict) -> str:
 
 def task_and_assets(options: argparse.Namespace):
     """The benchmark's task; LIBERO set up with the chosen assets."""
-    from pi0.ript.env.assets import resolve_assets, use_assets
-    from pi0.ript.env.suites import suite_tasks
+    from pi0.libero.assets import resolve_assets, use_assets
+    from pi0.libero.suites import suite_tasks
 
     task = suite_tasks(TASK[0])[TASK[1]]
     assets = resolve_assets(options.assets)
@@ -182,7 +182,7 @@ def their_env(task, **cameras):
 
 def begin(env, task):
     """Put LIBERO's environment at the first recorded state; returns where that is, fixtures included."""
-    from pi0.ript.env.stepping import InitState
+    from pi0.libero.stepping import InitState
 
     env.seed(0)
     env.reset()
@@ -199,7 +199,7 @@ def random_actions() -> np.ndarray:
 
 def measure_step(side: str, options: argparse.Namespace) -> float:
     """Control steps a second, after proving that both sides end in the same state."""
-    from pi0.ript.env.stepping import TaskSim
+    from pi0.libero.stepping import TaskSim
 
     task, assets = task_and_assets(options)
     theirs, ours = their_env(task), TaskSim(task, assets)
@@ -218,8 +218,8 @@ def measure_step(side: str, options: argparse.Namespace) -> float:
 
 def measure_frames(side: str, options: argparse.Namespace, mode: str, size: int) -> float:
     """Milliseconds a frame, both cameras in turn, the arm moving in between; both sides draw the same scene."""
-    from pi0.ript.env.rendering import CAMERAS, Renderer
-    from pi0.ript.env.stepping import TaskSim
+    from pi0.libero.rendering import CAMERAS, Renderer
+    from pi0.libero.stepping import TaskSim
 
     task, assets = task_and_assets(options)
     if side == "theirs":
@@ -264,9 +264,9 @@ def measure_start(side: str, options: argparse.Namespace) -> float:
         env.set_init_state(task.recorded_init_states()[0])
         env.step(np.zeros(7))
         return 0.0
-    from pi0.ript.env.libero_import import leave_out_wrappers
-    from pi0.ript.env.rendering import CAMERAS, Renderer
-    from pi0.ript.env.stepping import InitState, TaskSim
+    from pi0.libero.libero_import import leave_out_wrappers
+    from pi0.libero.rendering import CAMERAS, Renderer
+    from pi0.libero.stepping import InitState, TaskSim
 
     leave_out_wrappers()  # as a worker does
     task, assets = task_and_assets(options)
@@ -290,8 +290,8 @@ def measure_start(side: str, options: argparse.Namespace) -> float:
 def runner(options: argparse.Namespace, workers: int):
     """The quickstart's environments, with RIPT-VLA's chunks of 8."""
     from pi0 import PI0Policy
-    from pi0.ript.acting import ActingPolicy
-    from pi0.ript.env.runner import LIBEROEnvRunner
+    from pi0.policy.acting import ActingPolicy
+    from pi0.ript.env_runner import LIBEROEnvRunner
 
     policy = PI0Policy.from_pretrained(CHECKPOINT)
     environments = LIBEROEnvRunner(
@@ -375,7 +375,7 @@ def their_rollouts(episodes, acting, options: argparse.Namespace) -> float:
 
 def act_on(acting, observations, task) -> None:
     """Ask the policy, for its time; the answer is not used (see the module's docstring)."""
-    from pi0.ript.env.rendering import CAMERAS
+    from pi0.libero.rendering import CAMERAS
 
     images = {
         name: np.ascontiguousarray(np.stack([o[f"{camera}_image"] for o in observations])[:, ::-4, ::4])

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.errors import InputError
-from pi0.ript.run_record import read_run
+from pi0.base.errors import InputError
+from pi0.report.record import read_run
 
 
 def main() -> None:

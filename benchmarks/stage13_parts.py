@@ -30,9 +30,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from pi0 import PI0Policy
-from pi0.ript import checkpoint_store, memory, training_state
-from pi0.ript.checkpoint_store import CheckpointStore
-from pi0.ript.training_state import TrainingState
+from pi0.training import checkpoint_store, memory
+from pi0.training import state as training_state
+from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.state import TrainingState
 
 SCRIPTS = ("12_train_with_dataset.py", "13_train_production_ready.py")
 CONFIG = ROOT / "configs/quickstart.yaml"

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from pi0.checkpoints import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
-from pi0.errors import CheckpointError, InputError
+from pi0.base.errors import CheckpointError, InputError
 from pi0.model.config import ConvDims, Pi0Config
-from pi0.normalization import NormStats
-from pi0.policy import PI0Policy
-from pi0.tensor_names import WRITABLE, describe, holds_pi05
+from pi0.policy.folder import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
+from pi0.policy.normalization import NormStats
+from pi0.policy.pi0_policy import PI0Policy
+from pi0.policy.tensor_names import WRITABLE, describe, holds_pi05
 
 FITS, STOP = "fits", "STOP"
 LABEL_WIDTH = 13

@@ -20,13 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 
 # What needs a package is imported inside the check that needs it: a package may be what is missing.
 if TYPE_CHECKING:
     from pi0 import PI0Policy
+    from pi0.libero.suites import Task
     from pi0.ript.config import Config
-    from pi0.ript.env.suites import Task
 
 OK, NOTE, STOP = "ok", "note", "stop"
 GIB = 2**30
@@ -85,7 +85,7 @@ def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
 
 def check_gl() -> Iterator[Finding]:
     """Back ends that draw a frame, tried in processes of their own."""
-    from pi0.ript.env.gl import BACKENDS, INSTALL_HINT, probe
+    from pi0.libero.gl import BACKENDS, INSTALL_HINT, probe
 
     asked = os.environ.get("MUJOCO_GL", "").lower()
     if asked and asked not in BACKENDS:
@@ -132,7 +132,7 @@ def check_gpus() -> Iterator[Finding]:
 
 def check_assets(configured: str | None) -> Iterator[Finding]:
     """Which meshes and textures LIBERO would be given."""
-    from pi0.ript.env.assets import AssetsError, resolve_assets
+    from pi0.libero.assets import AssetsError, resolve_assets
 
     try:
         assets = resolve_assets(configured)
@@ -149,7 +149,7 @@ def check_assets(configured: str | None) -> Iterator[Finding]:
 
 def check_init_states(suite: str, names: Sequence[str | int]) -> Iterator[Finding]:
     """LIBERO's recorded initial states of the tasks."""
-    from pi0.ript.env.suites import find_tasks
+    from pi0.libero.suites import find_tasks
 
     try:
         tasks = find_tasks(suite, list(names))
@@ -178,9 +178,9 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     import torch
 
     from pi0 import PI0Policy
+    from pi0.libero.suites import find_tasks
     from pi0.model.config import SiglipDims
-    from pi0.normalization import NormStatsError
-    from pi0.ript.env.suites import find_tasks
+    from pi0.policy.normalization import NormStatsError
 
     path = Path(config.policy_path)
     how = {
@@ -285,7 +285,7 @@ def check_output(folder: Path) -> Iterator[Finding]:
 
 def check_memory_and_cores(workers: int | None) -> Iterator[Finding]:
     """Whether the simulating processes and the trainer have room."""
-    from pi0.ript.env.pool import usable_cores
+    from pi0.libero.rollouts import usable_cores
 
     cores = usable_cores()
     workers = workers or cores

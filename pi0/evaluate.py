@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.errors import InputError
-from pi0.ript.acting import ActingPolicy
-from pi0.ript.env.init_states import FIXTURE_MODES
-from pi0.ript.env.rendering import MODES
-from pi0.ript.env.runner import EvaluationResult, LIBEROEnvRunner
-from pi0.ript.report import VIDEO_EVERY, VIDEO_FPS, machine, score, writable_dir, write_json
-from pi0.stats import format_rate
-from pi0.video import write_video
+from pi0.base.errors import InputError
+from pi0.base.stats import format_rate
+from pi0.base.video import write_video
+from pi0.libero.init_states import FIXTURE_MODES
+from pi0.libero.rendering import MODES
+from pi0.policy.acting import ActingPolicy
+from pi0.ript.env_runner import EvaluationResult, LIBEROEnvRunner
+from pi0.ript.results import VIDEO_EVERY, VIDEO_FPS, machine, score, writable_dir, write_json
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

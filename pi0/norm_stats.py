@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from pi0.base.errors import InputError
 from pi0.data import DemonstrationSet, Gripper, open_demonstrations
-from pi0.errors import InputError
-from pi0.normalization import NormStats, subtract_state
-from pi0.ript.chunks import Chunks
-from pi0.ript.demonstrations import record_demonstrations
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.suites import find_tasks
-from pi0.ript.recorded_chunks import demonstrations_of_tasks
-from pi0.ript.report import writable_dir, write_json
+from pi0.data.chunks import Chunks
+from pi0.data.recorded_chunks import demonstrations_of_tasks
+from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.suites import find_tasks
+from pi0.policy.normalization import NormStats, subtract_state
+from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.ript.results import writable_dir, write_json
 
 IMAGE_SIZE = 16  # pixels; nothing looks at the frames
 
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def record(options: argparse.Namespace) -> tuple[Chunks, int]:
     """Demonstrations of the scripted experts, and how many there are."""
-    from pi0.ript.env.rendering import CAMERAS
+    from pi0.libero.rendering import CAMERAS
 
     with LIBEROEnvRunner(
         options.suite,

@@ -28,20 +28,22 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy, pick_device
+from pi0.base.errors import CheckpointError, InputError
+from pi0.base.progress import progress
+from pi0.base.stats import format_rate
 from pi0.data import DataError, FeatureNames, Gripper, Orientation, open_demonstrations
-from pi0.errors import CheckpointError, InputError
+from pi0.data.chunks import Chunks
+from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
+from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.episodes import ROBOT
+from pi0.libero.stepping import CONTROL_HZ
 from pi0.model.config import Pi0Config
 from pi0.norm_stats import norm_stats
-from pi0.progress import progress
-from pi0.ript.acting import ActingPolicy
-from pi0.ript.chunks import Augmentation, Chunks, flow_loss
-from pi0.ript.demonstrations import record_demonstrations
-from pi0.ript.ema import AveragedPolicy
-from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
-from pi0.ript.env.stepping import CONTROL_HZ
-from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks
-from pi0.ript.report import machine, writable_dir, write_json
-from pi0.stats import format_rate
+from pi0.policy.acting import ActingPolicy
+from pi0.ript.env_runner import TRAINING, LIBEROEnvRunner
+from pi0.ript.results import machine, writable_dir, write_json
+from pi0.training.ema import AveragedPolicy
+from pi0.training.flow_loss import Augmentation, flow_loss
 
 MANIFEST = "warmstart.json"
 WARMUP_UPDATES = 100
@@ -241,6 +243,7 @@ def read_demonstrations(
     chunks = load_chunks(
         recorded,
         [index for indices in by_task.values() for index in indices],
+        robot=ROBOT,
         chunk=config.action_horizon,
         frame_every=options.frame_every,
         image_size=runner.image_size,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pi0.ript.env.episodes import Episode, Rollout
-from pi0.ript.env.stepping import InitState
-from pi0.ript.env.suites import Task
+from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import Task
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 TASK = Task("libero_spatial", 3, "pick_up_the_bowl", "pick up the black bowl", "", "")

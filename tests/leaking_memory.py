@@ -6,7 +6,7 @@ Usage: leaking_memory.py ITERATION MB ARGUMENTS-OF-STAGE-13...
 import runpy
 import sys
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 
 iteration, size_mb = int(sys.argv.pop(1)), int(sys.argv.pop(1))

@@ -13,8 +13,8 @@ from rank_end import leave_together
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
+from pi0.ranks.collectives import average_gradients, largest
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.distributed import average_gradients, largest
 
 
 def main() -> None:

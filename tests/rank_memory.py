@@ -14,8 +14,8 @@ from episodes import make_episode
 from rank_end import leave_together
 
 from pi0 import PI0Policy
+from pi0.ranks.collectives import average_gradients
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.ript.distributed import average_gradients
 
 
 def main() -> None:

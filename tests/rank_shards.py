@@ -16,9 +16,9 @@ from rank_end import leave_together
 from torch.distributed.tensor import DTensor
 
 from pi0 import PI0Policy
+from pi0.ranks.collectives import average_gradients, broadcast_weights
+from pi0.ranks.sharding import shard, whole, whole_on_rank_zero
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.ript.distributed import average_gradients, broadcast_weights
-from pi0.ript.sharding import shard, whole, whole_on_rank_zero
 
 PASSES = 4
 

@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 
 allowed = int(sys.argv.pop(1))

@@ -11,7 +11,7 @@ import time
 
 import torch.distributed as dist
 
-from pi0.ript.distributed import watched_ranks
+from pi0.ranks.watch import watched_ranks
 
 
 def main() -> None:

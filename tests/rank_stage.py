@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch.distributed as dist
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pi0.base.video import write_video
 from pi0.data import LEROBOT_NAMES, Demonstration, FeatureNames
 from pi0.data.frames import encode_png
-from pi0.video import write_video
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 PROMPTS = ("pick up the black bowl", "open the top drawer")

@@ -7,7 +7,7 @@ import runpy
 import sys
 import time
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 
 fast = int(sys.argv.pop(1))

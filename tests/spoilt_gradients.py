@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 
 spoilt = int(sys.argv.pop(1))

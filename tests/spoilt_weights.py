@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 
 update, factor = int(sys.argv.pop(1)), float(sys.argv.pop(1))
 step = torch.optim.AdamW.step

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 
 SCRIPT = "13_train_production_ready.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi0.paths import REPO_ROOT, cache_dir
-from pi0.ript.env import assets as assets_module
-from pi0.ript.env import standins
-from pi0.ript.env.assets import EXPECTED_FOLDERS, Assets, AssetsError, resolve_assets, use_assets
+from pi0.base.paths import REPO_ROOT, cache_dir
+from pi0.libero import assets as assets_module
+from pi0.libero import standins
+from pi0.libero.assets import EXPECTED_FOLDERS, Assets, AssetsError, resolve_assets, use_assets
 
 RESOLVE = """
 import json, logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-from pi0.ript.env.assets import resolve_assets
+from pi0.libero.assets import resolve_assets
 found = resolve_assets()
 print(json.dumps([found.source, str(found.path)]))
 """
@@ -36,7 +36,7 @@ def snapshot_download(repo_id, repo_type, local_dir, **options):
         os.makedirs(os.path.join(local_dir, "scenes"))
         raise OSError("connection reset half way")
     sys.path.insert(0, os.environ["PYTHONPATH"].split(os.pathsep)[0])
-    from pi0.ript.env.standins import build
+    from pi0.libero.standins import build
     build(local_dir)
     return local_dir
 """
@@ -273,7 +273,7 @@ def test_damaged_standins_are_built_again(cache, damage):
 
 
 def test_processes_that_start_together_share_one_build(cache):
-    code = "from pi0.ript.env.standins import standins_path; print(standins_path())"
+    code = "from pi0.libero.standins import standins_path; print(standins_path())"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],
@@ -295,8 +295,8 @@ def test_processes_that_start_together_share_one_build(cache):
 
 
 BUILD_AN_ENVIRONMENT = """
-from pi0.ript.env.assets import resolve_assets, use_assets
-from pi0.ript.env.suites import suite_tasks
+from pi0.libero.assets import resolve_assets, use_assets
+from pi0.libero.suites import suite_tasks
 use_assets(resolve_assets("standins"))
 from libero.libero.envs.env_wrapper import ControlEnv
 task = suite_tasks("libero_object")[0]
@@ -316,11 +316,11 @@ def test_libero_asks_nothing_and_leaves_the_home_empty(cache):
 
 A_WORKERS_START = """
 import sys
-from pi0.ript.env.libero_import import leave_out_wrappers
-from pi0.ript.env.assets import resolve_assets
+from pi0.libero.libero_import import leave_out_wrappers
+from pi0.libero.assets import resolve_assets
 leave_out_wrappers()
-from pi0.ript.env.stepping import TaskSim
-from pi0.ript.env.suites import suite_tasks
+from pi0.libero.stepping import TaskSim
+from pi0.libero.suites import suite_tasks
 print(TaskSim(suite_tasks("libero_object")[0], resolve_assets("standins")).model.nq)
 print([name for name in ("matplotlib", "gymnasium", "torch") if name in sys.modules])
 """
@@ -336,7 +336,7 @@ def test_a_worker_imports_no_wrappers(cache):
 
 def test_processes_that_start_together_share_one_configuration(cache):
     code = (
-        "from pi0.ript.env.libero_import import prepare_libero as p; print(p().get_libero_path('bddl_files'))"
+        "from pi0.libero.libero_import import prepare_libero as p; print(p().get_libero_path('bddl_files'))"
     )
     processes = [
         subprocess.Popen(
@@ -358,7 +358,7 @@ def test_processes_that_start_together_share_one_configuration(cache):
 def test_a_moved_environment_gets_a_fresh_configuration(cache):
     (cache / "libero").mkdir()
     (cache / "libero" / "config.yaml").write_text("bddl_files: /an/older/environment\n")
-    done = python("from pi0.ript.env.libero_import import prepare_libero; prepare_libero()", cache)
+    done = python("from pi0.libero.libero_import import prepare_libero; prepare_libero()", cache)
     assert done.returncode == 0, done.stderr
     assert Path(yaml.safe_load((cache / "libero" / "config.yaml").read_text())["bddl_files"]).is_dir()
 
@@ -367,9 +367,7 @@ def test_a_users_own_configuration_is_left_alone(cache, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.yaml").write_text("datasets: /my/data\n")
-    code = (
-        "from pi0.ript.env.libero_import import prepare_libero as p; print(p().get_libero_path('datasets'))"
-    )
+    code = "from pi0.libero.libero_import import prepare_libero as p; print(p().get_libero_path('datasets'))"
     done = python(code, cache, LIBERO_CONFIG_PATH=str(mine))
     assert done.stdout.strip() == "/my/data", done.stderr
     assert (mine / "config.yaml").read_text() == "datasets: /my/data\n"

@@ -8,11 +8,12 @@ import torch
 from episodes import make_episode
 
 from pi0 import PI0Policy
+from pi0.data.chunks import Chunks
 from pi0.model.config import Pi0Config
 from pi0.model.network import NULL
-from pi0.normalization import NormStats, Stats
+from pi0.policy.normalization import NormStats, Stats
 from pi0.ript.cfg_adapter import NEGATIVE_CLIP, PI0_CFG_Adapter
-from pi0.ript.chunks import Augmentation, Chunks, flow_loss
+from pi0.training.flow_loss import Augmentation, flow_loss
 
 
 def make_policy(guidance: bool = False) -> PI0Policy:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from pi0.checkpoints import CheckpointError
-from pi0.ript.checkpoint_store import MANIFEST, CheckpointStore, load_state, save_state
-from pi0.ript.random_state import random_states, restore_random_states
+from pi0.policy.folder import CheckpointError
+from pi0.training.checkpoint_store import MANIFEST, CheckpointStore, load_state, save_state
+from pi0.training.random_state import random_states, restore_random_states
 
 # Children of a server that has loaded the imports start in milliseconds, and from a process without threads.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "pi0.ript.checkpoint_store", "pi0.ript.random_state"])
+processes.set_forkserver_preload(["pytest", "pi0.training.checkpoint_store", "pi0.training.random_state"])
 
 
 def save(store, step, score=None, course=0):

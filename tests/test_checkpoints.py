@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pi0 import PI0Policy
-from pi0.checkpoints import UNUSED, CheckpointError
 from pi0.model.config import Pi0Config
-from pi0.normalization import NormStats, load_norm_stats
+from pi0.policy.folder import UNUSED, CheckpointError
+from pi0.policy.normalization import NormStats, load_norm_stats
 from tests.test_model import REFERENCE, random_actions, random_inputs, small_config
 
 

@@ -38,10 +38,10 @@ from recordings import write_hdf5
 from safetensors.torch import load_file, save_file
 from test_distributed import free_port
 
+from pi0.base.paths import REPO_ROOT
 from pi0.data import open_demonstrations
-from pi0.paths import REPO_ROOT
-from pi0.ript.env.libero_import import prepare_libero
-from pi0.ript.env.suites import find_tasks
+from pi0.libero.libero_import import prepare_libero
+from pi0.libero.suites import find_tasks
 
 ENGLISH, CHINESE = REPO_ROOT / "README.md", REPO_ROOT / "README.zh-CN.md"
 MARKDOWN = [ENGLISH, CHINESE, *sorted(REPO_ROOT.glob("docs/**/*.md"))]
@@ -49,6 +49,7 @@ SCRIPTS = [
     *sorted(REPO_ROOT.glob("[01][0-9]_*.py")),
     *sorted(REPO_ROOT.glob("benchmarks/*.py")),
     *sorted(REPO_ROOT.glob("pi0/*.py")),
+    *sorted(REPO_ROOT.glob("pi0/*/__main__.py")),
     *sorted(REPO_ROOT.glob("tools/*.py")),
 ]
 CONFIGS = sorted(REPO_ROOT.glob("configs/*.yaml"))
@@ -274,7 +275,7 @@ def commands_of(lines: str, place: str) -> Iterator[Command]:
     """The lines that are commands."""
     for line in map(str.strip, one_line_each(lines).splitlines()):
         if COMMAND.fullmatch(line):
-            if place == "pi0/stages.py":  # says what a command does behind a gap, as help texts do
+            if place == "pi0/stages/__main__.py":  # says what a command does behind a gap, as help texts do
                 line = re.split(r" {2,}(?! |-)", line)[0]
             yield Command(re.split(r"\s+#", line)[0], place)
 
@@ -352,7 +353,7 @@ class Programs:
 
     # What several of them import.
     IMPORTED = (
-        "pi0.doctor", "pi0.evaluate", "pi0.warmstart", "pi0.ript.html_report", "pi0.ript.env.gym_env",
+        "pi0.doctor", "pi0.evaluate", "pi0.warmstart", "pi0.report.html_report", "pi0.libero.gym_env",
         "torch.distributed.fsdp", "torch.distributed.run", "wandb",
     )  # fmt: skip
 
@@ -437,8 +438,8 @@ def read_and_end(parse_args):
 
 def look_up(options: dict) -> None:
     """Find what the arguments name; raises `InputError` or `AssertionError`."""
+    from pi0.libero.suites import find_tasks, suite_tasks
     from pi0.ript.config import check_evaluation, load_config
-    from pi0.ript.env.suites import find_tasks, suite_tasks
 
     if options.get("config_path"):
         config = load_config(options["config_path"], options["override"])
@@ -512,7 +513,7 @@ def test_there_are_commands_in_every_kind_of_place():
     places = {command.place for command in documented()}
     for place in (
         "README.md", "README.zh-CN.md", "docs/distributed.md", "docs/results.md", "docs/stages/10.md",
-        "13_train_production_ready.py", "benchmarks/rollouts.py", "pi0/stages.py", "tools/setup.py",
+        "13_train_production_ready.py", "benchmarks/rollouts.py", "pi0/stages/__main__.py", "tools/setup.py",
         "configs/quickstart.yaml",
     ):  # fmt: skip
         assert place in places

@@ -12,12 +12,12 @@ from stage_13_runs import CHECKPOINT, finish, run_of, start
 from pi0 import PI0Policy
 from pi0.data import DataError
 from pi0.data.lerobot_writer import LeRobotWriter
+from pi0.libero.suites import find_tasks
 from pi0.model.config import PUBLISHED_CAMERAS
 from pi0.model.network import POSITIVE
-from pi0.ript.chunks import flow_loss
 from pi0.ript.config import AlgoConfig, Config, TaskConfig
 from pi0.ript.cotraining import load_cotraining
-from pi0.ript.env.suites import find_tasks
+from pi0.training.flow_loss import flow_loss
 
 TASKS = find_tasks("libero_spatial", [3])
 LENGTHS = (31, 12)  # of control steps; an observation every 10 of them makes 4 and 2 chunks

@@ -14,13 +14,13 @@ import yaml
 from torch.utils.data import DataLoader, DistributedSampler
 from worker_calls import open_tasks, tasks_in_memory
 
-from pi0.errors import InputError
-from pi0.paths import REPO_ROOT
+from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
+from pi0.libero.init_states import state_hash
+from pi0.libero.suites import find_tasks
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import load_config
-from pi0.ript.env.init_states import state_hash
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.suites import find_tasks
+from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 from pi0.ript.rollout_stats import state_name
 

@@ -19,11 +19,11 @@ import pytest
 from safetensors.torch import load_file
 from stage_13_runs import finish, ranks_of
 
-from pi0.paths import REPO_ROOT
-from pi0.ript.env.init_states import InitStatePool, state_hash
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.stepping import InitState
-from pi0.ript.env.suites import suite_tasks
+from pi0.base.paths import REPO_ROOT
+from pi0.libero.init_states import InitStatePool, state_hash
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import suite_tasks
+from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
 
 SCRIPT = "10_train_with_distributed.py"
@@ -382,7 +382,7 @@ def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, 
     port = free_port()
     agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
     script, *arguments = long_run(tmp_path)
-    code = "import sys, runpy, pi0.ript.distributed as d; d.MEET_S = 5.0; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = "import sys, runpy, pi0.ranks.watch as d; d.MEET_S = 5.0; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     (tmp_path / "impatient.py").write_text(code)
     whole = torchrun(1, str(tmp_path / "impatient.py"), script, *arguments, agent=agent)
     limit = time.monotonic() + 60

@@ -11,10 +11,10 @@ from recordings import FPS, make_demonstration
 from pi0 import PI0Policy, doctor
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.doctor import NOTE, OK, STOP
+from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config, SiglipDims
-from pi0.normalization import NormStats
+from pi0.policy.normalization import NormStats
 from pi0.ript.config import Config, TaskConfig
-from pi0.ript.env.suites import find_tasks
 
 
 def save(folder, **changes):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from pi0.ript.demonstrations import record_demonstrations
-from pi0.ript.env.assets import resolve_assets
-from pi0.ript.env.experts import NoExpertError, PickAndPlace
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.stepping import TaskSim
-from pi0.ript.env.suites import suite_tasks
+from pi0.libero.assets import resolve_assets
+from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.experts import NoExpertError, PickAndPlace
+from pi0.libero.stepping import TaskSim
+from pi0.libero.suites import suite_tasks
+from pi0.ript.env_runner import LIBEROEnvRunner
 
 TASKS = [(suite, index) for suite in ("libero_spatial", "libero_object") for index in range(10)]
 TASKS += [("libero_10", index) for index in (0, 1, 4, 6, 7)]  # those that place two things

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from pi0.files import write_whole
-from pi0.paths import REPO_ROOT
-from pi0.ript.report import OutputError, new_run_dir, take_run
+from pi0.base.files import write_whole
+from pi0.base.paths import REPO_ROOT
+from pi0.ript.results import OutputError, new_run_dir, take_run
 
 WRITES_OFTEN = """
 import sys
 from pathlib import Path
-from pi0.files import write_whole
+from pi0.base.files import write_whole
 for _ in range(200):
     write_whole(Path(sys.argv[1]), sys.argv[2] * 5000)
 """
 ON_A_FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from pi0.ript.report import OutputError, take_run
+from pi0.ript.results import OutputError, take_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
 try:

@@ -16,15 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pi0 import PI0Policy
-from pi0.errors import CheckpointError
+from pi0.base.errors import CheckpointError
 from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.network import AdaptiveRMSNorm, Pi0Network
-from pi0.policy import _without_start_values
+from pi0.policy.pi0_policy import _without_start_values
 from pi0.ript.config import OptimizerConfig
-from pi0.ript.ema import AveragedPolicy
-from pi0.ript.optimizer import make_optimizer, make_schedule
-from pi0.ript.training_state import TrainingState
+from pi0.training.ema import AveragedPolicy
+from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.state import TrainingState
 
 
 def policy(pi05: bool = False, **changes) -> PI0Policy:

@@ -6,9 +6,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
-import pi0.ript.env.gym_env  # noqa: F401 registers the environments
-from pi0.ript.env.experts import PickAndPlace
-from pi0.ript.env.gym_env import LIBEROEnv, LIBEROVectorEnv
+import pi0.libero.gym_env  # noqa: F401 registers the environments
+from pi0.libero.experts import PickAndPlace
+from pi0.libero.gym_env import LIBEROEnv, LIBEROVectorEnv
 
 SETTINGS = {"task": 3, "assets": "standins", "image_size": 64, "settle_steps": 2}
 

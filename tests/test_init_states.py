@@ -4,16 +4,16 @@ import h5py
 import numpy as np
 import pytest
 
+from pi0.base.errors import MissingFileError
 from pi0.data import DataError
-from pi0.errors import MissingFileError
-from pi0.ript.env.init_states import (
+from pi0.libero.init_states import (
     FIXTURE_MODES,
     evaluation_pools,
     state_hash,
     training_pools,
     with_demonstrated,
 )
-from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.ript.env_runner import LIBEROEnvRunner
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def runner():
 
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("pi0.ript.env.init_states.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("pi0.libero.init_states.cache_dir", lambda: tmp_path)
 
 
 def test_evaluation_states_are_all_fifty_that_libero_recorded(runner):

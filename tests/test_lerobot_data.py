@@ -12,6 +12,7 @@ import pytest
 import recordings
 from recordings import CAMERAS, make_demonstration, write_separate_files, write_shared_files
 
+from pi0.base.errors import InputError, MissingFileError
 from pi0.data import (
     LEROBOT_NAMES,
     OPENPI_NAMES,
@@ -24,7 +25,6 @@ from pi0.data import (
 from pi0.data import lerobot_writer as writing
 from pi0.data.lerobot_layout import WRIST_IMAGE_NAMES
 from pi0.data.lerobot_writer import LeRobotWriter
-from pi0.errors import InputError, MissingFileError
 
 LENGTHS = (7, 5, 9, 4, 6)
 LOSS = 3  # grey levels that a video may differ by

@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 
 from pi0 import PI0Policy, evaluate
-from pi0.images import to_network_images
+from pi0.base.paths import REPO_ROOT
+from pi0.data.chunks import Chunks
+from pi0.libero.stepping import quat_to_axis_angle
 from pi0.model.config import Pi0Config, SiglipDims
 from pi0.model.network import Pi0Network
 from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
-from pi0.normalization import (
+from pi0.policy.acting import ActingPolicy
+from pi0.policy.images import to_network_images
+from pi0.policy.normalization import (
     NormStats,
     NormStatsError,
     Stats,
@@ -26,12 +30,9 @@ from pi0.normalization import (
     subtract_state,
     unnormalize,
 )
-from pi0.paths import REPO_ROOT
-from pi0.ript.acting import ActingPolicy
-from pi0.ript.chunks import Augmentation, Chunks, flow_loss
+from pi0.policy.tokenizer import TinyTokenizer, libero_prompts, state_bins, state_prompt
 from pi0.ript.config import load_config
-from pi0.ript.env.stepping import quat_to_axis_angle
-from pi0.tokenizer import TinyTokenizer, libero_prompts, state_bins, state_prompt
+from pi0.training.flow_loss import Augmentation, flow_loss
 
 # Means as LIBERO demonstrations have them: position (m), axis-angle (rad; the hand points down), gripper (m);
 # actions.

@@ -19,10 +19,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.config import load_config
-from pi0.ript.env.runner import RECORDED_STATES
-from pi0.ript.metrics import TensorBoard, finish_wandb
+from pi0.ript.env_runner import RECORDED_STATES
+from pi0.training.metrics import TensorBoard, finish_wandb
 
 SCRIPT = REPO_ROOT / "11_train_with_logging.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -408,7 +408,7 @@ def test_a_terminal_stays_a_terminal(tmp_path):
 
 
 def test_metrics_keep_both_counts_of_every_rate():
-    from pi0.ript.metrics import flatten
+    from pi0.training.metrics import flatten
 
     flat = flatten({"step": 3, "tasks": {"a": [1, 4]}, "rollouts": 4, "successes": 1, "lost_workers": ["x"]})
     assert flat["success_rate/a"] == 0.25

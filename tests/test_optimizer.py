@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pi0.ript.optimizer import make_schedule
+from pi0.training.optimizer import make_schedule
 
 
 @pytest.mark.parametrize(("share", "iterations"), [(0.1, 5), (1.0, 4), (0.0, 3), (0.5, 1)])

@@ -10,12 +10,13 @@ from pi05_reference import BATCH, CAMERAS, CONFIG, GOLDEN, STEPS, make
 from safetensors.torch import load_file, save
 
 from pi0 import PI0Policy
-from pi0.checkpoints import file_name
+from pi0.data.chunks import Chunks
 from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.network import POSITIVE, AdaptiveRMSNorm, Pi0Network, RMSNorm, unit_rms
-from pi0.normalization import NormStats
+from pi0.policy.folder import file_name
+from pi0.policy.normalization import NormStats
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.chunks import Augmentation, Chunks
+from pi0.training.flow_loss import Augmentation
 
 
 def small_policy(awake: bool = True, **changes) -> PI0Policy:

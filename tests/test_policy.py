@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 from pi0 import PI0Policy
-from pi0.errors import CheckpointError, InputError
-from pi0.images import to_network_images
+from pi0.base.errors import CheckpointError, InputError
 from pi0.model.config import Pi0Config
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
-from pi0.normalization import NormStats
-from pi0.ript.acting import ActingPolicy
-from pi0.tokenizer import (
+from pi0.policy.acting import ActingPolicy
+from pi0.policy.images import to_network_images
+from pi0.policy.normalization import NormStats
+from pi0.policy.tokenizer import (
     VOCABULARY_FILE,
     PaligemmaTokenizer,
     TinyTokenizer,
@@ -272,7 +272,7 @@ def test_every_libero_prompt_comes_back_and_fits_the_tiny_preset():
 
 
 def test_libero_prompts_are_those_of_its_benchmark():
-    from pi0.ript.env.suites import HORIZONS, suite_tasks
+    from pi0.libero.suites import HORIZONS, suite_tasks
 
     ours = set(libero_prompts())
     for name in HORIZONS:

@@ -14,9 +14,9 @@ import pytest
 import worker_calls
 from PIL import Image
 
-from pi0.ript.env import pool
-from pi0.ript.env.pool import WorkerError, usable_cores
-from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.libero import pool
+from pi0.libero.rollouts import WorkerError, usable_cores
+from pi0.ript.env_runner import LIBEROEnvRunner
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 

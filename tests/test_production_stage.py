@@ -35,9 +35,9 @@ from test_distributed import TASKS, states_of
 from torch.utils.data import DistributedSampler
 
 from pi0 import PI0Policy
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.ript.checkpoint_store import CheckpointStore
+from pi0.training.checkpoint_store import CheckpointStore
 
 
 def load_script() -> ModuleType:
@@ -98,7 +98,7 @@ def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_goes_on_later(strai
 
 WAITS_IN_A_COLLECTIVE = """
 import datetime, torch.distributed as dist
-from pi0.ript.interrupts import Interrupts
+from pi0.training.interrupts import Interrupts
 interrupts = Interrupts()
 interrupts.install()
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -130,7 +130,7 @@ def test_a_signal_is_heard_while_python_waits_for_others():
 
 ASKED_TO_STOP = """
 import os, signal, time
-from pi0.ript.interrupts import Interrupted, Interrupts
+from pi0.training.interrupts import Interrupted, Interrupts
 interrupts = Interrupts()
 interrupts.install()
 os.kill(os.getpid(), signal.SIGTERM)
@@ -433,7 +433,7 @@ def test_results_that_cannot_be_written_are_said_and_do_not_end_the_run_with_an_
 HALF_A_LINE = """
 import resource, signal, sys
 from pathlib import Path
-from pi0.ript.metrics import append_line
+from pi0.training.metrics import append_line
 path = Path(sys.argv[1])
 append_line(path, {"step": 0})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -553,7 +553,7 @@ def test_more_passes_give_the_same_gradient():
 
 
 HOLDS_FREE_MEMORY = """
-from pi0.ript.memory import release, resident_mb
+from pi0.training.memory import release, resident_mb
 blocks = [bytes(60_000) for _ in range(4_000)]  # too small to be mapped by themselves
 blocks = blocks[-1:]  # what malloc has below it stays
 before = resident_mb()
@@ -571,7 +571,7 @@ def test_free_memory_is_given_back():
 KEEPS_FREED_MEMORY = """
 import resource
 import torch
-from pi0.ript.memory import release
+from pi0.training.memory import release
 release()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt  # pages that came anew from the system

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pi0 import PI0Policy
+from pi0.base.errors import InputError
 from pi0.checkpoint import main
-from pi0.checkpoints import CheckpointError
-from pi0.errors import InputError
-from pi0.lerobot_files import lerobot_config
 from pi0.model.config import Pi0Config
 from pi0.model.lora import is_lora
+from pi0.policy.folder import CheckpointError
+from pi0.policy.lerobot_files import lerobot_config
 from tests.published_files import (
     EMBED_TOKENS,
     EXPERT_HEAD,
@@ -382,7 +382,7 @@ def test_embedding_goes_back_under_the_one_name_it_had(tmp_path, layout):
 
 def test_for_lerobot_an_openpi_file_gets_the_embedding_under_both_names(tmp_path, monkeypatch):
     # LeRobot 0.4.4 loads nothing from a file that lacks one.
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     tensors = weights()
     policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "checkpoint", tensors))
     policy.save_pretrained(tmp_path / "out", layout="lerobot")
@@ -465,7 +465,7 @@ def load_as_lerobot(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("source", WRITERS)
 def test_written_weights_load_as_lerobot_loads_them(tmp_path, monkeypatch, source, layout):
     monkeypatch.setattr(
-        "pi0.lerobot_files._variant", lambda dims, name: "gemma_2b"
+        "pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b"
     )  # sizes that it does not build
     tensors = weights()
     PI0Policy.from_pretrained(WRITERS[source](tmp_path / "in", tensors)).save_pretrained(
@@ -476,7 +476,7 @@ def test_written_weights_load_as_lerobot_loads_them(tmp_path, monkeypatch, sourc
 
 @pytest.mark.parametrize("source", ["openpi", "lerobot_early"])
 def test_lerobots_directory_is_complete(tmp_path, monkeypatch, source):
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     policy = PI0Policy.from_pretrained(WRITERS[source](tmp_path / "checkpoint", weights()))
     policy.save_pretrained(tmp_path / "out", layout="lerobot")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -494,7 +494,7 @@ def test_lerobots_directory_is_complete(tmp_path, monkeypatch, source):
 
 
 def test_lerobots_directory_of_pi05_spells_the_normalised_state(tmp_path, monkeypatch):
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     policy = PI0Policy.from_pretrained(write_openpi(tmp_path / "checkpoint", weights(pi05=True)))
     policy.save_pretrained(tmp_path / "out", layout="lerobot")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -523,7 +523,7 @@ NAMES = ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper"]
 
 @pytest.mark.parametrize("pi05", [False, True])
 def test_lerobots_relative_actions_are_read_and_written(tmp_path, monkeypatch, pi05):
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     directory = write_lerobot(tmp_path / "checkpoint", weights(pi05=pi05))
     edit_config(
         directory,
@@ -563,7 +563,7 @@ def test_lerobots_relative_actions_are_read_and_written(tmp_path, monkeypatch, p
 
 
 def test_openpis_actions_less_the_state_are_lerobots_relative_actions(tmp_path, monkeypatch):
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     directory = write_openpi(tmp_path / "checkpoint", weights())
     edit_config(directory, delta_actions=True)
     PI0Policy.from_pretrained(directory).save_pretrained(tmp_path / "out", layout="lerobot")
@@ -575,7 +575,7 @@ def test_openpis_actions_less_the_state_are_lerobots_relative_actions(tmp_path, 
 
 
 def test_actions_found_to_be_less_the_state_are_written_down_as_such(tmp_path, monkeypatch):
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     directory = write_openpi(tmp_path / "checkpoint", weights())
     assert "delta_actions" not in json.loads((directory / "config.json").read_text())
     relative = {
@@ -773,7 +773,7 @@ def test_convert_writes_another_layout(tmp_path, capsys):
 
 @pytest.mark.parametrize("layout", ["openpi", "lerobot"])
 def test_convert_merges_low_rank_additions(tmp_path, monkeypatch, capsys, layout):
-    monkeypatch.setattr("pi0.lerobot_files._variant", lambda dims, name: "gemma_2b")
+    monkeypatch.setattr("pi0.policy.lerobot_files._variant", lambda dims, name: "gemma_2b")
     adapted = PI0Policy.from_pretrained(write_openpi(tmp_path / "published", weights()))
     plain = sampled(adapted)
     adapted.choose_trained("lora")

@@ -9,20 +9,21 @@ import torch
 from recordings import CAMERAS, FPS, SIZE, make_demonstration
 
 from pi0 import PI0Policy, warmstart
+from pi0.base.errors import CheckpointError
 from pi0.data import DataError, open_demonstrations
+from pi0.data.chunks import Chunks
 from pi0.data.lerobot_writer import LeRobotWriter
-from pi0.errors import CheckpointError
-from pi0.images import to_network_images
+from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks, stream_chunks
+from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.episodes import ROBOT
+from pi0.libero.stepping import CONTROL_HZ
+from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config
 from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
-from pi0.normalization import NormStats, load_norm_stats
-from pi0.ript.chunks import Chunks
-from pi0.ript.demonstrations import record_demonstrations
-from pi0.ript.env.runner import LIBEROEnvRunner
-from pi0.ript.env.stepping import CONTROL_HZ
-from pi0.ript.env.suites import find_tasks
-from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks, stream_chunks
+from pi0.policy.images import to_network_images
+from pi0.policy.normalization import NormStats, load_norm_stats
+from pi0.ript.env_runner import LIBEROEnvRunner
 
 TASKS = find_tasks("libero_spatial", [3, 8])
 LENGTHS = (7, 5, 9, 4)
@@ -67,7 +68,7 @@ def test_statistics_of_a_data_set_are_those_of_its_chunks(stored, tmp_path, caps
             *tasks,
         ]
     )
-    chunks = load_chunks(stored, indices, chunk=3, frame_every=2, image_size=SIZE)
+    chunks = load_chunks(stored, indices, robot=ROBOT, chunk=3, frame_every=2, image_size=SIZE)
     assert f"from {len(chunks)} observations in {len(indices)} demonstrations" in capsys.readouterr().out
     assert load_norm_stats(path, 8, 7).to_dict() == norm_stats(chunks).to_dict()
 
@@ -103,7 +104,7 @@ def test_recorded_demonstrations_are_the_same_with_a_data_set_and_from_it(tmp_pa
     stored = open_demonstrations(tmp_path / "set")
     found = demonstrations_of_tasks(stored, TASKS[:1], per_task=75)
     (indices,) = found.values()
-    read = load_chunks(stored, indices, chunk=10, frame_every=3, image_size=64)
+    read = load_chunks(stored, indices, robot=ROBOT, chunk=10, frame_every=3, image_size=64)
     assert_equal(plain, read)
     demonstration = stored.read(0, ())
     # What was done is the expert's action with noise on its translation.
@@ -124,7 +125,7 @@ def test_demonstrations_are_found_by_the_tasks_instruction(stored):
 
 
 def test_images_are_kept_at_the_size_of_the_networks_input(stored):
-    small = load_chunks(stored, [0], chunk=4, frame_every=1, image_size=SIZE // 2)
+    small = load_chunks(stored, [0], robot=ROBOT, chunk=4, frame_every=1, image_size=SIZE // 2)
     seen = to_network_images(torch.from_numpy(stored.read(0).images[CAMERAS[0]]), SIZE // 2)
     assert torch.equal(to_network_images(small.images[CAMERAS[0]], SIZE // 2), seen)
 
@@ -134,6 +135,7 @@ def stream(stored, batch_size=4, seed=0, chunks_in_memory=6):
         stored,
         range(len(stored)),
         batch_size=batch_size,
+        robot=ROBOT,
         chunk=3,
         frame_every=1,
         image_size=SIZE,
@@ -167,8 +169,8 @@ def test_actions_beyond_the_controllers_range_are_refused(tmp_path):
     demonstration = make_demonstration(4, 0)
     demonstration.actions[2, 1] = 5
     stored = write_set(tmp_path / "set", [demonstration])
-    with pytest.raises(DataError, match="demonstration 0 has actions up to 5; LIBERO's controller"):
-        load_chunks(stored, [0], chunk=3, frame_every=1, image_size=SIZE)
+    with pytest.raises(DataError, match="demonstration 0 has actions up to 5; the robot's controller"):
+        load_chunks(stored, [0], robot=ROBOT, chunk=3, frame_every=1, image_size=SIZE)
 
 
 def start(output, *options):
@@ -273,7 +275,11 @@ def test_a_warm_start_goes_on_from_a_policy_of_other_sizes(tmp_path, stored, mon
 def test_a_warm_start_takes_frames_of_another_size_and_other_statistics(tmp_path, stored, unscored):
     policy = small_policy(tmp_path / "small")
     (tmp_path / "other.json").write_text(
-        json.dumps(norm_stats(load_chunks(stored, [0], chunk=1, frame_every=1, image_size=SIZE)).to_dict())
+        json.dumps(
+            norm_stats(
+                load_chunks(stored, [0], robot=ROBOT, chunk=1, frame_every=1, image_size=SIZE)
+            ).to_dict()
+        )
     )
     from_small = ["--start-from", tmp_path / "small", "--dataset", stored.root, "--image-size", 56]
     manifest = start(

@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from pi0.ript.env import gl
-from pi0.ript.env.assets import resolve_assets, use_assets
-from pi0.ript.env.rendering import CAMERAS, Renderer
-from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
-from pi0.ript.env.suites import suite_tasks
+from pi0.libero import gl
+from pi0.libero.assets import resolve_assets, use_assets
+from pi0.libero.rendering import CAMERAS, Renderer
+from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim
+from pi0.libero.suites import suite_tasks
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ from stage_13_runs import (
 from test_html_report import browser_check
 
 from pi0 import PI0Policy
-from pi0.paths import REPO_ROOT
-from pi0.ript.checkpoint_store import CheckpointStore
-from pi0.ript.report import OutputError, new_run_dir, newest_run, take_run
+from pi0.base.paths import REPO_ROOT
+from pi0.ript.results import OutputError, new_run_dir, newest_run, take_run
+from pi0.training.checkpoint_store import CheckpointStore
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_what_a_run_was_built_on_cannot_change_and_what_it_was_not_can(tmp_path,
 
 
 def test_two_processes_cannot_write_to_one_run(tmp_path):
-    code = "import sys; from pathlib import Path; from pi0.ript.report import take_run; take_run(Path(sys.argv[1]), {}); input()"
+    code = "import sys; from pathlib import Path; from pi0.ript.results import take_run; take_run(Path(sys.argv[1]), {}); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=REPO_ROOT, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},

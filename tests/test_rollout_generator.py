@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pi0.errors import InputError
-from pi0.ript.env.runner import LIBEROEnvRunner
+from pi0.base.errors import InputError
+from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
 from pi0.ript.rollout_stats import RolloutStats, StatsError
 
 

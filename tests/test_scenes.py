@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from pi0.ript.env import scenes
+from pi0.libero import scenes
 
 TETRAHEDRON = """v 0 0 0
 v {size} 0 0

@@ -19,22 +19,22 @@ import yaml
 from episodes import TASK, make_episode
 
 from pi0 import PI0Policy
-from pi0.errors import InputError
+from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import Task
 from pi0.model.config import Pi0Config
-from pi0.normalization import NormStats, Stats
-from pi0.paths import REPO_ROOT
+from pi0.policy.normalization import NormStats, Stats
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 from pi0.ript.config import AlgoConfig, Config, OptimizerConfig, validate
-from pi0.ript.ema import AveragedPolicy
-from pi0.ript.env.init_states import InitStatePool
-from pi0.ript.env.stepping import InitState
-from pi0.ript.env.suites import Task
-from pi0.ript.optimizer import make_optimizer
 from pi0.ript.rollout_generator import Collection, Group
-from pi0.stage_diff import hunks, patch
-from pi0.stage_pages import render_pages
-from pi0.stage_scripts import Stage, compare, find_stages
-from pi0.stages import main
+from pi0.stages.__main__ import main
+from pi0.stages.diff import hunks, patch
+from pi0.stages.pages import render_pages
+from pi0.stages.scripts import Stage, compare, find_stages
+from pi0.training.ema import AveragedPolicy
+from pi0.training.optimizer import make_optimizer
 
 STAGES = find_stages()
 PAGES = REPO_ROOT / "docs" / "stages"
@@ -410,7 +410,7 @@ def test_a_hunk_with_two_notes_is_reported(problems):
             "no such test; the nearest one is test_help_lists_every_key",
         ),
         ("tests/test_nothing.py::test_help_lists_every_key", "there is no such test file"),
-        ("pi0/stages.py::main", "there is no such test file"),
+        ("pi0/stages/__main__.py::main", "there is no such test file"),
         ("tests/test_stages.py", "there is no such test"),
         ("tests/test_stages.py::run_script", "there is no such test"),
     ],

@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from pi0 import PI0Policy
-from pi0.paths import REPO_ROOT
+from pi0.base.paths import REPO_ROOT
+from pi0.base.video import CAPTION_HEIGHT
 from pi0.ript.config import Config, TaskConfig, TrainingConfig, describe_keys
-from pi0.video import CAPTION_HEIGHT
 
 STAGES = [
     "08_train_with_epochs.py",

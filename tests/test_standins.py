@@ -13,9 +13,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from pi0.paths import REPO_ROOT, cache_dir
-from pi0.ript.env.assets import Assets, resolve_assets, use_assets
-from pi0.ript.env.suites import suite_tasks
+from pi0.base.paths import REPO_ROOT, cache_dir
+from pi0.libero.assets import Assets, resolve_assets, use_assets
+from pi0.libero.suites import suite_tasks
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 ARCHIVE = REPO_ROOT.parent / "shared" / "libero_assets.tar.xz"

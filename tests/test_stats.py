@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.stats
 
-from pi0.stats import PairedDifference, format_rate, mcnemar_exact, paired_difference, wilson_interval
+from pi0.base.stats import PairedDifference, format_rate, mcnemar_exact, paired_difference, wilson_interval
 
 
 def paired_table(both: int, gained: int, lost: int, neither: int) -> PairedDifference:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pi0.ript.env import suites
-from pi0.ript.env.assets import resolve_assets, use_assets
-from pi0.ript.env.libero_import import prepare_libero
-from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim, quat_to_axis_angle
-from pi0.ript.env.suites import find_tasks, suite_tasks
+from pi0.libero import suites
+from pi0.libero.assets import resolve_assets, use_assets
+from pi0.libero.libero_import import prepare_libero
+from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim, quat_to_axis_angle
+from pi0.libero.suites import find_tasks, suite_tasks
 
 # A table, an open drawer, a floor of groceries, a stove to turn on, a kitchen with articulated doors.
 TASKS = [

@@ -46,8 +46,8 @@ from published_files import (
 from safetensors.torch import load_model
 
 from pi0 import PI0Policy, lerobot_files
-from pi0.normalization import add_state, normalize, unnormalize
-from pi0.tokenizer import clean_prompt, state_prompt
+from pi0.policy.normalization import add_state, normalize, unnormalize
+from pi0.policy.tokenizer import clean_prompt, state_prompt
 
 VOCAB = 257_152  # LeRobot builds no other
 TOLERANCE = 1e-4

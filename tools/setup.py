@@ -32,9 +32,9 @@ import contextlib, importlib, runpy
 with contextlib.suppress(Exception):
     runpy.run_path("13_train_production_ready.py", run_name="imported")
 with contextlib.suppress(Exception):
-    importlib.import_module("pi0.ript.env.libero_import").prepare_libero()
+    importlib.import_module("pi0.libero.libero_import").prepare_libero()
 for name in (
-    "torch._dynamo torch.distributed.run torch.distributed.fsdp pi0.ript.env.worker pi0.ript.env.controller "
+    "torch._dynamo torch.distributed.run torch.distributed.fsdp pi0.libero.worker pi0.libero.controller "
     "libero.libero.envs.problems scipy.linalg h5py pyarrow.parquet av matplotlib.pyplot "
     "matplotlib.backends.backend_agg pytest xdist.plugin"
 ).split():

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from pi0.errors import InputError
+from pi0.base.errors import InputError
 
 Schema = TypeVar("Schema")
 

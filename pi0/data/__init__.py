@@ -12,6 +12,7 @@ from pi0.data.demonstrations import (
     DemonstrationSet,
     Gripper,
     Orientation,
+    Robot,
 )
 from pi0.data.lerobot_layout import LEROBOT_NAMES, OPENPI_NAMES, FeatureNames
 
@@ -24,6 +25,7 @@ __all__ = [
     "FeatureNames",
     "Gripper",
     "Orientation",
+    "Robot",
     "open_demonstrations",
 ]
 

@@ -9,7 +9,16 @@ from enum import StrEnum
 
 import numpy as np
 
-from pi0.errors import InputError
+from pi0.base.errors import InputError
+
+
+@dataclass(frozen=True)
+class Robot:
+    """What a robot's data look like: features of a state, of an action, and the largest action it takes, either way."""
+
+    state_dim: int
+    action_dim: int
+    largest_action: float
 
 
 class DataError(InputError, ValueError):

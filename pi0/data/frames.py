@@ -10,8 +10,8 @@ import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError
-from pi0.errors import MissingFileError
 
 # Every second frame is whole, as in LeRobot's own videos (configs/video.py): one is decoded from at most one more.
 KEYFRAME_EVERY = 2

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError
-from pi0.errors import MissingFileError
 
 EPISODE_FILES = ("v2.0", "v2.1")  # one parquet file and one video a camera for each episode
 SHARED_FILES = "v3.0"  # many episodes in a file, found by meta/episodes

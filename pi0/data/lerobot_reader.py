@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
 from pi0.data.frames import decode_image, read_video
 from pi0.data.lerobot_layout import EPISODE_FILES, EPISODES_JSONL, DatasetInfo, FeatureNames
-from pi0.errors import MissingFileError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
-from pi0.errors import MissingFileError
-from pi0.instructions import instruction_in
+from pi0.data.instructions import instruction_in
 
 # Policy camera names and LIBERO's names of the images they see.
 CAMERAS = {"base_0_rgb": "agentview_rgb", "left_wrist_0_rgb": "eye_in_hand_rgb"}

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.data import DataError, Demonstration, DemonstrationSet
-from pi0.images import to_network_images
-from pi0.ript.chunks import Chunks
-from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM
-from pi0.ript.env.suites import Task
+from pi0.data import DataError, Demonstration, DemonstrationSet, Robot
+from pi0.data.chunks import Chunks
+from pi0.policy.images import to_network_images
 
 # Actions may leave the controller's range by as much as rounding does.
 RANGE_SLACK = 1e-3
 
 
+class PromptedTask(Protocol):
+    """A task that a data set may show."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def prompt(self) -> str:
+        """The instruction."""
+
+
 def demonstrations_of_tasks(
-    demonstrations: DemonstrationSet, tasks: Sequence[Task], per_task: int
+    demonstrations: DemonstrationSet, tasks: Sequence[PromptedTask], per_task: int
 ) -> dict[str, list[int]]:
     """Which demonstrations show which task, told by the instruction: {task name: at most `per_task` indices}.
 
@@ -39,19 +50,28 @@ def demonstrations_of_tasks(
 
 
 def load_chunks(
-    demonstrations: DemonstrationSet, indices: Sequence[int], *, chunk: int, frame_every: int, image_size: int
+    demonstrations: DemonstrationSet,
+    indices: Sequence[int],
+    *,
+    robot: Robot,
+    chunk: int,
+    frame_every: int,
+    image_size: int,
 ) -> Chunks:
     """The chunks of some demonstrations, all in memory; images are brought to `image_size` first.
 
     Args:
+        robot: what states and actions must look like.
         chunk: actions in a chunk.
         frame_every: control steps from one observation to the next.
-        image_size: pixels a side; other sizes are resized as the network's input is (`pi0.images`).
+        image_size: pixels a side; other sizes are resized as the network's input is (`pi0.policy.images`).
 
     Raises:
-        DataError: states or actions that are not LIBERO's, and what reading raises.
+        DataError: states or actions that are not the robot's, and what reading raises.
     """
-    return Chunks.cat([_chunks(demonstrations, index, chunk, frame_every, image_size) for index in indices])
+    return Chunks.cat(
+        [_chunks(demonstrations, index, robot, chunk, frame_every, image_size) for index in indices]
+    )
 
 
 def stream_chunks(
@@ -59,6 +79,7 @@ def stream_chunks(
     indices: Sequence[int],
     *,
     batch_size: int,
+    robot: Robot,
     chunk: int,
     frame_every: int,
     image_size: int,
@@ -72,7 +93,7 @@ def stream_chunks(
 
     Args:
         generator: of the order; the same seed gives the same batches.
-        chunk, frame_every, image_size: as of `load_chunks`.
+        robot, chunk, frame_every, image_size: as of `load_chunks`.
 
     Raises:
         DataError: as `load_chunks`; and there is no demonstration.
@@ -83,7 +104,7 @@ def stream_chunks(
     def rounds() -> Iterator[Chunks]:
         while True:
             for position in torch.randperm(len(indices), generator=generator).tolist():
-                yield _chunks(demonstrations, indices[position], chunk, frame_every, image_size)
+                yield _chunks(demonstrations, indices[position], robot, chunk, frame_every, image_size)
 
     incoming = rounds()
     pool = next(incoming)
@@ -100,27 +121,33 @@ def stream_chunks(
 
 
 def _chunks(
-    demonstrations: DemonstrationSet, index: int, chunk: int, frame_every: int, image_size: int
+    demonstrations: DemonstrationSet,
+    index: int,
+    robot: Robot,
+    chunk: int,
+    frame_every: int,
+    image_size: int,
 ) -> Chunks:
     steps = np.arange(0, demonstrations.lengths[index], frame_every)
     demonstration = demonstrations.read(index, steps.tolist())
-    _check(demonstration, index)
+    _check(demonstration, index, robot)
     chunks = Chunks.of_demonstration(demonstration, chunk)
     chunks.images = {camera: _resized(frames, image_size) for camera, frames in chunks.images.items()}
     return chunks
 
 
-def _check(demonstration: Demonstration, index: int) -> None:
+def _check(demonstration: Demonstration, index: int, robot: Robot) -> None:
     widths = demonstration.states.shape[1:], demonstration.actions.shape[1:]
-    if widths != ((STATE_DIM,), (ACTION_DIM,)):
+    if widths != ((robot.state_dim,), (robot.action_dim,)):
         raise DataError(
             f"demonstration {index} has states of {widths[0]} and actions of {widths[1]} features; "
-            f"LIBERO's have {STATE_DIM} and {ACTION_DIM}"
+            f"the robot's have {robot.state_dim} and {robot.action_dim}"
         )
     largest = float(np.abs(demonstration.actions).max())
-    if largest > 1 + RANGE_SLACK:
+    if largest > robot.largest_action + RANGE_SLACK:
         raise DataError(
-            f"demonstration {index} has actions up to {largest:.3g}; LIBERO's controller takes -1 to 1"
+            f"demonstration {index} has actions up to {largest:.3g}; the robot's controller takes "
+            f"{-robot.largest_action:g} to {robot.largest_action:g}"
         )
 
 

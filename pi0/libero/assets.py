@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi0.errors import InputError
-from pi0.files import locked
-from pi0.paths import cache_dir
-from pi0.ript.env import standins
-from pi0.ript.env.libero_import import libero_package_root, prepare_libero
+from pi0.base.errors import InputError
+from pi0.base.files import locked
+from pi0.base.paths import cache_dir
+from pi0.libero import standins
+from pi0.libero.libero_import import libero_package_root, prepare_libero
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pi0.paths import REPO_ROOT
-from pi0.ript.env.episodes import Episode, Rollout
-from pi0.video import write_video
+from pi0.base.paths import REPO_ROOT
+from pi0.base.video import write_video
+from pi0.libero.episodes import Episode, Rollout
 
 if TYPE_CHECKING:
-    from pi0.ript.env.pool import Policy
+    from pi0.libero.rollouts import Policy
 
 VIDEO_EVERY = 2  # control steps from one frame to the next
 VIDEO_FPS = 10  # real time: 20 control steps a second

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pi0.base.progress import progress
 from pi0.data import Demonstration
-from pi0.progress import progress
-from pi0.ript.chunks import Chunks
-from pi0.ript.env.experts import PickAndPlace
-from pi0.ript.env.stepping import InitState
-from pi0.ript.env.suites import Task
+from pi0.data.chunks import Chunks
+from pi0.libero.experts import PickAndPlace
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import Task
 
 if TYPE_CHECKING:
     from pi0.data.lerobot_writer import LeRobotWriter
-    from pi0.ript.env.runner import LIBEROEnvRunner
-    from pi0.ript.env.worker import Worker
+    from pi0.libero.worker import Worker
+    from pi0.ript.env_runner import LIBEROEnvRunner
 
 NOISE_PERSISTENCE = 0.9  # correlation of the action noise from one control step to the next
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pi0.ript.env.stepping import InitState
-from pi0.ript.env.suites import Task
+from pi0.data.demonstrations import Robot
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import Task
 
 STATE_DIM = 8
 ACTION_DIM = 7
+ROBOT = Robot(STATE_DIM, ACTION_DIM, largest_action=1.0)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Episode:
     success: bool
     failure: str | None = None
     video: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> str:
+        """The instruction."""
+        return self.rollout.task.prompt
 
     @property
     def steps(self) -> int:

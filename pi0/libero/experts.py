@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 
-from pi0.errors import InputError
-from pi0.ript.env.stepping import TaskSim
+from pi0.base.errors import InputError
+from pi0.libero.stepping import TaskSim
 
 OPEN, CLOSED = -1.0, 1.0
 TRAVEL_HEIGHT = 0.12  # m above the grasp point while moving sideways

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from pi0.errors import InputError
+from pi0.base.errors import InputError
 
 logger = logging.getLogger(__name__)
 

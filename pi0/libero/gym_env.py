@@ -1,7 +1,7 @@
 """LIBERO tasks as Gymnasium environments, on this package's engine.
 
     import gymnasium
-    import pi0.ript.env.gym_env
+    import pi0.libero.gym_env
 
     env = gymnasium.make("pi0/LIBERO-v0", suite="libero_spatial", task=3)
     envs = gymnasium.make_vec("pi0/LIBERO-v0", num_envs=8, vectorization_mode="vector_entry_point", task=3)
@@ -21,14 +21,14 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from pi0.ript.env import gl
-from pi0.ript.env.assets import resolve_assets
-from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Rollout
-from pi0.ript.env.init_states import InitStatePool, evaluation_pools
-from pi0.ript.env.pool import RolloutPool, WorkerError
-from pi0.ript.env.rendering import CAMERAS
-from pi0.ript.env.suites import find_tasks
-from pi0.ript.env.worker import VIDEO_CAMERA, VIDEO_SIZE, SharedArrays, Worker, WorkerSpec
+from pi0.libero import gl
+from pi0.libero.assets import resolve_assets
+from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
+from pi0.libero.init_states import InitStatePool, evaluation_pools
+from pi0.libero.rendering import CAMERAS
+from pi0.libero.rollouts import RolloutPool, WorkerError
+from pi0.libero.suites import find_tasks
+from pi0.libero.worker import VIDEO_CAMERA, VIDEO_SIZE, SharedArrays, Worker, WorkerSpec
 
 VIDEO_FPS = 20  # control steps a second
 
@@ -104,11 +104,11 @@ class LIBEROEnv(gymnasium.Env):
 
     Args:
         suite, task: the task by name or index.
-        cameras: any of `pi0.ript.env.rendering.CAMERAS`.
+        cameras: any of `pi0.libero.rendering.CAMERAS`.
         image_size: pixels a side.
         render: `fast` or `exact`, how observations are drawn.
         assets: folder of LIBERO's assets, `standins`, or None to look for them.
-        fixtures: placement of fixtures, a key of `pi0.ript.env.init_states.FIXTURE_MODES`.
+        fixtures: placement of fixtures, a key of `pi0.libero.init_states.FIXTURE_MODES`.
         settle_steps: control steps of standing still before an episode.
         horizon: control steps after which an episode is truncated; None for the suite's usual one.
         render_mode: `rgb_array` or None.
@@ -333,6 +333,6 @@ class LIBEROVectorEnv(VectorEnv):
 
 gymnasium.register(
     id="pi0/LIBERO-v0",
-    entry_point="pi0.ript.env.gym_env:LIBEROEnv",
-    vector_entry_point="pi0.ript.env.gym_env:LIBEROVectorEnv",
+    entry_point="pi0.libero.gym_env:LIBEROEnv",
+    vector_entry_point="pi0.libero.gym_env:LIBEROVectorEnv",
 )

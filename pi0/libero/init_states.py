@@ -19,15 +19,15 @@ from xml.etree import ElementTree
 import mujoco
 import numpy as np
 
+from pi0.base.errors import MissingFileError
+from pi0.base.files import write_whole
+from pi0.base.paths import cache_dir
 from pi0.data.demonstrations import DataError
-from pi0.errors import MissingFileError
-from pi0.files import write_whole
-from pi0.paths import cache_dir
-from pi0.ript.env.stepping import SETTLE_ACTION, InitState, TaskSim
-from pi0.ript.env.suites import Task, suite_tasks
+from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim
+from pi0.libero.suites import Task, suite_tasks
 
 if TYPE_CHECKING:
-    from pi0.ript.env.worker import Worker, WorkerSpec
+    from pi0.libero.worker import Worker, WorkerSpec
 
 # How the fixtures (cabinet, stove), which recorded states do not hold, are placed for evaluation.
 FIXTURE_MODES = {

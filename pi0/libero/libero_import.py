@@ -15,8 +15,8 @@ from types import ModuleType
 
 import yaml
 
-from pi0.files import write_whole
-from pi0.paths import cache_dir
+from pi0.base.files import write_whole
+from pi0.base.paths import cache_dir
 
 # What LIBERO brings along (matplotlib, software GL) keeps caches in the home unless told otherwise.
 HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa", "NUMBA_CACHE_DIR": "numba"}

@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pi0.ript.env import gl
-from pi0.ript.env.episodes import Episode, Rollout
-from pi0.ript.env.worker import Progress, SharedArrays, WorkerSpec
+from pi0.libero import gl
+from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.worker import Progress, SharedArrays, WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ FRUITLESS_LOSSES = 9  # of each worker in a run that finishes nothing: it is not
 
 
 class Policy(Protocol):
-    """What the pool asks of a policy (`pi0.ript.acting.ActingPolicy`)."""
+    """What the pool asks of a policy (`pi0.policy.acting.ActingPolicy`)."""
 
     # Whether looking is so expensive that rollouts which begin alike should look together.
     shares_first_look: bool
@@ -120,7 +120,7 @@ class _Process:
         self._memory = mmap.mmap(memory, SharedArrays.nbytes(spec))
         self.arrays = SharedArrays(spec, self._memory)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pi0.ript.env.worker", str(theirs.fileno()), str(memory)],
+            [sys.executable, "-m", "pi0.libero.worker", str(theirs.fileno()), str(memory)],
             pass_fds=[theirs.fileno(), memory],
             stdin=subprocess.DEVNULL,
             # One thread each, Mesa's software renderer included: the processes are the parallelism. A process
@@ -550,7 +550,7 @@ def _is_sound(answers: Any, slots: dict[int, Any]) -> bool:
 
 def _pythonpath() -> str:
     """Where this package is, first, so that a worker finds the same one whatever its directory."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 

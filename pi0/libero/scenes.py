@@ -12,8 +12,8 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
-from pi0.files import write_whole
-from pi0.paths import cache_dir
+from pi0.base.files import write_whole
+from pi0.base.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 

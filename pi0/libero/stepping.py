@@ -17,10 +17,10 @@ from xml.etree import ElementTree
 import mujoco
 import numpy as np
 
-from pi0.ript.env.assets import Assets, use_assets
-from pi0.ript.env.libero_import import prepare_libero
-from pi0.ript.env.scenes import compile_scene
-from pi0.ript.env.suites import Task
+from pi0.libero.assets import Assets, use_assets
+from pi0.libero.libero_import import prepare_libero
+from pi0.libero.scenes import compile_scene
+from pi0.libero.suites import Task
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class TaskSim:
         from libero.libero.envs.bddl_base_domain import TASK_MAPPING
         from libero.libero.envs.bddl_utils import get_problem_info
 
-        from pi0.ript.env.controller import ArmController
+        from pi0.libero.controller import ArmController
 
         self.task = task
         problem = get_problem_info(task.bddl_file)["problem_name"]

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pi0.errors import InputError
-from pi0.instructions import instruction_in
-from pi0.ript.env.libero_import import libero_package_root
+from pi0.base.errors import InputError
+from pi0.data.instructions import instruction_in
+from pi0.libero.libero_import import libero_package_root
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
 HORIZONS = {

@@ -1,6 +1,6 @@
 """A rollout worker: a process with its own simulator, told what to do over a socket.
 
-`python -m pi0.ript.env.worker FD_SOCKET FD_MEMORY`, started by `pi0.ript.env.pool` and by nobody else.
+`python -m pi0.libero.worker FD_SOCKET FD_MEMORY`, started by `pi0.libero.rollouts` and by nobody else.
 Observations and actions pass through shared memory, everything else through the socket. The worker ends
 when the socket closes, so none outlives its trainer.
 """
@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from pi0.ript.env.assets import Assets
-from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Rollout
-from pi0.ript.env.libero_import import leave_out_wrappers
-from pi0.ript.env.rendering import Renderer
-from pi0.ript.env.stepping import Snapshot, TaskSim
-from pi0.ript.env.suites import Task
+from pi0.libero.assets import Assets
+from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
+from pi0.libero.libero_import import leave_out_wrappers
+from pi0.libero.rendering import Renderer
+from pi0.libero.stepping import Snapshot, TaskSim
+from pi0.libero.suites import Task
 
 VIDEO_SIZE = 256
 VIDEO_CAMERA = "agentview"
@@ -264,6 +264,6 @@ def serve(socket_fd: int, memory_fd: int) -> None:
 if __name__ == "__main__":
     leave_out_wrappers()
     # The module is also imported by its full name while unpickling; run that one, so that classes agree.
-    from pi0.ript.env.worker import serve as serve_imported
+    from pi0.libero.worker import serve as serve_imported
 
     serve_imported(int(sys.argv[1]), int(sys.argv[2]))

@@ -88,17 +88,23 @@ class Pi0Config:
     robot_state_dim: int = 8  # LIBERO: end-effector position 3, axis-angle 3, gripper 2
     robot_action_dim: int = 7  # LIBERO: position 3, rotation 3, gripper 1
     pi05: bool = False  # pi0.5: flow time acts through adaptive norms, and no token holds the state
-    discrete_state_input: bool = False  # pi0.5 alone: the prompt spells the state in bins (pi0.tokenizer)
+    discrete_state_input: bool = (
+        False  # pi0.5 alone: the prompt spells the state in bins (pi0.policy.tokenizer)
+    )
     pad_discrete_state: bool = (
         False  # and its zero-padding too, as LeRobot's code from 2025-10 to 2026-03 did
     )
     use_quantile_norm: bool = False  # normalise by 1st and 99th percentile instead of mean and deviation
-    delta_actions: bool | None = None  # actions less the state (pi0.normalization); None: as statistics show
+    delta_actions: bool | None = (
+        None  # actions less the state (pi0.policy.normalization); None: as statistics show
+    )
     freeze_vision_encoder: bool = False  # do not train the vision tower
     train_expert_only: bool = (
         False  # train the action expert and the projections around it, not what sees and reads
     )
-    mirror_images: bool = False  # see LIBERO's frames turned by 180 degrees, as openpi does (pi0.images)
+    mirror_images: bool = (
+        False  # see LIBERO's frames turned by 180 degrees, as openpi does (pi0.policy.images)
+    )
     tokenizer: str = "paligemma"  # "paligemma" or "tiny"
     tokenizer_path: str | None = None  # sentencepiece file of "paligemma"; else $PALIGEMMA_TOKENIZER
 

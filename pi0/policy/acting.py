@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
-from pi0.errors import InputError
+from pi0.base.errors import InputError
 from pi0.model.config import SiglipDims
 
 
 class ActingPolicy:
-    """Adapter between `PI0Policy` and `pi0.ript.env.pool`.
+    """Adapter between `PI0Policy` and `pi0.libero.rollouts`.
 
     On a CPU it acts with one thread: the other cores simulate meanwhile, and threads that wait for each other
     beside busy workers cost more than they bring.

@@ -1,7 +1,7 @@
 """Checkpoint directories: read as openpi, LeRobot and this project write them, written as this project and LeRobot do.
 
-This project's own is model.safetensors under openpi's names (pi0.tensor_names), config.json and norm_stats.json.
-Those of openpi and LeRobot have configurations of their own (pi0.published). docs/checkpoints.md says how to come by
+This project's own is model.safetensors under openpi's names (pi0.policy.tensor_names), config.json and norm_stats.json.
+Those of openpi and LeRobot have configurations of their own (pi0.policy.published). docs/checkpoints.md says how to come by
 them. Only safetensors and JSON are read, never pickles.
 """
 
@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pi0.errors import CheckpointError, MissingFileError
-from pi0.lerobot_files import lerobot_files
+from pi0.base.errors import CheckpointError, MissingFileError
 from pi0.model.config import ConvDims, Pi0Config
-from pi0.normalization import NormStats, load_norm_stats
-from pi0.published import (
+from pi0.policy.lerobot_files import lerobot_files
+from pi0.policy.normalization import NormStats, load_norm_stats
+from pi0.policy.published import (
     NORM_STATS_FILE,
     FoundStats,
     find_norm_stats,
@@ -32,7 +32,7 @@ from pi0.published import (
     is_openpi,
     published_config,
 )
-from pi0.tensor_names import (
+from pi0.policy.tensor_names import (
     EMBEDDING,
     LEROBOT,
     OPENPI,

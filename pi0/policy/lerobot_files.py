@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0.errors import CheckpointError
+from pi0.base.errors import CheckpointError
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
-from pi0.normalization import NormStats, Stats
-from pi0.published import (
+from pi0.policy.normalization import NormStats, Stats
+from pi0.policy.published import (
     ACTION_FEATURE,
     FREEZES,
     GEMMA_VARIANTS,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.errors import InputError, MissingFileError
+from pi0.base.errors import InputError, MissingFileError
 from pi0.model.config import POSE_DIM
 
 # Added to the divisor, as openpi does in both directions. LeRobot

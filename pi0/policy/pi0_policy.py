@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pi0.checkpoints import Origin, load_weights, read_config, read_norm_stats, save_checkpoint_files
-from pi0.errors import CheckpointError, InputError
-from pi0.images import to_network_images
+from pi0.base.errors import CheckpointError, InputError
 from pi0.model.config import Pi0Config
 from pi0.model.lora import RANKS
 from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
-from pi0.normalization import (
+from pi0.policy.folder import Origin, load_weights, read_config, read_norm_stats, save_checkpoint_files
+from pi0.policy.images import to_network_images
+from pi0.policy.normalization import (
     NormStats,
     Stats,
     add_state,
@@ -31,7 +31,7 @@ from pi0.normalization import (
     subtract_state,
     unnormalize,
 )
-from pi0.tokenizer import PaligemmaTokenizer, TinyTokenizer, Tokenizer
+from pi0.policy.tokenizer import PaligemmaTokenizer, TinyTokenizer, Tokenizer
 
 TRAINABLE = ("all", "without_vision", "expert", "lora", "as_saved", "none")
 

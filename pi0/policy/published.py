@@ -21,10 +21,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pi0.errors import CheckpointError, MissingFileError
+from pi0.base.errors import CheckpointError, MissingFileError
 from pi0.model.config import POSE_DIM, PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
-from pi0.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
-from pi0.tensor_names import EMBEDDING, EXPERT, OUTPUT_HEAD, PALIGEMMA, holds_pi05
+from pi0.policy.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
+from pi0.policy.tensor_names import EMBEDDING, EXPERT, OUTPUT_HEAD, PALIGEMMA, holds_pi05
 
 NORM_STATS_FILE = "norm_stats.json"
 PREPROCESSOR_FILE, POSTPROCESSOR_FILE = "policy_preprocessor.json", "policy_postprocessor.json"

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.errors import MissingFileError
-from pi0.files import write_whole
+from pi0.base.errors import MissingFileError
+from pi0.base.files import write_whole
 
 VOCABULARY_FILE = Path(__file__).with_name("tiny_vocabulary.json")
 PIECES = 125  # words and phrases of the tiny vocabulary: 384 ids with the 3 special ones and 256 bytes
@@ -222,7 +222,3 @@ def main(arguments: list[str] | None = None) -> None:
     vocabulary = build_vocabulary(libero_prompts())
     write_whole(options.output, json.dumps({"pieces": vocabulary}, indent=0) + "\n")
     print(f"{options.output}: {len(vocabulary)} pieces")
-
-
-if __name__ == "__main__":
-    main()

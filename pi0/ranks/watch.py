@@ -1,7 +1,4 @@
-"""Ranks of a distributed run: what they tell each other, and how they notice that one of them is gone.
-
-Everything here works in a single process too, where it says the obvious: rank 0 of 1.
-"""
+"""How the ranks of a distributed run meet, and how they notice that one of them is gone."""
 
 from __future__ import annotations
 
@@ -14,21 +11,15 @@ import socket
 import sys
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
-from pi0.errors import InputError
-
-T = TypeVar("T")
-
-# Of 1x1 convolutions, whose few numbers are then copied.
-warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+from pi0.base.errors import InputError
+from pi0.ranks.collectives import rank_and_world_size
 
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead
@@ -36,72 +27,6 @@ STORE_LIMIT = datetime.timedelta(seconds=30)  # for the launcher to answer
 MEET_S = 120.0  # for all ranks to come to a meeting; a host may be slow to load the program
 # A rank may wait for the rollouts of others; that one has died is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value: T) -> list[T]:
-    """The `value` of every rank, in order of rank, on every rank."""
-    _, world_size = rank_and_world_size()
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
-
-
-def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` as rank 0 works it out; the others only learn the result, or what it raised."""
-    rank, world_size = rank_and_world_size()
-    if world_size == 1:
-        return function(*arguments)
-    outcome: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            outcome[0] = function(*arguments)
-        except Exception as error:  # noqa: BLE001  raised below, on every rank
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of a tensor over ranks; takes part in no gradient."""
-    _, world_size = rank_and_world_size()
-    if world_size == 1:
-        return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size
-
-
-def broadcast_weights(module: nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0."""
-    if rank_and_world_size()[1] > 1:
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Put the mean over ranks in place of each gradient; all ranks must have one for the same parameters."""
-    _, world_size = rank_and_world_size()
-    if world_size == 1:
-        return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    for gradient in gradients:
-        gradient /= world_size
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        work.wait()
-
-
-def largest(value: int) -> int:
-    """The largest `value` of all ranks."""
-    return max(gather(value))
 
 
 def exit_with(error: Exception) -> NoReturn:

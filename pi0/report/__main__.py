@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pi0.errors import InputError
-from pi0.ript.html_report import write_html_report
+from pi0.base.errors import InputError
+from pi0.report.html_report import write_html_report
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi0.ript.run_record import Row
-from pi0.stats import wilson_interval
+from pi0.base.stats import wilson_interval
+from pi0.report.record import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

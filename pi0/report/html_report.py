@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pi0.files import write_whole
-from pi0.ript.plots import draw_pictures
-from pi0.ript.report_page import build_page
-from pi0.ript.run_record import read_run
+from pi0.base.files import write_whole
+from pi0.report.page import build_page
+from pi0.report.plots import draw_pictures
+from pi0.report.record import read_run
 
 
 def write_html_report(run_dir: Path) -> Path:

@@ -11,9 +11,9 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from pi0.ript.plots import Picture
-from pi0.ript.run_record import Row, RunRecord, evaluation_counts, success_counts
-from pi0.stats import format_rate, paired_difference, wilson_interval
+from pi0.base.stats import format_rate, paired_difference, wilson_interval
+from pi0.report.plots import Picture
+from pi0.report.record import Row, RunRecord, evaluation_counts, success_counts
 
 EMBEDDED_VIDEO_BYTES = 12 * 2**20  # of all videos in the page; a phone still opens it
 LATEST_STEPS = 20  # rows of the table of steps

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi0.ript.pictures import (
+from pi0.base.stats import format_rate
+from pi0.report.figures import (
     BLUE,
     GREEN,
     GREY,
@@ -28,9 +29,8 @@ from pi0.ript.pictures import (
     stack,
     step_axis,
 )
-from pi0.ript.report import shorten
-from pi0.ript.run_record import RunRecord, evaluation_counts, success_counts
-from pi0.stats import format_rate
+from pi0.report.record import RunRecord, evaluation_counts, success_counts
+from pi0.ript.results import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

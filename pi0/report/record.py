@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pi0.errors import InputError, MissingFileError
+from pi0.base.errors import InputError, MissingFileError
 
 Row = dict[str, Any]  # a step's metrics or an evaluation's score; absent and null are the same
 

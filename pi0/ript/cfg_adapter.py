@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from pi0 import PI0Policy
-from pi0.errors import InputError
+from pi0.base.errors import InputError
+from pi0.data.chunks import Chunks
+from pi0.libero.episodes import ROBOT, Episode
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
-from pi0.ript.chunks import Augmentation, Chunks, flow_loss
-from pi0.ript.distributed import gather, mean_over_ranks, rank_and_world_size
-from pi0.ript.env.episodes import Episode
+from pi0.ranks.collectives import gather, mean_over_ranks, rank_and_world_size
+from pi0.training.flow_loss import Augmentation, flow_loss
 
 MODES = ("weighted", "guidance")
 NEGATIVE_CLIP = (
@@ -76,7 +77,7 @@ class WeightedChunks:
     def empty(cameras: Sequence[str], image_size: int, chunk: int) -> WeightedChunks:
         """No chunks: what a rank has to learn from that collected nothing."""
         none = torch.zeros(0)
-        return WeightedChunks(Chunks.empty(cameras, image_size, chunk), none, none.long())
+        return WeightedChunks(Chunks.empty(cameras, image_size, chunk, ROBOT), none, none.long())
 
     def weightless(self) -> WeightedChunks:
         """One blank chunk of weight 0 and the same shapes, for a network that cannot take none."""

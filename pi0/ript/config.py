@@ -10,8 +10,8 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pi0 import typed_yaml
-from pi0.typed_yaml import ConfigError, KeyDescription, key, show
+from pi0.base import typed_yaml
+from pi0.base.typed_yaml import ConfigError, KeyDescription, key, show
 
 __all__ = [
     "Config",

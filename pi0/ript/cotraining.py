@@ -8,13 +8,14 @@ import torch
 
 from pi0 import PI0Policy
 from pi0.data import DataError, DemonstrationSet, open_demonstrations
+from pi0.data.chunks import Chunks
+from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
+from pi0.libero.episodes import ROBOT
+from pi0.libero.rendering import CAMERAS
+from pi0.libero.suites import Task
 from pi0.model.network import POSITIVE
 from pi0.ript.cfg_adapter import WeightedChunks
-from pi0.ript.chunks import Chunks
 from pi0.ript.config import Config
-from pi0.ript.env.rendering import CAMERAS
-from pi0.ript.env.suites import Task
-from pi0.ript.recorded_chunks import demonstrations_of_tasks, load_chunks
 
 
 class Cotraining:
@@ -70,6 +71,7 @@ def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) ->
     chunks = load_chunks(
         recorded,
         indices,
+        robot=ROBOT,
         chunk=policy.config.action_horizon,
         frame_every=config.task.replan_steps,
         image_size=config.task.image_size or policy.config.image_size,

@@ -11,25 +11,25 @@ from typing import Self
 
 import numpy as np
 
-from pi0.errors import InputError
-from pi0.progress import progress
-from pi0.ript import distributed
-from pi0.ript.env import gl
-from pi0.ript.env.assets import resolve_assets
-from pi0.ript.env.debug import DebugOutput
-from pi0.ript.env.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
-from pi0.ript.env.init_states import (
+from pi0.base.errors import InputError
+from pi0.base.progress import progress
+from pi0.libero import gl
+from pi0.libero.assets import resolve_assets
+from pi0.libero.debug import DebugOutput
+from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
+from pi0.libero.init_states import (
     InitStatePool,
     evaluation_pools,
     recorded_pools,
     training_pools,
     with_demonstrated,
 )
-from pi0.ript.env.pool import Policy, RolloutPool
-from pi0.ript.env.rendering import CAMERAS
-from pi0.ript.env.suites import Task, find_tasks
-from pi0.ript.env.worker import Worker, WorkerSpec
-from pi0.ript.interrupts import Interrupted, Interrupts
+from pi0.libero.rendering import CAMERAS
+from pi0.libero.rollouts import Policy, RolloutPool
+from pi0.libero.suites import Task, find_tasks
+from pi0.libero.worker import Worker, WorkerSpec
+from pi0.ranks import collectives
+from pi0.training.interrupts import Interrupted, Interrupts
 
 # First number of a rollout's noise key, so that training and evaluation never share noise.
 TRAINING, EVALUATION = 0, 1
@@ -92,7 +92,7 @@ class LIBEROEnvRunner:
         cameras: those of the policy's cameras that LIBERO has; episodes hold their images.
         image_size: pixels a side.
         tasks: all tasks of the run, which are scored.
-        assigned_tasks: those that this rank practises; all of them unless the run is distributed.
+        assigned_tasks: those that this rank practises; all of them unless the run is collectives.
         task_cursor: turns taken, counted in assigned tasks.
         current_task: the assigned task whose turn it is.
         interrupts: whether the run was asked to stop; nobody asks unless a script installs the handlers.
@@ -113,8 +113,8 @@ class LIBEROEnvRunner:
         rollouts_per_env: rollouts a worker keeps going at once; the policy acts on them in one batch.
         max_episode_length: control steps an episode may take, None for the suite's usual horizon.
         settle_steps: control steps of standing still before an episode.
-        fixtures: placement of fixtures in evaluation, a key of `pi0.ript.env.init_states.FIXTURE_MODES`.
-        render: `exact` or `fast` (`pi0.ript.env.rendering`).
+        fixtures: placement of fixtures in evaluation, a key of `pi0.libero.init_states.FIXTURE_MODES`.
+        render: `exact` or `fast` (`pi0.libero.rendering`).
         assets: folder of LIBERO's assets, `standins`, or None to look for them.
         max_open_tasks: scenes a worker keeps in memory.
         demonstrations: folder of LIBERO's HDF5 files, at whose beginnings training states are taken first.
@@ -178,7 +178,7 @@ class LIBEROEnvRunner:
             workers=num_parallel_envs,
             check=lambda: self.interrupts.check(),
         )
-        if distributed.rank_and_world_size()[0] == 0:
+        if collectives.rank_and_world_size()[0] == 0:
             geometry = self.pool.spec.assets
             print(f"LIBERO assets: {geometry.source} ({geometry.path}); frames by {gl.renderer()}")
 
@@ -274,7 +274,7 @@ class LIBEROEnvRunner:
 
         They run in `created_env`, where given (`create_parallel_envs`), else in the runner's own pool, `num_envs`
         at once or as many as there are environments. Raises `Interrupted` when the run is asked to stop.
-        With the environment variables of `pi0.ript.env.debug`, what happened is written besides.
+        With the environment variables of `pi0.libero.debug`, what happened is written besides.
         """
         debug = DebugOutput()
         prepared = [debug.prepare(rollout) for rollout in rollouts]
@@ -306,7 +306,7 @@ class LIBEROEnvRunner:
             InputError: more episodes than there are states.
         """
         # By one rank: others that waited for a stop elsewhere would wait for ever.
-        pools = initial_states or distributed.on_rank_zero(self.evaluation_states)
+        pools = initial_states or collectives.on_rank_zero(self.evaluation_states)
         counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
         for states, count in zip(pools, counts, strict=True):
             if count > len(states):
@@ -318,7 +318,7 @@ class LIBEROEnvRunner:
             for states, count in zip(pools, counts, strict=True)
             for index in range(count)
         ]
-        rank, world_size = distributed.rank_and_world_size()
+        rank, world_size = collectives.rank_and_world_size()
         share = range(rank, len(rollouts), world_size)
         results: dict[int, Episode] = {}
         with progress(total=len(share), label=label, unit="episode") as bar, suppress(Interrupted):
@@ -329,7 +329,7 @@ class LIBEROEnvRunner:
         if world_size > 1:
             outlines = {index: episode.outline() for index, episode in results.items()}
             results = {
-                index: episode for part in distributed.gather(outlines) for index, episode in part.items()
+                index: episode for part in collectives.gather(outlines) for index, episode in part.items()
             }
         return EvaluationResult(
             [results[index] for index in range(len(rollouts))],
@@ -338,7 +338,7 @@ class LIBEROEnvRunner:
 
     def restore_result(self, content: dict) -> EvaluationResult:
         """The evaluation of recorded states that `EvaluationResult.to_dict` outlined."""
-        pools = {pool.task.index: pool for pool in distributed.on_rank_zero(self.evaluation_states)}
+        pools = {pool.task.index: pool for pool in collectives.on_rank_zero(self.evaluation_states)}
         seed = content["protocol"]["seed"]
         episodes = []
         for outline in content["episodes"]:

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from pi0.errors import InputError
-from pi0.files import write_whole
-from pi0.ript.pictures import percent, pooled
-from pi0.ript.run_record import success_counts
-from pi0.stats import format_rate, paired_difference, wilson_interval
-from pi0.video import captioned, write_video
+from pi0.base.errors import InputError
+from pi0.base.files import write_whole
+from pi0.base.stats import format_rate, paired_difference, wilson_interval
+from pi0.base.video import captioned, write_video
+from pi0.report.figures import percent, pooled
+from pi0.report.record import success_counts
 
 if TYPE_CHECKING:
-    from pi0.ript.acting import ActingPolicy
-    from pi0.ript.env.episodes import Episode
-    from pi0.ript.env.runner import EvaluationResult, LIBEROEnvRunner
+    from pi0.libero.episodes import Episode
+    from pi0.policy.acting import ActingPolicy
+    from pi0.ript.env_runner import EvaluationResult, LIBEROEnvRunner
 
 VIDEO_EPISODES = 3
 VIDEO_EVERY = 4  # control steps from one frame to the next

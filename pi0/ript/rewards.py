@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pi0.ript.env.episodes import Episode
+from pi0.libero.episodes import Episode
 
 
 class BinarySuccessReward:

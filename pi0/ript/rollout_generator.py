@@ -11,16 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pi0.errors import InputError
-from pi0.progress import progress
+from pi0.base.errors import InputError
+from pi0.base.progress import progress
+from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.rollouts import Phases, Policy
 from pi0.ript.advantages import leave_one_out_advantages
-from pi0.ript.env.episodes import Episode, Rollout
-from pi0.ript.env.init_states import InitStatePool
-from pi0.ript.env.pool import Phases, Policy
-from pi0.ript.env.runner import TRAINING, LIBEROEnvRunner
-from pi0.ript.interrupts import Interrupted
+from pi0.ript.env_runner import TRAINING, LIBEROEnvRunner
 from pi0.ript.rewards import BinarySuccessReward
 from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
+from pi0.training.interrupts import Interrupted
 
 # A place to start an episode: a pool of initial states and an index into it.
 Start = tuple[InitStatePool, int]

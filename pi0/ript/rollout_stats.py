@@ -6,11 +6,11 @@ import json
 import secrets
 from pathlib import Path
 
-from pi0.errors import InputError
-from pi0.files import locked, write_whole
-from pi0.ript.env.init_states import state_hash
-from pi0.ript.env.stepping import InitState
-from pi0.ript.env.suites import Task
+from pi0.base.errors import InputError
+from pi0.base.files import locked, write_whole
+from pi0.libero.init_states import state_hash
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import Task
 
 FORMAT = 1
 # A visit: [successes, rollouts] of all rollouts from the state in one iteration.

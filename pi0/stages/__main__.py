@@ -20,11 +20,12 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pi0 import stage_notes, stage_pages
-from pi0.errors import InputError
-from pi0.paths import REPO_ROOT
-from pi0.stage_diff import CONTEXT, patch
-from pi0.stage_scripts import Stage, compare, find_stages
+from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
+from pi0.stages import notes as stage_notes
+from pi0.stages import pages as stage_pages
+from pi0.stages.diff import CONTEXT, patch
+from pi0.stages.scripts import Stage, compare, find_stages
 
 # Colours of a terminal by the first characters of a diff's line; the first that fits counts.
 COLOURS = {"---": "1", "+++": "1", "@@": "36", "-": "31", "+": "32"}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pi0.stage_scripts import DOCSTRING, IMPORTS, Stage, match_lines
+from pi0.stages.scripts import DOCSTRING, IMPORTS, Stage, match_lines
 
 CONTEXT = 2  # unchanged lines shown around a change
 SUCCESSION = 0.25  # share of a definition's lines that another must keep to be what became of it

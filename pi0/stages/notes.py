@@ -28,9 +28,9 @@ from typing import Any
 
 import yaml
 
-from pi0.stage_diff import Hunk
-from pi0.stage_scripts import Stage
-from pi0.typed_yaml import ConfigError, describe_keys, key, show, unfit_values
+from pi0.base.typed_yaml import ConfigError, describe_keys, key, show, unfit_values
+from pi0.stages.diff import Hunk
+from pi0.stages.scripts import Stage
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The pages of `docs/stages`: what each stage changes, hunk by hunk, why, and the test that shows it.
 
-They are made from the stage scripts and the notes on them (`pi0/stage_notes.py`).
+They are made from the stage scripts and the notes on them (`pi0/stages/notes.py`).
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pi0.errors import InputError
-from pi0.stage_diff import Hunk, hunks
-from pi0.stage_notes import Note, match, missing_tests, read_notes
-from pi0.stage_scripts import Stage, compare, find_stages
-from pi0.typed_yaml import ConfigError
+from pi0.base.errors import InputError
+from pi0.base.typed_yaml import ConfigError
+from pi0.stages.diff import Hunk, hunks
+from pi0.stages.notes import Note, match, missing_tests, read_notes
+from pi0.stages.scripts import Stage, compare, find_stages
 
 PAGES = Path("docs/stages")
 _UP = "../../"  # from a page to the repository

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pi0.errors import InputError
-from pi0.paths import REPO_ROOT
+from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
 
 DOCSTRING, IMPORTS = "docstring", "imports"
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

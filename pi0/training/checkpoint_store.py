@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from pi0.checkpoints import CheckpointError
+from pi0.policy.folder import CheckpointError
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

@@ -8,7 +8,8 @@ import socket
 import threading
 import time
 
-from pi0.ript.distributed import RankWatch, largest
+from pi0.ranks.collectives import largest
+from pi0.ranks.watch import RankWatch
 
 REPEAT_S = 1.0  # a signal that comes sooner after the first is the same request
 

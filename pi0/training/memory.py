@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pi0.ript.distributed import gather
+from pi0.ranks.collectives import gather
 
 RELEASE_EVERY = 10  # iterations
 # Of mallopt(3): from which size on each piece is a mapping of its own, and how much may be free at the heap's end.

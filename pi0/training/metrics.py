@@ -18,7 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from pi0.files import write_whole
+from pi0.base.files import write_whole
 
 
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from pi0.checkpoints import CheckpointError
+from pi0.policy.folder import CheckpointError
 
 
 def random_states() -> dict:

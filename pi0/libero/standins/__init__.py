@@ -10,11 +10,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from pi0.paths import cache_dir
-from pi0.ript.env.standins.fixtures import FIXTURES
-from pi0.ript.env.standins.mjcf import write_item
-from pi0.ript.env.standins.objects import OBJECTS
-from pi0.ript.env.standins.scenes import SCENES, write_textures
+from pi0.base.paths import cache_dir
+from pi0.libero.standins.fixtures import FIXTURES
+from pi0.libero.standins.mjcf import write_item
+from pi0.libero.standins.objects import OBJECTS
+from pi0.libero.standins.scenes import SCENES, write_textures
 
 MANIFEST = "manifest.json"
 FOLDERS = (

@@ -4,7 +4,7 @@ The regions (sites), joints and their limits are what LIBERO's goals refer to, s
 Parent and child bodies of a bolted fixture do collide in MuJoCo, hence the gaps around drawers.
 """
 
-from pi0.ript.env.standins.shapes import (
+from pi0.libero.standins.shapes import (
     PLAIN,
     Body,
     Colour,

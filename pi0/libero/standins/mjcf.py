@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from pathlib import Path
 
-from pi0.ript.env.standins.shapes import UPRIGHT, Body, Item, Part, Site, Surface
+from pi0.libero.standins.shapes import UPRIGHT, Body, Item, Part, Site, Surface
 
 # robosuite tells by the group what is drawn (1) and what collides (0).
 SEEN = {"group": "1", "mass": "0", "contype": "0", "conaffinity": "0"}

@@ -6,7 +6,7 @@ the originals, so the heights of an object's lowest point and of the surfaces th
 
 from collections.abc import Sequence
 
-from pi0.ript.env.standins.shapes import (
+from pi0.libero.standins.shapes import (
     Body,
     Colour,
     Item,

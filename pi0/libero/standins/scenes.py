@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from pi0.ript.env.standins.mjcf import numbers, write_tree
-from pi0.ript.env.standins.shapes import Colour, Vec3
+from pi0.libero.standins.mjcf import numbers, write_tree
+from pi0.libero.standins.shapes import Colour, Vec3
 
 TABLE_WOOD = (0.79, 0.71, 0.63)
 

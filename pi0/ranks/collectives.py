@@ -1,0 +1,84 @@
+"""What the ranks of a distributed run tell each other.
+
+Everything here works in a single process too, as rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# DistributedDataParallel warns of 1x1 convolutions, whose few numbers are then copied.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: T) -> list[T]:
+    """The `value` of every rank, in order of rank, on every rank."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` as rank 0 works it out; the others only learn the result, or what it raised."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return function(*arguments)
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except Exception as error:  # noqa: BLE001  raised below, on every rank
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a tensor over ranks; takes part in no gradient."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if rank_and_world_size()[1] > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Put the mean over ranks in place of each gradient; all ranks must have one for the same parameters."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    for gradient in gradients:
+        gradient /= world_size
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+
+
+def largest(value: int) -> int:
+    """The largest `value` of all ranks."""
+    return max(gather(value))
