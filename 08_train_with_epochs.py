@@ -9,7 +9,6 @@ states, scores them by success, and learns from the collected chunks for a few e
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,16 +20,23 @@ import torch
 from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError
 from pi0.base.progress import progress
+from pi0.libero.evaluation import EvaluationResult
+from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.policy.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import AlgoConfig, Config, EvaluationConfig, TaskConfig, TrainingConfig, to_dict
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import film_before_after, new_run_dir, write_report
+from pi0.ript.learner import Learner
+from pi0.ript.replay import Replay
+from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
-from pi0.training.ema import AveragedPolicy
+from pi0.ript.turns import Ring, Streaks, TaskTurns
+from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.random_state import set_seed
+from pi0.training.run_folder import new_run_dir
 
 
 @dataclass(kw_only=True)
@@ -55,57 +61,22 @@ class InitialStateDataset:
     def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
         self.pools = pools
         self.group_size = group_size
-        self.skip_after = skip_after
-        self.credit = [0.0] * len(pools)
-        self.success_rate = [0.5] * len(pools)
-        self.init_state_cursor = [0] * len(pools)
-        self.solved_in_a_row = [[0] * len(pool) for pool in pools]
+        self.turns = TaskTurns([pool.task for pool in pools])
+        self.rings = [Ring((pool.task, index) for index in range(len(pool))) for pool in pools]
+        self.streaks = Streaks(skip_after)
         self.skipped = 0
-
-    def next_task(self) -> int:
-        """Position in `pools` of the task whose turn it is."""
-        shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
-        self.credit = [
-            credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
-        ]
-        task = self.credit.index(max(self.credit))
-        self.credit[task] -= 1.0
-        return task
 
     def smart_sample_group(self) -> list[Start]:
         """The next K starts."""
-        task = self.next_task()
-        pool, solved = self.pools[task], self.solved_in_a_row[task]
-        starts: list[Start] = []
-        while len(starts) < self.group_size:
-            index = self.init_state_cursor[task] % len(pool)
-            self.init_state_cursor[task] += 1
-            if solved[index] >= self.skip_after:
-                solved[index] = 0
-                self.skipped += 1
-            else:
-                starts.append((pool, index))
-        return starts
+        task = self.turns.next_task()
+        states, skipped = self.rings[task].sample_unsolved(self.group_size, self.streaks.pass_over)
+        self.skipped += skipped
+        return [(self.pools[task], index) for _, index in states]
 
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
-        for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
-            for episode in episodes:
-                index = episode.rollout.init_index
-                self.solved_in_a_row[number][index] = (
-                    self.solved_in_a_row[number][index] + 1 if episode.success else 0
-                )
-            if episodes:
-                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
-
-
-def set_seed(seed: int) -> None:
-    """Seed every source of randomness in this process."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_flush_denormal(True)  # denormal numbers make CPU updates several times slower
+        self.turns.record(collection.tried)
+        self.streaks.record_episodes(collection.tried)
 
 
 def load_policy(config: Config) -> PI0Policy:
@@ -123,49 +94,61 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
-def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
-    """Environments as configured, for what the policy sees and does."""
-    task = config.task
-    return LIBEROEnvRunner(
-        task.benchmark_name,
-        task.chosen,
-        cameras=policy.config.cameras,
-        image_size=task.image_size or policy.config.image_size,
-        chunk=policy.config.action_horizon,
-        replan_steps=task.replan_steps,
-        num_parallel_envs=task.num_parallel_envs,
-        rollouts_per_env=task.rollouts_per_env,
-        max_open_tasks=task.max_open_tasks,
-        max_episode_length=task.max_episode_length,
-        settle_steps=task.settle_steps,
-        fixtures=task.fixtures,
-        render=task.render,
-        assets=task.assets,
-        demonstrations=task.demonstrations,
-        held_out_states=task.held_out_states,
+def make_states(config: Config, env_runner: LIBEROEnvRunner) -> InitialStateDataset:
+    """The states that are practised."""
+    algo = config.algo
+    pools = env_runner.training_states(algo.train_init_states, config.training.seed)
+    return InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
+
+
+def make_rollout_generator(
+    config: Config, env_runner: LIBEROEnvRunner, states: InitialStateDataset
+) -> RolloutGenerator:
+    """What collects the groups of an iteration, as configured."""
+    algo = config.algo
+    return RolloutGenerator(
+        env_runner,
+        init_state_dataloader=iter(states.smart_sample_group, None),
+        rollouts_per_env=algo.rloo_batch_size,
+        num_groups=algo.data_batch_size // algo.rloo_batch_size,
+        max_groups=algo.max_sampling_attempts,
+        seed=config.training.seed,
+        shuffle_advantages=algo.shuffle_advantages,
     )
 
 
-def update_policy(
-    config: Config,
-    adapter: PI0_CFG_Adapter,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedPolicy,
-    batch: WeightedChunks,
-    generator: torch.Generator,
-) -> dict[str, float]:
+def make_learner(config: Config, policy: PI0Policy, env_runner: LIBEROEnvRunner) -> Learner:
+    """The policy's loss, optimizer, schedule and averaged weights, as configured."""
+    algo, training = config.algo, config.training
+    average = AveragedModule(policy, policy.copy().eval(), algo.ema_decay)
+    adapter = PI0_CFG_Adapter(
+        policy,
+        mode=algo.mode,
+        noise_samples=algo.noise_samples,
+        negative_weight=algo.negative_weight,
+        condition_dropout=algo.condition_dropout,
+        augmentation=Augmentation(),
+    )
+    optimizer = make_optimizer(policy, algo.lr, training.optimizer)
+    schedule = make_schedule(optimizer, training.optimizer.final_lr_share, training.num_train_steps)
+    nothing = WeightedChunks.empty(env_runner.cameras, env_runner.image_size, policy.config.action_horizon)
+    generator = torch.Generator().manual_seed(training.seed)
+    return Learner(adapter, optimizer, schedule, average, Replay(algo.replay_iterations, nothing), generator)
+
+
+def update_policy(config: Config, learner: Learner, batch: WeightedChunks) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
-    algo, policy = config.algo, adapter.policy
+    algo, adapter, policy = config.algo, learner.adapter, learner.policy
     policy.train()
     losses, norms, accumulated = [], [], 0
     parts = adapter.count_minibatches(batch, algo.minibatch_size)
     passes = algo.num_epochs * parts
     with progress(total=passes, label="update", unit="minibatch") as bar:
         for _ in range(algo.num_epochs):
-            for minibatch in adapter.minibatches(batch, parts, generator):
+            for minibatch in adapter.minibatches(batch, parts, learner.generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
-                loss = adapter.minibatch_loss(minibatch, generator)
+                loss = adapter.minibatch_loss(minibatch, learner.generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")
                 (loss / algo.gradient_accumulation_steps).backward()
@@ -174,77 +157,69 @@ def update_policy(
                 if complete:
                     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
                     norms.append(norm.item())
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    average.update()
+                    learner.optimizer.step()
+                    learner.optimizer.zero_grad(set_to_none=True)
+                    learner.average.update()
                     accumulated = 0
     policy.eval()
     return {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "updates": len(norms)}
 
 
+def train_iteration(config: Config, learner: Learner, collection: Collection, metrics: dict) -> dict:
+    """Learn from what was collected; returns the iteration's metrics, those of the rollouts included."""
+    learner.take_in(collection)
+    batch = learner.replay.batch()
+    if len(batch):
+        metrics |= update_policy(config, learner, batch)
+        learner.schedule.step()
+    return metrics
+
+
+def write_results(
+    config: Config,
+    run_dir: Path,
+    env_runner: LIBEROEnvRunner,
+    policies: tuple[ActingPolicy, ActingPolicy],
+    scores: tuple[EvaluationResult, EvaluationResult],
+    history: list[dict],
+    seconds: float,
+) -> None:
+    """Table, learning curve and film of the policies before and after, with their scores."""
+    write_report(run_dir, to_dict(config), *scores, history, seconds)
+    if config.features.save_video:
+        film_before_after(run_dir, env_runner, *policies, *scores)
+
+
 def train(config: Config) -> Path:
     """Score, practise, score again; returns the folder with everything that was written."""
     set_seed(config.training.seed)
-    algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
     run_dir = new_run_dir(config.output_dir, config.exp_name, to_dict(config))
-    weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
-    with make_env_runner(config, policy) as env_runner:
+    with LIBEROEnvRunner(config.task, policy.config) as env_runner:
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
-        pools = env_runner.training_states(algo.train_init_states, seed)
-        dataset = InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
-        rollouts = RolloutGenerator(
-            env_runner,
-            dataset.smart_sample_group,
-            num_groups=algo.data_batch_size // algo.rloo_batch_size,
-            max_groups=algo.max_sampling_attempts,
-            seed=seed,
-            shuffle_advantages=algo.shuffle_advantages,
-        )
-        adapter = PI0_CFG_Adapter(
-            policy,
-            mode=algo.mode,
-            noise_samples=algo.noise_samples,
-            negative_weight=algo.negative_weight,
-            condition_dropout=algo.condition_dropout,
-            augmentation=Augmentation(),
-        )
-        optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
-        schedule = make_schedule(
-            optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
-        )
-        average = AveragedPolicy(policy, algo.ema_decay)
-        acting = ActingPolicy(average.policy, weight)
-        generator = torch.Generator().manual_seed(seed)
-        evaluation = config.evaluation
+        states = make_states(config, env_runner)
+        rollouts = make_rollout_generator(config, env_runner, states)
         start = ActingPolicy(policy.copy())
+        learner = make_learner(config, policy, env_runner)
+        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
+        acting = ActingPolicy(learner.average.module, weight)
+        evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
-        history, replay = [], []
+        history = []
         for step in range(config.training.num_train_steps):
-            dataset.skipped = 0
+            states.skipped = 0
             collection = rollouts.generate_rollouts(acting, step)
-            dataset.record(collection)
-            chunks = adapter.weigh(collection.episodes, collection.advantages)
-            replay = (replay + [chunks])[-algo.replay_iterations :]
-            usable = [part for part in replay if part is not None]
-            collected = {**collection.metrics(), "skipped_states": dataset.skipped}
+            states.record(collection)
+            collected = {**collection.metrics(), "skipped_states": states.skipped}
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
-            if usable:
-                batch = WeightedChunks.cat(usable)
-                metrics |= update_policy(config, adapter, optimizer, average, batch, generator)
-                schedule.step()
+            metrics = train_iteration(config, learner, collection, metrics)
             history.append(metrics)
-            average.policy.save_pretrained(run_dir / "policy")
-            learned = "nothing to learn from"
-            if "loss" in metrics:
-                learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
-            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+            learner.average.module.save_pretrained(run_dir / "policy")
+            print(summarize(metrics))
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        write_report(run_dir, to_dict(config), before, after, history, seconds)
-        if config.features.save_video:
-            film_before_after(run_dir, env_runner, start, acting, before, after)
+        write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
     return run_dir
 
 

@@ -4,7 +4,7 @@ A pi0 policy that half-works on LIBERO tasks practises them: each iteration runs
 states, scores them by success, and learns from the collected chunks for a few epochs. Settings come from a
 YAML file; `--help` lists every key with its unit, default and meaning.
 
-Tasks are dealt to the ranks; in an iteration each rank practises one of its tasks, and all learn from what all
+Each rank has a share of the tasks; in an iteration it practises one of them, and all learn from what all
 collected. Without torchrun it trains as stage 09 does.
 
 In the run's folder: train_rank0.log, metrics.jsonl (docs/metrics.md), report.html and plots/, wandb/, tensorboard/.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import random
 import sys
 import threading
 import time
@@ -38,7 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError
+from pi0.base.files import write_json
 from pi0.base.progress import progress
+from pi0.libero.evaluation import EvaluationResult
+from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool, state_hash
 from pi0.libero.suites import Task, find_tasks
 from pi0.policy.acting import ActingPolicy
@@ -56,14 +58,19 @@ from pi0.ript.config import (
     validate,
 )
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import film_before_after, new_run_dir, write_json, write_report
+from pi0.ript.learner import Learner
+from pi0.ript.replay import Replay
+from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
+from pi0.ript.turns import CursorTurns, Ring, Streaks, TaskTurns
 from pi0.training.descriptor_tap import DescriptorTap
-from pi0.training.ema import AveragedPolicy
+from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
 from pi0.training.memory import memory_use
 from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.random_state import set_seed
+from pi0.training.run_folder import new_run_dir
 
 
 class InitialStateDataset:
@@ -76,49 +83,22 @@ class InitialStateDataset:
     def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
         self.pools = pools
         self.group_size = group_size
-        self.skip_after = skip_after
-        self.credit = [0.0] * len(pools)
-        self.success_rate = [0.5] * len(pools)
-        self.init_state_cursor = [0] * len(pools)
-        self.solved_in_a_row = [[0] * len(pool) for pool in pools]
+        self.turns = TaskTurns([pool.task for pool in pools])
+        self.rings = [Ring((pool.task, index) for index in range(len(pool))) for pool in pools]
+        self.streaks = Streaks(skip_after)
         self.skipped = 0
-
-    def next_task(self) -> int:
-        """Position in `pools` of the task whose turn it is."""
-        shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
-        self.credit = [
-            credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
-        ]
-        task = self.credit.index(max(self.credit))
-        self.credit[task] -= 1.0
-        return task
 
     def smart_sample_group(self) -> list[Start]:
         """The next K starts."""
-        task = self.next_task()
-        pool, solved = self.pools[task], self.solved_in_a_row[task]
-        starts: list[Start] = []
-        while len(starts) < self.group_size:
-            index = self.init_state_cursor[task] % len(pool)
-            self.init_state_cursor[task] += 1
-            if solved[index] >= self.skip_after:
-                solved[index] = 0
-                self.skipped += 1
-            else:
-                starts.append((pool, index))
-        return starts
+        task = self.turns.next_task()
+        states, skipped = self.rings[task].sample_unsolved(self.group_size, self.streaks.pass_over)
+        self.skipped += skipped
+        return [(self.pools[task], index) for _, index in states]
 
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
-        for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
-            for episode in episodes:
-                index = episode.rollout.init_index
-                self.solved_in_a_row[number][index] = (
-                    self.solved_in_a_row[number][index] + 1 if episode.success else 0
-                )
-            if episodes:
-                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
+        self.turns.record(collection.tried)
+        self.streaks.record_episodes(collection.tried)
 
 
 class DistributedInitialStateDataset(InitialStateDataset):
@@ -128,39 +108,12 @@ class DistributedInitialStateDataset(InitialStateDataset):
         self, pools: list[InitStatePool], group_size: int, skip_after: int, env_runner: LIBEROEnvRunner
     ):
         super().__init__(pools, group_size, skip_after)
-        self.env_runner = env_runner
-
-    def next_task(self) -> int:
-        """Position in `pools` of the rank's current task."""
-        return [pool.task for pool in self.pools].index(self.env_runner.current_task)
-
-    def sample_batch_circular(self, batch_size: int) -> list[Start]:
-        """The next states of the current task, in ring order."""
-        task = self.next_task()
-        pool, first = self.pools[task], self.init_state_cursor[task]
-        self.init_state_cursor[task] += batch_size
-        return [(pool, (first + number) % len(pool)) for number in range(batch_size)]
-
-    def get_states_for_envs(self, num_parallel_envs: int, rloo_batch_size: int) -> list[Start]:
-        """States for all rollouts of all environments, so that no two start alike."""
-        return self.sample_batch_circular(num_parallel_envs * rloo_batch_size)
+        self.turns = CursorTurns(env_runner, [pool.task for pool in pools])
 
     def smart_sample_init_state(self) -> list[tuple[Start, str]]:
-        """The states of the next group, each with the hash that names it; solved ones are passed over for a round."""
-        solved = self.solved_in_a_row[self.next_task()]
-        chosen: list[Start] = []
-        while len(chosen) < self.group_size:
-            for pool, index in self.get_states_for_envs(1, self.group_size - len(chosen)):
-                if solved[index] >= self.skip_after:
-                    solved[index] = 0
-                    self.skipped += 1
-                else:
-                    chosen.append((pool, index))
-        return [((pool, index), state_hash(pool.states[index].state)) for pool, index in chosen]
-
-    def smart_sample_group(self) -> list[Start]:
-        """The next K starts."""
-        return [start for start, _ in self.smart_sample_init_state()]
+        """The next K starts, each with the hash that names its state."""
+        starts = self.smart_sample_group()
+        return [((pool, index), state_hash(pool.states[index].state)) for pool, index in starts]
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -188,15 +141,12 @@ def get_model_from_ddp(model: nn.Module) -> PI0Policy:
 
 
 def get_distributed_tasks(tasks: list[Task], rank: int, world_size: int) -> list[Task]:
-    """The tasks dealt to a rank, in turns; none where there are fewer tasks than ranks."""
-    rank_to_tasks: list[list[Task]] = [[] for _ in range(world_size)]
-    for number, task in enumerate(tasks):
-        rank_to_tasks[number % world_size].append(task)
-    return rank_to_tasks[rank]
+    """A rank's share of the tasks, taken in turns; none where there are fewer tasks than ranks."""
+    return tasks[rank::world_size]
 
 
 def distributed_collect_batches(
-    dataset: InitialStateDataset, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
+    states: InitialStateDataset, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
 ) -> tuple[Collection, dict]:
     """This rank's rollouts of its current task, and the metrics of all ranks.
 
@@ -206,11 +156,15 @@ def distributed_collect_batches(
     task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
     rollouts.env_runner.advance_task_cursor()
-    parts = gather((task and task.index, {**collection.metrics(), "skipped_states": dataset.skipped}))
-    for rank, (index, part) in enumerate(parts):
+    work = gather(task and task.index)
+    parts = gather({**collection.metrics(), "skipped_states": states.skipped})
+    for rank, part in enumerate(parts):
         if dist.is_initialized():
-            print(f"rank {rank}: task {index}, {part['trajectories']} trajectories, {part['solved']} solved")
-    return collection, merge_metrics([part for _, part in parts])
+            print(
+                f"rank {rank}: task {work[rank]}, {part['trajectories']} trajectories, {part['solved']} solved"
+            )
+    metrics = merge_metrics(parts)
+    return collection, metrics
 
 
 class _TeeIO(DescriptorTap):
@@ -266,8 +220,16 @@ def setup_run_logging(rank: int) -> list[_TeeIO]:
     return tees
 
 
+def log_to_files(tees: list[_TeeIO], path: Path) -> None:
+    """From now on, and for all that was written before, log into the file at `path`, on whatever host."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for tee in tees:
+        tee.log_to(path)
+    print(f"log file {path} created")
+
+
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
-    """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
+    """Start or continue a WandB run: offline where online fails, none where that fails too; training continues."""
     logging = config.logging
     for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
         try:
@@ -309,14 +271,6 @@ def log_metrics(
         print(f"step {step}: metrics or report not written: {error}")
 
 
-def set_seed(seed: int) -> None:
-    """Seed every source of randomness in this process."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_flush_denormal(True)  # denormal numbers make CPU updates several times slower
-
-
 def load_policy(config: Config) -> PI0Policy:
     """The policy to improve, with an optimality condition if guidance needs one."""
     policy = PI0Policy.from_pretrained(
@@ -332,51 +286,67 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
-def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
-    """Environments as configured, for what the policy sees and does."""
-    task = config.task
-    return LIBEROEnvRunner(
-        task.benchmark_name,
-        task.chosen,
-        cameras=policy.config.cameras,
-        image_size=task.image_size or policy.config.image_size,
-        chunk=policy.config.action_horizon,
-        replan_steps=task.replan_steps,
-        num_parallel_envs=task.num_parallel_envs,
-        rollouts_per_env=task.rollouts_per_env,
-        max_open_tasks=task.max_open_tasks,
-        max_episode_length=task.max_episode_length,
-        settle_steps=task.settle_steps,
-        fixtures=task.fixtures,
-        render=task.render,
-        assets=task.assets,
-        demonstrations=task.demonstrations,
-        held_out_states=task.held_out_states,
+def make_states(config: Config, env_runner: LIBEROEnvRunner) -> InitialStateDataset:
+    """The states that are practised."""
+    algo = config.algo
+    pools = env_runner.training_states(algo.train_init_states, config.training.seed)
+    if dist.is_initialized():
+        return DistributedInitialStateDataset(pools, algo.rloo_batch_size, 2, env_runner)
+    return InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
+
+
+def make_rollout_generator(
+    config: Config, env_runner: LIBEROEnvRunner, states: InitialStateDataset
+) -> RolloutGenerator:
+    """What collects the groups of an iteration, as configured."""
+    algo = config.algo
+    return RolloutGenerator(
+        env_runner,
+        init_state_dataloader=iter(states.smart_sample_group, None),
+        rollouts_per_env=algo.rloo_batch_size,
+        num_groups=algo.data_batch_size // algo.rloo_batch_size,
+        max_groups=algo.max_sampling_attempts,
+        seed=config.training.seed,
+        shuffle_advantages=algo.shuffle_advantages,
     )
 
 
-def update_policy(
-    config: Config,
-    adapter: PI0_CFG_Adapter,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedPolicy,
-    batch: WeightedChunks,
-    generator: torch.Generator,
-) -> dict[str, float]:
+def make_learner(config: Config, model: nn.Module, env_runner: LIBEROEnvRunner, rank: int) -> Learner:
+    """The policy's loss, optimizer, schedule and averaged weights, as configured."""
+    algo, training = config.algo, config.training
+    policy = get_model_from_ddp(model)
+    average = AveragedModule(policy, policy.copy().eval(), algo.ema_decay)
+    adapter = PI0_CFG_Adapter(
+        policy,
+        model=model,
+        mode=algo.mode,
+        noise_samples=algo.noise_samples,
+        negative_weight=algo.negative_weight,
+        condition_dropout=algo.condition_dropout,
+        augmentation=Augmentation(),
+    )
+    optimizer = make_optimizer(policy, algo.lr, training.optimizer)
+    schedule = make_schedule(optimizer, training.optimizer.final_lr_share, training.num_train_steps)
+    nothing = WeightedChunks.empty(env_runner.cameras, env_runner.image_size, policy.config.action_horizon)
+    generator = torch.Generator().manual_seed(training.seed + 1_000_003 * rank)
+    return Learner(adapter, optimizer, schedule, average, Replay(algo.replay_iterations, nothing), generator)
+
+
+def update_policy(config: Config, learner: Learner, batch: WeightedChunks) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
-    algo, policy = config.algo, adapter.policy
+    algo, adapter, policy = config.algo, learner.adapter, learner.policy
     policy.train()
     losses, norms, accumulated = [], [], 0
     parts = largest(adapter.count_minibatches(batch, algo.minibatch_size))
     passes = algo.num_epochs * parts
     with progress(total=passes, label="update", unit="minibatch") as bar:
         for _ in range(algo.num_epochs):
-            for minibatch in adapter.minibatches(batch, parts, generator):
+            for minibatch in adapter.minibatches(batch, parts, learner.generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
                 # Gradients meet once in an optimizer step.
                 adapter.model.require_backward_grad_sync = complete
-                loss = adapter.minibatch_loss(minibatch, generator)
+                loss = adapter.minibatch_loss(minibatch, learner.generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")
                 (loss / algo.gradient_accumulation_steps).backward()
@@ -385,108 +355,89 @@ def update_policy(
                 if complete:
                     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
                     norms.append(norm.item())
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    average.update()
+                    learner.optimizer.step()
+                    learner.optimizer.zero_grad(set_to_none=True)
+                    learner.average.update()
                     accumulated = 0
     policy.eval()
     loss = float(np.mean(gather(np.mean(losses))))
     return {"loss": loss, "grad_norm": float(np.mean(norms)), "updates": len(norms)}
 
 
+def train_iteration(
+    config: Config, learner: Learner, collection: Collection, metrics: dict, started: float
+) -> dict:
+    """Learn from what was collected; returns the metrics of the iteration that `started` with its rollouts."""
+    lr, update_started = learner.lr, time.monotonic()
+    learner.take_in(collection)
+    batch = learner.replay.batch()
+    if largest(len(batch)):
+        metrics |= update_policy(config, learner, batch)
+        learner.schedule.step()
+    phases = {**metrics["phases"], "update": time.monotonic() - update_started}
+    phases["other"] = time.monotonic() - started - sum(phases.values())
+    return metrics | {"lr": lr, "phases": phases}
+
+
+def write_results(
+    config: Config,
+    run_dir: Path,
+    env_runner: LIBEROEnvRunner,
+    policies: tuple[ActingPolicy, ActingPolicy],
+    scores: tuple[EvaluationResult, EvaluationResult],
+    history: list[dict],
+    seconds: float,
+) -> None:
+    """Table, learning curve and film of the policies before and after, with their scores."""
+    recorded = count_lines(run_dir / "metrics.jsonl")
+    print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+    write_report(run_dir, to_dict(config), *scores, history, seconds)
+    if config.features.save_video:
+        film_before_after(run_dir, env_runner, *policies, *scores)
+    print(f"  {write_html_report(run_dir)}")
+
+
 def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Path:
     """Score, practise, score again; returns the folder with everything that was written."""
     set_seed(config.training.seed)
-    algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
     device_ids = [policy.device] if policy.device.type == "cuda" else None
     model = DistributedDataParallel(policy, device_ids) if dist.is_initialized() else policy
     run_dir = on_rank_zero(new_run_dir, config.output_dir, config.exp_name, to_dict(config))
-    run_dir.mkdir(parents=True, exist_ok=True)  # on another host
-    for tee in tees:
-        tee.log_to(run_dir / f"train_rank{rank}.log")
-    print(f"log file {run_dir / f'train_rank{rank}.log'} created")
+    log_to_files(tees, run_dir / f"train_rank{rank}.log")
     run = init_wandb(config, run_dir) if rank == 0 else None
     board = TensorBoard(run_dir / "tensorboard")
-    weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
-    with make_env_runner(config, policy) as env_runner:
+    with LIBEROEnvRunner(config.task, policy.config) as env_runner:
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         env_runner.assigned_tasks = get_distributed_tasks(env_runner.tasks, rank, world_size)
-        pools = env_runner.training_states(algo.train_init_states, seed)
-        dataset = InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
-        if dist.is_initialized():
-            dataset = DistributedInitialStateDataset(
-                pools, algo.rloo_batch_size, skip_after=2, env_runner=env_runner
-            )
-        rollouts = RolloutGenerator(
-            env_runner,
-            dataset.smart_sample_group,
-            num_groups=algo.data_batch_size // algo.rloo_batch_size,
-            max_groups=algo.max_sampling_attempts,
-            seed=seed,
-            shuffle_advantages=algo.shuffle_advantages,
-        )
-        adapter = PI0_CFG_Adapter(
-            get_model_from_ddp(model),
-            model=model,
-            mode=algo.mode,
-            noise_samples=algo.noise_samples,
-            negative_weight=algo.negative_weight,
-            condition_dropout=algo.condition_dropout,
-            augmentation=Augmentation(),
-        )
-        optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
-        schedule = make_schedule(
-            optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
-        )
-        average = AveragedPolicy(policy, algo.ema_decay)
-        acting = ActingPolicy(average.policy, weight)
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
-        evaluation = config.evaluation
+        states = make_states(config, env_runner)
+        rollouts = make_rollout_generator(config, env_runner, states)
         start = ActingPolicy(policy.copy())
+        learner = make_learner(config, model, env_runner, rank)
+        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
+        acting = ActingPolicy(learner.average.module, weight)
+        evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
-        history, replay = [], []
-        nothing = WeightedChunks.empty(
-            env_runner.cameras, env_runner.image_size, policy.config.action_horizon
-        )
+        history = []
         for step in range(config.training.num_train_steps):
-            step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
-            dataset.skipped = 0
-            collection, collected = distributed_collect_batches(dataset, rollouts, acting, step)
-            dataset.record(collection)
-            chunks = adapter.weigh(collection.episodes, collection.advantages)
-            replay = (replay + [chunks])[-algo.replay_iterations :]
-            usable = [part for part in replay if part is not None]
+            step_started = time.monotonic()
+            states.skipped = 0
+            collection, collected = distributed_collect_batches(states, rollouts, acting, step)
+            states.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
-            batch = WeightedChunks.cat([nothing, *usable])
-            update_started = time.monotonic()
-            if largest(len(batch)):
-                metrics |= update_policy(config, adapter, optimizer, average, batch, generator)
-                schedule.step()
-            phases = {**metrics["phases"], "update": time.monotonic() - update_started}
-            phases["other"] = time.monotonic() - step_started - sum(phases.values())
-            memory = memory_use(env_runner.pool.processes)
-            metrics |= {"lr": lr, "phases": phases, "memory": memory}
+            metrics = train_iteration(config, learner, collection, metrics, step_started)
+            metrics |= {"memory": memory_use(env_runner.pool.processes)}
             history.append(metrics)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
-            on_rank_zero(average.policy.save_pretrained, run_dir / "policy")
-            learned = "nothing to learn from"
-            if "loss" in metrics:
-                learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
-            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+            on_rank_zero(learner.average.module.save_pretrained, run_dir / "policy")
+            print(summarize(metrics))
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        recorded = count_lines(run_dir / "metrics.jsonl")
-        print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         if rank == 0:
-            write_report(run_dir, to_dict(config), before, after, history, seconds)
-        if config.features.save_video and rank == 0:
-            film_before_after(run_dir, env_runner, start, acting, before, after)
-        if rank == 0:
-            print(f"  {write_html_report(run_dir)}")
+            write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
         if run is not None:
             finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
     return run_dir
@@ -494,7 +445,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
 
 def load_config_from_yaml(path: str, overrides: list[str]) -> Config:
     """Defaults, then the profile, then the file, then the overrides."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, stage=int(Path(__file__).name[:2]))
     print(f"configuration loaded: {path}, {len(overrides)} overrides, profile {config.profile or 'none'}")
     return config
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import random
 import sys
 import threading
 import time
@@ -42,9 +41,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
-from pi0.base.errors import InputError, attempt
+from pi0.base.errors import InputError, report_failure
+from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
+from pi0.libero.evaluation import EvaluationResult, score
+from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
@@ -62,15 +64,20 @@ from pi0.ript.config import (
     validate,
 )
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import film_before_after, new_run_dir, score, write_json, write_report
+from pi0.ript.learner import Learner
+from pi0.ript.replay import Replay
+from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
+from pi0.ript.turns import Ring, TaskTurns
 from pi0.training.descriptor_tap import DescriptorTap
-from pi0.training.ema import AveragedPolicy
+from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
 from pi0.training.memory import memory_use
 from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.random_state import set_seed
+from pi0.training.run_folder import new_run_dir
 
 
 class LiberoInitStateDataset(Dataset):
@@ -78,7 +85,6 @@ class LiberoInitStateDataset(Dataset):
 
     def __init__(self, pools: list[InitStatePool]):
         self.pools = pools
-        self.stats = RolloutStats(None, skip_threshold=2)  # the generator that practises them brings its own
         self.starts: list[Start] = [(pool, index) for pool in pools for index in range(len(pool))]
 
     def __len__(self) -> int:
@@ -109,56 +115,43 @@ class TaskAwareSampler(Sampler[list[int]]):
     which the statistics pass over solved ones.
     """
 
-    def __init__(self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int):
+    def __init__(
+        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
+    ):
+        pools = dataset.pools
         self.dataset = dataset
-        self.pools = pools = dataset.pools
+        self.stats = stats
+        self.pools = pools
         self.group_size = group_size
-        self.credit = [0.0] * len(pools)
-        self.success_rate = [0.5] * len(pools)
-        self.init_state_cursor = [0] * len(pools)
+        self.turns = TaskTurns([pool.task for pool in pools])
         own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without what evens out the ranks
-        self.rings = [[i for i in own if dataset.starts[i][0] is pool] for pool in pools]
-        if not all(self.rings):
+        self.rings = [Ring([i for i in own if dataset.starts[i][0] is pool]) for pool in pools]
+        if not all(ring.states for ring in self.rings):
             raise ConfigError(
                 f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
             )
         self.names = [state_name(pool.task, pool.states[index]) for pool, index in dataset.starts]
         self.skipped: dict[str, list[int]] = {}
 
-    def next_task(self) -> int:
-        """Position in `pools` of the task whose turn it is."""
-        shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
-        self.credit = [
-            credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
-        ]
-        task = self.credit.index(max(self.credit))
-        self.credit[task] -= 1.0
-        return task
-
     def smart_sample_group(self) -> list[int]:
         """The next states of one task."""
-        task = self.next_task()
-        ring, name = self.rings[task], self.pools[task].task.name
-        starts: list[int] = []
-        while len(starts) < self.group_size:
-            index = ring[self.init_state_cursor[task] % len(ring)]
-            self.init_state_cursor[task] += 1
-            if self.dataset.stats.pass_over(self.names[index]):
-                self.skipped.setdefault(name, [0])[0] += 1
-            else:
-                starts.append(index)
-        return starts
+        task = self.turns.next_task()
+        indices, skipped = self.rings[task].sample_unsolved(self.group_size, self.is_passed_over)
+        if skipped:
+            self.skipped.setdefault(self.pools[task].task.name, [0])[0] += skipped
+        return indices
+
+    def is_passed_over(self, index: int) -> bool:
+        """Whether the statistics pass over a state, whose turn it is."""
+        return self.stats.pass_over(self.names[index])
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
             yield self.smart_sample_group()
 
     def record(self, collection: Collection) -> None:
-        """Remember which tasks the policy solved."""
-        for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
-            if episodes:
-                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
+        """Remember what the policy solved."""
+        self.turns.record(collection.tried)
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -186,7 +179,7 @@ def get_model_from_ddp(model: nn.Module) -> PI0Policy:
 
 
 def distributed_collect_batches(
-    sampler: TaskAwareSampler, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
+    states: TaskAwareSampler, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
 ) -> tuple[Collection, dict]:
     """This rank's rollouts, and the metrics of all ranks.
 
@@ -194,7 +187,7 @@ def distributed_collect_batches(
     `algo.max_sampling_attempts` groups, or twice as many that were all dropped, are used up.
     """
     collection = rollouts.generate_rollouts(policy, step)
-    skipped, sampler.skipped = sampler.skipped, {}
+    skipped, states.skipped = states.skipped, {}
     parts = gather({**collection.metrics(), "skipped_by_task": skipped})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
@@ -263,8 +256,16 @@ def setup_run_logging(rank: int) -> list[_TeeIO]:
     return tees
 
 
+def log_to_files(tees: list[_TeeIO], path: Path) -> None:
+    """From now on, and for all that was written before, log into the file at `path`, on whatever host."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for tee in tees:
+        tee.log_to(path)
+    print(f"log file {path} created")
+
+
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
-    """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
+    """Start or continue a WandB run: offline where online fails, none where that fails too; training continues."""
     logging = config.logging
     for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
         try:
@@ -306,14 +307,6 @@ def log_metrics(
         print(f"step {step}: metrics or report not written: {error}")
 
 
-def set_seed(seed: int) -> None:
-    """Seed every source of randomness in this process."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_flush_denormal(True)  # denormal numbers make CPU updates several times slower
-
-
 def load_policy(config: Config) -> PI0Policy:
     """The policy to improve, with an optimality condition if guidance needs one."""
     policy = PI0Policy.from_pretrained(
@@ -329,51 +322,76 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
-def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
-    """Environments as configured, for what the policy sees and does."""
-    task = config.task
-    return LIBEROEnvRunner(
-        task.benchmark_name,
-        task.chosen,
-        cameras=policy.config.cameras,
-        image_size=task.image_size or policy.config.image_size,
-        chunk=policy.config.action_horizon,
-        replan_steps=task.replan_steps,
-        num_parallel_envs=task.num_parallel_envs,
-        rollouts_per_env=task.rollouts_per_env,
-        max_open_tasks=task.max_open_tasks,
-        max_episode_length=task.max_episode_length,
-        settle_steps=task.settle_steps,
-        fixtures=task.fixtures,
-        render=task.render,
-        assets=task.assets,
-        demonstrations=task.demonstrations,
-        held_out_states=task.held_out_states,
+def make_states(
+    config: Config, env_runner: LIBEROEnvRunner, stats: RolloutStats, rank: int, world_size: int
+) -> TaskAwareSampler:
+    """The states that are practised, and the order in which this rank takes its share of them."""
+    algo = config.algo
+    pools = on_rank_zero(env_runner.training_states, algo.train_init_states, config.training.seed)
+    dataset = LiberoInitStateDataset(pools)
+    print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
+    ranks = DistributedSampler(dataset, world_size, rank, shuffle=False)
+    return TaskAwareSampler(dataset, ranks, 1 if algo.group_by == "state" else algo.rloo_batch_size, stats)
+
+
+def make_rollout_generator(
+    config: Config, env_runner: LIBEROEnvRunner, states: TaskAwareSampler
+) -> RolloutGenerator:
+    """What collects the groups of an iteration, as configured."""
+    algo = config.algo
+    loader = DataLoader(states.dataset, batch_sampler=states, collate_fn=collate_fn_state)
+    print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
+    return RolloutGenerator(
+        env_runner,
+        init_state_dataloader=loader,
+        init_state_dataset=states.dataset,
+        rollouts_per_env=algo.rloo_batch_size,
+        num_groups=algo.data_batch_size // algo.rloo_batch_size,
+        max_groups=algo.max_sampling_attempts,
+        seed=config.training.seed,
+        shuffle_advantages=algo.shuffle_advantages,
+        enable_dynamic_sampling=algo.enable_dynamic_sampling,
+        stats=states.stats,
+        use_val_init=algo.use_val_init,
     )
 
 
-def update_policy(
-    config: Config,
-    adapter: PI0_CFG_Adapter,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedPolicy,
-    batch: WeightedChunks,
-    generator: torch.Generator,
-) -> dict[str, float]:
+def make_learner(config: Config, model: nn.Module, env_runner: LIBEROEnvRunner, rank: int) -> Learner:
+    """The policy's loss, optimizer, schedule and averaged weights, as configured."""
+    algo, training = config.algo, config.training
+    policy = get_model_from_ddp(model)
+    average = AveragedModule(policy, policy.copy().eval(), algo.ema_decay)
+    adapter = PI0_CFG_Adapter(
+        policy,
+        model=model,
+        mode=algo.mode,
+        noise_samples=algo.noise_samples,
+        negative_weight=algo.negative_weight,
+        condition_dropout=algo.condition_dropout,
+        augmentation=Augmentation(),
+    )
+    optimizer = make_optimizer(policy, algo.lr, training.optimizer)
+    schedule = make_schedule(optimizer, training.optimizer.final_lr_share, training.num_train_steps)
+    nothing = WeightedChunks.empty(env_runner.cameras, env_runner.image_size, policy.config.action_horizon)
+    generator = torch.Generator().manual_seed(training.seed + 1_000_003 * rank)
+    return Learner(adapter, optimizer, schedule, average, Replay(algo.replay_iterations, nothing), generator)
+
+
+def update_policy(config: Config, learner: Learner, batch: WeightedChunks) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
-    algo, policy = config.algo, adapter.policy
+    algo, adapter, policy = config.algo, learner.adapter, learner.policy
     policy.train()
     losses, norms, accumulated = [], [], 0
     parts = largest(adapter.count_minibatches(batch, algo.minibatch_size))
     passes = algo.num_epochs * parts
     with progress(total=passes, label="update", unit="minibatch") as bar:
         for _ in range(algo.num_epochs):
-            for minibatch in adapter.minibatches(batch, parts, generator):
+            for minibatch in adapter.minibatches(batch, parts, learner.generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
                 # Gradients meet once in an optimizer step.
                 adapter.model.require_backward_grad_sync = complete
-                loss = adapter.minibatch_loss(minibatch, generator)
+                loss = adapter.minibatch_loss(minibatch, learner.generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"loss is {loss.item()}; lower algo.lr or check the checkpoint")
                 (loss / algo.gradient_accumulation_steps).backward()
@@ -382,13 +400,49 @@ def update_policy(
                 if complete:
                     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip)
                     norms.append(norm.item())
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    average.update()
+                    learner.optimizer.step()
+                    learner.optimizer.zero_grad(set_to_none=True)
+                    learner.average.update()
                     accumulated = 0
     policy.eval()
     loss = float(np.mean(gather(np.mean(losses))))
     return {"loss": loss, "grad_norm": float(np.mean(norms)), "updates": len(norms)}
+
+
+def train_iteration(
+    config: Config, learner: Learner, collection: Collection, metrics: dict, started: float
+) -> dict:
+    """Learn from what was collected; returns the metrics of the iteration that `started` with its rollouts."""
+    lr, update_started = learner.lr, time.monotonic()
+    learner.take_in(collection)
+    batch = learner.replay.batch()
+    if largest(len(batch)):
+        metrics |= update_policy(config, learner, batch)
+        learner.schedule.step()
+    phases = {**metrics["phases"], "update": time.monotonic() - update_started}
+    phases["other"] = time.monotonic() - started - sum(phases.values())
+    return metrics | {"lr": lr, "phases": phases}
+
+
+def write_results(
+    config: Config,
+    run_dir: Path,
+    env_runner: LIBEROEnvRunner,
+    policies: tuple[ActingPolicy, ActingPolicy],
+    scores: tuple[EvaluationResult, EvaluationResult],
+    history: list[dict],
+    seconds: float,
+) -> None:
+    """Table, learning curve and film of the policies before and after, with their scores."""
+    final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
+    final |= {"before": score(scores[0]), "after": score(scores[1])}
+    write_json(run_dir / "final_training_results.json", final)
+    recorded = count_lines(run_dir / "metrics.jsonl")
+    print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+    write_report(run_dir, to_dict(config), *scores, history, seconds)
+    if config.features.save_video:
+        film_before_after(run_dir, env_runner, *policies, *scores)
+    print(f"  {write_html_report(run_dir)}")
 
 
 def evaluate_periodically(
@@ -412,121 +466,58 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
-    if problem := on_rank_zero(attempt, write_json, run_dir / "metrics.json", evaluations):
-        print(f"metrics.json not written: {problem}")
+    on_rank_zero(
+        report_failure, "metrics.json not written", write_json, run_dir / "metrics.json", evaluations
+    )
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
 
 
 def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Path:
     """Score, practise, score again; returns the folder with everything that was written."""
     set_seed(config.training.seed)
-    algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
     device_ids = [policy.device] if policy.device.type == "cuda" else None
     model = DistributedDataParallel(policy, device_ids) if dist.is_initialized() else policy
     run_dir = on_rank_zero(new_run_dir, config.output_dir, config.exp_name, to_dict(config))
-    run_dir.mkdir(parents=True, exist_ok=True)  # on another host
-    for tee in tees:
-        tee.log_to(run_dir / f"train_rank{rank}.log")
-    print(f"log file {run_dir / f'train_rank{rank}.log'} created")
+    log_to_files(tees, run_dir / f"train_rank{rank}.log")
     run = init_wandb(config, run_dir) if rank == 0 else None
     board = TensorBoard(run_dir / "tensorboard")
-    weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
-    with make_env_runner(config, policy) as env_runner:
+    with LIBEROEnvRunner(config.task, policy.config) as env_runner:
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
-        dataset = LiberoInitStateDataset(
-            on_rank_zero(env_runner.training_states, algo.train_init_states, seed)
-        )
-        print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
-        sampler = TaskAwareSampler(
-            dataset,
-            DistributedSampler(dataset, world_size, rank, shuffle=False),
-            1 if algo.group_by == "state" else algo.rloo_batch_size,
-        )
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn_state)
-        print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
-        rollouts = RolloutGenerator(
-            env_runner,
-            init_state_dataloader=loader,
-            init_state_dataset=dataset,
-            rollouts_per_env=algo.rloo_batch_size,
-            enable_dynamic_sampling=algo.enable_dynamic_sampling,
-            rollout_skip_threshold=algo.rollout_skip_threshold,
-            enable_rollout_stats_tracking=algo.enable_rollout_stats_tracking,
-            rollout_stats_path=algo.rollout_stats_path or run_dir / "rollout_stats.json",
-            use_val_init=algo.use_val_init,
-            num_groups=algo.data_batch_size // algo.rloo_batch_size,
-            max_groups=algo.max_sampling_attempts,
-            seed=seed,
-            shuffle_advantages=algo.shuffle_advantages,
-        )
-        adapter = PI0_CFG_Adapter(
-            get_model_from_ddp(model),
-            model=model,
-            mode=algo.mode,
-            noise_samples=algo.noise_samples,
-            negative_weight=algo.negative_weight,
-            condition_dropout=algo.condition_dropout,
-            augmentation=Augmentation(),
-        )
-        optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
-        schedule = make_schedule(
-            optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
-        )
-        average = AveragedPolicy(policy, algo.ema_decay)
-        acting = ActingPolicy(average.policy, weight)
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
-        evaluation = config.evaluation
+        stats_path = config.algo.rollout_stats_path or run_dir / "rollout_stats.json"
+        tracked = config.algo.enable_rollout_stats_tracking
+        stats = RolloutStats(stats_path if tracked else None, config.algo.rollout_skip_threshold)
+        states = make_states(config, env_runner, stats, rank, world_size)
+        rollouts = make_rollout_generator(config, env_runner, states)
         start = ActingPolicy(policy.copy())
+        learner = make_learner(config, model, env_runner, rank)
+        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
+        acting = ActingPolicy(learner.average.module, weight)
+        evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
-        history, replay = [], []
+        history = []
         evaluations = []
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
-        nothing = WeightedChunks.empty(
-            env_runner.cameras, env_runner.image_size, policy.config.action_horizon
-        )
         for step in range(config.training.num_train_steps):
-            step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
-            collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
-            sampler.record(collection)
+            step_started = time.monotonic()
+            collection, collected = distributed_collect_batches(states, rollouts, acting, step)
+            states.record(collection)
             rollouts.record(collection)
-            chunks = adapter.weigh(collection.episodes, collection.advantages)
-            replay = (replay + [chunks])[-algo.replay_iterations :]
-            usable = [part for part in replay if part is not None]
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
-            batch = WeightedChunks.cat([nothing, *usable])
-            update_started = time.monotonic()
-            if largest(len(batch)):
-                metrics |= update_policy(config, adapter, optimizer, average, batch, generator)
-                schedule.step()
-            phases = {**metrics["phases"], "update": time.monotonic() - update_started}
-            phases["other"] = time.monotonic() - step_started - sum(phases.values())
-            memory = memory_use(env_runner.pool.processes)
-            metrics |= {"lr": lr, "phases": phases, "memory": memory}
+            metrics = train_iteration(config, learner, collection, metrics, step_started)
+            metrics |= {"memory": memory_use(env_runner.pool.processes)}
             history.append(metrics)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
-            on_rank_zero(average.policy.save_pretrained, run_dir / "policy")
-            learned = "nothing to learn from"
-            if "loss" in metrics:
-                learned = f"{metrics['updates']} updates, loss {metrics['loss']:.4f}"
-            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
+            on_rank_zero(learner.average.module.save_pretrained, run_dir / "policy")
+            print(summarize(metrics))
             evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
-        final |= {"before": score(before), "after": score(after)}
-        on_rank_zero(write_json, run_dir / "final_training_results.json", final)
-        recorded = count_lines(run_dir / "metrics.jsonl")
-        print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
         if rank == 0:
-            write_report(run_dir, to_dict(config), before, after, history, seconds)
-        if config.features.save_video and rank == 0:
-            film_before_after(run_dir, env_runner, start, acting, before, after)
-        if rank == 0:
-            print(f"  {write_html_report(run_dir)}")
+            write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
         if run is not None:
             finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
@@ -535,7 +526,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
 
 def load_config_from_yaml(path: str, overrides: list[str]) -> Config:
     """Defaults, then the profile, then the file, then the overrides."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, stage=int(Path(__file__).name[:2]))
     print(f"configuration loaded: {path}, {len(overrides)} overrides, profile {config.profile or 'none'}")
     return config
 

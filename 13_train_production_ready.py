@@ -31,11 +31,11 @@ import atexit
 import contextlib
 import json
 import os
-import random
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
-from pi0.base.errors import InputError, attempt
+from pi0.base.errors import InputError, attempt, report_failure
+from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
+from pi0.base.typed_yaml import fixed_keys
+from pi0.libero.evaluation import EvaluationResult, score
+from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
+from pi0.policy.saved_policy import SavedPolicy
 from pi0.ranks.collectives import average_gradients, broadcast_weights, gather, largest, on_rank_zero
 from pi0.ranks.sharding import shard, weights_are_finite, whole
 from pi0.ranks.watch import RankWatch, exit_with, join_ranks, watched_ranks
@@ -60,34 +65,35 @@ from pi0.ript.cfg_adapter import OutOfMemory, PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import (
     Config,
     ConfigError,
+    EvaluationConfig,
     check_evaluation,
     help_text,
     load_config,
     to_dict,
     validate,
 )
-from pi0.ript.cotraining import load_cotraining
+from pi0.ript.cotraining import Cotraining, load_cotraining
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import (
-    film_before_after,
-    new_run_dir,
-    newest_run,
-    score,
-    take_run,
-    write_json,
-    write_report,
-)
+from pi0.ript.learner import Learner
+from pi0.ript.replay import Replay
+from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
+from pi0.ript.turns import Ring, TaskTurns
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.descriptor_tap import DescriptorTap
-from pi0.training.ema import AveragedPolicy
+from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
 from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, rewrite_metrics
 from pi0.training.optimizer import make_optimizer, make_schedule
-from pi0.training.state import TrainingState
+from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
+from pi0.training.recovery import Recovery
+from pi0.training.run_folder import new_run_dir, newest_run, take_run
+from pi0.training.state import Place, States, TrainingState, Weights
+
+NOTED_PASSES = "passes.json"  # in the run's folder, by a rank whose memory ran out
 
 
 class LiberoInitStateDataset(Dataset):
@@ -95,7 +101,6 @@ class LiberoInitStateDataset(Dataset):
 
     def __init__(self, pools: list[InitStatePool]):
         self.pools = pools
-        self.stats = RolloutStats(None, skip_threshold=2)  # the generator that practises them brings its own
         self.starts: list[Start] = [(pool, index) for pool in pools for index in range(len(pool))]
 
     def __len__(self) -> int:
@@ -126,67 +131,60 @@ class TaskAwareSampler(Sampler[list[int]]):
     which the statistics pass over solved ones.
     """
 
-    def __init__(self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int):
+    def __init__(
+        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
+    ):
+        pools = dataset.pools
         self.dataset = dataset
-        self.pools = pools = dataset.pools
+        self.stats = stats
+        self.pools = pools
         self.group_size = group_size
-        self.credit = [0.0] * len(pools)
-        self.success_rate = [0.5] * len(pools)
-        self.init_state_cursor = [0] * len(pools)
+        self.turns = TaskTurns([pool.task for pool in pools])
         own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without what evens out the ranks
-        self.rings = [[i for i in own if dataset.starts[i][0] is pool] for pool in pools]
-        if not all(self.rings):
+        self.rings = [Ring([i for i in own if dataset.starts[i][0] is pool]) for pool in pools]
+        if not all(ring.states for ring in self.rings):
             raise ConfigError(
                 f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
             )
         self.names = [state_name(pool.task, pool.states[index]) for pool, index in dataset.starts]
         self.skipped: dict[str, list[int]] = {}
 
-    def next_task(self) -> int:
-        """Position in `pools` of the task whose turn it is."""
-        shares = [max(0.1, 1.0 - rate) for rate in self.success_rate]
-        self.credit = [
-            credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
-        ]
-        task = self.credit.index(max(self.credit))
-        self.credit[task] -= 1.0
-        return task
-
     def smart_sample_group(self) -> list[int]:
         """The next states of one task."""
-        task = self.next_task()
-        ring, name = self.rings[task], self.pools[task].task.name
-        starts: list[int] = []
-        while len(starts) < self.group_size:
-            index = ring[self.init_state_cursor[task] % len(ring)]
-            self.init_state_cursor[task] += 1
-            if self.dataset.stats.pass_over(self.names[index]):
-                self.skipped.setdefault(name, [0])[0] += 1
-            else:
-                starts.append(index)
-        return starts
+        task = self.turns.next_task()
+        indices, skipped = self.rings[task].sample_unsolved(self.group_size, self.is_passed_over)
+        if skipped:
+            self.skipped.setdefault(self.pools[task].task.name, [0])[0] += skipped
+        return indices
+
+    def is_passed_over(self, index: int) -> bool:
+        """Whether the statistics pass over a state, whose turn it is."""
+        return self.stats.pass_over(self.names[index])
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
             yield self.smart_sample_group()
 
     def record(self, collection: Collection) -> None:
-        """Remember which tasks the policy solved."""
-        for number, pool in enumerate(self.pools):
-            episodes = [episode for episode in collection.tried if episode.rollout.task == pool.task]
-            if episodes:
-                self.success_rate[number] = sum(episode.success for episode in episodes) / len(episodes)
+        """Remember what the policy solved."""
+        self.turns.record(collection.tried)
 
     def state_dict(self) -> dict:
-        """Where the sampler is and what it remembers."""
-        names = ("credit", "success_rate", "init_state_cursor")
-        return {**{name: getattr(self, name) for name in names}, "stats": self.dataset.stats.state_dict()}
+        """Whose turn it is, where the rings are, and what the statistics remember."""
+        cursors = [ring.init_state_cursor for ring in self.rings]
+        return {**self.turns.state_dict(), "init_state_cursor": cursors, "stats": self.stats.state_dict()}
 
-    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
-        """Go on from this rank's state, or, `dealt_anew`, from all ranks' joined statistics and with new rings."""
-        for name in ("credit", "success_rate") + (() if dealt_anew else ("init_state_cursor",)):
-            setattr(self, name, states[0][name])
-        self.dataset.stats.load_state_dict([state["stats"] for state in states], dealt_anew)
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`."""
+        self.turns.load_state_dict(state)
+        for ring, cursor in zip(self.rings, state["init_state_cursor"], strict=True):
+            ring.init_state_cursor = cursor
+        self.stats.load_state_dict(state["stats"])
+
+    def join_state_dicts(self, states: list[dict], place: Place) -> None:
+        """Continue from the statistics of all ranks of before, with rings that begin again."""
+        self.turns.load_state_dict(states[0])
+        self.stats.join_state_dicts([state["stats"] for state in states])
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -209,7 +207,7 @@ def cleanup_distributed() -> None:
 
 
 def distributed_collect_batches(
-    sampler: TaskAwareSampler, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
+    states: TaskAwareSampler, rollouts: RolloutGenerator, policy: ActingPolicy, step: int
 ) -> tuple[Collection, dict]:
     """This rank's rollouts, and the metrics of all ranks.
 
@@ -217,7 +215,7 @@ def distributed_collect_batches(
     `algo.max_sampling_attempts` groups, or twice as many that were all dropped, are used up.
     """
     collection = rollouts.generate_rollouts(policy, step)
-    skipped, sampler.skipped = sampler.skipped, {}
+    skipped, states.skipped = states.skipped, {}
     parts = gather({**collection.metrics(), "skipped_by_task": skipped})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
@@ -286,8 +284,16 @@ def setup_run_logging(rank: int) -> list[_TeeIO]:
     return tees
 
 
+def log_to_files(tees: list[_TeeIO], path: Path) -> None:
+    """From now on, and for all that was written before, log into the file at `path`, on whatever host."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for tee in tees:
+        tee.log_to(path)
+    print(f"log file {path} created")
+
+
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
-    """Start or go on with a WandB run: offline where online fails, none where that fails too. Training goes on."""
+    """Start or continue a WandB run: offline where online fails, none where that fails too; training continues."""
     logging = config.logging
     for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
         try:
@@ -329,17 +335,35 @@ def log_metrics(
         print(f"step {step}: metrics or report not written: {error}")
 
 
-def save_checkpoint(
-    store: CheckpointStore, state: TrainingState, of_rank: dict, rank: int, world_size: int
-) -> None:
-    """Write what the run is after `state.step` iterations; a disk that refuses is reported, and training goes on."""
-    if state.facts.get("bad_in_a_row"):  # maybe it is the weights that are spoilt
+@dataclass(frozen=True)
+class Safeguards:
+    """What keeps a run from losing its work.
+
+    Attributes:
+        store: its checkpoints.
+        state: what a checkpoint is made of.
+        recovery: what went wrong in updates.
+        interrupts: whether it was asked to stop, or for a checkpoint.
+    """
+
+    store: CheckpointStore
+    state: TrainingState
+    recovery: Recovery
+    interrupts: Interrupts
+    rank: int
+    world_size: int
+
+
+def save_checkpoint(safe: Safeguards) -> None:
+    """Write what the run was after its last iteration; a disk that refuses is reported, and training continues."""
+    store, state = safe.store, safe.state
+    if safe.recovery.bad_in_a_row:  # maybe it is the weights that are spoilt
         print(f"no checkpoint of step {state.step}: the last gradient was not finite")
         return
     problem = on_rank_zero(attempt, store.begin, state.step)
     if problem is None:
-        problems = gather(attempt(state.write, store.temporary(state.step), rank, world_size, of_rank))
-        problem = next((text for text in problems if text is not None), None)
+        written = attempt(state.write, store.temporary(state.step), safe.rank, safe.world_size)
+        problem = next((text for text in gather(written) if text is not None), None)
         if problem is None:
             problem = on_rank_zero(attempt, store.seal, state.step, state.score, state.facts)
         else:
@@ -348,21 +372,40 @@ def save_checkpoint(
         print(f"step {state.step}: {problem}")
 
 
-def load_checkpoint(
-    store: CheckpointStore, state: TrainingState, rank: int, world_size: int, seed: int
-) -> bool:
-    """Go on from the newest checkpoint that verifies, saying which were passed over and why; False without any."""
+def find_checkpoint(store: CheckpointStore) -> Path | None:
+    """The newest checkpoint that verifies, saying which were passed over and why; None where there is none."""
     newest, damaged = on_rank_zero(store.newest_valid)
     for path, reason in damaged:
         print(f"passed over {path}: {reason}")
     if newest is None and damaged:
-        raise InputError(f"no checkpoint in {store.folder} verifies; start anew, without --resume")
+        raise InputError(f"no checkpoint in {store.folder} verifies; start a new run, without --resume")
     if newest is None:
         print(f"no checkpoint in {store.folder}: starting from the beginning")
-        return False
-    dealt = state.read(newest, rank, world_size, seed)
-    print(f"going on from {newest}, {state.step} iterations done" + (f"; {dealt}" if dealt else ""))
-    return True
+    return newest
+
+
+def load_checkpoint(safe: Safeguards, checkpoint: Path) -> None:
+    """Become what the run was when the checkpoint was written."""
+    shared_out = safe.state.read(checkpoint, safe.rank, safe.world_size)
+    done = f"{safe.state.step} iterations done" + (f"; {shared_out}" if shared_out else "")
+    print(f"going on from {checkpoint}, {done}")
+
+
+def roll_back(safe: Safeguards, noise: OwnStream, error: FloatingPointError) -> None:
+    """Return to the last good checkpoint, from which the run continues with other noise."""
+    store, state, recovery = safe.store, safe.state, safe.recovery
+    step = state.step
+    recovery.count_rollback(step, error)
+    print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
+    if recovery.in_a_row > 1:
+        on_rank_zero(report_failure, "what leads nowhere is not removed", store.drop_last)
+    if (newest := find_checkpoint(store)) is None:
+        raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
+    load_checkpoint(safe, newest)
+    noise.start(safe.rank, recovery.offset)
+    state.begin()
+    rewrite = (rewrite_metrics, store.folder.parent, state.history, state.evaluations)
+    on_rank_zero(report_failure, "metrics not rewritten", *rewrite)
 
 
 def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
@@ -380,29 +423,32 @@ def monitor_memory(history: list[dict]) -> None:
         print(line)
 
 
+def make_safeguards(
+    config: Config, run_dir: Path, interrupts: Interrupts, rank: int, world_size: int
+) -> Safeguards:
+    """Checkpoints, recovery and stops as configured."""
+    training = config.training
+    store = CheckpointStore(
+        run_dir / "checkpoints",
+        keep=training.keep_checkpoints,
+        keep_best=training.save_best,
+        every=training.save_freq,
+        last=training.num_train_steps,
+    )
+    on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
+    recovery = Recovery(training.max_bad_updates, training.max_rollbacks)
+    return Safeguards(store, TrainingState(), recovery, interrupts, rank, world_size)
+
+
 @contextlib.contextmanager
-def cleanup_on_exit(store: CheckpointStore, rank: int, world_size: int) -> Iterator[dict]:
-    """Where the run is asked to stop, leave a checkpoint of its last finished iteration.
-
-    Yields a dictionary for "state" and for "of_rank", what this rank was at the end of that iteration; "of_rank" is
-    taken out while an update moves the weights, and when training has ended.
-    """
-    held: dict = {}
+def cleanup_on_exit(safe: Safeguards) -> Iterator[None]:
+    """Where the run is asked to stop, leave a checkpoint of its last finished iteration."""
     try:
-        yield held
+        yield
     except Interrupted:
-        if "of_rank" in held and not on_rank_zero(store.has, held["state"].step):
-            save_checkpoint(store, held["state"], held["of_rank"], rank, world_size)
-        done = held["state"].step if "state" in held else 0
-        print(f"stopped; --resume goes on from {store.resume_point(done)}")
-
-
-def set_seed(seed: int) -> None:
-    """Seed every source of randomness in this process."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.set_flush_denormal(True)  # denormal numbers make CPU updates several times slower
+        if safe.state.can_be_saved and not on_rank_zero(safe.store.has, safe.state.step):
+            save_checkpoint(safe)
+        print(f"stopped; --resume goes on from {safe.store.resume_point(safe.state.step)}")
 
 
 def load_policy(config: Config) -> PI0Policy:
@@ -420,65 +466,90 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
+def make_states(
+    config: Config, env_runner: LIBEROEnvRunner, stats: RolloutStats, rank: int, world_size: int
+) -> TaskAwareSampler:
+    """The states that are practised, and the order in which this rank takes its share of them."""
+    algo = config.algo
+    pools = on_rank_zero(env_runner.training_states, algo.train_init_states, config.training.seed)
+    dataset = LiberoInitStateDataset(pools)
+    print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
+    ranks = DistributedSampler(dataset, world_size, rank, shuffle=False)
+    return TaskAwareSampler(dataset, ranks, 1 if algo.group_by == "state" else algo.rloo_batch_size, stats)
+
+
+def make_rollout_generator(
+    config: Config, env_runner: LIBEROEnvRunner, states: TaskAwareSampler
+) -> RolloutGenerator:
+    """What collects the groups of an iteration, as configured."""
+    algo = config.algo
+    loader = DataLoader(states.dataset, batch_sampler=states, collate_fn=collate_fn_state)
+    print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
+    return RolloutGenerator(
+        env_runner,
+        init_state_dataloader=loader,
+        init_state_dataset=states.dataset,
+        rollouts_per_env=algo.rloo_batch_size,
+        num_groups=algo.data_batch_size // algo.rloo_batch_size,
+        max_groups=algo.max_sampling_attempts,
+        seed=config.training.seed,
+        shuffle_advantages=algo.shuffle_advantages,
+        enable_dynamic_sampling=algo.enable_dynamic_sampling,
+        stats=states.stats,
+        use_val_init=algo.use_val_init,
+    )
+
+
 def reduce_memory(config: Config, policy: PI0Policy) -> None:
     """As configured: activations that are worked out again, and only a part of the policy on each rank (FSDP2)."""
     if config.training.gradient_checkpointing:
         policy.network.checkpoint_gradients()
     if config.training.use_fsdp:
-        shard(policy)
+        shard(policy, policy.network.blocks())
 
 
-def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
-    """Environments as configured, for what the policy sees and does."""
-    task = config.task
-    return LIBEROEnvRunner(
-        task.benchmark_name,
-        task.chosen,
-        cameras=policy.config.cameras,
-        image_size=task.image_size or policy.config.image_size,
-        chunk=policy.config.action_horizon,
-        replan_steps=task.replan_steps,
-        num_parallel_envs=task.num_parallel_envs,
-        rollouts_per_env=task.rollouts_per_env,
-        max_open_tasks=task.max_open_tasks,
-        max_episode_length=task.max_episode_length,
-        settle_steps=task.settle_steps,
-        fixtures=task.fixtures,
-        render=task.render,
-        assets=task.assets,
-        demonstrations=task.demonstrations,
-        held_out_states=task.held_out_states,
+def make_learner(config: Config, policy: PI0Policy, env_runner: LIBEROEnvRunner, rank: int) -> Learner:
+    """The policy's loss, optimizer, schedule and averaged weights, as configured."""
+    algo, training = config.algo, config.training
+    average = AveragedModule(policy, policy.copy().eval(), algo.ema_decay)
+    reduce_memory(config, policy)
+    adapter = PI0_CFG_Adapter(
+        policy,
+        mode=algo.mode,
+        noise_samples=algo.noise_samples,
+        negative_weight=algo.negative_weight,
+        condition_dropout=algo.condition_dropout,
+        augmentation=Augmentation(),
+        mixed_precision=training.use_mixed_precision,
     )
+    optimizer = make_optimizer(policy, algo.lr, training.optimizer)
+    schedule = make_schedule(optimizer, training.optimizer.final_lr_share, training.num_train_steps)
+    nothing = WeightedChunks.empty(env_runner.cameras, env_runner.image_size, policy.config.action_horizon)
+    generator = torch.Generator().manual_seed(training.seed + 1_000_003 * rank)
+    return Learner(adapter, optimizer, schedule, average, Replay(algo.replay_iterations, nothing), generator)
 
 
 def update_policy(
-    config: Config,
-    adapter: PI0_CFG_Adapter,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedPolicy,
-    batch: WeightedChunks,
-    generator: torch.Generator,
-    facts: dict,
-    interrupts: Interrupts,
-    patience_s: float,
+    config: Config, learner: Learner, batch: WeightedChunks, safe: Safeguards, patience_s: float
 ) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
-    algo, policy = config.algo, adapter.policy
+    algo, adapter, policy = config.algo, learner.adapter, learner.policy
     sharded = isinstance(policy, FSDPModule)
     policy.train()
-    losses, norms, accumulated, bad = [], [], 0, 0
+    losses, norms, accumulated = [], [], 0
     parts = largest(adapter.count_minibatches(batch, algo.minibatch_size))
     passes = algo.num_epochs * parts
+    bad = 0
     with progress(total=passes, label="update", unit="minibatch") as bar:
         for _ in range(algo.num_epochs):
-            for minibatch in adapter.minibatches(batch, parts, generator):
+            for minibatch in adapter.minibatches(batch, parts, learner.generator):
                 accumulated += 1
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
                 if sharded:
                     policy.set_requires_gradient_sync(complete)
                 losses.append(
                     adapter.accumulate_gradient(
-                        minibatch, generator, algo.gradient_accumulation_steps, retry=not sharded
+                        minibatch, learner.generator, algo.gradient_accumulation_steps, retry=not sharded
                     )
                 )
                 bar.update(1, f"loss {losses[-1]:.4f}")
@@ -486,18 +557,17 @@ def update_policy(
                     if not sharded:
                         average_gradients(policy)
                     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip))
-                    if torch.isfinite(norm):  # the same on all ranks, whichever had a loss that is not
+                    finite = bool(torch.isfinite(norm))  # on all ranks, whichever had a loss that is not
+                    safe.recovery.count_gradient(finite)
+                    if finite:
                         norms.append(norm.item())
-                        optimizer.step()
-                        average.update()
-                        facts["bad_in_a_row"] = 0
-                    else:
-                        bad, facts["bad_in_a_row"] = bad + 1, facts["bad_in_a_row"] + 1
-                    optimizer.zero_grad(set_to_none=True)
+                        learner.optimizer.step()
+                        learner.average.update()
+                    bad += not finite
+                    learner.optimizer.zero_grad(set_to_none=True)
                     accumulated = 0
-                    if facts["bad_in_a_row"] >= config.training.max_bad_updates:
-                        raise FloatingPointError(f"{facts['bad_in_a_row']} gradients in a row are not finite")
-                    interrupts.check_together(patience_s=patience_s)
+                    safe.recovery.check()
+                    safe.interrupts.check_together(patience_s=patience_s)
     if largest(int(not weights_are_finite(policy))):
         raise FloatingPointError("the weights are not finite")
     policy.eval()
@@ -508,6 +578,64 @@ def update_policy(
         return counts
     loss = float(np.mean(gather(np.nanmean(losses))))
     return {"loss": loss, "grad_norm": float(np.mean(norms)), **counts}
+
+
+def train_iteration(
+    config: Config,
+    learner: Learner,
+    collection: Collection,
+    metrics: dict,
+    started: float,
+    safe: Safeguards,
+    cotraining: Cotraining | None,
+) -> dict:
+    """Learn from what was collected; returns the metrics of the iteration that `started` with its rollouts."""
+    lr, update_started = learner.lr, time.monotonic()
+    learner.take_in(collection)
+    batch = learner.replay.batch()
+    if cotraining is not None and largest(len(batch)):
+        batch = WeightedChunks.cat([batch, cotraining.draw(learner.generator)])
+    # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
+    patience_s = 0.0 if on_rank_zero(safe.store.has, safe.state.step) else 10.0
+    safe.state.begin_update()
+    if largest(len(batch)):
+        try:
+            metrics |= update_policy(config, learner, batch, safe, patience_s)
+        except OutOfMemory as error:
+            write_json(safe.store.folder.parent / NOTED_PASSES, error.passes)
+            raise InputError(
+                f"step {safe.state.step}: memory ran out on rank {safe.rank}; --resume goes on with minibatches in "
+                f"{error.passes} passes"
+            ) from error
+        learner.schedule.step()
+    phases = {**metrics["phases"], "update": time.monotonic() - update_started}
+    phases["other"] = time.monotonic() - started - sum(phases.values())
+    return metrics | {"lr": lr, "phases": phases, "rollbacks": safe.recovery.rollbacks}
+
+
+def write_results(
+    config: Config,
+    run_dir: Path,
+    env_runner: LIBEROEnvRunner,
+    policies: tuple[ActingPolicy, ActingPolicy],
+    scores: tuple[EvaluationResult, EvaluationResult],
+    history: list[dict],
+    seconds: float,
+) -> None:
+    """Table, learning curve and film of the policies before and after, with their scores."""
+    final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
+    final |= {"before": score(scores[0]), "after": score(scores[1])}
+    final_results = run_dir / "final_training_results.json"
+    report_failure("final_training_results.json not written", write_json, final_results, final)
+    recorded = count_lines(run_dir / "metrics.jsonl")
+    print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
+    results = (run_dir, to_dict(config), *scores, history, seconds)
+    report_failure("results not written", write_report, *results)
+    if config.features.save_video:
+        film = (run_dir, env_runner, *policies, *scores)
+        report_failure("video not written", film_before_after, *film)
+    problem = attempt(write_html_report, run_dir)
+    print(f"report.html not written: {problem}" if problem else f"  {run_dir / 'report.html'}")
 
 
 def evaluate_periodically(
@@ -531,9 +659,56 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
-    if problem := on_rank_zero(attempt, write_json, run_dir / "metrics.json", evaluations):
-        print(f"metrics.json not written: {problem}")
+    on_rank_zero(
+        report_failure, "metrics.json not written", write_json, run_dir / "metrics.json", evaluations
+    )
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
+
+
+def add_parts(state: TrainingState, learner: Learner, noise: OwnStream, states: TaskAwareSampler) -> None:
+    """What a checkpoint holds."""
+    optimizer, schedule = learner.optimizer, learner.schedule
+    state.shared = {
+        "policy": SavedPolicy(learner.average.module),
+        "training": Weights(learner.policy.network, "resume with the same training.trainable"),
+        "optimizer": States(optimizer=optimizer, schedule=schedule),
+    }
+    state.own = {"sampler": states, "generator": noise, "replay": learner.replay, "random": GlobalStreams()}
+
+
+def note_facts(
+    config: Config, safe: Safeguards, learner: Learner, run: wandb.Run | None, seconds: float
+) -> None:
+    """What a resumed run needs to know besides."""
+    run_id = run.id if run else config.logging.wandb_run_id
+    safe.state.facts |= {"wandb_run_id": run_id, "config": to_dict(config), "seconds": seconds}
+    safe.state.facts |= {"passes": learner.adapter.passes, **safe.recovery.facts()}
+
+
+def resume_run(safe: Safeguards, learner: Learner, checkpoint: Path | None) -> float:
+    """Continue from a checkpoint, if there is one; returns the seconds that the run has taken before."""
+    state = safe.state
+    if checkpoint is not None:
+        load_checkpoint(safe, checkpoint)
+        safe.recovery.resume(state.facts)
+        noted = safe.store.folder.parent / NOTED_PASSES
+        passes = json.loads(noted.read_text()) if noted.exists() else 1
+        learner.adapter.passes = largest(max(passes, state.facts.get("passes", 1)))
+    rewrite = (rewrite_metrics, safe.store.folder.parent, state.history, state.evaluations)
+    on_rank_zero(report_failure, "metrics not rewritten", *rewrite)
+    state.begin()
+    return state.facts.get("seconds", 0.0)
+
+
+def score_before(
+    env_runner: LIBEROEnvRunner, start: ActingPolicy, evaluation: EvaluationConfig, facts: dict
+) -> EvaluationResult:
+    """The score before training, which a resumed run finds among its facts."""
+    if "before" in facts:
+        return env_runner.restore_result(facts["before"])
+    before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
+    facts["before"] = before.to_dict()
+    return before
 
 
 def train(
@@ -542,197 +717,80 @@ def train(
     """Score, practise, score again; returns the folder with everything that was written."""
     interrupts = setup_signal_handlers(watch)
     set_seed(config.training.seed)
-    algo, seed = config.algo, config.training.seed
     policy = load_policy(config)
     broadcast_weights(policy)  # of another file of that name, maybe, on another host
-    start, average = ActingPolicy(policy.copy()), AveragedPolicy(policy, algo.ema_decay)
-    reduce_memory(config, policy)
-    make_dir = newest_run if resume else new_run_dir
-    run_dir = on_rank_zero(make_dir, config.output_dir, config.exp_name, to_dict(config))
-    store = CheckpointStore(
-        run_dir / "checkpoints", config.training.keep_checkpoints, config.training.save_best
-    )
-    run_dir.mkdir(parents=True, exist_ok=True)  # on another host
-    for tee in tees:
-        tee.log_to(run_dir / f"train_rank{rank}.log")
-    print(f"log file {run_dir / f'train_rank{rank}.log'} created")
+    place = (config.output_dir, config.exp_name, to_dict(config))
+    resumed = (newest_run, *place, fixed_keys(Config))
+    run_dir = on_rank_zero(*resumed) if resume else on_rank_zero(new_run_dir, *place)
+    log_to_files(tees, run_dir / f"train_rank{rank}.log")
     on_rank_zero(take_run, run_dir, to_dict(config))
-    on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
-    if resume and rank == 0 and config.logging.wandb_run_id is None and (newest := store.newest_valid()[0]):
-        config.logging.wandb_run_id = store.facts(newest).get("wandb_run_id")
+    safe = make_safeguards(config, run_dir, interrupts, rank, world_size)
+    newest, state = find_checkpoint(safe.store) if resume else None, safe.state
+    if newest is not None and config.logging.wandb_run_id is None:
+        config.logging.wandb_run_id = safe.store.facts(newest).get("wandb_run_id")
     run = init_wandb(config, run_dir) if rank == 0 else None
     board = TensorBoard(run_dir / "tensorboard")
-    weight = algo.guidance_weight if algo.mode == "guidance" else None
-    noted_passes = run_dir / "passes.json"  # by a rank whose memory ran out
     started = time.monotonic()
-    with make_env_runner(config, policy) as env_runner, cleanup_on_exit(store, rank, world_size) as held:
+    with LIBEROEnvRunner(config.task, policy.config) as env_runner, cleanup_on_exit(safe):
         env_runner.interrupts = interrupts
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
-        dataset = LiberoInitStateDataset(
-            on_rank_zero(env_runner.training_states, algo.train_init_states, seed)
-        )
-        print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
+        stats_path = config.algo.rollout_stats_path or run_dir / "rollout_stats.json"
+        tracked = config.algo.enable_rollout_stats_tracking
+        stats = RolloutStats(stats_path if tracked else None, config.algo.rollout_skip_threshold)
+        states = make_states(config, env_runner, stats, rank, world_size)
+        rollouts = make_rollout_generator(config, env_runner, states)
+        start = ActingPolicy(policy.copy())
         cotraining = load_cotraining(config, policy, env_runner.tasks)
-        sampler = TaskAwareSampler(
-            dataset,
-            DistributedSampler(dataset, world_size, rank, shuffle=False),
-            1 if algo.group_by == "state" else algo.rloo_batch_size,
-        )
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn_state)
-        print(f"DataLoader created: groups by {algo.group_by}, {algo.rloo_batch_size} rollouts each")
-        rollouts = RolloutGenerator(
-            env_runner,
-            init_state_dataloader=loader,
-            init_state_dataset=dataset,
-            rollouts_per_env=algo.rloo_batch_size,
-            enable_dynamic_sampling=algo.enable_dynamic_sampling,
-            rollout_skip_threshold=algo.rollout_skip_threshold,
-            enable_rollout_stats_tracking=algo.enable_rollout_stats_tracking,
-            rollout_stats_path=algo.rollout_stats_path or run_dir / "rollout_stats.json",
-            use_val_init=algo.use_val_init,
-            num_groups=algo.data_batch_size // algo.rloo_batch_size,
-            max_groups=algo.max_sampling_attempts,
-            seed=seed,
-            shuffle_advantages=algo.shuffle_advantages,
-        )
-        adapter = PI0_CFG_Adapter(
-            policy,
-            mode=algo.mode,
-            noise_samples=algo.noise_samples,
-            negative_weight=algo.negative_weight,
-            condition_dropout=algo.condition_dropout,
-            augmentation=Augmentation(),
-            mixed_precision=config.training.use_mixed_precision,
-        )
-        optimizer = make_optimizer(policy, algo.lr, config.training.optimizer)
-        schedule = make_schedule(
-            optimizer, config.training.optimizer.final_lr_share, config.training.num_train_steps
-        )
-        acting = ActingPolicy(average.policy, weight)
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
+        learner = make_learner(config, policy, env_runner, rank)
+        noise = OwnStream(learner.generator, config.training.seed)
+        add_parts(state, learner, noise, states)
+        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
+        acting = ActingPolicy(learner.average.module, weight)
         evaluation = config.evaluation
-        state = TrainingState(policy, average, optimizer, schedule, generator, sampler)
-        if resume and load_checkpoint(store, state, rank, world_size, seed):
-            started -= state.facts["seconds"]
-            noted = json.loads(noted_passes.read_text()) if noted_passes.exists() else 1
-            adapter.passes = largest(max(noted, state.facts.get("passes", 1)))
-        on_rank_zero(attempt, rewrite_metrics, run_dir, state.history, state.evaluations)
-        held |= {"state": state, "of_rank": state.of_rank()}
-        of_run = {"wandb_run_id": run.id if run else config.logging.wandb_run_id, "config": to_dict(config)}
-        state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
-        state.facts = {"bad_in_a_row": 0, "rollbacks": 0, **state.facts}
-        if "before" in state.facts:
-            before = env_runner.restore_result(state.facts["before"])
-        else:
-            before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
-            state.facts["before"] = before.to_dict()
-        on_rank_zero(attempt, write_json, run_dir / "protocol.json", before.protocol)
-        history, replay, evaluations = state.history, state.replay, state.evaluations
-        rollbacks, in_a_row, diverged = state.facts["rollbacks"], 0, -1
+        started -= resume_run(safe, learner, newest)
+        note_facts(config, safe, learner, run, time.monotonic() - started)
+        before = score_before(env_runner, start, evaluation, state.facts)
+        protocol = (write_json, run_dir / "protocol.json", before.protocol)
+        on_rank_zero(report_failure, "protocol.json not written", *protocol)
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
-        nothing = WeightedChunks.empty(
-            env_runner.cameras, env_runner.image_size, policy.config.action_horizon
-        )
-        scored = state.score  # None also where a stop came before the score
+        scored, evaluations = state.score, state.evaluations  # None also where a stop came before the score
         evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
         if state.step == 0 or state.score != scored:
-            save_checkpoint(store, state, held["of_rank"], rank, world_size)
+            save_checkpoint(safe)
         while (step := state.step) < config.training.num_train_steps:
-            step_started, lr = time.monotonic(), schedule.get_last_lr()[0]
-            collection, collected = distributed_collect_batches(sampler, rollouts, acting, step)
+            step_started = time.monotonic()
+            collection, collected = distributed_collect_batches(states, rollouts, acting, step)
             interrupts.check_together(collection.abandoned)
-            sampler.record(collection)
+            states.record(collection)
             rollouts.record(collection)
-            chunks = adapter.weigh(collection.episodes, collection.advantages)
-            replay = (replay + [chunks])[-algo.replay_iterations :]
-            usable = [part for part in replay if part is not None]
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
-            batch = WeightedChunks.cat([nothing, *usable])
-            if cotraining is not None and largest(len(batch)):
-                batch = WeightedChunks.cat([batch, cotraining.draw(generator)])
-            update_started = time.monotonic()
-            # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
-            patience_s = 0.0 if on_rank_zero(store.has, step) else 10.0
-            del held["of_rank"]  # from here to the end of the update there is nothing whole to save
-            if largest(len(batch)):
-                try:
-                    metrics |= update_policy(
-                        config,
-                        adapter,
-                        optimizer,
-                        average,
-                        batch,
-                        generator,
-                        state.facts,
-                        interrupts,
-                        patience_s,
-                    )
-                except OutOfMemory as error:
-                    write_json(noted_passes, error.passes)
-                    raise InputError(
-                        f"step {step}: memory ran out on rank {rank}; --resume goes on with minibatches in "
-                        f"{error.passes} passes"
-                    ) from error
-                except FloatingPointError as error:
-                    rollbacks, in_a_row = rollbacks + 1, (in_a_row + 1 if step <= diverged else 1)
-                    diverged = max(diverged, step)
-                    if in_a_row > config.training.max_rollbacks:
-                        raise InputError(
-                            f"step {step}: {error}, again and again; start anew with a lower algo.lr"
-                        ) from error
-                    print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
-                    if in_a_row > 1:
-                        on_rank_zero(attempt, store.drop_last)
-                    if not load_checkpoint(store, state, rank, world_size, seed):
-                        raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
-                    generator.manual_seed(seed + 1_000_003 * rank + 15_485_863 * in_a_row + 7_919 * diverged)
-                    on_rank_zero(attempt, rewrite_metrics, run_dir, state.history, state.evaluations)
-                    history, replay, evaluations = state.history, state.replay, state.evaluations
-                    state.facts |= {"bad_in_a_row": 0, "rollbacks": rollbacks}
-                    held["of_rank"] = state.of_rank()
-                    continue
-                schedule.step()
-            phases = {**metrics["phases"], "update": time.monotonic() - update_started}
-            phases["other"] = time.monotonic() - step_started - sum(phases.values())
-            memory = memory_use(env_runner.pool.processes)
-            metrics |= {"lr": lr, "phases": phases, "memory": memory, "rollbacks": rollbacks}
-            history.append(metrics)
-            state.step, state.replay = step + 1, replay
-            state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
-            held["of_rank"] = state.of_rank()
+            try:
+                metrics = train_iteration(
+                    config, learner, collection, metrics, step_started, safe, cotraining
+                )
+            except FloatingPointError as error:
+                roll_back(safe, noise, error)
+                continue
+            metrics |= {"memory": memory_use(env_runner.pool.processes)}
+            note_facts(config, safe, learner, run, time.monotonic() - started)
+            state.finish_iteration(metrics)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
-            if problem := on_rank_zero(attempt, average.policy.save_pretrained, run_dir / "policy"):
-                print(f"step {step}: the policy is not saved: {problem}")
-            monitor_memory(history)
-            learned = "nothing to learn from"
-            if "updates" in metrics:
-                learned = f"{metrics['updates']} updates, loss {metrics.get('loss', np.nan):.4f}"
-            print(f"iteration {step}: {metrics['successes']} of {metrics['rollouts']} solved, {learned}")
-            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
+            saved = (learner.average.module.save_pretrained, run_dir / "policy")
+            on_rank_zero(report_failure, f"step {step}: the policy is not saved", *saved)
+            print(summarize(metrics))
+            monitor_memory(state.history)
+            evaluate_periodically(
+                config, env_runner, acting, step + 1, validation, state.evaluations, run_dir
+            )
             asked = interrupts.take_checkpoint_request()
-            due = state.step % config.training.save_freq == 0 or state.step == config.training.num_train_steps
-            if largest(int(asked or due or (config.training.save_best and state.score is not None))):
-                save_checkpoint(store, state, held["of_rank"], rank, world_size)
+            if largest(safe.store.is_due(state.step, state.score, asked)):
+                save_checkpoint(safe)
             interrupts.check_together()
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
-        final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
-        final |= {"before": score(before), "after": score(after)}
-        if problem := on_rank_zero(attempt, write_json, run_dir / "final_training_results.json", final):
-            print(f"final_training_results.json not written: {problem}")
-        recorded = count_lines(run_dir / "metrics.jsonl")
-        print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
-        held.pop("of_rank")  # nothing is left to save; what follows is for rank 0 alone
-        results = (write_report, run_dir, to_dict(config), before, after, history, seconds)
-        if rank == 0 and (problem := attempt(*results)):
-            print(f"results not written: {problem}")
-        film = (film_before_after, run_dir, env_runner, start, acting, before, after)
-        if config.features.save_video and rank == 0 and (problem := attempt(*film)):
-            print(f"video not written: {problem}")
-        if rank == 0:
-            problem = attempt(write_html_report, run_dir)
-            print(f"report.html not written: {problem}" if problem else f"  {run_dir / 'report.html'}")
+        results = (config, run_dir, env_runner, (start, acting), (before, after), state.history, seconds)
+        on_rank_zero(write_results, *results)
         if run is not None:
             finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
@@ -741,7 +799,7 @@ def train(
 
 def load_config_from_yaml(path: str, overrides: list[str]) -> Config:
     """Defaults, then the profile, then the file, then the overrides."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, stage=int(Path(__file__).name[:2]))
     print(f"configuration loaded: {path}, {len(overrides)} overrides, profile {config.profile or 'none'}")
     return config
 
@@ -766,7 +824,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config_path", required=True, help="YAML file, see configs/")
     parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. algo.lr=2e-5")
-    parser.add_argument("--resume", action="store_true", help="go on with the newest run of this exp_name")
+    parser.add_argument("--resume", action="store_true", help="continue the newest run of this exp_name")
     return parser.parse_args()
 
 

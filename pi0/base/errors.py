@@ -25,3 +25,9 @@ def attempt(function: Callable[..., object], *arguments: object) -> str | None:
     except (InputError, OSError) as error:
         return str(error)
     return None
+
+
+def report_failure(failure: str, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function whose failure is printed, as "failure: reason", and does not end the program."""
+    if (reason := attempt(function, *arguments)) is not None:
+        print(f"{failure}: {reason}")

@@ -276,14 +276,6 @@ def save_checkpoint_files(
             path.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; a disk that refuses is an OSError, as it is for any other file."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} is not written: {error}; make room or choose another folder") from error
-
-
 def pair(header: Header, expected: Mapping[str, torch.Size]) -> dict[str, str]:
     """For each of the network's parameters the openpi name of the tensor that holds it.
 

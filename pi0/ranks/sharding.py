@@ -1,6 +1,6 @@
-"""FSDP2: a policy whose weights, gradients and optimizer state are cut over the ranks (Zhao et al. 2023).
+"""FSDP2: a module whose weights, gradients and optimizer state are cut over the ranks (Zhao et al. 2023).
 
-For a policy that does not fit one GPU together with its gradients and its optimizer state. Each transformer block is
+For a module that does not fit one GPU together with its gradients and its optimizer state. Each of its blocks is
 put together just before it runs. What is written to checkpoints is whole, so that any number of ranks, with shards
 or without, can go on from it.
 """
@@ -8,30 +8,35 @@ or without, can go on from it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from pi0 import PI0Policy
-
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 # Of outputs that are views: nothing is done to them in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def shard(policy: PI0Policy) -> PI0Policy:
-    """Cut the policy's weights over all ranks, in place; needs ranks (torchrun)."""
-    mesh = init_device_mesh(policy.device.type, (dist.get_world_size(),))
-    for block in policy.network.blocks():
+def shard(module: Module, blocks: Iterable[nn.Module]) -> Module:
+    """Cut a module's weights over all ranks, in place; needs ranks (torchrun).
+
+    Args:
+        blocks: parts of it that run one after another; each is whole only while it runs.
+    """
+    device = next(module.parameters()).device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(policy, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
 
 
 def whole(tree: T) -> T:

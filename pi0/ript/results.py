@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from pi0.base.errors import InputError
-from pi0.base.files import write_whole
+from pi0.base.files import write_json, write_whole
 from pi0.base.stats import format_rate, paired_difference, wilson_interval
 from pi0.base.video import captioned, write_video
 from pi0.report.figures import percent, pooled
@@ -148,11 +148,6 @@ def writable_dir(path: str | Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}; choose a writable folder") from error
     return path
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1))
 
 
 def machine() -> dict[str, Any]:

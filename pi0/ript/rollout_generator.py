@@ -27,10 +27,7 @@ Start = tuple[InitStatePool, int]
 
 
 class InitStates(Protocol):
-    """A data set of initial states, as a loader's batches name them."""
-
-    # What the generator knows of them, for the loader's sampler to consult.
-    stats: RolloutStats
+    """A data set of initial states, whose items a loader's batches name."""
 
     def start(self, index: int) -> Start:
         """Where item `index` starts an episode."""
@@ -180,13 +177,15 @@ class RolloutGenerator:
     """Collects groups of rollouts.
 
     A group starts either from K states of one task (one baseline for the task's batch) or K times from one
-    state (RIPT's own group); whoever provides the starts decides.
+    state (RIPT's own group); the loader decides.
 
     Args:
         env_runner: runs the episodes.
-        next_group: gives the starts of the next group, K of them; or in its place:
-        init_state_dataloader: its endless batches name states of `init_state_dataset`, which share a group of
-            `rollouts_per_env` rollouts evenly: one state, K times, or K states of a task.
+        init_state_dataloader: endless; each batch is the states from which a group starts. They share its
+            `rollouts_per_env` rollouts evenly: one state, K times, or K states of a task. A batch is a list of
+            starts, or a PyTorch loader's, whose "index" names items of `init_state_dataset`.
+        init_state_dataset: what a PyTorch loader's batches name.
+        rollouts_per_env: rollouts of a group, K.
         num_envs: environments used at once; None for all that the runner has.
         max_steps: control steps an episode may take; None for the runner's own limit.
         agent_gpus: GPU on which the policy acts, one at most: a rank acts where it learns, and torchrun starts
@@ -195,11 +194,12 @@ class RolloutGenerator:
         max_groups: groups tried at most, unless all were dropped; reached with dynamic sampling or broken
             simulations.
         enable_dynamic_sampling: drop unanimous groups and try others in their place.
-        rollout_skip_threshold: visits solved in a row after which a state of `init_state_dataset` is passed over.
-        enable_rollout_stats_tracking: keep the success history of states in a file, not in memory alone.
+        stats: success history of the states, which the loader's sampler consults; None makes one of the next three:
+        rollout_skip_threshold: visits solved in a row after which a state is passed over.
+        enable_rollout_stats_tracking: keep the success history in a file, not in memory alone.
         rollout_stats_path: that file, which grows from run to run (`pi0.ript.rollout_stats`).
         use_val_init: `validation_states` draws states for periodic evaluation.
-        shuffle_advantages: deal the advantages of a group to its episodes at random: a control that shows
+        shuffle_advantages: give the advantages of a group to its episodes at random: a control that shows
             whether it is the reward that teaches.
         seed: of the policy's noise, together with step, task, state and repetition.
     Raises:
@@ -210,11 +210,10 @@ class RolloutGenerator:
     def __init__(
         self,
         env_runner: LIBEROEnvRunner,
-        next_group: Callable[[], Sequence[Start]] | None = None,
         *,
-        init_state_dataloader: Iterable[dict[str, Any]] = (),
+        init_state_dataloader: Iterable[Sequence[Start] | dict[str, Any]],
         init_state_dataset: InitStates | None = None,
-        rollouts_per_env: int = 0,
+        rollouts_per_env: int,
         num_envs: int | None = None,
         max_steps: int | None = None,
         agent_gpus: Sequence[int] | None = None,
@@ -222,6 +221,7 @@ class RolloutGenerator:
         max_groups: int,
         seed: int,
         enable_dynamic_sampling: bool = False,
+        stats: RolloutStats | None = None,
         rollout_skip_threshold: int = 2,
         enable_rollout_stats_tracking: bool = False,
         rollout_stats_path: str | Path | None = None,
@@ -235,18 +235,15 @@ class RolloutGenerator:
                 f"torchrun --nproc_per_node={len(agent_gpus)}"
             )
         self.env_runner = env_runner
-        self.next_group = next_group or self._next_batch
         self._batches = iter(init_state_dataloader)
         self._states = init_state_dataset
         self._rollouts_per_env = rollouts_per_env
         self.num_envs = num_envs
         self.max_steps = max_steps
         self.use_val_init = use_val_init
-        self.stats = RolloutStats(
+        self.stats = stats or RolloutStats(
             rollout_stats_path if enable_rollout_stats_tracking else None, rollout_skip_threshold
         )
-        if init_state_dataset is not None:
-            init_state_dataset.stats = self.stats
         self.num_groups = num_groups
         self.max_groups = max_groups
         self.seed = seed
@@ -254,10 +251,12 @@ class RolloutGenerator:
         self.shuffle_advantages = shuffle_advantages
         self.reward = reward or BinarySuccessReward()
 
-    def _next_batch(self) -> Sequence[Start]:
-        assert self._states is not None, "init_state_dataset says what the loader's batches name"
-        starts = [self._states.start(int(index)) for index in next(self._batches)["index"]]
-        return starts * (self._rollouts_per_env // len(starts))
+    def _next_group(self) -> Sequence[Start]:
+        batch = next(self._batches)
+        if isinstance(batch, dict):
+            assert self._states is not None, "init_state_dataset says what the loader's batches name"
+            batch = [self._states.start(int(index)) for index in batch["index"]]
+        return list(batch) * (self._rollouts_per_env // len(batch))
 
     def generate_rollouts(self, policy: Policy, step: int, record: int = 0) -> Collection:
         """Collect one iteration's groups with `policy`.
@@ -323,7 +322,7 @@ class RolloutGenerator:
         rollouts: list[Rollout] = []
         groups: list[range] = []
         for number in range(first, first + count):
-            starts = self.next_group()
+            starts = self._next_group()
             groups.append(range(len(rollouts), len(rollouts) + len(starts)))
             for repetition, (states, index) in enumerate(starts):
                 key = (TRAINING, self.seed, step, number, states.task.index, index, repetition)

@@ -11,6 +11,7 @@ from pi0.base.files import locked, write_whole
 from pi0.libero.init_states import state_hash
 from pi0.libero.stepping import InitState
 from pi0.libero.suites import Task
+from pi0.ript.turns import Streaks
 
 FORMAT = 1
 # A visit: [successes, rollouts] of all rollouts from the state in one iteration.
@@ -29,9 +30,7 @@ def state_name(task: Task, init: InitState) -> str:
 class RolloutStats:
     """Success history of initial states.
 
-    A state whose last `skip_threshold` visits were all solved is passed over when its turn comes next, once; then
-    it is visited again until it has again been solved so often. So a solved state costs `skip_threshold` of
-    `skip_threshold + 1` rounds at most, and what a policy unlearns is noticed a round later.
+    A state whose last `skip_threshold` visits were all solved is passed over for a round (`pi0.ript.turns.Streaks`).
 
     What a rank decides depends on the file as it was at the start and on its own visits, never on when other
     processes write theirs, so that runs can be repeated.
@@ -49,12 +48,11 @@ class RolloutStats:
 
     def __init__(self, path: str | Path | None, skip_threshold: int):
         self.path = None if path is None else Path(path)
-        self.skip_threshold = skip_threshold
         self.history: dict[str, list[Visit]] = {}
         self._writer = secrets.token_hex(8)  # no run or rank has another's
         self._visits = 0
         self._unwritten: list[tuple[str, Visit]] = []  # the last ones
-        self._solved_in_a_row: dict[str, int] = {}
+        self._streaks = Streaks(skip_threshold)
         if self.path is not None:
             self.history = _read(self.path)["states"]
             for name, visits in self.history.items():
@@ -71,10 +69,7 @@ class RolloutStats:
 
     def pass_over(self, name: str) -> bool:
         """Whether the state, whose turn it is, is passed over this time."""
-        if self._solved_in_a_row.get(name, 0) < self.skip_threshold:
-            return False
-        self._solved_in_a_row[name] = 0
-        return True
+        return self._streaks.pass_over(name)
 
     def save(self) -> None:
         """Add the new visits to the file, whole or not at all, whoever else adds to it at the same time.
@@ -103,34 +98,38 @@ class RolloutStats:
     def state_dict(self) -> dict:
         """What decides from here on, for a checkpoint."""
         return {
-            "history": self.history,
+            "history": {name: list(visits) for name, visits in self.history.items()},
             "writer": self._writer,
             "visits": self._visits,
-            "unwritten": self._unwritten,
-            "solved_in_a_row": self._solved_in_a_row,
+            "unwritten": list(self._unwritten),
+            "solved_in_a_row": dict(self._streaks.solved_in_a_row),
         }
 
-    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
-        """Go on from this rank's `state_dict()`, or from those of all ranks of before, which visited different states.
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`, as the same writer of the file."""
+        self._writer, self._visits = state["writer"], state["visits"]
+        self._unwritten = [(name, visit) for name, visit in state["unwritten"]]
+        self._remember([state])
 
-        Args:
-            dealt_anew: states are dealt to another number of ranks, each of which adds to the file as a new writer.
-                (What the disk had refused until then is not written any more.)
+    def join_state_dicts(self, states: list[dict]) -> None:
+        """Continue from the states of other ranks, which visited different states, as a new writer of the file.
+
+        What the disk had refused to those ranks is not written any more.
         """
-        self.history, self._unwritten, self._solved_in_a_row = {}, [], {}
+        self._unwritten = []
+        self._remember(states)
+
+    def _remember(self, states: list[dict]) -> None:
+        self.history, self._streaks.solved_in_a_row = {}, {}
         for state in states:
             for name, visits in state["history"].items():
                 if len(visits) > len(self.history.get(name, [])):  # whoever visited it knows most
-                    self.history[name] = visits
-                    self._solved_in_a_row[name] = state["solved_in_a_row"].get(name, 0)
-        if not dealt_anew:
-            (state,) = states
-            self._writer, self._visits = state["writer"], state["visits"]
-            self._unwritten = [(name, visit) for name, visit in state["unwritten"]]
+                    self.history[name] = list(visits)
+                    self._streaks.solved_in_a_row[name] = state["solved_in_a_row"].get(name, 0)
 
     def _count(self, name: str, visit: Visit) -> None:
         successes, rollouts = visit
-        self._solved_in_a_row[name] = self._solved_in_a_row.get(name, 0) + 1 if successes == rollouts else 0
+        self._streaks.record(name, successes == rollouts)
 
 
 def _read(path: Path) -> dict:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from pi0.policy.folder import CheckpointError
+from pi0.base.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -43,16 +43,32 @@ class CheckpointStore:
         folder: made when the first checkpoint begins.
         keep: how many of the newest checkpoints stay; the one being written comes on top.
         keep_best: so does the one with the best score.
+        every: steps from one checkpoint to the next.
+        last: the step with which the run ends, None where that is not known.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_best: bool = True):
+    def __init__(
+        self, folder: Path, keep: int, keep_best: bool = True, every: int = 1, last: int | None = None
+    ):
         if keep < 1:
             raise CheckpointError(f"{keep} checkpoints to keep: at least one must stay")
         self.folder = Path(folder)
         self.keep = keep
         self.keep_best = keep_best
+        self.every = every
+        self.last = last
         self._damaged: set[Path] = set()
         self._last: int | None = None  # step of what `newest_valid` found
+
+    def is_due(self, step: int, score: float | None = None, asked: bool = False) -> bool:
+        """Whether a checkpoint is to be made after `step`.
+
+        Args:
+            score: of this step, as for `seal`: it may be the best.
+            asked: somebody asks for one.
+        """
+        regular = step % self.every == 0 or step == self.last
+        return asked or regular or (self.keep_best and score is not None)
 
     def temporary(self, step: int) -> Path:
         """Where the files of the checkpoint that is being written go; makes nothing."""

@@ -1,31 +1,35 @@
-"""A running average of a policy's weights: what acts, is scored and is saved."""
+"""A running average of a module's weights: what acts, is scored and is saved."""
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import torch
+from torch import nn
 
-from pi0 import PI0Policy
+Module = TypeVar("Module", bound=nn.Module)
 
 
-class AveragedPolicy:
-    """Exponential moving average of a policy (Polyak and Juditsky 1992).
+class AveragedModule(Generic[Module]):
+    """Exponential moving average of a module's trained weights (Polyak and Juditsky 1992).
 
     Args:
-        policy: the policy in training, whole; it may be sharded afterwards, the average stays whole.
-        decay: share of the average kept at each update, 0 to 1; 0 follows the policy itself.
+        trained: the module in training; it may be sharded, its average stays whole.
+        average: a copy of it, which becomes the average; weights that are not trained may be the same memory.
+        decay: share of the average kept at each update, 0 to 1; 0 follows the module itself.
     """
 
-    def __init__(self, policy: PI0Policy, decay: float):
-        self._trained = policy
+    def __init__(self, trained: Module, average: Module, decay: float):
+        self._trained = trained
+        self.module = average
         self.decay = decay
-        self.policy = policy.copy().eval()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the policy; to be called after each optimizer step, by all ranks."""
+        """Move the average towards the module; to be called after each optimizer step, by all ranks."""
         pairs = [
             (average, weight)
-            for average, weight in zip(self.policy.parameters(), self._trained.parameters(), strict=True)
+            for average, weight in zip(self.module.parameters(), self._trained.parameters(), strict=True)
             if weight.requires_grad
         ]
         # A DTensor; to import it just to ask for it would take a second and a half.

@@ -1,4 +1,4 @@
-"""Everything random in this process, saved and put back."""
+"""Everything random in this process: seeded, saved and put back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import random
 import numpy as np
 import torch
 
-from pi0.policy.folder import CheckpointError
+from pi0.base.errors import CheckpointError
+from pi0.training.state import Place
+
+
+def set_seed(seed: int) -> None:
+    """Seed every global source of randomness in this process, and let denormal numbers be zero.
+
+    Denormal numbers, such as an optimizer's running means on their way to zero, make updates on a CPU several times
+    slower.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)
 
 
 def random_states() -> dict:
@@ -48,3 +61,47 @@ def restore_random_states(states: dict) -> None:
     torch.set_rng_state(states["torch"])
     if devices:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class GlobalStreams:
+    """The global random streams of this process, as a part of a checkpoint."""
+
+    def state_dict(self) -> dict:
+        """What `random_states` returns."""
+        return random_states()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put them back."""
+        restore_random_states(state)
+
+    def join_state_dicts(self, states: list[dict], place: Place) -> None:
+        """With another number of ranks the streams start from the run's seed, as they have done already."""
+
+
+class OwnStream:
+    """A generator of this rank's own, as a part of a checkpoint.
+
+    Args:
+        generator: on the CPU.
+        seed: of the run.
+    """
+
+    def __init__(self, generator: torch.Generator, seed: int):
+        self._generator = generator
+        self._seed = seed
+
+    def start(self, rank: int, offset: int = 0) -> None:
+        """Begin the stream of a rank; another `offset` begins another one."""
+        self._generator.manual_seed(self._seed + 1_000_003 * rank + offset)
+
+    def state_dict(self) -> torch.Tensor:
+        """Where the generator is."""
+        return self._generator.get_state()
+
+    def load_state_dict(self, state: torch.Tensor) -> None:
+        """Put it back there."""
+        self._generator.set_state(state)
+
+    def join_state_dicts(self, states: list[torch.Tensor], place: Place) -> None:
+        """With another number of ranks each begins a stream of its own, told apart by the iteration."""
+        self.start(place.rank, 7_919 * place.step)

@@ -1,162 +1,235 @@
-"""Everything that decides how training goes on, as files of a checkpoint.
+"""What a run is between two iterations, as named parts, and as files of a checkpoint.
 
-policy/               the averaged policy, which acts and is scored; `PI0Policy.from_pretrained` loads it
-training.safetensors  the weights in training, without frozen ones
-optimizer.pt          optimizer and schedule
-run.json              steps done, metrics, evaluations
-rank0.pt ...          of each rank: random states, sampler position, statistics, replayed chunks
+A part has a state. What is the same on all ranks (weights, optimizer) is a shared part with a file or folder of its
+own; what each rank has for itself (random streams, its place among the data) is one of its own parts:
+
+    NAME.safetensors      the trained weights of a module (`Weights`)
+    NAME.pt               other states (`States`)
+    NAME/                 what saves itself as a folder (such as `pi0.policy.saved_policy.SavedPolicy`)
+    run.json              iterations done, metrics, evaluations, facts
+    rank0.pt ...          each rank's own parts
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
-from pi0 import PI0Policy
 from pi0.base.errors import CheckpointError
-from pi0.model.network import Pi0Network
-from pi0.policy.folder import pair, read_header, write_tensors
+from pi0.base.files import write_json
+from pi0.base.tensors import write_tensors
 from pi0.ranks.sharding import load_optimizer, load_weights, whole_on_rank_zero
-from pi0.ript.cfg_adapter import WeightedChunks
-from pi0.ript.results import write_json
 from pi0.training.checkpoint_store import load_state, save_state
-from pi0.training.ema import AveragedPolicy
-from pi0.training.random_state import random_states, restore_random_states
 
 
-class Sampler(Protocol):
-    """Whoever decides which states practise next."""
+@dataclass(frozen=True)
+class Place:
+    """Where a rank of a resumed run stands: its rank, of how many, after how many iterations."""
 
-    def state_dict(self) -> dict:
-        """Its position and memory."""
-
-    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
-        """Go on from this rank's state, or from those of all ranks of before where states are dealt anew."""
+    rank: int
+    world_size: int
+    step: int
 
 
-@dataclass
-class TrainingState:
-    """The live objects of a run, and what they have done.
+class OwnPart(Protocol):
+    """A part of which each rank has its own."""
 
-    Attributes:
-        generator: of augmentation and flow noise.
-        replay: chunks of the last iterations, None for one that taught nothing.
-        step: iterations done.
-        history: metrics of each iteration.
-        facts: what a resumed run needs to know besides, JSON only.
+    def state_dict(self) -> Any:
+        """Its state: nothing that changes later, and only what `torch.load(weights_only=True)` reads."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from `state_dict()`."""
+
+    def join_state_dicts(self, states: list[Any], place: Place) -> None:
+        """Continue from the states of all ranks of before, by rank, where there are now more or fewer of them."""
+
+
+class SharedPart(Protocol):
+    """A part that is the same on all ranks."""
+
+    def whole_state(self) -> Any:
+        """Its state, whole on rank 0; called by all ranks together."""
+
+    def write(self, folder: Path, name: str, state: Any) -> None:
+        """Write a whole state as the file or folder `name` in `folder`; rank 0 alone does so."""
+
+    def read(self, folder: Path, name: str) -> None:
+        """Continue from what `write` wrote; every rank does so."""
+
+
+class Weights:
+    """The weights of a module that are trained, as NAME.safetensors; sharded or not, the file is whole.
+
+    Args:
+        mend: what a user can do where the file lacks weights that the module trains.
     """
 
-    policy: PI0Policy
-    average: AveragedPolicy
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    generator: torch.Generator
-    sampler: Sampler
-    replay: list[WeightedChunks | None] = field(default_factory=list)
-    step: int = 0
-    history: list[dict] = field(default_factory=list)
-    evaluations: list[dict] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, module: nn.Module, mend: str):
+        self._module = module
+        self._mend = mend
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """The trained weights and the buffers."""
+        named = self._module.named_parameters()
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        states = self._module.state_dict().items()
+        return whole_on_rank_zero({name: tensor for name, tensor in states if name not in frozen})
+
+    def write(self, folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Write them."""
+        write_tensors(folder / f"{name}.safetensors", state)
+
+    def read(self, folder: Path, name: str) -> None:
+        """Put them into the module.
+
+        Raises:
+            CheckpointError: the file lacks weights that the module trains.
+        """
+        weights = load_file(folder / f"{name}.safetensors")
+        trained = {key for key, parameter in self._module.named_parameters() if parameter.requires_grad}
+        if missing := sorted(trained - weights.keys()):
+            raise CheckpointError(
+                f"{folder}: {name}.safetensors has no {missing[0]} and {len(missing) - 1} others that this run "
+                f"trains; {self._mend}"
+            )
+        load_weights(self._module, weights)
+
+
+class States:
+    """States of an optimizer, a schedule and the like, as NAME.pt.
+
+    Args:
+        parts: by name, what has `state_dict` and `load_state_dict`; an optimizer may be of a sharded module.
+    """
+
+    def __init__(self, **parts: Any):
+        self._parts = parts
+
+    def whole_state(self) -> dict[str, Any]:
+        """The states by name."""
+        return whole_on_rank_zero({name: part.state_dict() for name, part in self._parts.items()})
+
+    def write(self, folder: Path, name: str, state: dict[str, Any]) -> None:
+        """Write them."""
+        save_state(folder / f"{name}.pt", state)
+
+    def read(self, folder: Path, name: str) -> None:
+        """Put them back."""
+        states = load_state(folder / f"{name}.pt")
+        for key, part in self._parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, states[key])
+            else:
+                part.load_state_dict(states[key])
+
+
+@dataclass(frozen=True)
+class FinishedIteration:
+    """The end of an iteration, of which a checkpoint can be made until an update moves the weights.
+
+    Attributes:
+        step: iterations done.
+        own: the states of this rank's own parts then. They move on during rollouts; shared parts change in updates
+            alone and need no copy.
+    """
+
+    step: int
+    own: Mapping[str, Any]
+
+
+class TrainingState:
+    """The parts of a run, and what it has done.
+
+    Attributes:
+        shared, own: parts by name; may be added later, as they are made.
+        step: iterations done.
+        history: metrics of each iteration.
+        evaluations: scores of the policy in between, each with its `step` and `success_rate`.
+        facts: what a resumed run needs to know besides, JSON only.
+        last: the last finished iteration; None before the first was begun.
+        weights_moved: an update has begun since then: there is nothing whole to save.
+    """
+
+    def __init__(self) -> None:
+        self.shared: dict[str, SharedPart] = {}
+        self.own: dict[str, OwnPart] = {}
+        self.step = 0
+        self.history: list[dict] = []
+        self.evaluations: list[dict] = []
+        self.facts: dict[str, Any] = {}
+        self.last: FinishedIteration | None = None
+        self.weights_moved = False
+
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether a checkpoint can be made now."""
+        return self.last is not None and not self.weights_moved
 
     @property
     def score(self) -> float | None:
         """Success rate after `step` iterations, if it was evaluated then."""
         return {entry["step"]: entry["success_rate"] for entry in self.evaluations}.get(self.step)
 
-    def of_rank(self) -> dict:
-        """This rank's own part, copied; the rest changes in updates alone."""
-        return {
-            "random": random_states(),
-            "generator": self.generator.get_state(),
-            "sampler": copy.deepcopy(self.sampler.state_dict()),
-            "replay": [None if chunks is None else chunks.state_dict() for chunks in self.replay],
-        }
+    def begin(self) -> None:
+        """All parts are there and whole, as after `step` iterations."""
+        self.last = FinishedIteration(self.step, {name: part.state_dict() for name, part in self.own.items()})
+        self.weights_moved = False
 
-    def write(self, folder: Path, rank: int, world_size: int, of_rank: dict) -> None:
-        """Write this rank's files, and on rank 0 the shared ones, into `folder`.
+    def begin_update(self) -> None:
+        """The weights are about to move."""
+        self.weights_moved = True
 
-        Args:
-            of_rank: `of_rank()` at the end of the last finished iteration.
+    def finish_iteration(self, metrics: dict) -> None:
+        """An iteration is done, and all parts are whole."""
+        self.history.append(metrics)
+        self.step += 1
+        self.begin()
+
+    def write(self, folder: Path, rank: int, world_size: int) -> None:
+        """Write this rank's files, and on rank 0 the shared ones, into `folder`; called by all ranks together.
+
         Raises:
             CheckpointError, OSError: the disk refuses.
         """
-        network = self.policy.network
-        frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
-        trained = {name: t for name, t in network.state_dict().items() if name not in frozen}
-        weights, optimizer = whole_on_rank_zero(trained), whole_on_rank_zero(self.optimizer.state_dict())
-        save_state(folder / f"rank{rank}.pt", of_rank)
+        assert self.last is not None, "begin() first"
+        states = {name: part.whole_state() for name, part in self.shared.items()}
+        save_state(folder / f"rank{rank}.pt", dict(self.last.own))
         if rank > 0:
             return
-        self.average.policy.save_pretrained(folder / "policy")
-        write_tensors(folder / "training.safetensors", weights)
-        states = {"optimizer": optimizer, "schedule": self.schedule.state_dict()}
-        save_state(folder / "optimizer.pt", states)
+        for name, part in self.shared.items():
+            part.write(folder, name, states[name])
         run = {name: getattr(self, name) for name in ("step", "history", "evaluations", "facts")}
         write_json(folder / "run.json", {**run, "world_size": world_size})
 
-    def read(self, folder: Path, rank: int, world_size: int, seed: int) -> str | None:
-        """Become what was written to `folder`; returns what had to be dealt anew, for another number of ranks.
+    def read(self, folder: Path, rank: int, world_size: int) -> str | None:
+        """Become what was written to `folder`; says what had to be shared out again for another number of ranks.
 
-        Args:
-            seed: of the run; decides the random streams where they cannot go on.
         Raises:
-            CheckpointError: a file is damaged or of another policy.
+            CheckpointError: a file is damaged or of another run.
         """
         run = json.loads((folder / "run.json").read_text())
         self.step, self.history = run["step"], run["history"]
         self.evaluations, self.facts = run["evaluations"], run["facts"]
-        weights = load_file(folder / "training.safetensors")
-        trained = {name for name, p in self.policy.network.named_parameters() if p.requires_grad}
-        if missing := sorted(trained - weights.keys()):
-            raise CheckpointError(
-                f"{folder}: training.safetensors has no {missing[0]} and {len(missing) - 1} others that this run "
-                "trains; resume with the same training.trainable"
-            )
-        _copy_weights(folder / "policy", self.average.policy.network)
-        load_weights(self.policy.network, weights)
-        states = load_state(folder / "optimizer.pt")
-        load_optimizer(self.optimizer, states["optimizer"])
-        self.schedule.load_state_dict(states["schedule"])
+        for name, shared in self.shared.items():
+            shared.read(folder, name)
         if run["world_size"] == world_size:
-            own = load_state(folder / f"rank{rank}.pt")
-            self.sampler.load_state_dict([own["sampler"]], dealt_anew=False)
-            self.generator.set_state(own["generator"])
-            self.replay = [
-                None if part is None else WeightedChunks.from_state(part) for part in own["replay"]
-            ]
-            restore_random_states(own["random"])
+            state = load_state(folder / f"rank{rank}.pt")
+            for name, own in self.own.items():
+                own.load_state_dict(state[name])
+            self.begin()
             return None
-        everybody = [load_state(folder / f"rank{number}.pt") for number in range(run["world_size"])]
-        self.sampler.load_state_dict([other["sampler"] for other in everybody], dealt_anew=True)
-        self.generator.manual_seed(seed + 1_000_003 * rank + 7_919 * self.step)
-        share = [other["replay"] for number, other in enumerate(everybody) if number % world_size == rank]
-        # From the newest back: a rank that has joined later has fewer.
-        newest_first = itertools.zip_longest(*(replay[::-1] for replay in share))
-        self.replay = [_joined(parts) for parts in newest_first][::-1]
+        states = [load_state(folder / f"rank{number}.pt") for number in range(run["world_size"])]
+        for name, own in self.own.items():
+            own.join_state_dicts([state[name] for state in states], Place(rank, world_size, self.step))
+        self.begin()
         return (
             f"written by {run['world_size']} processes, read by {world_size}: states, statistics and replayed "
-            "chunks are dealt anew, random streams start from the seed and the step"
+            "chunks are shared out again, random streams start from the seed and the step"
         )
-
-
-def _copy_weights(checkpoint: Path, network: Pi0Network) -> None:
-    """Copy a checkpoint into a network, whose memory and types stay: there may be no room for another of its size."""
-    parameters = dict(network.named_parameters())
-    header = read_header(checkpoint)
-    names = pair(header, {name: parameter.shape for name, parameter in parameters.items()})
-    with safe_open(header.path, framework="pt") as file:  # mapped, so that one tensor at a time is read
-        for name, parameter in parameters.items():
-            parameter.data.copy_(file.get_tensor(header.keys[names[name]]))
-
-
-def _joined(parts: tuple[dict | None, ...]) -> WeightedChunks | None:
-    filled = [WeightedChunks.from_state(part) for part in parts if part is not None]
-    return WeightedChunks.cat(filled) if filled else None
