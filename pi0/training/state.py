@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 
 from pi0 import PI0Policy
 from pi0.base.errors import CheckpointError
+from pi0.base.files import write_json
 from pi0.model.network import Pi0Network
 from pi0.policy.folder import pair, read_header, write_tensors
 from pi0.ranks.sharding import load_optimizer, load_weights, whole_on_rank_zero
 from pi0.ript.cfg_adapter import WeightedChunks
-from pi0.ript.results import write_json
 from pi0.training.checkpoint_store import load_state, save_state
 from pi0.training.ema import AveragedPolicy
 from pi0.training.random_state import random_states, restore_random_states
