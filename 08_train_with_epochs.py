@@ -26,11 +26,12 @@ from pi0.policy.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import AlgoConfig, Config, EvaluationConfig, TaskConfig, TrainingConfig, to_dict
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import film_before_after, new_run_dir, write_report
+from pi0.ript.results import film_before_after, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
 from pi0.training.ema import AveragedPolicy
 from pi0.training.flow_loss import Augmentation
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.run_folder import new_run_dir
 
 
 @dataclass(kw_only=True)

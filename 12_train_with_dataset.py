@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError, attempt
+from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
 from pi0.libero.init_states import InitStatePool
@@ -62,7 +63,7 @@ from pi0.ript.config import (
     validate,
 )
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import film_before_after, new_run_dir, score, write_json, write_report
+from pi0.ript.results import film_before_after, score, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
 from pi0.training.descriptor_tap import DescriptorTap
@@ -71,6 +72,7 @@ from pi0.training.flow_loss import Augmentation
 from pi0.training.memory import memory_use
 from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.run_folder import new_run_dir
 
 
 class LiberoInitStateDataset(Dataset):

@@ -47,6 +47,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError, attempt
+from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
 from pi0.libero.init_states import InitStatePool
@@ -68,15 +69,7 @@ from pi0.ript.config import (
 )
 from pi0.ript.cotraining import load_cotraining
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import (
-    film_before_after,
-    new_run_dir,
-    newest_run,
-    score,
-    take_run,
-    write_json,
-    write_report,
-)
+from pi0.ript.results import film_before_after, score, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
 from pi0.training.checkpoint_store import CheckpointStore
@@ -87,6 +80,7 @@ from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
 from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, rewrite_metrics
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.run_folder import new_run_dir, newest_run, take_run
 from pi0.training.state import TrainingState
 
 
