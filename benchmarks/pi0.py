@@ -31,11 +31,12 @@ from torch import Tensor
 
 from benchmarks.checkpoint import reset_peak, shrunk, status, write_checkpoint
 from pi0 import PI0Policy, pick_device
+from pi0.base.files import write_json
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
-from pi0.ript.config import OptimizerConfig
-from pi0.ript.results import machine, write_json
+from pi0.training.machine import machine
 from pi0.training.optimizer import make_optimizer
+from pi0.training.settings import OptimizerConfig
 
 GROUP = 8  # rollouts that begin from one observation
 LEAST_GAIN = 3.0  # of sharing it, at the published proportions

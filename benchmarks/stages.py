@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from scipy.stats import quantile_test
 
+from pi0.base.files import write_json
 from pi0.ranks.watch import SILENCE_S
-from pi0.ript.results import write_json
 
 CONFIG = "configs/quickstart.yaml"
 ROLLOUTS = 32  # of an iteration, in all processes together

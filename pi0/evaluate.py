@@ -17,13 +17,15 @@ import torch
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError
+from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
 from pi0.base.video import write_video
 from pi0.libero.init_states import FIXTURE_MODES
 from pi0.libero.rendering import MODES
 from pi0.policy.acting import ActingPolicy
 from pi0.ript.env_runner import EvaluationResult, LIBEROEnvRunner
-from pi0.ript.results import VIDEO_EVERY, VIDEO_FPS, machine, score, writable_dir, write_json
+from pi0.ript.results import VIDEO_EVERY, VIDEO_FPS, score
+from pi0.training.machine import machine
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

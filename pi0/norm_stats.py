@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pi0.base.errors import InputError
+from pi0.base.files import writable_dir, write_json
 from pi0.data import DemonstrationSet, Gripper, open_demonstrations
 from pi0.data.chunks import Chunks
 from pi0.data.recorded_chunks import demonstrations_of_tasks
@@ -25,7 +26,6 @@ from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.suites import find_tasks
 from pi0.policy.normalization import NormStats, subtract_state
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import writable_dir, write_json
 
 IMAGE_SIZE = 16  # pixels; nothing looks at the frames
 

@@ -29,6 +29,7 @@ import torch
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.errors import CheckpointError, InputError
+from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
 from pi0.data import DataError, FeatureNames, Gripper, Orientation, open_demonstrations
@@ -41,9 +42,9 @@ from pi0.model.config import Pi0Config
 from pi0.norm_stats import norm_stats
 from pi0.policy.acting import ActingPolicy
 from pi0.ript.env_runner import TRAINING, LIBEROEnvRunner
-from pi0.ript.results import machine, writable_dir, write_json
 from pi0.training.ema import AveragedPolicy
 from pi0.training.flow_loss import Augmentation, flow_loss
+from pi0.training.machine import machine
 
 MANIFEST = "warmstart.json"
 WARMUP_UPDATES = 100

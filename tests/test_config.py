@@ -2,11 +2,14 @@
 
 import ast
 import re
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pi0.base import typed_yaml
+from pi0.base.typed_yaml import fixed_keys, key, section
 from pi0.ript.config import (
     PROFILES,
     AlgoConfig,
@@ -33,9 +36,9 @@ def write(tmp_path):
     return write_text
 
 
-def errors_of(path: Path, *overrides: str) -> list[str]:
+def errors_of(path: Path, *overrides: str, stage: int | None = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
+        load_config(path, overrides, stage)
     return [line.removeprefix(f"{path.parent}/") for line in str(caught.value).splitlines()]
 
 
@@ -250,13 +253,128 @@ def test_the_defaults_are_valid():
 def test_help_tells_type_unit_default_and_meaning_of_every_key():
     text = help_text()
     assert "  algo.rloo_batch_size: int (rollouts), default 8\n      rollouts whose scores" in text
-    assert "  policy_path: str, required\n" in text
+    assert "  policy_path: str, required, fixed on resume\n" in text
+    assert '  algo.group_by: state or batch, default "state", from stage 12 on (before: "batch")\n' in text
+    assert "  training.use_fsdp: bool, default false, from stage 13 on\n" in text
+    assert "  logging.log_freq: int (iterations), default 5, from stage 11 on\n" in text
+    assert "  features.save_video: bool, default true\n" in text
     assert all(f"  {description.name}: " in text and description.doc for description in describe_keys())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_configuration_is_valid(path):
-    load_config(path)
+def test_every_shipped_configuration_is_valid_in_the_stage_that_it_names(path):
+    (stage,) = re.findall(r"(\d\d)_train\w+\.py", path.read_text())
+    load_config(path, stage=int(stage))
+
+
+# Keys of later stages.
+
+
+def test_a_key_that_only_a_later_stage_reads_is_refused_with_the_stage_that_does(write):
+    path = write("policy_path: a\nevaluation:\n  periodic_episodes: 20\n")
+    for stage in (9, 10, 11):
+        in_file, in_override = errors_of(path, "training={use_fsdp: true}", stage=stage)
+        assert in_file == (
+            "run.yaml:3: evaluation.periodic_episodes = 20: works from stage 12 on, and this is "
+            f"stage {stage:02d}; remove it, or run stage 12"
+        )
+        assert in_override == (
+            "--override training={use_fsdp: true}: training.use_fsdp = true: works from stage 13 on, and this is "
+            f"stage {stage:02d}; remove it, or run stage 13"
+        )
+    (error,) = errors_of(path, "training.use_fsdp=true", stage=12)
+    assert "training.use_fsdp = true: works from stage 13 on, and this is stage 12; " in error
+    assert load_config(path, ["training.use_fsdp=true"], stage=13).training.use_fsdp
+    assert load_config(path, ["training.use_fsdp=true"]).training.use_fsdp, "no stage, nothing to refuse"
+
+
+def test_a_refused_key_hides_no_other_mistake(write):
+    path = write("logging: {log_freq: often}\nalgo: {lr: -1, epochs: 2}\n")
+    errors = errors_of(path, stage=10)
+    assert [error.split(" ")[1] for error in errors] == [
+        "algo.epochs",
+        "policy_path",
+        "logging.log_freq",
+        "algo.lr",
+    ]
+    assert "works from stage 11 on" in errors[2], "its type matters only where the key is known"
+
+
+@pytest.mark.parametrize("description", describe_keys(), ids=lambda each: each.name)
+def test_what_a_stage_does_anyway_may_be_said_to_it(write, description):
+    path = write("policy_path: a\n")
+    for value in (description.default, description.before):
+        if value is not MISSING:
+            load_config(path, [f"{description.name}={typed_yaml.show(value)}"], stage=9)
+
+
+def test_a_run_of_an_early_stage_is_started_again_from_the_settings_that_it_wrote(write):
+    early = "algo: {group_by: batch, enable_dynamic_sampling: false}\nlogging: {use_wandb: false}\n"
+    config = load_config(write(f"policy_path: a\n{early}"), stage=9)
+    assert config.algo.group_by == "batch"
+    assert load_config(write(yaml.safe_dump(to_dict(config))), stage=9) == config
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_every_stage_takes_every_profile(write, name):
+    path = write("policy_path: a\n")
+    for stage in range(9, 14):
+        config = load_config(path, [f"profile={name}"], stage)
+        assert config.training.num_train_steps == PROFILES[name]["training.num_train_steps"]
+
+
+@dataclass(kw_only=True)
+class Sinks:
+    online: bool = key(False, "send metrics")
+    every: int = key(5, "how often", since=3)
+
+
+@dataclass(kw_only=True)
+class Program:
+    profile: str | None = key(None, "values to start from")
+    speed: int = key(1, "how fast", since=2, before=0)
+    name: str = key("a", "its name", fixed=True)
+    sinks: Sinks = section(Sinks, since=2)
+
+
+def test_what_a_profile_sets_is_not_requested_unless_the_file_says_so_too(write):
+    def load(text: str) -> Program:
+        return typed_yaml.load(Program, write(text), profiles={"fast": {"speed": 9}}, running=1)
+
+    assert load("profile: fast\n").speed == 9
+    with pytest.raises(
+        ConfigError, match="yaml:2: speed = 9: works from version 2 on, and this is version 1; "
+    ):
+        load("profile: fast\nspeed: 9\n")
+
+
+def test_a_section_can_be_of_a_later_version_and_a_key_in_it_of_a_still_later_one(write):
+    since = {each.name: each.since for each in typed_yaml.describe_keys(Program)}
+    assert since == {"profile": None, "speed": 2, "name": None, "sinks.online": 2, "sinks.every": 3}
+    path = write("sinks: {online: true, every: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        typed_yaml.load(Program, path, running=2)
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["sinks.every = 2"]
+    assert "  sinks.every: int, default 5, from version 3 on\n" in typed_yaml.help_text(Program)
+
+
+# Keys that a resumed run must keep.
+
+
+def test_fixed_are_optimizer_and_schedule_what_is_practised_and_what_scores_are_compared_with():
+    # As names began when this was a list of its own: "training.optimizer" stood for its whole section.
+    began = (
+        "policy_path", "norm_stats_path", "task.benchmark_name", "task.task_name", "task.demonstrations", "task.assets",
+        "task.held_out_states", "task.fixtures", "task.max_episode_length", "task.settle_steps", "task.replan_steps",
+        "task.image_size", "task.render", "algo.mode", "algo.lr", "algo.train_init_states", "training.num_train_steps",
+        "training.seed", "training.optimizer", "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
+    )  # fmt: skip
+    assert fixed_keys(Config) == [each.name for each in describe_keys() if each.name.startswith(began)]
+    assert len(fixed_keys(Config)) == 28
+    assert fixed_keys(Program) == ["name"]
+
+
+# Reads of keys.
 
 
 def reads_of(source: str) -> set[tuple[str, str]]:
@@ -274,6 +392,43 @@ def test_every_count_has_a_unit():
     counts = [each for each in describe_keys() if each.type in (int, int | None)]
     assert [each.name for each in counts if not each.unit] == ["training.seed", "evaluation.seed"]
     assert len(counts) > 15
+
+
+def imported(path: Path) -> set[Path]:
+    """A script with every module of the package that it imports, or that these import; not the schema itself."""
+    found, left = {path}, [path]
+    while left:
+        for node in ast.walk(ast.parse(left.pop().read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pi0"):
+                place = ROOT / node.module.replace(".", "/")
+                modules = [place.with_suffix(".py"), place / "__init__.py"]
+                new = {each for each in modules if each.exists()} - found - {ROOT / "pi0/ript/config.py"}
+                found |= new
+                left += new
+    return found
+
+
+def test_a_key_is_read_from_the_stage_on_that_it_names_and_in_no_earlier_one():
+    scripts = {int(path.name[:2]): path for path in ROOT.glob("[01]?_train_*.py")}
+    reads = {
+        stage: set().union(*(reads_of(path.read_text()) for path in imported(script)))
+        for stage, script in scripts.items()
+    }
+    assert sorted(reads) == list(range(8, 14))
+    first, expected = {}, {}
+    for description in describe_keys():
+        owner, _, leaf = f"config.{description.name}".rpartition(".")
+        # `TaskConfig.chosen` reads these two.
+        read = (
+            ("task", "chosen")
+            if leaf in ("task_name", "task_names_to_use")
+            else (owner.rpartition(".")[2], leaf)
+        )
+        stages = [stage for stage in sorted(reads) if read in reads[stage]]
+        assert stages == list(range(stages[0], 14)), f"{description.name} is read in {stages} alone"
+        first[description.name] = stages[0]
+        expected[description.name] = description.since or 8
+    assert first == expected | {"profile": 9}, "stage 08 reads no file"
 
 
 def test_every_key_is_read_somewhere():

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pi0.base.errors import OutputError
 from pi0.base.files import write_whole
 from pi0.base.paths import REPO_ROOT
-from pi0.ript.results import OutputError, new_run_dir, take_run
+from pi0.training.run_folder import new_run_dir, take_run
 
 WRITES_OFTEN = """
 import sys
@@ -22,7 +23,8 @@ for _ in range(200):
 ON_A_FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from pi0.ript.results import OutputError, take_run
+from pi0.base.errors import OutputError
+from pi0.training.run_folder import take_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
 try:

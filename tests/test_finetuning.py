@@ -21,9 +21,9 @@ from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.network import AdaptiveRMSNorm, Pi0Network
 from pi0.policy.pi0_policy import _without_start_values
-from pi0.ript.config import OptimizerConfig
 from pi0.training.ema import AveragedPolicy
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.settings import OptimizerConfig
 from pi0.training.state import TrainingState
 
 

@@ -18,6 +18,7 @@ from episodes import TASK, make_episode
 from PIL import Image
 
 from pi0.base.errors import MissingFileError
+from pi0.base.files import write_json
 from pi0.base.paths import REPO_ROOT
 from pi0.base.video import write_video
 from pi0.report import page as report_page
@@ -26,8 +27,9 @@ from pi0.report.html_report import write_html_report
 from pi0.report.record import RunRecordError, read_run, success_counts
 from pi0.ript.config import AlgoConfig, Config, TrainingConfig, to_dict
 from pi0.ript.env_runner import EvaluationResult
-from pi0.ript.results import new_run_dir, score, write_json, write_report
+from pi0.ript.results import score, write_report
 from pi0.training.metrics import append_line
+from pi0.training.run_folder import new_run_dir
 from tools.setup import BROWSERS
 
 TASKS = [

@@ -28,9 +28,12 @@ from stage_13_runs import (
 from test_html_report import browser_check
 
 from pi0 import PI0Policy
+from pi0.base.errors import OutputError
 from pi0.base.paths import REPO_ROOT
-from pi0.ript.results import OutputError, new_run_dir, newest_run, take_run
+from pi0.base.typed_yaml import fixed_keys
+from pi0.ript.config import Config
 from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.run_folder import new_run_dir, newest_run, take_run
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +142,9 @@ def test_what_weights_and_states_mean_cannot_change_in_between(tmp_path, changed
     config = {"norm_stats_path": None, "task": {"demonstrations": None}}
     run_dir = new_run_dir(str(tmp_path), "run", config)
     (run_dir / "checkpoints").mkdir()
-    assert newest_run(str(tmp_path), "run", config) == run_dir
+    assert newest_run(str(tmp_path), "run", config, fixed_keys(Config)) == run_dir
     with pytest.raises(OutputError, match=r"cannot go on with other settings \(\S+ was None and is '"):
-        newest_run(str(tmp_path), "run", config | changed)
+        newest_run(str(tmp_path), "run", config | changed, fixed_keys(Config))
 
 
 def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
@@ -162,7 +165,7 @@ def test_resume_takes_the_newest_run_of_just_this_experiment(tmp_path):
     make_run(tmp_path, "run-20260101-000000", {"seed": 0})
     newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
     make_run(tmp_path, "run-b-20260301-000000", {"seed": 0})
-    assert newest_run(str(tmp_path), "run", {"seed": 0}) == newest
+    assert newest_run(str(tmp_path), "run", {"seed": 0}, ["seed"]) == newest
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
@@ -175,21 +178,21 @@ def test_a_run_without_checkpoints_does_not_hide_an_older_one_that_has_some(tmp_
     older = make_run(tmp_path, "run-20260101-000000", {"seed": 0})
     (older / "checkpoints/step-000004").mkdir()
     newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
-    assert newest_run(str(tmp_path), "run", {"seed": 0}) == older
+    assert newest_run(str(tmp_path), "run", {"seed": 0}, ["seed"]) == older
     (newest / "checkpoints/step-000000").mkdir()
-    assert newest_run(str(tmp_path), "run", {"seed": 0}) == newest
+    assert newest_run(str(tmp_path), "run", {"seed": 0}, ["seed"]) == newest
 
 
 def test_what_a_run_was_built_on_cannot_change_and_what_it_was_not_can(tmp_path, capsys):
     make_run(tmp_path, "run-20260101-000000", {"algo": {"lr": 1e-4, "num_epochs": 2}})
-    newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-4, "num_epochs": 3}})
+    newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-4, "num_epochs": 3}}, fixed_keys(Config))
     assert "resuming with algo.num_epochs = 3, which was 2" in capsys.readouterr().out
     with pytest.raises(OutputError, match=r"algo\.lr was 0\.0001 and is 0\.001.*policy_path"):
-        newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-3, "num_epochs": 2}})
+        newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-3, "num_epochs": 2}}, fixed_keys(Config))
 
 
 def test_two_processes_cannot_write_to_one_run(tmp_path):
-    code = "import sys; from pathlib import Path; from pi0.ript.results import take_run; take_run(Path(sys.argv[1]), {}); input()"
+    code = "import sys; from pathlib import Path; from pi0.training.run_folder import take_run; take_run(Path(sys.argv[1]), {}); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         cwd=REPO_ROOT, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},

@@ -27,7 +27,7 @@ from pi0.libero.suites import Task
 from pi0.model.config import Pi0Config
 from pi0.policy.normalization import NormStats, Stats
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.ript.config import AlgoConfig, Config, OptimizerConfig, validate
+from pi0.ript.config import AlgoConfig, Config, validate
 from pi0.ript.rollout_generator import Collection, Group
 from pi0.stages.__main__ import main
 from pi0.stages.diff import hunks, patch
@@ -35,6 +35,7 @@ from pi0.stages.pages import render_pages
 from pi0.stages.scripts import Stage, compare, find_stages
 from pi0.training.ema import AveragedPolicy
 from pi0.training.optimizer import make_optimizer
+from pi0.training.settings import OptimizerConfig
 
 STAGES = find_stages()
 PAGES = REPO_ROOT / "docs" / "stages"

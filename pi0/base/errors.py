@@ -11,6 +11,10 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or folder that was named is not there."""
 
 
+class OutputError(InputError):
+    """A folder or file of results cannot be written."""
+
+
 class CheckpointError(InputError, ValueError):
     """A checkpoint that cannot be used as it is; the message names the file and what is wrong."""
 

@@ -6,10 +6,13 @@ import fcntl
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pi0.base.errors import OutputError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -36,9 +39,25 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk refuses; nothing new is left behind.
     """
     write_whole(path, json.dumps(content, indent=1))
+
+
+def writable_dir(path: str | Path) -> Path:
+    """Make a folder that results can be written to; it is better to know now than after an hour.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror}; choose a writable folder") from error
+    return path
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """YAML files and command-line overrides read into nested dataclasses, with every mistake named.
 
-A schema is a dataclass whose fields are made by `key` or are such dataclasses themselves (its sections); the
-full name of a key is dotted ("algo.lr"). All that is wrong goes into one `ConfigError`, a line each, naming
-file, line, full key, offending value and mend.
+A schema is a dataclass whose fields are made by `key`, or by `section` from such a dataclass; the full name
+of a key is dotted ("algo.lr"). All that is wrong goes into one `ConfigError`, a line each, naming file, line,
+full key, offending value and mend.
+
+Several versions of a program may share a schema. A key says from which version on it works, and `load`
+refuses it in an earlier version, which would ignore it.
 """
 
 import dataclasses
@@ -36,17 +39,49 @@ def key(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    since: int | None = None,
+    before: Any = MISSING,
+    fixed: bool = False,
 ) -> Any:
-    """A field of the schema. `low` and `high` belong to the range, `above` does not."""
-    metadata = {"doc": doc, "unit": unit, "low": low, "above": above, "high": high}
+    """A field of the schema.
+
+    Args:
+        default: the value where none is given; `MISSING` where one must be.
+        doc: what the key means.
+        unit: what its number counts or measures.
+        low, high: ends of the range, which belong to it.
+        above: lower end of the range, which does not belong to it.
+        since: first version of the program that reads the key; None for its section's, or for all versions.
+        before: the value that says what earlier versions do.
+        fixed: a run that is resumed must have the value that it started with.
+    """
+    metadata = {
+        "doc": doc,
+        "unit": unit,
+        "low": low,
+        "above": above,
+        "high": high,
+        "since": since,
+        "before": before,
+        "fixed": fixed,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+def section(schema: type, *, since: int | None = None) -> Any:
+    """A field of the schema that holds the keys of another; they are read from version `since` on."""
+    return field(default_factory=schema, metadata={"since": since})
+
+
 @dataclass(frozen=True)
 class KeyDescription:
-    """A key of a schema. `name` is dotted ("algo.lr"); `default` is `MISSING` where a value must be given."""
+    """A key of a schema; `key` says what each attribute means.
+
+    `name` is dotted ("algo.lr"). `default` is `MISSING` where a value must be given, and `before` where no
+    value says what earlier versions do.
+    """
 
     name: str
     type: Any
@@ -56,6 +91,9 @@ class KeyDescription:
     low: float | None
     above: float | None
     high: float | None
+    since: int | None
+    before: Any
+    fixed: bool
 
 
 def describe_keys(schema: type) -> list[KeyDescription]:
@@ -63,15 +101,28 @@ def describe_keys(schema: type) -> list[KeyDescription]:
     return list(_walk(schema))
 
 
-def help_text(schema: type) -> str:
-    """The keys as `--help` prints them: name, type, unit, default, meaning."""
+def fixed_keys(schema: type) -> list[str]:
+    """Names of the keys whose values a resumed run must keep, in the schema's order."""
+    return [description.name for description in describe_keys(schema) if description.fixed]
+
+
+def help_text(schema: type, version: str = "version {}") -> str:
+    """The keys as `--help` prints them: name, type, unit, default, first version, whether fixed, meaning.
+
+    `version` is what a version is called, with {} for its number.
+    """
     lines = ["configuration keys:"]
     for description in describe_keys(schema):
         required = description.default is MISSING
-        default = "required" if required else f"default {show(description.default)}"
+        facts = ["required" if required else f"default {show(description.default)}"]
+        if description.since is not None:
+            earlier = "" if description.before is MISSING else f" (before: {show(description.before)})"
+            facts.append(f"from {version.format(description.since)} on{earlier}")
+        if description.fixed:
+            facts.append("fixed on resume")
         unit = f" ({description.unit})" if description.unit else ""
         lines += [
-            f"  {description.name}: {_type_name(description.type)}{unit}, {default}",
+            f"  {description.name}: {_type_name(description.type)}{unit}, {', '.join(facts)}",
             f"      {description.doc}",
         ]
     return "\n".join(lines)
@@ -82,12 +133,24 @@ def load(
     path: str | Path,
     overrides: Sequence[str] = (),
     profiles: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    running: int | None = None,
+    version: str = "version {}",
 ) -> Schema:
     """Read a YAML file and put `overrides` ("training.seed=3") over it.
 
-    `profiles` are sets of values by dotted key; the one that the schema's key `profile` names goes under the
-    file's values. Raises `ConfigError` for a file that cannot be read and for every unknown, duplicate,
-    missing or unfit value.
+    Args:
+        schema: the dataclass to read into.
+        path: the YAML file.
+        overrides: the command line's, which win over the file.
+        profiles: sets of values by dotted key; the one that the schema's key `profile` names goes under the
+            file's values.
+        running: number of the running version. A key that file or overrides give, and that only later
+            versions read, is refused, unless its value is the default or says what this version does. None:
+            no key is refused.
+        version: what a version is called, with {} for its number.
+    Raises:
+        ConfigError: the file cannot be read, or a value is unknown, duplicate, missing, unfit or refused.
     """
     keys = {description.name: description for description in describe_keys(schema)}
     given = _Given(path, list(keys))
@@ -95,6 +158,7 @@ def load(
     for override in overrides:
         given.read_override(override)
     # The profile itself may come from the command line, so its values go under the others only now.
+    requested = set(given.values)
     profile = given.values.get("profile")
     profile_values = (profiles or {}).get(profile, {}) if isinstance(profile, str) else {}
     for name, value in profile_values.items():
@@ -107,8 +171,10 @@ def load(
         if description.default is MISSING and name not in given.values:
             given.problems.append(f"{path}: {name} is missing: {description.doc}")
     for name, value in given.values.items():
-        if unfit := _unfit(value, keys[name]):
-            given.problem(name, value, unfit)
+        # A profile is made for all versions: its values are no requests.
+        asked = running if name in requested else None
+        if problem := _refused(value, keys[name], asked, version) or _unfit(value, keys[name]):
+            given.problem(name, value, problem)
     if given.problems:
         raise ConfigError("\n".join(given.problems))
     return _build(schema, given.values)
@@ -214,28 +280,31 @@ class _Given:
             self._take(loader, value_node, child, override)
 
 
-def _walk(section: type, prefix: str = "") -> Iterator[KeyDescription]:
-    hints = typing.get_type_hints(section)
-    for entry in dataclasses.fields(section):
+def _walk(schema: type, prefix: str = "", since: int | None = None) -> Iterator[KeyDescription]:
+    hints = typing.get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
         name, hint = f"{prefix}{entry.name}", hints[entry.name]
+        metadata = dict(entry.metadata)
+        if metadata.get("since") is None:
+            metadata["since"] = since
         if dataclasses.is_dataclass(hint):
-            yield from _walk(typing.cast(type, hint), f"{name}.")
+            yield from _walk(typing.cast(type, hint), f"{name}.", metadata["since"])
         else:
             default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-            yield KeyDescription(name=name, type=hint, default=default, **entry.metadata)
+            yield KeyDescription(name=name, type=hint, default=default, **metadata)
 
 
-def _build(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    hints = typing.get_type_hints(section)
+def _build(schema: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    hints = typing.get_type_hints(schema)
     arguments: dict[str, Any] = {}
-    for entry in dataclasses.fields(section):
+    for entry in dataclasses.fields(schema):
         name, hint = f"{prefix}{entry.name}", hints[entry.name]
         if dataclasses.is_dataclass(hint):
             arguments[entry.name] = _build(hint, values, f"{name}.")
         elif name in values:
             # "lr: 1" means 1.0.
             arguments[entry.name] = float(values[name]) if hint is float else values[name]
-    return section(**arguments)
+    return schema(**arguments)
 
 
 def _is_section(name: str, keys: Iterable[str]) -> bool:
@@ -257,6 +326,16 @@ def _unknown(name: str, keys: Mapping[str, KeyDescription]) -> str:
         return sum(ratios) + 2 * (leaf == other_leaf) + (leaf.replace("_", " ") in keys[other].doc)
 
     return f"unknown key; the nearest one is {max(keys, key=likeness)}"
+
+
+def _refused(value: Any, description: KeyDescription, running: int | None, version: str) -> str | None:
+    """Why version `running` cannot do what a value asks for, or None."""
+    if running is None or description.since is None or running >= description.since:
+        return None
+    if value == description.default or value == description.before:
+        return None
+    first = version.format(description.since)
+    return f"works from {first} on, and this is {version.format(running)}; remove it, or run {first}"
 
 
 def _unfit(value: Any, description: KeyDescription) -> str | None:

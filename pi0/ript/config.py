@@ -1,17 +1,26 @@
 """The one configuration schema of all stages, its profiles, and what must hold between its keys.
 
-A key is one field below: its type, its default and, in `key(...)`, its meaning, unit and range. Values come
-from the defaults here, the profile, the YAML file and the command line's overrides; the later wins.
+A key is one field below: its type, its default and, in `key(...)`, its meaning, unit and range, the first
+stage that reads it (`since`; without it, all stages do), and whether a resumed run must keep its value
+(`fixed`). The fixed keys decide optimizer and schedule, what is practised, and which scores are compared.
+Values come from the defaults here, the profile, the YAML file and the command line's overrides; the later wins.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pi0.base import typed_yaml
-from pi0.base.typed_yaml import ConfigError, KeyDescription, key, show
+from pi0.base.typed_yaml import ConfigError, KeyDescription, key, section, show
+from pi0.training.settings import (
+    FeaturesConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    check_config,
+    read_config,
+)
 
 __all__ = [
     "Config",
@@ -27,23 +36,30 @@ __all__ = [
 Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 MAX_SEED = 2**31 - 1
 RECORDED_STATES = 50  # of each task, in every suite
+STAGE = "stage {:02d}"  # what a version of this program is called
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
     """What is practised and how it is simulated."""
 
-    benchmark_name: Suite = key("libero_spatial", "LIBERO suite")
-    task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0)
+    benchmark_name: Suite = key("libero_spatial", "LIBERO suite", fixed=True)
+    task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0, fixed=True)
     task_names_to_use: list[str | int] = key(
-        [], "tasks to train on, by name or index; empty: task_name, or every task of the suite", low=0
+        [],
+        "tasks to train on, by name or index; empty: task_name, or every task of the suite",
+        low=0,
+        fixed=True,
     )
     assets: str | None = key(
         None,
         "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
+        fixed=True,
     )
     demonstrations: str | None = key(
-        None, "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states"
+        None,
+        "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states",
+        fixed=True,
     )
     held_out_states: int | None = key(
         None,
@@ -52,10 +68,12 @@ class TaskConfig:
         unit="states",
         low=1,
         high=49,
+        fixed=True,
     )
     fixtures: Literal["libero_eval", "pinned"] = key(
         "libero_eval",
         "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always its first place",
+        fixed=True,
     )
     num_parallel_envs: int | None = key(
         None, "worker processes that simulate; null: one on each core", unit="processes", low=1
@@ -71,12 +89,17 @@ class TaskConfig:
         "length at which an episode has failed; null: LIBERO's for the suite",
         unit="control steps",
         low=1,
+        fixed=True,
     )
     settle_steps: int = key(
-        10, "steps without motion before the policy takes over", unit="control steps", low=0
+        10, "steps without motion before the policy takes over", unit="control steps", low=0, fixed=True
     )
     replan_steps: int = key(
-        10, "actions of a chunk executed before the policy looks again", unit="control steps", low=1
+        10,
+        "actions of a chunk executed before the policy looks again",
+        unit="control steps",
+        low=1,
+        fixed=True,
     )
     image_size: int | None = key(
         None,
@@ -84,8 +107,11 @@ class TaskConfig:
         "openpi makes from 256: set 256 for them",
         unit="pixels",
         low=16,
+        fixed=True,
     )
-    render: Literal["fast", "exact"] = key("fast", "without shadows and reflections, or LIBERO's own images")
+    render: Literal["fast", "exact"] = key(
+        "fast", "without shadows and reflections, or LIBERO's own images", fixed=True
+    )
 
     @property
     def chosen(self) -> list[str | int]:
@@ -98,36 +124,46 @@ class AlgoConfig:
     """Reinforcement interactive post-training."""
 
     mode: Literal["weighted", "guidance"] = key(
-        "weighted", "advantage-weighted flow loss, or classifier-free guidance by an optimality condition"
+        "weighted",
+        "advantage-weighted flow loss, or classifier-free guidance by an optimality condition",
+        fixed=True,
     )
     rloo_batch_size: int = key(8, "rollouts whose scores are compared (a group)", unit="rollouts", low=2)
     group_by: Literal["state", "batch"] = key(
         "state",
-        "a group is rollouts of one initial state, or of one task's states, one each (from stage 12 on)",
+        "a group is rollouts of one initial state, or of one task's states, one each",
+        since=12,
+        before="batch",
     )
     data_batch_size: int = key(
         64, "rollouts collected in an iteration, on each rank that practises", unit="rollouts", low=2
     )
     enable_dynamic_sampling: bool = key(
-        True, "replace groups that all succeed or all fail, which teach nothing, by others (from stage 12 on)"
+        True,
+        "replace groups that all succeed or all fail, which teach nothing, by others",
+        since=12,
+        before=False,
     )
     enable_rollout_stats_tracking: bool = key(
-        True, "keep the success history of initial states in a file (from stage 12 on)"
+        True, "keep the success history of initial states in a file", since=12, before=False
     )
     rollout_skip_threshold: int = key(
         2,
-        "visits solved in a row after which a state is passed over for a round (from stage 12 on; before: 2)",
+        "visits solved in a row after which a state is passed over for a round",
         unit="visits",
         low=1,
+        since=12,
+        before=2,
     )
     rollout_stats_path: str | None = key(
         None,
-        "statistics file, which ranks and runs may share; null: rollout_stats.json in the run's folder "
-        "(from stage 12 on)",
+        "statistics file, which ranks and runs may share; null: rollout_stats.json in the run's folder",
+        since=12,
     )
     use_val_init: bool = key(
         False,
-        "periodic evaluation starts from drawn validation states, not from LIBERO's recorded ones (from stage 12 on)",
+        "periodic evaluation starts from drawn validation states, not from LIBERO's recorded ones",
+        since=12,
     )
     shuffle_advantages: bool = key(
         False, "control: shuffle advantages inside each group, so that reward teaches nothing"
@@ -135,7 +171,9 @@ class AlgoConfig:
     max_sampling_attempts: int = key(
         16, "groups tried in an iteration before it goes on with what there is", unit="groups", low=1
     )
-    train_init_states: int = key(100, "training initial states of each task", unit="states", low=1)
+    train_init_states: int = key(
+        100, "training initial states of each task", unit="states", low=1, fixed=True
+    )
     replay_iterations: int = key(
         4, "iterations whose rollouts are learned from, the current one included", unit="iterations", low=1
     )
@@ -143,7 +181,7 @@ class AlgoConfig:
     minibatch_size: int = key(64, "action chunks in a forward pass", unit="chunks", low=1)
     gradient_accumulation_steps: int = key(1, "minibatches in an optimizer step", unit="minibatches", low=1)
     noise_samples: int = key(4, "noise and time draws of the flow loss for a chunk", unit="draws", low=1)
-    lr: float = key(1e-4, "learning rate", above=0)
+    lr: float = key(1e-4, "learning rate", above=0, fixed=True)
     grad_norm_clip: float = key(1.0, "largest gradient norm; longer gradients are shortened to it", above=0)
     negative_weight: float = key(
         0.0,
@@ -159,16 +197,19 @@ class AlgoConfig:
     )
     cotraining_path: str | None = key(
         None,
-        "data set of demonstrations (LeRobot's or LIBERO's HDF5) to learn from as well; null: none (from stage 13 on)",
+        "data set of demonstrations (LeRobot's or LIBERO's HDF5) to learn from as well; null: none",
+        since=13,
     )
     cotraining_gripper: Literal["close-is-1", "open-is-1"] | None = key(
-        None, "what 1 means to the gripper there; null: to close, and that some action opens it is checked"
+        None,
+        "what 1 means to the gripper there; null: to close, and that some action opens it is checked",
+        since=13,
     )
     cotraining_chunks: int = key(
-        256, "chunks of them drawn for each iteration, on each rank (from stage 13 on)", unit="chunks", low=1
+        256, "chunks of them drawn for each iteration, on each rank", unit="chunks", low=1, since=13
     )
     cotraining_weight: float = key(
-        0.5, "weight of each in the loss; practised chunks weigh as their advantage", above=0
+        0.5, "weight of each in the loss; practised chunks weigh as their advantage", above=0, since=13
     )
     condition_dropout: float = key(
         0.1, "share of chunks that train the unconditional flow (mode: guidance)", low=0, high=1
@@ -179,128 +220,93 @@ class AlgoConfig:
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
-    """The optimizer of the policy's weights."""
-
-    type: Literal["adamw", "adam", "sgd"] = key("adamw", "which optimizer")
-    weight_decay: float = key(0.0, "weight decay", low=0)
-    beta1: float = key(0.9, "decay of the gradient's running mean; momentum for sgd", low=0, high=0.9999)
-    beta2: float = key(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999)
-    final_lr_share: float = key(
-        1.0,
-        "share of algo.lr left in the end, reached in equal steps, one for each iteration that learns; 1: constant",
-        low=0,
-        high=1,
-    )
-
-
-@dataclass(kw_only=True)
 class TrainingConfig:
     """Length and reproducibility of a run."""
 
-    num_train_steps: int = key(6, "times to collect and update", unit="iterations", low=0)
-    seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED - 1)
-    save_freq: int = key(
-        1, "iterations from one checkpoint to the next (from stage 13 on)", unit="iterations", low=1
-    )
+    num_train_steps: int = key(6, "times to collect and update", unit="iterations", low=0, fixed=True)
+    seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED - 1, fixed=True)
+    save_freq: int = key(1, "iterations from one checkpoint to the next", unit="iterations", low=1, since=13)
     save_best: bool = key(
-        True, "keep the checkpoint with the best periodic evaluation, however old (from stage 13 on)"
+        True, "keep the checkpoint with the best periodic evaluation, however old", since=13, before=False
     )
-    keep_checkpoints: int = key(
-        2, "newest checkpoints that stay (from stage 13 on)", unit="checkpoints", low=1
-    )
+    keep_checkpoints: int = key(2, "newest checkpoints that stay", unit="checkpoints", low=1, since=13)
     max_bad_updates: int = key(
         5,
-        "gradients in a row that are not finite before the last checkpoint is loaded (from stage 13 on)",
+        "gradients in a row that are not finite before the last checkpoint is loaded",
         unit="updates",
         low=1,
+        since=13,
     )
     max_rollbacks: int = key(
-        3, "such loads for the same iteration before the run ends (from stage 13 on)", unit="loads", low=0
+        3, "such loads for the same iteration before the run ends", unit="loads", low=0, since=13
     )
     trainable: Literal["as_saved", "all", "without_vision", "expert", "lora"] = key(
         "as_saved",
         "which weights learn: all, all but the vision tower, the action expert's, low-rank additions; "
         "as_saved: what the checkpoint's configuration says; a part is trained in float32 whatever dtype is",
+        fixed=True,
     )
     use_mixed_precision: bool = key(
-        False, "compute losses in bfloat16 where that is safe (autocast; from stage 13 on)"
+        False, "compute losses in bfloat16 where that is safe (autocast)", since=13
     )
     gradient_checkpointing: bool = key(
         False,
-        "keep only the inputs of transformer blocks for the backward pass: less memory, more time (from stage 13 on)",
+        "keep only the inputs of transformer blocks for the backward pass: less memory, more time",
+        since=13,
     )
     use_fsdp: bool = key(
-        False, "cut weights and optimizer state over the ranks (FSDP2, needs torchrun; from stage 13 on)"
+        False, "cut weights and optimizer state over the ranks (FSDP2, needs torchrun)", since=13
     )
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
     """The scores before and after training, on initial states that are never trained on."""
 
-    episodes: int = key(100, "episodes over all tasks, before and again after", unit="episodes", low=1)
-    seed: int = key(0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED)
+    episodes: int = key(
+        100, "episodes over all tasks, before and again after", unit="episodes", low=1, fixed=True
+    )
+    seed: int = key(
+        0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED, fixed=True
+    )
     periodic_episodes: int = key(
         0,
-        "episodes over all tasks every logging.log_freq iterations (from stage 12 on); 0: none",
+        "episodes over all tasks every logging.log_freq iterations; 0: none",
         unit="episodes",
         low=0,
+        since=12,
     )
-
-
-@dataclass(kw_only=True)
-class LoggingConfig:
-    """Where metrics go besides the console, the log file and metrics.jsonl (from stage 11 on)."""
-
-    use_wandb: bool = key(True, "log to Weights & Biases (from stage 11 on)")
-    wandb_project: str = key("ript-pi0", "WandB project")
-    wandb_entity: str | None = key(None, "WandB user or team; null: the key's own")
-    wandb_mode: Literal["offline", "online", "disabled"] = key(
-        "offline", "offline writes a run that `wandb sync` uploads later; online needs a key and a network"
-    )
-    wandb_run_id: str | None = key(None, "run to go on with; null: a new one")
-    log_freq: int = key(
-        5,
-        "iterations from one report.html, and one periodic evaluation, to the next (from stage 11 on)",
-        unit="iterations",
-        low=1,
-    )
-
-
-@dataclass(kw_only=True)
-class FeaturesConfig:
-    """What is made besides the policy."""
-
-    save_video: bool = key(True, "save videos of rollouts before and after training")
 
 
 @dataclass(kw_only=True)
 class Config:
     """A run of a stage script."""
 
-    policy_path: str = key(MISSING, "checkpoint folder of the policy to start from")
+    policy_path: str = key(MISSING, "checkpoint folder of the policy to start from", fixed=True)
     device: str = key("auto", "where the policy runs: cpu, cuda, cuda:1; auto: the GPU if there is one")
     dtype: Literal["float32", "bfloat16"] = key(
         "float32",
         "type of the weights; norms, position embeddings, flow head and a part that is trained stay float32",
+        fixed=True,
     )
     compile: bool = key(
         False, "run the network by torch.compile: faster once the minutes that compiling takes are over"
     )
-    norm_stats_path: str | None = key(None, "normalisation statistics; null: the checkpoint's own")
+    norm_stats_path: str | None = key(
+        None, "normalisation statistics; null: the checkpoint's own", fixed=True
+    )
     output_dir: str = key("outputs", "folder of all runs")
     exp_name: str = key("ript", "name of this run and of its folder in output_dir")
     profile: Literal["dev", "prod"] | None = key(
         None, "values to start from; dev: every part once, in a minute; prod: many states and iterations"
     )
-    task: TaskConfig = field(default_factory=TaskConfig)
-    algo: AlgoConfig = field(default_factory=AlgoConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    task: TaskConfig = section(TaskConfig)
+    algo: AlgoConfig = section(AlgoConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+    logging: LoggingConfig = section(LoggingConfig, since=11)
+    features: FeaturesConfig = section(FeaturesConfig)
 
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -327,22 +333,24 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
     """Read a YAML file, put `overrides` ("training.seed=3") over it and check the whole.
 
-    Raises `ConfigError` for a file that cannot be read and for every unknown, duplicate, missing or unfit
-    value.
+    Args:
+        path: the YAML file.
+        overrides: the command line's, which win over the file.
+        stage: the running stage, 9 to 13. A key that file or overrides give, and that only later stages
+            read, is refused, unless its value is the default or says what this stage does. None: no key is
+            refused.
+    Raises:
+        ConfigError: the file cannot be read, or a value is unknown, duplicate, missing, unfit or refused.
     """
-    config = typed_yaml.load(Config, path, overrides, PROFILES)
-    if conflicts := _conflicts(config):
-        raise ConfigError("\n".join(f"{path}: {conflict}" for conflict in conflicts))
-    return config
+    return read_config(Config, path, overrides, PROFILES, _conflicts, running=stage, version=STAGE)
 
 
 def validate(config: Config) -> None:
     """Check a configuration that code has made; raises `ConfigError` as `load_config` does."""
-    if problems := typed_yaml.unfit_values(config) or _conflicts(config):
-        raise ConfigError("\n".join(problems))
+    check_config(config, _conflicts)
 
 
 def check_evaluation(config: Config, tasks: Sequence[object]) -> None:
@@ -369,8 +377,8 @@ def describe_keys() -> list[KeyDescription]:
 
 
 def help_text() -> str:
-    """The keys as `--help` prints them: name, type, unit, default, meaning."""
-    return typed_yaml.help_text(Config)
+    """The keys as `--help` prints them: name, type, unit, default, first stage, whether fixed, meaning."""
+    return typed_yaml.help_text(Config, STAGE)
 
 
 def _conflicts(config: Config) -> list[str]:

@@ -1,16 +1,16 @@
-"""The optimizer of a policy's weights and the schedule of its learning rate, as configured."""
+"""The optimizer of a module's weights and the schedule of its learning rate, as configured."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from pi0 import PI0Policy
-from pi0.ript.config import OptimizerConfig
+from pi0.training.settings import OptimizerConfig
 
 
-def make_optimizer(policy: PI0Policy, lr: float, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer over all trainable weights."""
-    weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+def make_optimizer(module: nn.Module, lr: float, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """An optimizer over the weights of a module that are trained (`requires_grad`)."""
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if optimizer.type == "sgd":
         return torch.optim.SGD(
             weights, lr, momentum=optimizer.beta1, weight_decay=optimizer.weight_decay, fused=True
