@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pi0 import PI0Policy, pick_device
+from pi0 import PI0Policy
 from pi0.base.errors import InputError
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
@@ -27,7 +27,7 @@ from pi0.policy.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import AlgoConfig, Config, EvaluationConfig, TaskConfig, TrainingConfig, to_dict
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner
+from pi0.ript.learner import Learner, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
@@ -55,15 +55,15 @@ class InitialStateDataset:
     """Training states of all tasks. A group is K states of one task, in ring order.
 
     Smart sampling: tasks take turns in proportion to how often they fail, and a state solved on each of its
-    last `skip_after` visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
+    last two visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
     """
 
-    def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
+    def __init__(self, pools: list[InitStatePool], group_size: int):
         self.pools = pools
         self.group_size = group_size
         self.turns = TaskTurns([pool.task for pool in pools])
         self.rings = [Ring((pool.task, index) for index in range(len(pool))) for pool in pools]
-        self.streaks = Streaks(skip_after)
+        self.streaks = Streaks(threshold=2)
         self.skipped = 0
 
     def smart_sample_group(self) -> list[Start]:
@@ -73,32 +73,22 @@ class InitialStateDataset:
         self.skipped += skipped
         return [(self.pools[task], index) for _, index in states]
 
+    def take_skipped(self) -> int:
+        """How many states were passed over since the last call."""
+        skipped, self.skipped = self.skipped, 0
+        return skipped
+
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
         self.turns.record(collection.tried)
         self.streaks.record_episodes(collection.tried)
 
 
-def load_policy(config: Config) -> PI0Policy:
-    """The policy to improve, with an optimality condition if guidance needs one."""
-    policy = PI0Policy.from_pretrained(
-        config.policy_path,
-        pick_device(config.device),
-        getattr(torch, config.dtype),
-        config.norm_stats_path,
-        config.training.trainable,
-    )
-    policy.compiled = config.compile
-    if config.algo.mode == "guidance":
-        policy.enable_guidance()
-    return policy
-
-
 def make_states(config: Config, env_runner: LIBEROEnvRunner) -> InitialStateDataset:
     """The states that are practised."""
     algo = config.algo
     pools = env_runner.training_states(algo.train_init_states, config.training.seed)
-    return InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
+    return InitialStateDataset(pools, algo.rloo_batch_size)
 
 
 def make_rollout_generator(
@@ -208,10 +198,9 @@ def train(config: Config) -> Path:
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history = []
         for step in range(config.training.num_train_steps):
-            states.skipped = 0
             collection = rollouts.generate_rollouts(acting, step)
             states.record(collection)
-            collected = {**collection.metrics(), "skipped_states": states.skipped}
+            collected = {**collection.metrics(), "skipped_states": states.take_skipped()}
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             metrics = train_iteration(config, learner, collection, metrics)
             history.append(metrics)

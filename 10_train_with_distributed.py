@@ -30,28 +30,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pi0 import PI0Policy, pick_device
+from pi0 import PI0Policy
 from pi0.base.errors import InputError
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
-from pi0.libero.init_states import InitStatePool, state_hash
+from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import Task, find_tasks
 from pi0.policy.acting import ActingPolicy
 from pi0.ranks.collectives import gather, largest, on_rank_zero
 from pi0.ranks.watch import exit_with, join_ranks, watched_ranks
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.config import (
-    Config,
-    ConfigError,
-    check_evaluation,
-    help_text,
-    load_config,
-    to_dict,
-    validate,
-)
+from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner
+from pi0.ript.learner import Learner, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -67,15 +59,15 @@ class InitialStateDataset:
     """Training states of all tasks. A group is K states of one task, in ring order.
 
     Smart sampling: tasks take turns in proportion to how often they fail, and a state solved on each of its
-    last `skip_after` visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
+    last two visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
     """
 
-    def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
+    def __init__(self, pools: list[InitStatePool], group_size: int):
         self.pools = pools
         self.group_size = group_size
         self.turns = TaskTurns([pool.task for pool in pools])
         self.rings = [Ring((pool.task, index) for index in range(len(pool))) for pool in pools]
-        self.streaks = Streaks(skip_after)
+        self.streaks = Streaks(threshold=2)
         self.skipped = 0
 
     def smart_sample_group(self) -> list[Start]:
@@ -84,6 +76,11 @@ class InitialStateDataset:
         states, skipped = self.rings[task].sample_unsolved(self.group_size, self.streaks.pass_over)
         self.skipped += skipped
         return [(self.pools[task], index) for _, index in states]
+
+    def take_skipped(self) -> int:
+        """How many states were passed over since the last call."""
+        skipped, self.skipped = self.skipped, 0
+        return skipped
 
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
@@ -94,16 +91,14 @@ class InitialStateDataset:
 class DistributedInitialStateDataset(InitialStateDataset):
     """Training states of this rank's tasks. An iteration handles one of them, the one under the task cursor."""
 
-    def __init__(
-        self, pools: list[InitStatePool], group_size: int, skip_after: int, env_runner: LIBEROEnvRunner
-    ):
-        super().__init__(pools, group_size, skip_after)
+    def __init__(self, pools: list[InitStatePool], group_size: int, env_runner: LIBEROEnvRunner):
+        super().__init__(pools, group_size)
         self.turns = CursorTurns(env_runner, [pool.task for pool in pools])
 
     def smart_sample_init_state(self) -> list[tuple[Start, str]]:
         """The next K starts, each with the hash that names its state."""
         starts = self.smart_sample_group()
-        return [((pool, index), state_hash(pool.states[index].state)) for pool, index in starts]
+        return [((pool, index), pool.states[index].name) for pool, index in starts]
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -146,30 +141,13 @@ def distributed_collect_batches(
     task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
     rollouts.env_runner.advance_task_cursor()
-    work = gather(task and task.index)
-    parts = gather({**collection.metrics(), "skipped_states": states.skipped})
+    parts = gather({**collection.metrics(), "skipped_states": states.take_skipped()})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
-            print(
-                f"rank {rank}: task {work[rank]}, {part['trajectories']} trajectories, {part['solved']} solved"
-            )
+            practised = f"{len(part['tasks'])} tasks, {part['trajectories']} trajectories"
+            print(f"rank {rank}: {practised}, {part['solved']} solved")
     metrics = merge_metrics(parts)
     return collection, metrics
-
-
-def load_policy(config: Config) -> PI0Policy:
-    """The policy to improve, with an optimality condition if guidance needs one."""
-    policy = PI0Policy.from_pretrained(
-        config.policy_path,
-        pick_device(config.device),
-        getattr(torch, config.dtype),
-        config.norm_stats_path,
-        config.training.trainable,
-    )
-    policy.compiled = config.compile
-    if config.algo.mode == "guidance":
-        policy.enable_guidance()
-    return policy
 
 
 def make_states(config: Config, env_runner: LIBEROEnvRunner) -> InitialStateDataset:
@@ -177,8 +155,8 @@ def make_states(config: Config, env_runner: LIBEROEnvRunner) -> InitialStateData
     algo = config.algo
     pools = env_runner.training_states(algo.train_init_states, config.training.seed)
     if dist.is_initialized():
-        return DistributedInitialStateDataset(pools, algo.rloo_batch_size, 2, env_runner)
-    return InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
+        return DistributedInitialStateDataset(pools, algo.rloo_batch_size, env_runner)
+    return InitialStateDataset(pools, algo.rloo_batch_size)
 
 
 def make_rollout_generator(
@@ -296,7 +274,6 @@ def train(config: Config, rank: int, world_size: int) -> Path:
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history = []
         for step in range(config.training.num_train_steps):
-            states.skipped = 0
             collection, collected = distributed_collect_batches(states, rollouts, acting, step)
             states.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}

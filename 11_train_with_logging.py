@@ -24,7 +24,6 @@ import argparse
 import atexit
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -35,30 +34,22 @@ import wandb
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pi0 import PI0Policy, pick_device
-from pi0.base.errors import InputError
+from pi0 import PI0Policy
+from pi0.base.errors import InputError, report_failure
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
-from pi0.libero.init_states import InitStatePool, state_hash
+from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import Task, find_tasks
 from pi0.policy.acting import ActingPolicy
 from pi0.ranks.collectives import gather, largest, on_rank_zero
 from pi0.ranks.watch import exit_with, join_ranks, watched_ranks
 from pi0.report.html_report import write_html_report
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.config import (
-    Config,
-    ConfigError,
-    check_evaluation,
-    help_text,
-    load_config,
-    to_dict,
-    validate,
-)
+from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner
+from pi0.ript.learner import Learner, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -66,8 +57,9 @@ from pi0.ript.turns import CursorTurns, Ring, Streaks, TaskTurns
 from pi0.training.descriptor_tap import DescriptorTap
 from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
+from pi0.training.log_file import LogFile
 from pi0.training.memory import memory_use
-from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
+from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import set_seed
 from pi0.training.run_folder import new_run_dir
@@ -77,15 +69,15 @@ class InitialStateDataset:
     """Training states of all tasks. A group is K states of one task, in ring order.
 
     Smart sampling: tasks take turns in proportion to how often they fail, and a state solved on each of its
-    last `skip_after` visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
+    last two visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
     """
 
-    def __init__(self, pools: list[InitStatePool], group_size: int, skip_after: int):
+    def __init__(self, pools: list[InitStatePool], group_size: int):
         self.pools = pools
         self.group_size = group_size
         self.turns = TaskTurns([pool.task for pool in pools])
         self.rings = [Ring((pool.task, index) for index in range(len(pool))) for pool in pools]
-        self.streaks = Streaks(skip_after)
+        self.streaks = Streaks(threshold=2)
         self.skipped = 0
 
     def smart_sample_group(self) -> list[Start]:
@@ -94,6 +86,11 @@ class InitialStateDataset:
         states, skipped = self.rings[task].sample_unsolved(self.group_size, self.streaks.pass_over)
         self.skipped += skipped
         return [(self.pools[task], index) for _, index in states]
+
+    def take_skipped(self) -> int:
+        """How many states were passed over since the last call."""
+        skipped, self.skipped = self.skipped, 0
+        return skipped
 
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
@@ -104,16 +101,14 @@ class InitialStateDataset:
 class DistributedInitialStateDataset(InitialStateDataset):
     """Training states of this rank's tasks. An iteration handles one of them, the one under the task cursor."""
 
-    def __init__(
-        self, pools: list[InitStatePool], group_size: int, skip_after: int, env_runner: LIBEROEnvRunner
-    ):
-        super().__init__(pools, group_size, skip_after)
+    def __init__(self, pools: list[InitStatePool], group_size: int, env_runner: LIBEROEnvRunner):
+        super().__init__(pools, group_size)
         self.turns = CursorTurns(env_runner, [pool.task for pool in pools])
 
     def smart_sample_init_state(self) -> list[tuple[Start, str]]:
         """The next K starts, each with the hash that names its state."""
         starts = self.smart_sample_group()
-        return [((pool, index), state_hash(pool.states[index].state)) for pool, index in starts]
+        return [((pool, index), pool.states[index].name) for pool, index in starts]
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -156,58 +151,35 @@ def distributed_collect_batches(
     task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
     rollouts.env_runner.advance_task_cursor()
-    work = gather(task and task.index)
-    parts = gather({**collection.metrics(), "skipped_states": states.skipped})
+    parts = gather({**collection.metrics(), "skipped_states": states.take_skipped()})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
-            print(
-                f"rank {rank}: task {work[rank]}, {part['trajectories']} trajectories, {part['solved']} solved"
-            )
+            practised = f"{len(part['tasks'])} tasks, {part['trajectories']} trajectories"
+            print(f"rank {rank}: {practised}, {part['solved']} solved")
     metrics = merge_metrics(parts)
     return collection, metrics
 
 
 class _TeeIO(DescriptorTap):
-    """Copies what reaches the console, by whatever code or process, to a log file.
-
-    Of a progress bar only the last state is kept. A full disk ends the copy, never the run.
-    """
+    """Copies what reaches the console, by whatever code or process, to a log file."""
 
     def __init__(self, descriptor: int, echo: bool):
-        self._log: int | None = None
-        # Lines that the file does not have yet; None when the copy has ended.
-        self._kept: list[bytes] | None = []
-        self._line = b""  # not ended yet
-        self._lock = threading.Lock()
+        self.log = LogFile()
         super().__init__(descriptor, echo)
 
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
-        self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.say(self.log.open(path))
         self.leave_to(path)
-        self.heard(b"")
 
     def heard(self, data: bytes) -> None:
-        """Keep whole lines, as they stood when they ended."""
-        with self._lock:
-            *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
-            if self._kept is None:
-                return
-            shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-            self._kept += [line + b"\n" for line in shown if line]
-            if self._log is not None and self._kept:
-                try:
-                    os.write(self._log, b"".join(self._kept))
-                    self._kept = []
-                except OSError as error:
-                    self._kept = None
-                    self.say(f"the log file ends here: {error.strerror}\n".encode())
+        """Copy what was written; a full disk ends the copy, never the run."""
+        self.say(self.log.write(data))
 
     def restore(self) -> None:
         """Put the descriptor back as it was, with all that was written until now in the file."""
         super().restore()
-        self.heard(b"\n" if self._line else b"")
+        self.log.end_line()
 
 
 def setup_run_logging(rank: int) -> list[_TeeIO]:
@@ -229,30 +201,8 @@ def log_to_files(tees: list[_TeeIO], path: Path) -> None:
 
 
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
-    """Start or continue a WandB run: offline where online fails, none where that fails too; training continues."""
-    logging = config.logging
-    for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
-        try:
-            run = wandb.init(
-                project=logging.wandb_project,
-                entity=logging.wandb_entity,
-                name=run_dir.name,
-                id=logging.wandb_run_id,
-                resume="allow",
-                mode=mode,
-                dir=run_dir,
-                config=to_dict(config),
-                # No question is waited for, and the console is in our own log.
-                settings=wandb.Settings(console="off", init_timeout=20, login_timeout=1, silent=True),
-            )
-        except (wandb.Error, OSError) as error:
-            print(f"WandB {mode} is not available: {error}")
-        else:
-            upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
-            run.define_metric("*", step_metric="step")  # which goes back when a run does
-            print(f"WandB initialised: {mode} run {run.id}{upload}")
-            return run
-    return None
+    """Start or continue a WandB run as configured; where that fails, training continues without."""
+    return start_wandb(config.logging, run_dir, to_dict(config))
 
 
 def log_metrics(
@@ -271,28 +221,13 @@ def log_metrics(
         print(f"step {step}: metrics or report not written: {error}")
 
 
-def load_policy(config: Config) -> PI0Policy:
-    """The policy to improve, with an optimality condition if guidance needs one."""
-    policy = PI0Policy.from_pretrained(
-        config.policy_path,
-        pick_device(config.device),
-        getattr(torch, config.dtype),
-        config.norm_stats_path,
-        config.training.trainable,
-    )
-    policy.compiled = config.compile
-    if config.algo.mode == "guidance":
-        policy.enable_guidance()
-    return policy
-
-
 def make_states(config: Config, env_runner: LIBEROEnvRunner) -> InitialStateDataset:
     """The states that are practised."""
     algo = config.algo
     pools = env_runner.training_states(algo.train_init_states, config.training.seed)
     if dist.is_initialized():
-        return DistributedInitialStateDataset(pools, algo.rloo_batch_size, 2, env_runner)
-    return InitialStateDataset(pools, algo.rloo_batch_size, skip_after=2)
+        return DistributedInitialStateDataset(pools, algo.rloo_batch_size, env_runner)
+    return InitialStateDataset(pools, algo.rloo_batch_size)
 
 
 def make_rollout_generator(
@@ -419,11 +354,11 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         acting = ActingPolicy(learner.average.module, weight)
         evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
-        on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
+        protocol = (write_json, run_dir / "protocol.json", before.protocol)
+        on_rank_zero(report_failure, "protocol.json not written", *protocol)
         history = []
         for step in range(config.training.num_train_steps):
             step_started = time.monotonic()
-            states.skipped = 0
             collection, collected = distributed_collect_batches(states, rollouts, acting, step)
             states.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}

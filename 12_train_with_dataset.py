@@ -27,7 +27,6 @@ import argparse
 import atexit
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,12 +39,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from pi0 import PI0Policy, pick_device
+from pi0 import PI0Policy
 from pi0.base.errors import InputError, report_failure
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
-from pi0.libero.evaluation import EvaluationResult, score
+from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
@@ -54,17 +53,9 @@ from pi0.ranks.collectives import gather, largest, on_rank_zero
 from pi0.ranks.watch import exit_with, join_ranks, watched_ranks
 from pi0.report.html_report import write_html_report
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.config import (
-    Config,
-    ConfigError,
-    check_evaluation,
-    help_text,
-    load_config,
-    to_dict,
-    validate,
-)
+from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner
+from pi0.ript.learner import Learner, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -73,8 +64,9 @@ from pi0.ript.turns import Ring, TaskTurns
 from pi0.training.descriptor_tap import DescriptorTap
 from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
+from pi0.training.log_file import LogFile
 from pi0.training.memory import memory_use
-from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten
+from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import set_seed
 from pi0.training.run_folder import new_run_dir
@@ -141,6 +133,11 @@ class TaskAwareSampler(Sampler[list[int]]):
             self.skipped.setdefault(self.pools[task].task.name, [0])[0] += skipped
         return indices
 
+    def take_skipped(self) -> dict[str, list[int]]:
+        """How many states were passed over since the last call."""
+        skipped, self.skipped = self.skipped, {}
+        return skipped
+
     def is_passed_over(self, index: int) -> bool:
         """Whether the statistics pass over a state, whose turn it is."""
         return self.stats.pass_over(self.names[index])
@@ -187,63 +184,37 @@ def distributed_collect_batches(
     `algo.max_sampling_attempts` groups, or twice as many that were all dropped, are used up.
     """
     collection = rollouts.generate_rollouts(policy, step)
-    skipped, states.skipped = states.skipped, {}
-    parts = gather({**collection.metrics(), "skipped_by_task": skipped})
+    parts = gather({**collection.metrics(), "skipped_by_task": states.take_skipped()})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
-            print(f"rank {rank}: {part['trajectories']} trajectories, {part['solved']} solved")
+            practised = f"{len(part['tasks'])} tasks, {part['trajectories']} trajectories"
+            print(f"rank {rank}: {practised}, {part['solved']} solved")
     metrics = merge_metrics(parts)
-    tried = metrics["groups"] + metrics["dropped_groups"]
-    if tried:  # none where the run was asked to stop before
-        print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
-    for name, (solved, failed) in metrics["dropped_by_task"].items():
-        print(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
-    for name, (count,) in metrics["skipped_by_task"].items():
-        print(f"skipped states of {name}: {count}, solved on each of their last visits")
+    for line in rollouts.describe(metrics):
+        print(line)
     return collection, metrics
 
 
 class _TeeIO(DescriptorTap):
-    """Copies what reaches the console, by whatever code or process, to a log file.
-
-    Of a progress bar only the last state is kept. A full disk ends the copy, never the run.
-    """
+    """Copies what reaches the console, by whatever code or process, to a log file."""
 
     def __init__(self, descriptor: int, echo: bool):
-        self._log: int | None = None
-        # Lines that the file does not have yet; None when the copy has ended.
-        self._kept: list[bytes] | None = []
-        self._line = b""  # not ended yet
-        self._lock = threading.Lock()
+        self.log = LogFile()
         super().__init__(descriptor, echo)
 
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
-        self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.say(self.log.open(path))
         self.leave_to(path)
-        self.heard(b"")
 
     def heard(self, data: bytes) -> None:
-        """Keep whole lines, as they stood when they ended."""
-        with self._lock:
-            *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
-            if self._kept is None:
-                return
-            shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-            self._kept += [line + b"\n" for line in shown if line]
-            if self._log is not None and self._kept:
-                try:
-                    os.write(self._log, b"".join(self._kept))
-                    self._kept = []
-                except OSError as error:
-                    self._kept = None
-                    self.say(f"the log file ends here: {error.strerror}\n".encode())
+        """Copy what was written; a full disk ends the copy, never the run."""
+        self.say(self.log.write(data))
 
     def restore(self) -> None:
         """Put the descriptor back as it was, with all that was written until now in the file."""
         super().restore()
-        self.heard(b"\n" if self._line else b"")
+        self.log.end_line()
 
 
 def setup_run_logging(rank: int) -> list[_TeeIO]:
@@ -265,30 +236,8 @@ def log_to_files(tees: list[_TeeIO], path: Path) -> None:
 
 
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
-    """Start or continue a WandB run: offline where online fails, none where that fails too; training continues."""
-    logging = config.logging
-    for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
-        try:
-            run = wandb.init(
-                project=logging.wandb_project,
-                entity=logging.wandb_entity,
-                name=run_dir.name,
-                id=logging.wandb_run_id,
-                resume="allow",
-                mode=mode,
-                dir=run_dir,
-                config=to_dict(config),
-                # No question is waited for, and the console is in our own log.
-                settings=wandb.Settings(console="off", init_timeout=20, login_timeout=1, silent=True),
-            )
-        except (wandb.Error, OSError) as error:
-            print(f"WandB {mode} is not available: {error}")
-        else:
-            upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
-            run.define_metric("*", step_metric="step")  # which goes back when a run does
-            print(f"WandB initialised: {mode} run {run.id}{upload}")
-            return run
-    return None
+    """Start or continue a WandB run as configured; where that fails, training continues without."""
+    return start_wandb(config.logging, run_dir, to_dict(config))
 
 
 def log_metrics(
@@ -307,25 +256,10 @@ def log_metrics(
         print(f"step {step}: metrics or report not written: {error}")
 
 
-def load_policy(config: Config) -> PI0Policy:
-    """The policy to improve, with an optimality condition if guidance needs one."""
-    policy = PI0Policy.from_pretrained(
-        config.policy_path,
-        pick_device(config.device),
-        getattr(torch, config.dtype),
-        config.norm_stats_path,
-        config.training.trainable,
-    )
-    policy.compiled = config.compile
-    if config.algo.mode == "guidance":
-        policy.enable_guidance()
-    return policy
-
-
 def make_states(
     config: Config, env_runner: LIBEROEnvRunner, stats: RolloutStats, rank: int, world_size: int
 ) -> TaskAwareSampler:
-    """The states that are practised, and the order in which this rank takes its share of them."""
+    """The states that are practised."""
     algo = config.algo
     pools = on_rank_zero(env_runner.training_states, algo.train_init_states, config.training.seed)
     dataset = LiberoInitStateDataset(pools)
@@ -435,7 +369,7 @@ def write_results(
 ) -> None:
     """Table, learning curve and film of the policies before and after, with their scores."""
     final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
-    final |= {"before": score(scores[0]), "after": score(scores[1])}
+    final |= {"before": scores[0].score(), "after": scores[1].score()}
     write_json(run_dir / "final_training_results.json", final)
     recorded = count_lines(run_dir / "metrics.jsonl")
     print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
@@ -465,7 +399,7 @@ def evaluate_periodically(
         label=f"evaluation {step}",
         initial_states=validation,
     )
-    evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
+    evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
     on_rank_zero(
         report_failure, "metrics.json not written", write_json, run_dir / "metrics.json", evaluations
     )
@@ -496,7 +430,8 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         acting = ActingPolicy(learner.average.module, weight)
         evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
-        on_rank_zero(write_json, run_dir / "protocol.json", before.protocol)
+        protocol = (write_json, run_dir / "protocol.json", before.protocol)
+        on_rank_zero(report_failure, "protocol.json not written", *protocol)
         history = []
         evaluations = []
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)

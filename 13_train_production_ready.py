@@ -29,13 +29,10 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +42,13 @@ import wandb
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from pi0 import PI0Policy, pick_device
+from pi0 import PI0Policy
 from pi0.base.errors import InputError, attempt, report_failure
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
 from pi0.base.typed_yaml import fixed_keys
-from pi0.libero.evaluation import EvaluationResult, score
+from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
@@ -62,38 +59,27 @@ from pi0.ranks.sharding import shard, weights_are_finite, whole
 from pi0.ranks.watch import RankWatch, exit_with, join_ranks, watched_ranks
 from pi0.report.html_report import write_html_report
 from pi0.ript.cfg_adapter import OutOfMemory, PI0_CFG_Adapter, WeightedChunks
-from pi0.ript.config import (
-    Config,
-    ConfigError,
-    EvaluationConfig,
-    check_evaluation,
-    help_text,
-    load_config,
-    to_dict,
-    validate,
-)
-from pi0.ript.cotraining import Cotraining, load_cotraining
+from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
+from pi0.ript.cotraining import load_cotraining
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner
+from pi0.ript.learner import Learner, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
-from pi0.ript.rollout_stats import RolloutStats, state_name
+from pi0.ript.rollout_stats import RolloutStats, SamplerState, state_name
 from pi0.ript.turns import Ring, TaskTurns
-from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.descriptor_tap import DescriptorTap
 from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
 from pi0.training.interrupts import Interrupted, Interrupts
+from pi0.training.log_file import LogFile
 from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
-from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, rewrite_metrics
+from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
-from pi0.training.recovery import Recovery
 from pi0.training.run_folder import new_run_dir, newest_run, take_run
-from pi0.training.state import Place, States, TrainingState, Weights
-
-NOTED_PASSES = "passes.json"  # in the run's folder, by a rank whose memory ran out
+from pi0.training.safeguards import Safeguards
+from pi0.training.state import States, TrainingState, Weights
 
 
 class LiberoInitStateDataset(Dataset):
@@ -157,6 +143,11 @@ class TaskAwareSampler(Sampler[list[int]]):
             self.skipped.setdefault(self.pools[task].task.name, [0])[0] += skipped
         return indices
 
+    def take_skipped(self) -> dict[str, list[int]]:
+        """How many states were passed over since the last call."""
+        skipped, self.skipped = self.skipped, {}
+        return skipped
+
     def is_passed_over(self, index: int) -> bool:
         """Whether the statistics pass over a state, whose turn it is."""
         return self.stats.pass_over(self.names[index])
@@ -168,23 +159,6 @@ class TaskAwareSampler(Sampler[list[int]]):
     def record(self, collection: Collection) -> None:
         """Remember what the policy solved."""
         self.turns.record(collection.tried)
-
-    def state_dict(self) -> dict:
-        """Whose turn it is, where the rings are, and what the statistics remember."""
-        cursors = [ring.init_state_cursor for ring in self.rings]
-        return {**self.turns.state_dict(), "init_state_cursor": cursors, "stats": self.stats.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`."""
-        self.turns.load_state_dict(state)
-        for ring, cursor in zip(self.rings, state["init_state_cursor"], strict=True):
-            ring.init_state_cursor = cursor
-        self.stats.load_state_dict(state["stats"])
-
-    def join_state_dicts(self, states: list[dict], place: Place) -> None:
-        """Continue from the statistics of all ranks of before, with rings that begin again."""
-        self.turns.load_state_dict(states[0])
-        self.stats.join_state_dicts([state["stats"] for state in states])
 
 
 def setup_distributed() -> tuple[int, int, int]:
@@ -215,63 +189,37 @@ def distributed_collect_batches(
     `algo.max_sampling_attempts` groups, or twice as many that were all dropped, are used up.
     """
     collection = rollouts.generate_rollouts(policy, step)
-    skipped, states.skipped = states.skipped, {}
-    parts = gather({**collection.metrics(), "skipped_by_task": skipped})
+    parts = gather({**collection.metrics(), "skipped_by_task": states.take_skipped()})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
-            print(f"rank {rank}: {part['trajectories']} trajectories, {part['solved']} solved")
+            practised = f"{len(part['tasks'])} tasks, {part['trajectories']} trajectories"
+            print(f"rank {rank}: {practised}, {part['solved']} solved")
     metrics = merge_metrics(parts)
-    tried = metrics["groups"] + metrics["dropped_groups"]
-    if tried:  # none where the run was asked to stop before
-        print(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
-    for name, (solved, failed) in metrics["dropped_by_task"].items():
-        print(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
-    for name, (count,) in metrics["skipped_by_task"].items():
-        print(f"skipped states of {name}: {count}, solved on each of their last visits")
+    for line in rollouts.describe(metrics):
+        print(line)
     return collection, metrics
 
 
 class _TeeIO(DescriptorTap):
-    """Copies what reaches the console, by whatever code or process, to a log file.
-
-    Of a progress bar only the last state is kept. A full disk ends the copy, never the run.
-    """
+    """Copies what reaches the console, by whatever code or process, to a log file."""
 
     def __init__(self, descriptor: int, echo: bool):
-        self._log: int | None = None
-        # Lines that the file does not have yet; None when the copy has ended.
-        self._kept: list[bytes] | None = []
-        self._line = b""  # not ended yet
-        self._lock = threading.Lock()
+        self.log = LogFile()
         super().__init__(descriptor, echo)
 
     def log_to(self, path: Path) -> None:
         """From now on, and for all that was written before, into the file at `path`."""
-        self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.say(self.log.open(path))
         self.leave_to(path)
-        self.heard(b"")
 
     def heard(self, data: bytes) -> None:
-        """Keep whole lines, as they stood when they ended."""
-        with self._lock:
-            *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
-            if self._kept is None:
-                return
-            shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
-            self._kept += [line + b"\n" for line in shown if line]
-            if self._log is not None and self._kept:
-                try:
-                    os.write(self._log, b"".join(self._kept))
-                    self._kept = []
-                except OSError as error:
-                    self._kept = None
-                    self.say(f"the log file ends here: {error.strerror}\n".encode())
+        """Copy what was written; a full disk ends the copy, never the run."""
+        self.say(self.log.write(data))
 
     def restore(self) -> None:
         """Put the descriptor back as it was, with all that was written until now in the file."""
         super().restore()
-        self.heard(b"\n" if self._line else b"")
+        self.log.end_line()
 
 
 def setup_run_logging(rank: int) -> list[_TeeIO]:
@@ -293,30 +241,8 @@ def log_to_files(tees: list[_TeeIO], path: Path) -> None:
 
 
 def init_wandb(config: Config, run_dir: Path) -> wandb.Run | None:
-    """Start or continue a WandB run: offline where online fails, none where that fails too; training continues."""
-    logging = config.logging
-    for mode in dict.fromkeys([logging.wandb_mode, "offline"]) if logging.use_wandb else []:
-        try:
-            run = wandb.init(
-                project=logging.wandb_project,
-                entity=logging.wandb_entity,
-                name=run_dir.name,
-                id=logging.wandb_run_id,
-                resume="allow",
-                mode=mode,
-                dir=run_dir,
-                config=to_dict(config),
-                # No question is waited for, and the console is in our own log.
-                settings=wandb.Settings(console="off", init_timeout=20, login_timeout=1, silent=True),
-            )
-        except (wandb.Error, OSError) as error:
-            print(f"WandB {mode} is not available: {error}")
-        else:
-            upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
-            run.define_metric("*", step_metric="step")  # which goes back when a run does
-            print(f"WandB initialised: {mode} run {run.id}{upload}")
-            return run
-    return None
+    """Start or continue a WandB run as configured; where that fails, training continues without."""
+    return start_wandb(config.logging, run_dir, to_dict(config))
 
 
 def log_metrics(
@@ -335,79 +261,6 @@ def log_metrics(
         print(f"step {step}: metrics or report not written: {error}")
 
 
-@dataclass(frozen=True)
-class Safeguards:
-    """What keeps a run from losing its work.
-
-    Attributes:
-        store: its checkpoints.
-        state: what a checkpoint is made of.
-        recovery: what went wrong in updates.
-        interrupts: whether it was asked to stop, or for a checkpoint.
-    """
-
-    store: CheckpointStore
-    state: TrainingState
-    recovery: Recovery
-    interrupts: Interrupts
-    rank: int
-    world_size: int
-
-
-def save_checkpoint(safe: Safeguards) -> None:
-    """Write what the run was after its last iteration; a disk that refuses is reported, and training continues."""
-    store, state = safe.store, safe.state
-    if safe.recovery.bad_in_a_row:  # maybe it is the weights that are spoilt
-        print(f"no checkpoint of step {state.step}: the last gradient was not finite")
-        return
-    problem = on_rank_zero(attempt, store.begin, state.step)
-    if problem is None:
-        written = attempt(state.write, store.temporary(state.step), safe.rank, safe.world_size)
-        problem = next((text for text in gather(written) if text is not None), None)
-        if problem is None:
-            problem = on_rank_zero(attempt, store.seal, state.step, state.score, state.facts)
-        else:
-            on_rank_zero(store.abandon, state.step)
-    if problem is not None:
-        print(f"step {state.step}: {problem}")
-
-
-def find_checkpoint(store: CheckpointStore) -> Path | None:
-    """The newest checkpoint that verifies, saying which were passed over and why; None where there is none."""
-    newest, damaged = on_rank_zero(store.newest_valid)
-    for path, reason in damaged:
-        print(f"passed over {path}: {reason}")
-    if newest is None and damaged:
-        raise InputError(f"no checkpoint in {store.folder} verifies; start a new run, without --resume")
-    if newest is None:
-        print(f"no checkpoint in {store.folder}: starting from the beginning")
-    return newest
-
-
-def load_checkpoint(safe: Safeguards, checkpoint: Path) -> None:
-    """Become what the run was when the checkpoint was written."""
-    shared_out = safe.state.read(checkpoint, safe.rank, safe.world_size)
-    done = f"{safe.state.step} iterations done" + (f"; {shared_out}" if shared_out else "")
-    print(f"going on from {checkpoint}, {done}")
-
-
-def roll_back(safe: Safeguards, noise: OwnStream, error: FloatingPointError) -> None:
-    """Return to the last good checkpoint, from which the run continues with other noise."""
-    store, state, recovery = safe.store, safe.state, safe.recovery
-    step = state.step
-    recovery.count_rollback(step, error)
-    print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
-    if recovery.in_a_row > 1:
-        on_rank_zero(report_failure, "what leads nowhere is not removed", store.drop_last)
-    if (newest := find_checkpoint(store)) is None:
-        raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
-    load_checkpoint(safe, newest)
-    noise.start(safe.rank, recovery.offset)
-    state.begin()
-    rewrite = (rewrite_metrics, store.folder.parent, state.history, state.evaluations)
-    on_rank_zero(report_failure, "metrics not rewritten", *rewrite)
-
-
 def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
     """From now on signals ask the run to stop or to make a checkpoint, and do nothing else."""
     interrupts = Interrupts(watch)
@@ -415,29 +268,20 @@ def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
     return interrupts
 
 
-def monitor_memory(history: list[dict]) -> None:
-    """Now and then release what is not used, and warn of memory that grows."""
-    if len(history) % RELEASE_EVERY == 1:
-        release()
-    for line in growth(history):
-        print(line)
+def save_checkpoint(safe: Safeguards) -> None:
+    """Write what the run was after its last iteration; a disk that refuses is reported, and training continues."""
+    step = safe.state.step
+    if safe.recovery.bad_in_a_row:  # maybe it is the weights that are spoilt
+        print(f"no checkpoint of step {step}: the last gradient was not finite")
+    elif problem := safe.write():
+        print(f"step {step}: {problem}")
 
 
-def make_safeguards(
-    config: Config, run_dir: Path, interrupts: Interrupts, rank: int, world_size: int
-) -> Safeguards:
-    """Checkpoints, recovery and stops as configured."""
-    training = config.training
-    store = CheckpointStore(
-        run_dir / "checkpoints",
-        keep=training.keep_checkpoints,
-        keep_best=training.save_best,
-        every=training.save_freq,
-        last=training.num_train_steps,
-    )
-    on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
-    recovery = Recovery(training.max_bad_updates, training.max_rollbacks)
-    return Safeguards(store, TrainingState(), recovery, interrupts, rank, world_size)
+def load_checkpoint(safe: Safeguards, learner: Learner, newest: Path | None) -> None:
+    """Continue from a checkpoint; without one begin."""
+    safe.begin(newest)
+    passes = safe.noted("passes", 1) if newest else 1  # by a rank whose memory ran out
+    learner.adapter.passes = largest(max(passes, safe.state.facts.get("passes", 1)))
 
 
 @contextlib.contextmanager
@@ -448,28 +292,21 @@ def cleanup_on_exit(safe: Safeguards) -> Iterator[None]:
     except Interrupted:
         if safe.state.can_be_saved and not on_rank_zero(safe.store.has, safe.state.step):
             save_checkpoint(safe)
-        print(f"stopped; --resume goes on from {safe.store.resume_point(safe.state.step)}")
+        print(f"stopped; --resume continues from {safe.store.resume_point(safe.state.step)}")
 
 
-def load_policy(config: Config) -> PI0Policy:
-    """The policy to improve, with an optimality condition if guidance needs one."""
-    policy = PI0Policy.from_pretrained(
-        config.policy_path,
-        pick_device(config.device),
-        getattr(torch, config.dtype),
-        config.norm_stats_path,
-        config.training.trainable,
-    )
-    policy.compiled = config.compile
-    if config.algo.mode == "guidance":
-        policy.enable_guidance()
-    return policy
+def monitor_memory(history: list[dict]) -> None:
+    """Now and then release what is not used, and warn of memory that grows."""
+    if len(history) % RELEASE_EVERY == 1:
+        release()
+    for line in growth(history):
+        print(line)
 
 
 def make_states(
     config: Config, env_runner: LIBEROEnvRunner, stats: RolloutStats, rank: int, world_size: int
 ) -> TaskAwareSampler:
-    """The states that are practised, and the order in which this rank takes its share of them."""
+    """The states that are practised."""
     algo = config.algo
     pools = on_rank_zero(env_runner.training_states, algo.train_init_states, config.training.seed)
     dataset = LiberoInitStateDataset(pools)
@@ -526,15 +363,38 @@ def make_learner(config: Config, policy: PI0Policy, env_runner: LIBEROEnvRunner,
     schedule = make_schedule(optimizer, training.optimizer.final_lr_share, training.num_train_steps)
     nothing = WeightedChunks.empty(env_runner.cameras, env_runner.image_size, policy.config.action_horizon)
     generator = torch.Generator().manual_seed(training.seed + 1_000_003 * rank)
-    return Learner(adapter, optimizer, schedule, average, Replay(algo.replay_iterations, nothing), generator)
+    cotraining = load_cotraining(config, policy, env_runner.tasks)
+    return Learner(
+        adapter, optimizer, schedule, average, Replay(algo.replay_iterations, nothing), generator, cotraining
+    )
+
+
+def add_parts(state: TrainingState, learner: Learner, states: TaskAwareSampler, noise: OwnStream) -> None:
+    """What a checkpoint holds."""
+    state.shared = {
+        "policy": SavedPolicy(learner.average.module),
+        "training": Weights(learner.policy.network, "resume with the same training.trainable"),
+        "optimizer": States(optimizer=learner.optimizer, schedule=learner.schedule),
+    }
+    sampler = SamplerState(states.turns, states.rings, states.stats)
+    state.own = {"sampler": sampler, "generator": noise, "replay": learner.replay, "random": GlobalStreams()}
+
+
+def note_facts(config: Config, safe: Safeguards, learner: Learner, seconds: float) -> None:
+    """What a resumed run needs to know besides."""
+    of_run = {"wandb_run_id": config.logging.wandb_run_id, "config": to_dict(config), "seconds": seconds}
+    safe.state.facts |= {**of_run, "passes": learner.adapter.passes, **safe.recovery.facts()}
 
 
 def update_policy(
-    config: Config, learner: Learner, batch: WeightedChunks, safe: Safeguards, patience_s: float
+    config: Config, learner: Learner, batch: WeightedChunks, safe: Safeguards
 ) -> dict[str, float]:
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
     algo, adapter, policy = config.algo, learner.adapter, learner.policy
     sharded = isinstance(policy, FSDPModule)
+    # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
+    patience_s = 0.0 if on_rank_zero(safe.store.has, safe.state.step) else 10.0
+    safe.state.begin_update()
     policy.train()
     losses, norms, accumulated = [], [], 0
     parts = largest(adapter.count_minibatches(batch, algo.minibatch_size))
@@ -547,11 +407,8 @@ def update_policy(
                 complete = accumulated == algo.gradient_accumulation_steps or len(losses) + 1 == passes
                 if sharded:
                     policy.set_requires_gradient_sync(complete)
-                losses.append(
-                    adapter.accumulate_gradient(
-                        minibatch, learner.generator, algo.gradient_accumulation_steps, retry=not sharded
-                    )
-                )
+                steps, noise = algo.gradient_accumulation_steps, learner.generator
+                losses.append(adapter.accumulate_gradient(minibatch, noise, steps, retry=not sharded))
                 bar.update(1, f"loss {losses[-1]:.4f}")
                 if complete:
                     if not sharded:
@@ -581,32 +438,22 @@ def update_policy(
 
 
 def train_iteration(
-    config: Config,
-    learner: Learner,
-    collection: Collection,
-    metrics: dict,
-    started: float,
-    safe: Safeguards,
-    cotraining: Cotraining | None,
+    config: Config, learner: Learner, collection: Collection, metrics: dict, started: float, safe: Safeguards
 ) -> dict:
     """Learn from what was collected; returns the metrics of the iteration that `started` with its rollouts."""
     lr, update_started = learner.lr, time.monotonic()
     learner.take_in(collection)
     batch = learner.replay.batch()
-    if cotraining is not None and largest(len(batch)):
-        batch = WeightedChunks.cat([batch, cotraining.draw(learner.generator)])
-    # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
-    patience_s = 0.0 if on_rank_zero(safe.store.has, safe.state.step) else 10.0
-    safe.state.begin_update()
     if largest(len(batch)):
+        if learner.cotraining is not None:
+            batch = WeightedChunks.cat([batch, learner.cotraining.draw(learner.generator)])
         try:
-            metrics |= update_policy(config, learner, batch, safe, patience_s)
+            metrics |= update_policy(config, learner, batch, safe)
         except OutOfMemory as error:
-            write_json(safe.store.folder.parent / NOTED_PASSES, error.passes)
-            raise InputError(
-                f"step {safe.state.step}: memory ran out on rank {safe.rank}; --resume goes on with minibatches in "
-                f"{error.passes} passes"
-            ) from error
+            safe.note("passes", error.passes)
+            where = f"step {safe.state.step}: memory ran out on rank {dist.get_rank()}"
+            more = f"--resume continues with minibatches in {error.passes} passes"
+            raise InputError(f"{where}; {more}") from error
         learner.schedule.step()
     phases = {**metrics["phases"], "update": time.monotonic() - update_started}
     phases["other"] = time.monotonic() - started - sum(phases.values())
@@ -624,16 +471,16 @@ def write_results(
 ) -> None:
     """Table, learning curve and film of the policies before and after, with their scores."""
     final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
-    final |= {"before": score(scores[0]), "after": score(scores[1])}
-    final_results = run_dir / "final_training_results.json"
-    report_failure("final_training_results.json not written", write_json, final_results, final)
+    final |= {"before": scores[0].score(), "after": scores[1].score()}
+    final_results = (write_json, run_dir / "final_training_results.json", final)
+    report_failure("final_training_results.json not written", *final_results)
     recorded = count_lines(run_dir / "metrics.jsonl")
     print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
-    results = (run_dir, to_dict(config), *scores, history, seconds)
-    report_failure("results not written", write_report, *results)
+    results = (write_report, run_dir, to_dict(config), *scores, history, seconds)
+    report_failure("results not written", *results)
     if config.features.save_video:
-        film = (run_dir, env_runner, *policies, *scores)
-        report_failure("video not written", film_before_after, *film)
+        film = (film_before_after, run_dir, env_runner, *policies, *scores)
+        report_failure("video not written", *film)
     problem = attempt(write_html_report, run_dir)
     print(f"report.html not written: {problem}" if problem else f"  {run_dir / 'report.html'}")
 
@@ -658,57 +505,11 @@ def evaluate_periodically(
         label=f"evaluation {step}",
         initial_states=validation,
     )
-    evaluations.append({"step": step, **score(scored), "protocol": scored.protocol})
+    evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
     on_rank_zero(
         report_failure, "metrics.json not written", write_json, run_dir / "metrics.json", evaluations
     )
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
-
-
-def add_parts(state: TrainingState, learner: Learner, noise: OwnStream, states: TaskAwareSampler) -> None:
-    """What a checkpoint holds."""
-    optimizer, schedule = learner.optimizer, learner.schedule
-    state.shared = {
-        "policy": SavedPolicy(learner.average.module),
-        "training": Weights(learner.policy.network, "resume with the same training.trainable"),
-        "optimizer": States(optimizer=optimizer, schedule=schedule),
-    }
-    state.own = {"sampler": states, "generator": noise, "replay": learner.replay, "random": GlobalStreams()}
-
-
-def note_facts(
-    config: Config, safe: Safeguards, learner: Learner, run: wandb.Run | None, seconds: float
-) -> None:
-    """What a resumed run needs to know besides."""
-    run_id = run.id if run else config.logging.wandb_run_id
-    safe.state.facts |= {"wandb_run_id": run_id, "config": to_dict(config), "seconds": seconds}
-    safe.state.facts |= {"passes": learner.adapter.passes, **safe.recovery.facts()}
-
-
-def resume_run(safe: Safeguards, learner: Learner, checkpoint: Path | None) -> float:
-    """Continue from a checkpoint, if there is one; returns the seconds that the run has taken before."""
-    state = safe.state
-    if checkpoint is not None:
-        load_checkpoint(safe, checkpoint)
-        safe.recovery.resume(state.facts)
-        noted = safe.store.folder.parent / NOTED_PASSES
-        passes = json.loads(noted.read_text()) if noted.exists() else 1
-        learner.adapter.passes = largest(max(passes, state.facts.get("passes", 1)))
-    rewrite = (rewrite_metrics, safe.store.folder.parent, state.history, state.evaluations)
-    on_rank_zero(report_failure, "metrics not rewritten", *rewrite)
-    state.begin()
-    return state.facts.get("seconds", 0.0)
-
-
-def score_before(
-    env_runner: LIBEROEnvRunner, start: ActingPolicy, evaluation: EvaluationConfig, facts: dict
-) -> EvaluationResult:
-    """The score before training, which a resumed run finds among its facts."""
-    if "before" in facts:
-        return env_runner.restore_result(facts["before"])
-    before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
-    facts["before"] = before.to_dict()
-    return before
 
 
 def train(
@@ -720,15 +521,16 @@ def train(
     policy = load_policy(config)
     broadcast_weights(policy)  # of another file of that name, maybe, on another host
     place = (config.output_dir, config.exp_name, to_dict(config))
-    resumed = (newest_run, *place, fixed_keys(Config))
-    run_dir = on_rank_zero(*resumed) if resume else on_rank_zero(new_run_dir, *place)
+    open_run = (newest_run, *place, fixed_keys(Config)) if resume else (new_run_dir, *place)
+    run_dir = on_rank_zero(*open_run)
     log_to_files(tees, run_dir / f"train_rank{rank}.log")
     on_rank_zero(take_run, run_dir, to_dict(config))
-    safe = make_safeguards(config, run_dir, interrupts, rank, world_size)
-    newest, state = find_checkpoint(safe.store) if resume else None, safe.state
+    safe = Safeguards.of(run_dir, config.training, interrupts)
+    newest, state = safe.find() if resume else None, safe.state
     if newest is not None and config.logging.wandb_run_id is None:
         config.logging.wandb_run_id = safe.store.facts(newest).get("wandb_run_id")
     run = init_wandb(config, run_dir) if rank == 0 else None
+    config.logging.wandb_run_id = run.id if run else config.logging.wandb_run_id
     board = TensorBoard(run_dir / "tensorboard")
     started = time.monotonic()
     with LIBEROEnvRunner(config.task, policy.config) as env_runner, cleanup_on_exit(safe):
@@ -740,20 +542,24 @@ def train(
         states = make_states(config, env_runner, stats, rank, world_size)
         rollouts = make_rollout_generator(config, env_runner, states)
         start = ActingPolicy(policy.copy())
-        cotraining = load_cotraining(config, policy, env_runner.tasks)
         learner = make_learner(config, policy, env_runner, rank)
         noise = OwnStream(learner.generator, config.training.seed)
-        add_parts(state, learner, noise, states)
+        add_parts(state, learner, states, noise)
+        load_checkpoint(safe, learner, newest)
+        started -= state.facts.get("seconds", 0.0)
+        note_facts(config, safe, learner, time.monotonic() - started)
         weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
         acting = ActingPolicy(learner.average.module, weight)
         evaluation = config.evaluation
-        started -= resume_run(safe, learner, newest)
-        note_facts(config, safe, learner, run, time.monotonic() - started)
-        before = score_before(env_runner, start, evaluation, state.facts)
+        if "before" in state.facts:  # of a run that is resumed
+            before = env_runner.restore_result(state.facts["before"])
+        else:
+            before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
+            state.facts["before"] = before.to_dict()
         protocol = (write_json, run_dir / "protocol.json", before.protocol)
         on_rank_zero(report_failure, "protocol.json not written", *protocol)
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
-        scored, evaluations = state.score, state.evaluations  # None also where a stop came before the score
+        scored, evaluations = state.score, state.evaluations  # no score, too, where a stop came before it
         evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
         if state.step == 0 or state.score != scored:
             save_checkpoint(safe)
@@ -765,14 +571,12 @@ def train(
             rollouts.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             try:
-                metrics = train_iteration(
-                    config, learner, collection, metrics, step_started, safe, cotraining
-                )
+                metrics = train_iteration(config, learner, collection, metrics, step_started, safe)
             except FloatingPointError as error:
-                roll_back(safe, noise, error)
+                safe.roll_back(error, noise)
                 continue
             metrics |= {"memory": memory_use(env_runner.pool.processes)}
-            note_facts(config, safe, learner, run, time.monotonic() - started)
+            note_facts(config, safe, learner, time.monotonic() - started)
             state.finish_iteration(metrics)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
@@ -780,9 +584,8 @@ def train(
             on_rank_zero(report_failure, f"step {step}: the policy is not saved", *saved)
             print(summarize(metrics))
             monitor_memory(state.history)
-            evaluate_periodically(
-                config, env_runner, acting, step + 1, validation, state.evaluations, run_dir
-            )
+            evaluations = state.evaluations  # others after a return to a checkpoint
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             asked = interrupts.take_checkpoint_request()
             if largest(safe.store.is_due(state.step, state.score, asked)):
                 save_checkpoint(safe)

@@ -16,7 +16,7 @@ from worker_calls import open_tasks, tasks_in_memory
 
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
-from pi0.libero.init_states import state_hash
+from pi0.libero.stepping import state_hash
 from pi0.libero.suites import find_tasks
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import load_config

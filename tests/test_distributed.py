@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from stage_13_runs import finish, ranks_of
 
 from pi0.base.paths import REPO_ROOT
-from pi0.libero.init_states import InitStatePool, state_hash
-from pi0.libero.stepping import InitState
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.stepping import InitState, state_hash
 from pi0.libero.suites import suite_tasks
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics

@@ -23,7 +23,7 @@ from pi0.base.errors import MissingFileError
 from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
 from pi0.data.demonstrations import DataError
-from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim
+from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim, state_hash
 from pi0.libero.suites import Task, suite_tasks
 
 if TYPE_CHECKING:
@@ -73,11 +73,6 @@ class InitStatePool:
 
     def __len__(self) -> int:
         return len(self.states)
-
-
-def state_hash(state: np.ndarray) -> str:
-    """16 hexadecimal digits that name an initial state (its recorded part) across runs."""
-    return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
 def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[InitStatePool]:

@@ -8,6 +8,7 @@ sets the state. The numbers are the same to the last bit: `tests/test_stepping.p
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class InitState:
 
     state: np.ndarray
     fixtures: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """16 hexadecimal digits that name the state (its recorded part) across runs."""
+        return state_hash(self.state)
+
+
+def state_hash(state: np.ndarray) -> str:
+    """What names an initial state across runs: 16 hexadecimal digits of its recorded part."""
+    return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
 @dataclass

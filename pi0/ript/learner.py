@@ -6,11 +6,32 @@ from dataclasses import dataclass
 
 import torch
 
-from pi0 import PI0Policy
+from pi0 import PI0Policy, pick_device
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.config import Config
+from pi0.ript.cotraining import Cotraining
 from pi0.ript.replay import Replay
 from pi0.ript.rollout_generator import Collection
 from pi0.training.ema import AveragedModule
+
+
+def load_policy(config: Config) -> PI0Policy:
+    """The policy to improve, as configured, with an optimality condition if guidance needs one.
+
+    Raises:
+        CheckpointError, MissingFileError: `policy_path` is no policy folder that fits.
+    """
+    policy = PI0Policy.from_pretrained(
+        config.policy_path,
+        pick_device(config.device),
+        getattr(torch, config.dtype),
+        config.norm_stats_path,
+        config.training.trainable,
+    )
+    policy.compiled = config.compile
+    if config.algo.mode == "guidance":
+        policy.enable_guidance()
+    return policy
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,7 @@ class Learner:
         average: the running average of the weights, which acts, is scored and is saved.
         replay: the chunks of the last iterations.
         generator: of augmentation, of the flow's noise and times, and of the order of chunks.
+        cotraining: demonstrations that are learned from beside practice.
     """
 
     adapter: PI0_CFG_Adapter
@@ -32,6 +54,7 @@ class Learner:
     average: AveragedModule[PI0Policy]
     replay: Replay
     generator: torch.Generator
+    cotraining: Cotraining | None = None
 
     @property
     def policy(self) -> PI0Policy:

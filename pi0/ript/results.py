@@ -197,3 +197,12 @@ def film_before_after(
 def _titled(episode: Episode, when: str) -> list[np.ndarray]:
     solved = "solved" if episode.success else "not solved"
     return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")
+
+
+def summarize(metrics: dict[str, Any]) -> str:
+    """A line about an iteration."""
+    learned = "nothing to learn from"
+    if "updates" in metrics:
+        learned = f"{metrics['updates']} updates, loss {metrics.get('loss', np.nan):.4f}"
+    solved = f"{metrics['successes']} of {metrics['rollouts']} solved"
+    return f"iteration {metrics['step']}: {solved}, {learned}"

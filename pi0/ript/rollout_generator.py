@@ -291,6 +291,18 @@ class RolloutGenerator:
         collection.lost_workers = [str(loss) for loss in self.env_runner.pool.losses[losses:]]
         return collection
 
+    def describe(self, metrics: dict[str, Any]) -> list[str]:
+        """Lines about what became of the groups of an iteration, of all ranks."""
+        lines = []
+        tried = metrics["groups"] + metrics["dropped_groups"]
+        if tried:  # none where the run was asked to stop before
+            lines.append(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
+        for name, (solved, failed) in metrics["dropped_by_task"].items():
+            lines.append(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
+        for name, (count,) in metrics["skipped_by_task"].items():
+            lines.append(f"skipped states of {name}: {count}, solved on each of their last visits")
+        return lines
+
     def record(self, collection: Collection) -> None:
         """Add to the statistics how often each state was solved; all its rollouts in an iteration are one visit."""
         visits: dict[str, list[bool]] = {}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from pi0.base.errors import InputError
 from pi0.base.files import locked, write_whole
-from pi0.libero.init_states import state_hash
 from pi0.libero.stepping import InitState
 from pi0.libero.suites import Task
-from pi0.ript.turns import Streaks
+from pi0.ript.turns import Ring, Streaks, TaskTurns
+from pi0.training.state import Place
 
 FORMAT = 1
 # A visit: [successes, rollouts] of all rollouts from the state in one iteration.
@@ -24,7 +25,7 @@ class StatsError(InputError):
 
 def state_name(task: Task, init: InitState) -> str:
     """What names a state across runs: suite, task and hash of the recorded state, joined by `/`."""
-    return f"{task.suite}/{task.index}/{state_hash(init.state)}"
+    return f"{task.suite}/{task.index}/{init.name}"
 
 
 class RolloutStats:
@@ -130,6 +131,38 @@ class RolloutStats:
     def _count(self, name: str, visit: Visit) -> None:
         successes, rollouts = visit
         self._streaks.record(name, successes == rollouts)
+
+
+class SamplerState:
+    """Where a sampler is and what it remembers, as a part of a checkpoint.
+
+    Args:
+        turns: whose turn it is.
+        rings: the states of each task.
+        stats: what was solved.
+    """
+
+    def __init__(self, turns: TaskTurns, rings: Sequence[Ring], stats: RolloutStats):
+        self._turns = turns
+        self._rings = rings
+        self._stats = stats
+
+    def state_dict(self) -> dict:
+        """Credit and success rates of the tasks, the rings' cursors, and the statistics."""
+        cursors = [ring.init_state_cursor for ring in self._rings]
+        return {**self._turns.state_dict(), "init_state_cursor": cursors, "stats": self._stats.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`."""
+        self._turns.load_state_dict(state)
+        for ring, cursor in zip(self._rings, state["init_state_cursor"], strict=True):
+            ring.init_state_cursor = cursor
+        self._stats.load_state_dict(state["stats"])
+
+    def join_state_dicts(self, states: list[dict], place: Place) -> None:
+        """Continue from the statistics of all ranks of before, which had other states; rings begin again."""
+        self._turns.load_state_dict(states[0])
+        self._stats.join_state_dicts([state["stats"] for state in states])
 
 
 def _read(path: Path) -> dict:

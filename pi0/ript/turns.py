@@ -41,6 +41,14 @@ class TaskTurns:
         self.credit[task] -= 1.0
         return task
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Credit and success rates."""
+        return {"credit": list(self.credit), "success_rate": list(self.success_rate)}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Continue from `state_dict()`."""
+        self.credit, self.success_rate = list(state["credit"]), list(state["success_rate"])
+
     def record(self, episodes: Sequence[Episode]) -> None:
         """Remember how often each task has succeeded; a task without episodes keeps its rate."""
         for number, task in enumerate(self._tasks):

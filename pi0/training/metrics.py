@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from pi0.base.files import write_whole
+from pi0.training.settings import LoggingConfig
 
 
 def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
@@ -71,6 +72,32 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
 def count_lines(path: Path) -> int:
     """Lines of a JSON-lines file; 0 where there is none."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def start_wandb(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) -> wandb.Run | None:
+    """Start or continue a WandB run: offline where online fails, none where that fails too, which is printed."""
+    for mode in dict.fromkeys([settings.wandb_mode, "offline"]) if settings.use_wandb else []:
+        try:
+            run = wandb.init(
+                project=settings.wandb_project,
+                entity=settings.wandb_entity,
+                name=run_dir.name,
+                id=settings.wandb_run_id,
+                resume="allow",
+                mode=mode,
+                dir=run_dir,
+                config=config,
+                # No question is waited for, and the console is in our own log.
+                settings=wandb.Settings(console="off", init_timeout=20, login_timeout=1, silent=True),
+            )
+        except (wandb.Error, OSError) as error:
+            print(f"WandB {mode} is not available: {error}")
+        else:
+            upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
+            run.define_metric("*", step_metric="step")  # which returns to an earlier one when a run does
+            print(f"WandB initialised: {mode} run {run.id}{upload}")
+            return run
+    return None
 
 
 def finish_wandb(run: wandb.Run, scores: Mapping[str, Sequence[bool]]) -> None:

@@ -1,0 +1,134 @@
+"""What keeps a run from losing its work: checkpoints by all ranks together, and the way back to them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from pi0.base.errors import InputError, attempt, report_failure
+from pi0.base.files import write_json
+from pi0.ranks.collectives import gather, on_rank_zero, rank_and_world_size
+from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.interrupts import Interrupts
+from pi0.training.metrics import rewrite_metrics
+from pi0.training.random_state import OwnStream
+from pi0.training.recovery import Recovery
+from pi0.training.state import TrainingState
+
+
+class SafetySettings(Protocol):
+    """What a configuration says of checkpoints and recovery."""
+
+    num_train_steps: int
+    save_freq: int
+    save_best: bool
+    keep_checkpoints: int
+    max_bad_updates: int
+    max_rollbacks: int
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """A run's state, its checkpoints, and what can happen to it. All methods are called by all ranks together.
+
+    Attributes:
+        run_dir: the run's folder.
+        store: its checkpoints.
+        state: what a checkpoint is made of.
+        recovery: what went wrong in updates.
+        interrupts: whether the run was asked to stop, or for a checkpoint.
+    """
+
+    run_dir: Path
+    store: CheckpointStore
+    state: TrainingState
+    recovery: Recovery
+    interrupts: Interrupts
+
+    @classmethod
+    def of(cls, run_dir: Path, settings: SafetySettings, interrupts: Interrupts) -> Self:
+        """Safeguards of a run as configured."""
+        store = CheckpointStore(
+            run_dir / "checkpoints",
+            keep=settings.keep_checkpoints,
+            keep_best=settings.save_best,
+            every=settings.save_freq,
+            last=settings.num_train_steps,
+        )
+        on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
+        recovery = Recovery(settings.max_bad_updates, settings.max_rollbacks)
+        return cls(run_dir, store, TrainingState(), recovery, interrupts)
+
+    def find(self) -> Path | None:
+        """The newest checkpoint that verifies, saying which were passed over and why; None where there is none.
+
+        Raises:
+            InputError: there are some, and none verifies.
+        """
+        newest, damaged = on_rank_zero(self.store.newest_valid)
+        for path, reason in damaged:
+            print(f"passed over {path}: {reason}")
+        if newest is None and damaged:
+            raise InputError(f"no checkpoint in {self.store.folder} verifies; start a new run, without --resume")
+        if newest is None:
+            print(f"no checkpoint in {self.store.folder}: starting from the beginning")
+        return newest
+
+    def write(self) -> str | None:
+        """Make a checkpoint of the last finished iteration; why it could not be made, or None."""
+        step = self.state.step
+        if problem := on_rank_zero(attempt, self.store.begin, step):
+            return problem
+        written = attempt(self.state.write, self.store.temporary(step), *rank_and_world_size())
+        if problem := next((text for text in gather(written) if text is not None), None):
+            on_rank_zero(self.store.abandon, step)
+            return problem
+        return on_rank_zero(attempt, self.store.seal, step, self.state.score, self.state.facts)
+
+    def read(self, checkpoint: Path) -> None:
+        """Become what the run was when the checkpoint was written, and say so."""
+        shared_out = self.state.read(checkpoint, *rank_and_world_size())
+        done = f"{self.state.step} iterations done" + (f"; {shared_out}" if shared_out else "")
+        print(f"continuing from {checkpoint}, {done}")
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Continue from a checkpoint, or begin; all parts of the state are there."""
+        if checkpoint is None:
+            self.state.begin()
+        else:
+            self.read(checkpoint)
+            self.recovery.resume(self.state.facts)
+        self._rewrite_metrics()
+
+    def roll_back(self, error: FloatingPointError, noise: OwnStream) -> None:
+        """Return to the last good checkpoint, from which the run continues with other noise.
+
+        Raises:
+            InputError: there is none, or the run has returned too often for the same step.
+        """
+        step = self.state.step
+        self.recovery.count_rollback(step, error)
+        print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
+        if self.recovery.in_a_row > 1:
+            on_rank_zero(report_failure, "a checkpoint that leads nowhere is not removed", self.store.drop_last)
+        if (newest := self.find()) is None:
+            raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
+        self.read(newest)
+        noise.start(rank_and_world_size()[0], self.recovery.offset)
+        self.state.begin()
+        self._rewrite_metrics()
+
+    def note(self, name: str, number: int) -> None:
+        """Write down a number that a resumed run needs although no checkpoint can be made; by this rank alone."""
+        write_json(self.run_dir / f"{name}.json", number)
+
+    def noted(self, name: str, default: int) -> int:
+        """What was written down, by whatever rank."""
+        file = self.run_dir / f"{name}.json"
+        return int(json.loads(file.read_text())) if file.exists() else default
+
+    def _rewrite_metrics(self) -> None:
+        rewrite = (rewrite_metrics, self.run_dir, self.state.history, self.state.evaluations)
+        on_rank_zero(report_failure, "metrics.jsonl not rewritten", *rewrite)
