@@ -17,7 +17,9 @@ from worker_calls import open_tasks, tasks_in_memory
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
 from pi0.libero.init_states import state_hash
+from pi0.libero.settings import TaskConfig
 from pi0.libero.suites import find_tasks
+from pi0.model.config import Pi0Config
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
@@ -114,20 +116,17 @@ class Watched(Wobbly):
 def runner():
     previous = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(REPO_ROOT / "tests")  # where the workers find worker_calls
-    with LIBEROEnvRunner(
-        "libero_10",
-        [],
-        cameras=("base_0_rgb",),
+    task = TaskConfig(
+        benchmark_name="libero_10",
         image_size=32,
-        chunk=10,
-        replan_steps=10,
         num_parallel_envs=2,
         rollouts_per_env=2,
         max_open_tasks=3,
         max_episode_length=10,
         settle_steps=0,
         assets="standins",
-    ) as runner:
+    )
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as runner:
         if previous is None:
             del os.environ["PYTHONPATH"]
         else:
@@ -177,17 +176,15 @@ def test_step_2_rollouts_are_collected_by_initial_state(runner):
 
 
 def test_step_2_the_generator_takes_what_the_description_names_and_is_ended_by_cleanup(tmp_path):
-    with LIBEROEnvRunner(
-        "libero_10",
-        [0, 1],
-        cameras=("base_0_rgb",),
+    task = TaskConfig(
+        benchmark_name="libero_10",
+        task_names_to_use=[0, 1],
         image_size=32,
-        chunk=10,
-        replan_steps=10,
         num_parallel_envs=2,
         settle_steps=0,
         assets="standins",
-    ) as env_runner:
+    )
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as env_runner:
         dataset, sampler, loader = loader_of(env_runner, group_size=1)
         rollouts = RolloutGenerator(
             env_runner=env_runner,

@@ -21,8 +21,10 @@ from stage_13_runs import finish, ranks_of
 
 from pi0.base.paths import REPO_ROOT
 from pi0.libero.init_states import InitStatePool, state_hash
+from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import InitState
 from pi0.libero.suites import suite_tasks
+from pi0.model.config import Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
 
@@ -85,15 +87,8 @@ def test_one_task_on_two_ranks_leaves_the_second_without():
 
 @pytest.fixture
 def runner():
-    with LIBEROEnvRunner(
-        "libero_spatial",
-        list(range(9)),
-        cameras=("base_0_rgb",),
-        image_size=32,
-        chunk=10,
-        replan_steps=10,
-        assets="standins",
-    ) as runner:
+    task = TaskConfig(task_names_to_use=list(range(9)), image_size=32, assets="standins")
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as runner:
         yield runner
 
 

@@ -20,13 +20,13 @@ from PIL import Image
 from pi0.base.errors import MissingFileError
 from pi0.base.paths import REPO_ROOT
 from pi0.base.video import write_video
+from pi0.libero.evaluation import EvaluationResult, score
 from pi0.report import page as report_page
 from pi0.report.figures import pooled
 from pi0.report.html_report import write_html_report
 from pi0.report.record import RunRecordError, read_run, success_counts
 from pi0.ript.config import AlgoConfig, Config, TrainingConfig, to_dict
-from pi0.ript.env_runner import EvaluationResult
-from pi0.ript.results import new_run_dir, score, write_json, write_report
+from pi0.ript.results import new_run_dir, write_json, write_report
 from pi0.training.metrics import append_line
 from tools.setup import BROWSERS
 

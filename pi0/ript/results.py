@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: results.json, a table, a learning curve, a before/after video."""
+"""What a run leaves behind for people: results.json, a table, a learning curve."""
 
 from __future__ import annotations
 
@@ -20,20 +20,12 @@ import yaml
 
 from pi0.base.errors import InputError
 from pi0.base.files import write_whole
-from pi0.base.stats import format_rate, paired_difference, wilson_interval
-from pi0.base.video import captioned, write_video
+from pi0.base.stats import format_rate, paired_difference
 from pi0.report.figures import percent, pooled
 from pi0.report.record import success_counts
 
 if TYPE_CHECKING:
-    from pi0.libero.episodes import Episode
-    from pi0.policy.acting import ActingPolicy
-    from pi0.ript.env_runner import EvaluationResult, LIBEROEnvRunner
-
-VIDEO_EPISODES = 3
-VIDEO_EVERY = 4  # control steps from one frame to the next
-VIDEO_FPS = 10  # twice real time
-
+    from pi0.libero.evaluation import EvaluationResult
 
 # Keys, by how they begin, that a resumed run cannot change: optimizer and schedule, what is practised, what scores
 # are compared with.
@@ -168,34 +160,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def score(result: EvaluationResult) -> dict[str, Any]:
-    """An evaluation as numbers: counts, 95% Wilson intervals, per task and in all."""
-
-    def rate(outcomes: list[bool]) -> dict[str, Any]:
-        low, high = wilson_interval(sum(outcomes), len(outcomes))
-        return {
-            "successes": sum(outcomes),
-            "episodes": len(outcomes),
-            "success_rate": sum(outcomes) / len(outcomes),
-            "interval_95": [low, high],
-        }
-
-    return {
-        **rate(result.outcomes),
-        "tasks": {name: rate(outcomes) for name, outcomes in result.by_task().items()},
-        "broken": [e.failure for e in result.episodes if e.failure is not None],
-        "outcomes": [
-            {
-                "task": e.rollout.task.index,
-                "state": e.rollout.init_index,
-                "success": e.success,
-                "steps": e.steps,
-            }
-            for e in result.episodes
-        ],
-    }
-
-
 def write_report(
     run_dir: Path,
     config: dict[str, Any],
@@ -211,6 +175,10 @@ def write_report(
         history: metrics of each iteration.
         seconds: wall time of the run so far.
     """
+    from pi0.libero.evaluation import (
+        score,
+    )  # loads the simulator, which other users of this module do not need
+
     change = paired_difference(before.outcomes, after.outcomes)
     written = ["results.json", "policy", "config.yaml"]
     results = {
@@ -302,42 +270,6 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
 def shorten(task: str, length: int = 40) -> str:
     """A task's name as prose that fits a legend."""
     return textwrap.shorten(task.replace("_", " "), length, placeholder=" ...")
-
-
-def film_before_after(
-    run_dir: Path,
-    env_runner: LIBEROEnvRunner,
-    acting_before: ActingPolicy,
-    acting_after: ActingPolicy,
-    before: EvaluationResult,
-    after: EvaluationResult,
-) -> None:
-    """Write before_after.mp4: both policies side by side on a few scored episodes, those mended by training first.
-
-    Rollouts are deterministic, so filming one again shows the very episode that was scored.
-    """
-    from dataclasses import replace
-
-    pairs = list(zip(before.episodes, after.episodes, strict=True))
-    pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
-    rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
-    films = []
-    for when, acting in (("before", acting_before), ("after", acting_after)):
-        episodes = dict(env_runner.run_policy_in_env(acting, rollouts))
-        films.append([_titled(episodes[index], when) for index in range(len(rollouts))])
-    frames = []
-    for left, right in zip(*films, strict=True):
-        length = max(len(left), len(right))
-        padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
-        gap = np.full((left[0].shape[0], 4, 3), 255, np.uint8)
-        frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
-    write_video(run_dir / "before_after.mp4", frames, VIDEO_FPS)
-    print(f"  {run_dir / 'before_after.mp4'}")
-
-
-def _titled(episode: Episode, when: str) -> list[np.ndarray]:
-    solved = "solved" if episode.success else "not solved"
-    return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")
 
 
 def _cpu_name() -> str:

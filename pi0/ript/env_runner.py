@@ -1,0 +1,124 @@
+"""`LIBEROEnvRunner`: the environments of one rank of RIPT, with its turns of tasks and its open scenes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from pi0.libero.environments import Environments, PolicySpec
+from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.evaluation import EvaluationResult, evaluate
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.rollouts import Policy, RolloutPool
+from pi0.libero.settings import TaskConfig
+from pi0.libero.suites import Task, find_tasks
+from pi0.libero.worker import Worker
+
+# What `LIBEROEnvRunner.create_parallel_envs` gives: the pool, the task's index, how many environments at once.
+ParallelEnvs = tuple[RolloutPool, int, int]
+
+
+class LIBEROEnvRunner(Environments):
+    """Runs episodes of LIBERO tasks in parallel worker processes, task after task.
+
+    Attributes:
+        assigned_tasks: tasks that this rank practises; all of them unless the run is distributed.
+        task_cursor: turns taken, counted in assigned tasks.
+        current_task: the assigned task whose turn it is.
+        created_envs: by task index, the environments whose scenes are open; at most `max_open_tasks`.
+
+    Args:
+        task: which tasks and how they are simulated, the section `task` of a configuration.
+        policy: what the policy sees and how long its chunks are (`PI0Policy.config`).
+    Raises:
+        InputError: as for `Environments`.
+    """
+
+    def __init__(self, task: TaskConfig, policy: PolicySpec):
+        super().__init__(task, policy)
+        self.assigned_tasks = self.tasks
+        self.task_cursor = 0
+        self.current_task: Task | None = None
+        self.created_envs: OrderedDict[int, ParallelEnvs] = OrderedDict()
+
+    def set_current_task_by_cursor(self) -> Task | None:
+        """Make the task under the cursor the current one; None when no task is assigned."""
+        tasks = self.assigned_tasks
+        self.current_task = tasks[self.task_cursor % len(tasks)] if tasks else None
+        return self.current_task
+
+    def advance_task_cursor(self) -> None:
+        """Move on to the next assigned task."""
+        self.task_cursor += 1
+
+    def training_states(
+        self, count: int, seed: int, tasks: Sequence[Task] | None = None
+    ) -> list[InitStatePool]:
+        """As `Environments.training_states`, of the assigned tasks where none are named."""
+        return super().training_states(count, seed, self.assigned_tasks if tasks is None else tasks)
+
+    def create_parallel_envs(self, task_name: str | int) -> ParallelEnvs:
+        """Open a task's scene in every worker, or find it open: (env, env_id, env_num).
+
+        Rollouts open what they need by themselves. If the scene is opened before, the first of them do not wait.
+        Scenes stay open from step to step until `max_open_tasks` others have been used since, or `cleanup`.
+        """
+        (task,) = find_tasks(self.benchmark_name, [task_name])
+        if task.index not in self.created_envs:
+            workers = len(self.pool.processes)
+            list(self.pool.call(_open_scene, [(task,)] * workers))  # one call each, since all are idle
+        self._note_open(task)
+        return self.created_envs[task.index]
+
+    def run_policy_in_env(
+        self,
+        policy: Policy,
+        rollouts: Sequence[Rollout],
+        created_env: ParallelEnvs | None = None,
+        num_envs: int | None = None,
+    ) -> Iterator[tuple[int, Episode]]:
+        """`run_policy` in `created_env` (`create_parallel_envs`), or in the runner's own pool without one."""
+        return self.run_policy(policy, rollouts, num_envs, created_env[0] if created_env else None)
+
+    def run(
+        self,
+        policy: Policy,
+        episodes: int,
+        seed: int,
+        record: int = 0,
+        label: str = "evaluation",
+        initial_states: list[InitStatePool] | None = None,
+    ) -> EvaluationResult:
+        """Score a policy on all tasks: `pi0.libero.evaluation.evaluate` on this runner."""
+        return evaluate(self, policy, episodes, seed, record, label, initial_states)
+
+    def cleanup(self) -> None:
+        """Close the environments and end the worker processes."""
+        self.close()
+
+    # Which scenes are open: the account below imitates `pi0.libero.worker.Worker.open` ------------
+
+    def run_policy(
+        self,
+        policy: Policy,
+        rollouts: Sequence[Rollout],
+        num_envs: int | None = None,
+        pool: RolloutPool | None = None,
+    ) -> Iterator[tuple[int, Episode]]:
+        """As `Environments.run_policy`; the tasks of finished episodes count as open."""
+        for index, episode in super().run_policy(policy, rollouts, num_envs, pool):
+            self._note_open(episode.rollout.task)
+            yield index, episode
+
+    def _note_open(self, task: Task) -> None:
+        """Note that a task's scene is open; the one unused for longest is closed for it."""
+        envs = self.pool, task.index, len(self.pool.processes) * self.pool.spec.slots
+        self.created_envs[task.index] = envs
+        self.created_envs.move_to_end(task.index)
+        while len(self.created_envs) > self.pool.spec.max_open_tasks:
+            self.created_envs.popitem(last=False)
+
+
+def _open_scene(worker: Worker, task: Task) -> None:
+    """Runs in a worker."""
+    worker.open(task)
