@@ -45,6 +45,8 @@ from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError, attempt
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
+from pi0.libero.evaluation import score
+from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
@@ -62,7 +64,7 @@ from pi0.ript.config import (
     validate,
 )
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.results import film_before_after, new_run_dir, score, write_json, write_report
+from pi0.ript.results import new_run_dir, write_json, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
 from pi0.training.descriptor_tap import DescriptorTap
@@ -329,29 +331,6 @@ def load_policy(config: Config) -> PI0Policy:
     return policy
 
 
-def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
-    """Environments as configured, for what the policy sees and does."""
-    task = config.task
-    return LIBEROEnvRunner(
-        task.benchmark_name,
-        task.chosen,
-        cameras=policy.config.cameras,
-        image_size=task.image_size or policy.config.image_size,
-        chunk=policy.config.action_horizon,
-        replan_steps=task.replan_steps,
-        num_parallel_envs=task.num_parallel_envs,
-        rollouts_per_env=task.rollouts_per_env,
-        max_open_tasks=task.max_open_tasks,
-        max_episode_length=task.max_episode_length,
-        settle_steps=task.settle_steps,
-        fixtures=task.fixtures,
-        render=task.render,
-        assets=task.assets,
-        demonstrations=task.demonstrations,
-        held_out_states=task.held_out_states,
-    )
-
-
 def update_policy(
     config: Config,
     adapter: PI0_CFG_Adapter,
@@ -433,7 +412,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
     board = TensorBoard(run_dir / "tensorboard")
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     started = time.monotonic()
-    with make_env_runner(config, policy) as env_runner:
+    with LIBEROEnvRunner(config.task, policy.config) as env_runner:
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         dataset = LiberoInitStateDataset(
             on_rank_zero(env_runner.training_states, algo.train_init_states, seed)

@@ -49,6 +49,8 @@ from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError, attempt
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
+from pi0.libero.evaluation import restore_result, score
+from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
@@ -69,10 +71,8 @@ from pi0.ript.config import (
 from pi0.ript.cotraining import load_cotraining
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.results import (
-    film_before_after,
     new_run_dir,
     newest_run,
-    score,
     take_run,
     write_json,
     write_report,
@@ -428,29 +428,6 @@ def reduce_memory(config: Config, policy: PI0Policy) -> None:
         shard(policy)
 
 
-def make_env_runner(config: Config, policy: PI0Policy) -> LIBEROEnvRunner:
-    """Environments as configured, for what the policy sees and does."""
-    task = config.task
-    return LIBEROEnvRunner(
-        task.benchmark_name,
-        task.chosen,
-        cameras=policy.config.cameras,
-        image_size=task.image_size or policy.config.image_size,
-        chunk=policy.config.action_horizon,
-        replan_steps=task.replan_steps,
-        num_parallel_envs=task.num_parallel_envs,
-        rollouts_per_env=task.rollouts_per_env,
-        max_open_tasks=task.max_open_tasks,
-        max_episode_length=task.max_episode_length,
-        settle_steps=task.settle_steps,
-        fixtures=task.fixtures,
-        render=task.render,
-        assets=task.assets,
-        demonstrations=task.demonstrations,
-        held_out_states=task.held_out_states,
-    )
-
-
 def update_policy(
     config: Config,
     adapter: PI0_CFG_Adapter,
@@ -565,7 +542,10 @@ def train(
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     noted_passes = run_dir / "passes.json"  # by a rank whose memory ran out
     started = time.monotonic()
-    with make_env_runner(config, policy) as env_runner, cleanup_on_exit(store, rank, world_size) as held:
+    with (
+        LIBEROEnvRunner(config.task, policy.config) as env_runner,
+        cleanup_on_exit(store, rank, world_size) as held,
+    ):
         env_runner.interrupts = interrupts
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         dataset = LiberoInitStateDataset(
@@ -622,7 +602,7 @@ def train(
         state.facts |= {**of_run, "passes": adapter.passes, "seconds": time.monotonic() - started}
         state.facts = {"bad_in_a_row": 0, "rollbacks": 0, **state.facts}
         if "before" in state.facts:
-            before = env_runner.restore_result(state.facts["before"])
+            before = restore_result(env_runner, state.facts["before"])
         else:
             before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
             state.facts["before"] = before.to_dict()
