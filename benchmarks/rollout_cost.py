@@ -29,11 +29,13 @@ from pi0 import PI0Policy
 from pi0.base.progress import progress
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
+from pi0.libero.environments import Environments
 from pi0.libero.rendering import Renderer
+from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import TaskSim
 from pi0.libero.worker import SharedArrays, Worker, WorkerSpec
+from pi0.model.config import Pi0Config
 from pi0.policy.acting import ActingPolicy
-from pi0.ript.env_runner import LIBEROEnvRunner
 
 CHECKPOINT = ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 SUITE, TASK = "libero_spatial", 3
@@ -196,17 +198,16 @@ def growth(assets: str, count: int) -> str:
     return "\n".join(lines)
 
 
-def runner(assets: str, workers: int, tasks: int, chunk: int, image_size: int) -> LIBEROEnvRunner:
-    return LIBEROEnvRunner(
-        SUITE,
-        [(TASK + number) % 10 for number in range(tasks)],
-        cameras=("base_0_rgb", "left_wrist_0_rgb"),
+def runner(assets: str, workers: int, tasks: int, chunk: int, image_size: int) -> Environments:
+    task = TaskConfig(
+        benchmark_name=SUITE,
+        task_names_to_use=[(TASK + number) % 10 for number in range(tasks)],
         image_size=image_size,
-        chunk=10,
         replan_steps=chunk,
         num_parallel_envs=workers,
         assets=assets,
     )
+    return Environments(task, Pi0Config.preset("pi0_tiny"))
 
 
 def rate(assets: str, count: int, **settings: int) -> tuple[float, float]:
@@ -217,9 +218,9 @@ def rate(assets: str, count: int, **settings: int) -> tuple[float, float]:
         starts = [(pools[number % len(pools)], number // len(pools)) for number in range(count)]
         rollouts = [environments.rollout(pool, index, (1, 0, index)) for pool, index in starts]
         warm = [replace(rollout, horizon=10) for rollout in rollouts for _ in range(settings["workers"])]
-        list(environments.run_policy_in_env(acting, warm[: 16 * len(pools)]))
+        list(environments.run_policy(acting, warm[: 16 * len(pools)]))
         started = time.perf_counter()
-        episodes = [episode for _, episode in environments.run_policy_in_env(acting, rollouts)]
+        episodes = [episode for _, episode in environments.run_policy(acting, rollouts)]
         seconds = time.perf_counter() - started
     return 60 * count / seconds, sum(episode.steps for episode in episodes) / seconds
 

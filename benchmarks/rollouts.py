@@ -10,7 +10,7 @@
 | exact | LIBERO's two camera images at 256 pixels | `render: exact`, the same pixels |
 | fast | the same | `render: fast` at 256 pixels |
 | small | the same | `render: fast` at 64 pixels, as the tiny policy sees |
-| loop | `SubprocVectorEnv`, 2 processes, driven as RIPT-VLA drives it: reset, set the state, 10 steps of settling, both cameras at 256 pixels in every step, chunks of 8, in lock-step until all are done | `LIBEROEnvRunner` with 2 workers, quickstart settings, chunks of 8 |
+| loop | `SubprocVectorEnv`, 2 processes, driven as RIPT-VLA drives it: reset, set the state, 10 steps of settling, both cameras at 256 pixels in every step, chunks of 8, in lock-step until all are done | `Environments` with 2 workers, quickstart settings, chunks of 8 |
 | start | imports, building the environment, a reset, one step | the same with a warm cache |
 | workers | | rollouts with 2 workers against 1 |
 | memory | PSS of one more environment of the same task: a process | PSS of one more worker, divided by its 4 rollouts |
@@ -290,30 +290,29 @@ def measure_start(side: str, options: argparse.Namespace) -> float:
 def runner(options: argparse.Namespace, workers: int):
     """The quickstart's environments, with RIPT-VLA's chunks of 8."""
     from pi0 import PI0Policy
+    from pi0.libero.environments import Environments
+    from pi0.libero.settings import TaskConfig
     from pi0.policy.acting import ActingPolicy
-    from pi0.ript.env_runner import LIBEROEnvRunner
 
     policy = PI0Policy.from_pretrained(CHECKPOINT)
-    environments = LIBEROEnvRunner(
-        TASK[0],
-        [TASK[1]],
-        cameras=policy.config.cameras,
+    task = TaskConfig(
+        benchmark_name=TASK[0],
+        task_names_to_use=[TASK[1]],
         image_size=64,
-        chunk=policy.config.action_horizon,
         replan_steps=CHUNK,
         num_parallel_envs=workers,
         assets=options.assets,
     )
-    return environments, ActingPolicy(policy)
+    return Environments(task, policy.config), ActingPolicy(policy)
 
 
 def our_rollouts(environments, acting, count: int):
     """Episodes from the evaluation states, and the seconds they took; scenes are built before."""
     states = environments.evaluation_states()[0]
     rollouts = [environments.rollout(states, index % 50, (1, 0, index)) for index in range(count)]
-    list(environments.run_policy_in_env(acting, [replace(r, horizon=CHUNK) for r in rollouts[:8]]))
+    list(environments.run_policy(acting, [replace(r, horizon=CHUNK) for r in rollouts[:8]]))
     started = time.perf_counter()
-    episodes = dict(environments.run_policy_in_env(acting, rollouts))
+    episodes = dict(environments.run_policy(acting, rollouts))
     return [episodes[index] for index in range(count)], time.perf_counter() - started
 
 

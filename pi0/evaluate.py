@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -19,12 +17,13 @@ from pi0 import PI0Policy, pick_device
 from pi0.base.errors import InputError
 from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
-from pi0.base.video import write_video
+from pi0.libero.environments import Environments
+from pi0.libero.evaluation import evaluate
+from pi0.libero.films import film_episodes
 from pi0.libero.init_states import FIXTURE_MODES
 from pi0.libero.rendering import MODES
+from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.policy.acting import ActingPolicy
-from pi0.ript.env_runner import EvaluationResult, LIBEROEnvRunner
-from pi0.ript.results import VIDEO_EVERY, VIDEO_FPS, score
 from pi0.training.machine import machine
 
 
@@ -42,9 +41,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="*", default=[], help="by index or name; none: the whole suite")
     parser.add_argument(
-        "--episodes", type=int, default=50, help="in all, dealt evenly over the tasks; at most 50 a task"
+        "--episodes",
+        type=range_of(ScoreConfig, "episodes"),
+        default=50,
+        help="in all, dealt evenly over the tasks; at most 50 a task",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
+    parser.add_argument("--seed", type=range_of(ScoreConfig, "seed"), default=0, help="of the policy's noise")
     parser.add_argument(
         "--guidance_weight", type=float, help="act by classifier-free guidance with this weight"
     )
@@ -57,21 +59,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--image_size",
-        type=int,
+        type=range_of(TaskConfig, "image_size"),
         help="pixels a side, resized to what the policy was built for, which is the default; openpi's: 256",
     )
     parser.add_argument(
         "--replan_steps",
-        type=int,
+        type=range_of(TaskConfig, "replan_steps"),
         help="actions carried out of each chunk; default: all, at most 10; openpi's: 5",
     )
     parser.add_argument(
-        "--max_episode_length", type=int, help="control steps; default: the suite's usual horizon"
+        "--max_episode_length",
+        type=range_of(TaskConfig, "max_episode_length"),
+        help="control steps; default: the suite's usual horizon",
     )
     parser.add_argument(
-        "--settle_steps", type=int, default=10, help="control steps before the policy takes over"
+        "--settle_steps",
+        type=range_of(TaskConfig, "settle_steps"),
+        default=10,
+        help="control steps before the policy takes over",
     )
-    parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
+    parser.add_argument(
+        "--workers",
+        type=range_of(TaskConfig, "num_parallel_envs"),
+        help="simulator processes; one on each core by default",
+    )
     parser.add_argument(
         "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
     )
@@ -100,22 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     policy.compiled = options.compile
     horizon = policy.config.action_horizon
     output = writable_dir(options.output)
-    with LIBEROEnvRunner(
-        options.suite,
-        options.tasks,
-        cameras=policy.config.cameras,
-        image_size=options.image_size or policy.config.image_size,
-        chunk=horizon,
-        replan_steps=options.replan_steps or min(10, horizon),
-        num_parallel_envs=options.workers,
-        max_episode_length=options.max_episode_length,
-        settle_steps=options.settle_steps,
-        fixtures=options.fixtures,
-        render=options.render,
-        assets=options.assets,
-    ) as runner:
+    task = task_of_command(options, replan_steps=options.replan_steps or min(10, horizon))
+    with Environments(task, policy.config) as environments:
         acting = ActingPolicy(policy, options.guidance_weight)
-        result = runner.run(acting, options.episodes, options.seed)
+        result = evaluate(environments, acting, options.episodes, options.seed)
         write_json(
             output / "results.json",
             {
@@ -127,29 +126,14 @@ def main(arguments: list[str] | None = None) -> None:
                 "compiled": options.compile,
                 "machine": machine(),
                 "seconds": time.monotonic() - started,
-                **score(result),
+                **result.score(),
             },
         )
         if options.videos:
-            film(runner, acting, result, options.videos, output)
+            film_episodes(environments, acting, result, options.videos, output)
     for name, outcomes in [*result.by_task().items(), ("all tasks", result.outcomes)]:
         print(f"{name.replace('_', ' '):<90} {format_rate(sum(outcomes), len(outcomes))}")
     print(f"written to {output}")
-
-
-def film(
-    runner: LIBEROEnvRunner, acting: ActingPolicy, result: EvaluationResult, count: int, output: Path
-) -> None:
-    """Film the first `count` scored episodes of each task; they run again exactly as they were scored."""
-    chosen = [
-        replace(episode.rollout, record=VIDEO_EVERY)
-        for episode in result.episodes
-        if episode.rollout.init_index < count
-    ]
-    for _, episode in runner.run_policy_in_env(acting, chosen):
-        outcome = "success" if episode.success else "failure"
-        name = f"task{episode.rollout.task.index}-state{episode.rollout.init_index}-{outcome}.mp4"
-        write_video(output / name, episode.video, VIDEO_FPS)
 
 
 if __name__ == "__main__":

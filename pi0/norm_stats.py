@@ -23,9 +23,12 @@ from pi0.data import DemonstrationSet, Gripper, open_demonstrations
 from pi0.data.chunks import Chunks
 from pi0.data.recorded_chunks import demonstrations_of_tasks
 from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.environments import Environments
+from pi0.libero.rendering import CAMERAS
+from pi0.libero.settings import TaskConfig, range_of, task_of_command
 from pi0.libero.suites import find_tasks
+from pi0.model.config import Pi0Config
 from pi0.policy.normalization import NormStats, subtract_state
-from pi0.ript.env_runner import LIBEROEnvRunner
 
 IMAGE_SIZE = 16  # pixels; nothing looks at the frames
 
@@ -95,7 +98,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--delta-actions", action="store_true", help="for a policy whose actions are relative to the state"
     )
     parser.add_argument("--smallest-std", type=float, default=0.0, help="raise smaller deviations to this")
-    parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
+    parser.add_argument(
+        "--workers",
+        type=range_of(TaskConfig, "num_parallel_envs"),
+        help="simulator processes; one on each core by default",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -123,20 +130,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def record(options: argparse.Namespace) -> tuple[Chunks, int]:
     """Demonstrations of the scripted experts, and how many there are."""
-    from pi0.libero.rendering import CAMERAS
-
-    with LIBEROEnvRunner(
-        options.suite,
-        options.tasks,
-        cameras=tuple(CAMERAS),
-        image_size=IMAGE_SIZE,
-        chunk=options.horizon,
-        replan_steps=options.horizon,
-        num_parallel_envs=options.workers,
-        assets=options.assets,
-    ) as runner:
+    task = task_of_command(options, image_size=IMAGE_SIZE, replan_steps=options.horizon)
+    policy = Pi0Config.preset("pi0_tiny", cameras=tuple(CAMERAS), action_horizon=options.horizon)
+    with Environments(task, policy) as environments:
         demonstrations, summary = record_demonstrations(
-            runner, options.demonstrations, options.seed, options.action_noise, options.frame_every
+            environments, options.demonstrations, options.seed, options.action_noise, options.frame_every
         )
     return demonstrations, sum(task["successes"] for task in summary.values())
 

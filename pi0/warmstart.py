@@ -36,13 +36,14 @@ from pi0.data import DataError, FeatureNames, Gripper, Orientation, open_demonst
 from pi0.data.chunks import Chunks
 from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.environments import TRAINING, Environments
 from pi0.libero.episodes import ROBOT
+from pi0.libero.settings import TaskConfig, range_of, task_of_command
 from pi0.libero.stepping import CONTROL_HZ
 from pi0.model.config import Pi0Config
 from pi0.norm_stats import norm_stats
 from pi0.policy.acting import ActingPolicy
-from pi0.ript.env_runner import TRAINING, LIBEROEnvRunner
-from pi0.training.ema import AveragedPolicy
+from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation, flow_loss
 from pi0.training.machine import machine
 
@@ -81,7 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=range_of(TaskConfig, "image_size"),
         help="pixels a side that frames are drawn with; default: what the policy looks at; openpi's: 256",
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
@@ -135,7 +136,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise-samples", type=int, default=2, help="noise draws of the flow loss on each")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--ema-decay", type=float, default=0.995, help="decay of the averaged weights")
-    parser.add_argument("--workers", type=int, help="simulator processes; one on each core by default")
+    parser.add_argument(
+        "--workers",
+        type=range_of(TaskConfig, "num_parallel_envs"),
+        help="simulator processes; one on each core by default",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if not options.start_from and (options.norm_stats_path or options.dtype != "float32"):
@@ -155,21 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     policy = load_policy(options, device) if options.start_from else None
     config = policy.config if policy else Pi0Config.preset("pi0_tiny")
-    with LIBEROEnvRunner(
-        options.suite,
-        options.tasks,
-        cameras=config.cameras,
-        image_size=options.image_size or config.image_size,
-        chunk=config.action_horizon,
-        replan_steps=min(LONGEST_REPLAN, config.action_horizon),
-        num_parallel_envs=options.workers,
-        assets=options.assets,
-    ) as runner:
-        demonstrations, summary = get_demonstrations(runner, config, options)
+    task = task_of_command(options, replan_steps=min(LONGEST_REPLAN, config.action_horizon))
+    with Environments(task, config) as environments:
+        demonstrations, summary = get_demonstrations(environments, config, options)
         if policy is None:
             policy = PI0Policy(config, norm_stats(demonstrations, smallest_std=SMALLEST_STD)).to(device)
-        average = AveragedPolicy(policy, options.ema_decay)
-        scores = clone(policy, average, demonstrations, runner, options)
+        average = AveragedModule(policy, policy.copy().eval(), options.ema_decay)
+        scores = clone(policy, average, demonstrations, environments, options)
         manifest = {
             "date": time.strftime("%Y-%m-%d"),
             "options": vars(options),
@@ -177,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
             "demonstrations": summary,
             "chunks": len(demonstrations),
             "scores_on_training_states": scores,
-            "protocol": runner.protocol(),
+            "protocol": environments.protocol(),
             "machine": machine(),
             "seconds": time.monotonic() - started,
         }
@@ -204,14 +201,14 @@ def load_policy(options: argparse.Namespace, device: torch.device) -> PI0Policy:
 
 
 def get_demonstrations(
-    runner: LIBEROEnvRunner, config: Pi0Config, options: argparse.Namespace
+    environments: Environments, config: Pi0Config, options: argparse.Namespace
 ) -> tuple[Chunks, dict]:
     """Read or record, as the options say; returns the chunks and what they are of, by task name."""
     if options.dataset:
-        return read_demonstrations(runner, config, options)
+        return read_demonstrations(environments, config, options)
     record = functools.partial(
         record_demonstrations,
-        runner,
+        environments,
         options.demonstrations,
         options.seed,
         options.action_noise,
@@ -226,9 +223,9 @@ def get_demonstrations(
 
 
 def read_demonstrations(
-    runner: LIBEROEnvRunner, config: Pi0Config, options: argparse.Namespace
+    environments: Environments, config: Pi0Config, options: argparse.Namespace
 ) -> tuple[Chunks, dict]:
-    """The demonstrations that a data set holds of the runner's tasks, as chunks in memory."""
+    """The demonstrations that a data set holds of the tasks, as chunks in memory."""
     how: dict[str, Any] = {}
     if options.dataset_features:
         how["names"] = FeatureNames.parse(options.dataset_features)
@@ -240,14 +237,14 @@ def read_demonstrations(
         raise DataError(
             f"{options.dataset}: the policy has no camera {', '.join(unknown)}; it has {', '.join(config.cameras)}"
         )
-    by_task = demonstrations_of_tasks(recorded, runner.assigned_tasks, options.demonstrations)
+    by_task = demonstrations_of_tasks(recorded, environments.tasks, options.demonstrations)
     chunks = load_chunks(
         recorded,
         [index for indices in by_task.values() for index in indices],
         robot=ROBOT,
         chunk=config.action_horizon,
         frame_every=options.frame_every,
-        image_size=runner.image_size,
+        image_size=environments.image_size,
     )
     lengths = {name: [recorded.lengths[index] for index in indices] for name, indices in by_task.items()}
     return chunks, {
@@ -258,9 +255,9 @@ def read_demonstrations(
 
 def clone(
     policy: PI0Policy,
-    average: AveragedPolicy,
+    average: AveragedModule[PI0Policy],
     demonstrations: Chunks,
-    runner: LIBEROEnvRunner,
+    environments: Environments,
     options: argparse.Namespace,
 ) -> list[dict]:
     """Behaviour cloning until the averaged policy, saved with each score, reaches the target; returns the scores."""
@@ -294,7 +291,9 @@ def clone(
                 bar.update(1, f"loss {loss.item():.4f}")
         trained_s += time.monotonic() - start
         policy.eval()
-        successes = score_on_training_states(runner, average.policy, options.score_episodes, options.seed)
+        successes = score_on_training_states(
+            environments, average.module, options.score_episodes, options.seed
+        )
         scores.append(
             {
                 "updates": updates,
@@ -304,20 +303,20 @@ def clone(
             }
         )
         print(f"{updates} updates: {format_rate(successes, options.score_episodes)} on training states")
-        average.policy.save_pretrained(options.output)
+        average.module.save_pretrained(options.output)
         reached = successes >= options.target_success * options.score_episodes
         if reached or trained_s > 60 * options.max_minutes:
             return scores
 
 
-def score_on_training_states(runner: LIBEROEnvRunner, policy: PI0Policy, episodes: int, seed: int) -> int:
+def score_on_training_states(environments: Environments, policy: PI0Policy, episodes: int, seed: int) -> int:
     """Successes on training states that no demonstration started from."""
-    pools = runner.training_states(math.ceil(episodes / len(runner.assigned_tasks)), seed + 1)
+    pools = environments.training_states(math.ceil(episodes / len(environments.tasks)), seed + 1)
     rollouts = []
     for number in range(episodes):
         pool, index = pools[number % len(pools)], number // len(pools)
-        rollouts.append(runner.rollout(pool, index, (TRAINING, seed, pool.task.index, index)))
-    return sum(episode.success for _, episode in runner.run_policy_in_env(ActingPolicy(policy), rollouts))
+        rollouts.append(environments.rollout(pool, index, (TRAINING, seed, pool.task.index, index)))
+    return sum(episode.success for _, episode in environments.run_policy(ActingPolicy(policy), rollouts))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ import pytest
 
 from pi0.libero.assets import resolve_assets
 from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.environments import Environments
 from pi0.libero.experts import NoExpertError, PickAndPlace
+from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import TaskSim
 from pi0.libero.suites import suite_tasks
-from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.model.config import Pi0Config
 
 TASKS = [(suite, index) for suite in ("libero_spatial", "libero_object") for index in range(10)]
 TASKS += [("libero_10", index) for index in (0, 1, 4, 6, 7)]  # those that place two things
@@ -52,17 +54,9 @@ def test_two_things_are_placed_one_after_the_other():
 
 
 def test_demonstrations_hold_what_the_policy_would_see_and_what_to_do():
-    with LIBEROEnvRunner(
-        "libero_spatial",
-        [3],
-        cameras=("base_0_rgb", "left_wrist_0_rgb"),
-        image_size=64,
-        chunk=10,
-        replan_steps=10,
-        num_parallel_envs=2,
-        assets="standins",
-    ) as runner:
-        chunks, summary = record_demonstrations(runner, per_task=2, seed=0, noise=0.1, frame_every=3)
+    task = TaskConfig(task_names_to_use=[3], num_parallel_envs=2, assets="standins")
+    with Environments(task, Pi0Config.preset("pi0_tiny")) as environments:
+        chunks, summary = record_demonstrations(environments, per_task=2, seed=0, noise=0.1, frame_every=3)
     (counts,) = summary.values()
     assert counts["attempts"] == 2
     assert counts["successes"] >= 1

@@ -6,6 +6,7 @@ import pytest
 
 from pi0.base.errors import MissingFileError
 from pi0.data import DataError
+from pi0.libero.environments import Environments
 from pi0.libero.init_states import (
     FIXTURE_MODES,
     evaluation_pools,
@@ -13,22 +14,15 @@ from pi0.libero.init_states import (
     training_pools,
     with_demonstrated,
 )
-from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.libero.settings import TaskConfig
+from pi0.model.config import Pi0Config
 
 
 @pytest.fixture(scope="module")
-def runner():
-    with LIBEROEnvRunner(
-        "libero_spatial",
-        [3, 4],
-        cameras=("base_0_rgb",),
-        image_size=32,
-        chunk=10,
-        replan_steps=10,
-        num_parallel_envs=2,
-        assets="standins",
-    ) as runner:
-        yield runner
+def environments():
+    task = TaskConfig(task_names_to_use=[3, 4], image_size=32, num_parallel_envs=2, assets="standins")
+    with Environments(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as environments:
+        yield environments
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +30,17 @@ def fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("pi0.libero.init_states.cache_dir", lambda: tmp_path)
 
 
-def test_evaluation_states_are_all_fifty_that_libero_recorded(runner):
-    for pool in runner.evaluation_states():
+def test_evaluation_states_are_all_fifty_that_libero_recorded(environments):
+    for pool in environments.evaluation_states():
         assert pool.kind == "evaluation"
         recorded = pool.task.recorded_init_states()
         assert np.array_equal(np.array([state.state for state in pool.states]), recorded)
         assert len(pool) == 50
 
 
-def test_training_and_evaluation_states_never_mix(runner):
+def test_training_and_evaluation_states_never_mix(environments):
     for training, evaluation in zip(
-        runner.training_states(12, seed=0), runner.evaluation_states(), strict=True
+        environments.training_states(12, seed=0), environments.evaluation_states(), strict=True
     ):
         assert training.kind == "training"
         hashes = {state_hash(state.state) for state in training.states}
@@ -67,14 +61,14 @@ def write_demonstrations(folder, task, states, fixtures):
             demo.attrs["model_file"] = f"<mujoco><worldbody><body>{bodies}</body></worldbody></mujoco>"
 
 
-def test_training_states_begin_where_demonstrations_did_except_evaluations_own(runner, tmp_path):
-    drawn, other = runner.training_states(4, seed=0)
+def test_training_states_begin_where_demonstrations_did_except_evaluations_own(environments, tmp_path):
+    drawn, other = environments.training_states(4, seed=0)
     moved = [state.state + 0.001 for state in drawn.states[:2]]
     recorded = drawn.task.recorded_init_states()[7]
     placement = {"wooden_cabinet_1_main": (0.1, -0.2, 0.9, 0.0, 0.0, 0.0, 1.0),
                  "flat_stove_1_main": (-0.4, 0.2, 0.9, 1.0, 0.0, 0.0, 0.0)}  # fmt: skip
     write_demonstrations(tmp_path, drawn.task, [moved[0], recorded, moved[1]], [placement] * 3)
-    ours, theirs = with_demonstrated(runner.pool, [drawn, other], tmp_path)
+    ours, theirs = with_demonstrated(environments.pool, [drawn, other], tmp_path)
     assert [state.state.tolist() for state in ours.states[:2]] == [state.tolist() for state in moved]
     assert ours.states[0].fixtures.tolist() == [list(placement[name]) for name in placement]
     assert [state_hash(state.state) for state in ours.states[2:]] == [
@@ -83,57 +77,59 @@ def test_training_states_begin_where_demonstrations_did_except_evaluations_own(r
     assert (ours.provenance["demonstrated"], ours.provenance["left_out"], len(ours)) == (2, 1, 4)
     assert theirs is other
     # Of several ranks one may have no task, or none that was demonstrated.
-    assert with_demonstrated(runner.pool, [], tmp_path) == []
-    assert with_demonstrated(runner.pool, [other], tmp_path) == [other]
+    assert with_demonstrated(environments.pool, [], tmp_path) == []
+    assert with_demonstrated(environments.pool, [other], tmp_path) == [other]
 
 
-def test_recorded_states_that_are_not_held_out_may_be_practised_and_are_never_scored(runner):
-    recorded = [[state_hash(state) for state in task.recorded_init_states()] for task in runner.tasks]
-    runner.held_out_states = 20
+def test_recorded_states_that_are_not_held_out_may_be_practised_and_are_never_scored(environments):
+    recorded = [[state_hash(state) for state in task.recorded_init_states()] for task in environments.tasks]
+    environments.held_out_states = 20
     try:
-        scored, practised = runner.evaluation_states(), runner.training_states(8, seed=0)
-        rest = runner.training_states(100, seed=0)
+        scored, practised = environments.evaluation_states(), environments.training_states(8, seed=0)
+        rest = environments.training_states(100, seed=0)
     finally:
-        runner.held_out_states = None
+        environments.held_out_states = None
     for hashes, of_scores, of_practice, whole in zip(recorded, scored, practised, rest, strict=True):
         assert [state_hash(state.state) for state in of_scores.states] == hashes[:20]
         assert [state_hash(state.state) for state in of_practice.states] == hashes[20:28]
         assert [state_hash(state.state) for state in whole.states] == hashes[20:]
         assert (of_practice.kind, of_practice.provenance["held_out"]) == ("training", 20)
         assert of_scores.kind == "evaluation"
-    assert [len(pool) for pool in runner.evaluation_states()] == [50, 50], "nothing is held out for good"
+    assert [len(pool) for pool in environments.evaluation_states()] == [50, 50], (
+        "nothing is held out for good"
+    )
 
 
-def test_demonstrations_of_another_scene_or_none_are_named(runner, tmp_path):
-    (drawn, _) = runner.training_states(2, seed=0)
+def test_demonstrations_of_another_scene_or_none_are_named(environments, tmp_path):
+    (drawn, _) = environments.training_states(2, seed=0)
     with pytest.raises(MissingFileError, match=f"has no demonstrations .*{drawn.task.name}_demo.hdf5"):
-        with_demonstrated(runner.pool, [drawn], tmp_path)
+        with_demonstrated(environments.pool, [drawn], tmp_path)
     write_demonstrations(tmp_path, drawn.task, [drawn.states[0].state], [{"another_main": (0,) * 7}])
     with pytest.raises(DataError, match="the scene has no wooden_cabinet_1_main"):
-        with_demonstrated(runner.pool, [drawn], tmp_path)
+        with_demonstrated(environments.pool, [drawn], tmp_path)
     write_demonstrations(tmp_path, drawn.task, [drawn.states[0].state[:-1]], [{}])
     with pytest.raises(DataError, match="demo_0/states has shape"):
-        with_demonstrated(runner.pool, [drawn], tmp_path)
+        with_demonstrated(environments.pool, [drawn], tmp_path)
 
 
-def test_training_states_spread_like_the_recorded_ones(runner):
-    training, evaluation = runner.training_states(12, seed=0)[0], runner.evaluation_states()[0]
+def test_training_states_spread_like_the_recorded_ones(environments):
+    training, evaluation = environments.training_states(12, seed=0)[0], environments.evaluation_states()[0]
     ours, recorded = (np.array([state.state for state in pool.states]) for pool in (training, evaluation))
     assert np.allclose(ours.mean(0), recorded.mean(0), atol=0.03)
 
 
-def test_training_states_depend_on_the_seed_and_not_on_how_many_are_drawn(runner):
-    few, many = runner.training_states(3, seed=1)[0], runner.training_states(5, seed=1)[0]
-    other = runner.training_states(3, seed=2)[0]
+def test_training_states_depend_on_the_seed_and_not_on_how_many_are_drawn(environments):
+    few, many = environments.training_states(3, seed=1)[0], environments.training_states(5, seed=1)[0]
+    other = environments.training_states(3, seed=2)[0]
     for index in range(3):
         assert np.array_equal(few.states[index].state, many.states[index].state)
         assert np.array_equal(few.states[index].fixtures, many.states[index].fixtures)
         assert not np.array_equal(few.states[index].state, other.states[index].state)
 
 
-def test_training_states_are_kept_in_a_file_with_their_provenance(runner, tmp_path):
-    drawn = runner.training_states(2, seed=3)[0]
-    again = training_pools(runner.pool, runner.assigned_tasks, 2, 3)[0]
+def test_training_states_are_kept_in_a_file_with_their_provenance(environments, tmp_path):
+    drawn = environments.training_states(2, seed=3)[0]
+    again = training_pools(environments.pool, environments.tasks, 2, 3)[0]
     assert again.provenance == drawn.provenance
     assert drawn.provenance["seed"] == 3
     assert drawn.provenance["assets"]["source"] == "standins"
@@ -141,14 +137,14 @@ def test_training_states_are_kept_in_a_file_with_their_provenance(runner, tmp_pa
     assert np.array_equal(drawn.states[1].state, again.states[1].state)
 
 
-def test_fixtures_follow_liberos_evaluation_or_stay_pinned(runner):
-    follow = evaluation_pools(runner.pool, runner.assigned_tasks, "libero_eval")[0]
-    pinned = evaluation_pools(runner.pool, runner.assigned_tasks, "pinned")[0]
+def test_fixtures_follow_liberos_evaluation_or_stay_pinned(environments):
+    follow = evaluation_pools(environments.pool, environments.tasks, "libero_eval")[0]
+    pinned = evaluation_pools(environments.pool, environments.tasks, "pinned")[0]
     assert np.array_equal(follow.states[0].fixtures, pinned.states[0].fixtures)
     assert all(np.array_equal(state.fixtures, pinned.states[0].fixtures) for state in pinned.states)
     assert not np.array_equal(follow.states[1].fixtures, follow.states[0].fixtures)
 
 
-def test_an_unknown_placement_of_fixtures_is_refused(runner):
+def test_an_unknown_placement_of_fixtures_is_refused(environments):
     with pytest.raises(ValueError, match=f"use one of {', '.join(FIXTURE_MODES)}"):
-        evaluation_pools(runner.pool, runner.assigned_tasks, "anywhere")
+        evaluation_pools(environments.pool, environments.tasks, "anywhere")

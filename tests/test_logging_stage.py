@@ -20,8 +20,8 @@ from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
 from pi0.base.paths import REPO_ROOT
+from pi0.libero.environments import EVALUATION_STATES
 from pi0.ript.config import load_config
-from pi0.ript.env_runner import RECORDED_STATES
 from pi0.training.metrics import TensorBoard, finish_wandb
 
 SCRIPT = REPO_ROOT / "11_train_with_logging.py"
@@ -239,7 +239,7 @@ def test_a_run_in_progress_has_a_report(tmp_path):
         wait_for(lambda: list(tmp_path.glob("*/report.html")), 200)
         page = next(tmp_path.glob("*/report.html")).read_text()
         assert process.poll() is None, "the page is that of a finished run"
-        for part in ("libero_eval", "standins", RECORDED_STATES.replace("'", "&#x27;")):
+        for part in ("libero_eval", "standins", EVALUATION_STATES.replace("'", "&#x27;")):
             assert part in page, "what its scores will depend on"
     finally:
         process.send_signal(signal.SIGKILL)

@@ -14,8 +14,10 @@ import pytest
 import worker_calls
 from PIL import Image
 
-from pi0.libero import pool
+from pi0.libero import rollouts as pool
 from pi0.libero.rollouts import WorkerError, usable_cores
+from pi0.libero.settings import TaskConfig
+from pi0.model.config import Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -56,21 +58,16 @@ class SharingPolicy(NoisePolicy):
 
 
 def make_runner(workers: int, **changes) -> LIBEROEnvRunner:
-    settings = {
-        "image_size": 32,
-        "chunk": 10,
-        "replan_steps": 10,
-        "max_episode_length": 35,
-        "settle_steps": 2,
-    }
-    return LIBEROEnvRunner(
-        "libero_spatial",
-        [3],
-        cameras=CAMERAS,
+    task = TaskConfig(
+        task_names_to_use=[3],
+        image_size=32,
+        max_episode_length=35,
+        settle_steps=2,
         num_parallel_envs=workers,
         assets="standins",
-        **settings | changes,
+        **changes,
     )
+    return LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=CAMERAS))
 
 
 def rollouts(runner: LIBEROEnvRunner, count: int, record: int = 0):

@@ -15,7 +15,9 @@ from pi0.data.chunks import Chunks
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks, stream_chunks
 from pi0.libero.demonstrations import record_demonstrations
+from pi0.libero.environments import Environments
 from pi0.libero.episodes import ROBOT
+from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import CONTROL_HZ
 from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config
@@ -23,7 +25,6 @@ from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
 from pi0.policy.images import to_network_images
 from pi0.policy.normalization import NormStats, load_norm_stats
-from pi0.ript.env_runner import LIBEROEnvRunner
 
 TASKS = find_tasks("libero_spatial", [3, 8])
 LENGTHS = (7, 5, 9, 4)
@@ -85,20 +86,12 @@ def test_a_chunk_is_what_followed_its_observation():
 
 
 def test_recorded_demonstrations_are_the_same_with_a_data_set_and_from_it(tmp_path):
-    with LIBEROEnvRunner(
-        "libero_spatial",
-        [3],
-        cameras=CAMERAS,
-        image_size=64,
-        chunk=10,
-        replan_steps=10,
-        num_parallel_envs=2,
-        assets="standins",
-    ) as runner:
+    task = TaskConfig(task_names_to_use=[3], num_parallel_envs=2, assets="standins")
+    with Environments(task, Pi0Config.preset("pi0_tiny", cameras=CAMERAS)) as environments:
         how = {"per_task": 2, "seed": 0, "noise": 0.1, "frame_every": 3}
-        plain, summary = record_demonstrations(runner, **how)
+        plain, summary = record_demonstrations(environments, **how)
         with LeRobotWriter(tmp_path / "set", CONTROL_HZ) as writer:
-            kept, same_summary = record_demonstrations(runner, **how, writer=writer)
+            kept, same_summary = record_demonstrations(environments, **how, writer=writer)
     assert_equal(plain, kept)
     assert summary == same_summary
     stored = open_demonstrations(tmp_path / "set")

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from pi0.base.errors import InputError
+from pi0.libero.settings import TaskConfig
+from pi0.model.config import Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 
@@ -22,18 +24,15 @@ class StillPolicy:
 
 @pytest.fixture(scope="module")
 def runner():
-    with LIBEROEnvRunner(
-        "libero_spatial",
-        [3],
-        cameras=("base_0_rgb",),
+    task = TaskConfig(
+        task_names_to_use=[3],
         image_size=32,
-        chunk=10,
-        replan_steps=10,
         num_parallel_envs=2,
         max_episode_length=12,
         settle_steps=0,
         assets="standins",
-    ) as runner:
+    )
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as runner:
         yield runner
 
 
@@ -136,6 +135,4 @@ def test_rollouts_that_always_break_end_the_collection_after_the_allowed_tries(r
 
 def test_more_steps_than_a_chunk_has_are_refused_before_anything_is_started():
     with pytest.raises(InputError, match="replan_steps is 12; the policy's chunks have 10 actions"):
-        LIBEROEnvRunner(
-            "libero_spatial", [3], cameras=("base_0_rgb",), image_size=32, chunk=10, replan_steps=12
-        )
+        LIBEROEnvRunner(TaskConfig(task_names_to_use=[3], replan_steps=12), Pi0Config.preset("pi0_tiny"))

@@ -1,7 +1,6 @@
 """The stage scripts: real runs, the spec's lines, and what holds between stages."""
 
 import ast
-import dataclasses
 import difflib
 import importlib.util
 import json
@@ -21,7 +20,7 @@ import yaml
 from pi0 import PI0Policy
 from pi0.base.paths import REPO_ROOT
 from pi0.base.video import CAPTION_HEIGHT
-from pi0.ript.config import Config, TaskConfig, TrainingConfig, describe_keys
+from pi0.ript.config import Config, TrainingConfig, describe_keys
 
 STAGES = [
     "08_train_with_epochs.py",
@@ -254,27 +253,6 @@ def test_a_policy_is_loaded_as_configured(stage_08, tmp_path):
     assert {p.dtype for p in policy.network.parameters()} == {torch.bfloat16, torch.float32}
     assert policy.compiled
     assert policy.norm_stats.state.mean[0] == pytest.approx(plain.norm_stats.state.mean[0] + 0.5)
-
-
-def test_environments_are_made_as_configured(stage_08):
-    task = TaskConfig(
-        benchmark_name="libero_goal", task_names_to_use=[1, 2], assets="standins", demonstrations="shown", held_out_states=9,
-        fixtures="pinned", num_parallel_envs=1, rollouts_per_env=3, max_open_tasks=5, max_episode_length=77,
-        settle_steps=2, replan_steps=4, image_size=48, render="exact",
-    )  # fmt: skip
-    unlike = TaskConfig()
-    for name in (each.name for each in dataclasses.fields(TaskConfig)):
-        assert getattr(task, name) != getattr(unlike, name) or name == "task_name", name
-    policy = PI0Policy.from_pretrained(CHECKPOINT)
-    with stage_08.make_env_runner(Config(policy_path=str(CHECKPOINT), task=task), policy) as runner:
-        spec = runner.pool.spec
-        assert (runner.benchmark_name, [each.index for each in runner.tasks]) == ("libero_goal", [1, 2])
-        assert (spec.assets.source, runner.demonstrations, runner.fixtures) == ("standins", "shown", "pinned")
-        assert (len(runner.pool.processes), spec.slots, spec.max_open_tasks) == (1, 3, 5)
-        assert runner.held_out_states == 9
-        assert (runner.max_episode_length, runner.settle_steps, runner.replan_steps) == (77, 2, 4)
-        assert (runner.image_size, spec.image_size, spec.render) == (48, 48, "exact")
-        assert (runner.cameras, spec.chunk) == (policy.config.cameras, policy.config.action_horizon)
 
 
 def test_stage_08_runs_with_the_settings_in_it(tmp_path):

@@ -15,24 +15,24 @@ from pi0.libero.suites import Task
 
 if TYPE_CHECKING:
     from pi0.data.lerobot_writer import LeRobotWriter
+    from pi0.libero.environments import Environments
     from pi0.libero.worker import Worker
-    from pi0.ript.env_runner import LIBEROEnvRunner
 
 NOISE_PERSISTENCE = 0.9  # correlation of the action noise from one control step to the next
 
 
 def record_demonstrations(
-    runner: LIBEROEnvRunner,
+    environments: Environments,
     per_task: int,
     seed: int,
     noise: float,
     frame_every: int,
     writer: LeRobotWriter | None = None,
 ) -> tuple[Chunks, dict]:
-    """Demonstrations of each assigned task on training states.
+    """Demonstrations of each task on training states.
 
     Args:
-        runner: its tasks, protocol and workers are used.
+        environments: their tasks, protocol and workers are used.
         per_task: demonstrations of each task, failed ones included (only successes are kept).
         seed: of training states and action noise.
         noise: standard deviation of the smooth noise added to the expert's translation (1 is 5 cm a step).
@@ -41,18 +41,18 @@ def record_demonstrations(
     Returns:
         The chunks, and a summary {task name: {attempts, successes, mean_steps}}.
     """
-    pools = runner.training_states(per_task, seed)
+    pools = environments.training_states(per_task, seed)
     look_every = 1 if writer else frame_every
     jobs = []
     for states in pools:
-        horizon = runner.max_episode_length or states.task.horizon
+        horizon = environments.max_episode_length or states.task.horizon
         for index, init in enumerate(states.states):
             key = (seed, states.task.index, index)
-            jobs.append((states.task, init, key, noise, look_every, runner.settle_steps, horizon))
+            jobs.append((states.task, init, key, noise, look_every, environments.settle_steps, horizon))
     chunks: list[Chunks | None] = []
     early: dict[int, Demonstration | None] = {}  # episodes that ended before one that began earlier
     with progress(total=len(jobs), label="demonstrations", unit="episode") as bar:
-        for index, result in runner.pool.call(_demonstrate, jobs):
+        for index, result in environments.pool.call(_demonstrate, jobs):
             early[index] = result
             while len(chunks) in early:
                 demonstration = early.pop(len(chunks))
@@ -62,7 +62,7 @@ def record_demonstrations(
                 if writer:
                     writer.add(demonstration)
                 chunks.append(
-                    Chunks.of_demonstration(demonstration.thinned(frame_every), runner.pool.spec.chunk)
+                    Chunks.of_demonstration(demonstration.thinned(frame_every), environments.pool.spec.chunk)
                 )
             solved = sum(part is not None for part in (*chunks, *early.values()))
             bar.update(1, f"{solved} solved")

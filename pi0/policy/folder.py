@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.tensors import write_tensors
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.lerobot_files import lerobot_files
 from pi0.policy.normalization import NormStats, load_norm_stats

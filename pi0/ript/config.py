@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pi0.base import typed_yaml
 from pi0.base.typed_yaml import ConfigError, KeyDescription, key, section, show
+from pi0.libero.settings import MAX_SEED, RECORDED_STATES, ScoreConfig, TaskConfig, task_conflicts
 from pi0.training.settings import (
     FeaturesConfig,
     LoggingConfig,
@@ -33,90 +34,7 @@ __all__ = [
     "validate",
 ]
 
-Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-MAX_SEED = 2**31 - 1
-RECORDED_STATES = 50  # of each task, in every suite
 STAGE = "stage {:02d}"  # what a version of this program is called
-
-
-@dataclass(kw_only=True)
-class TaskConfig:
-    """What is practised and how it is simulated."""
-
-    benchmark_name: Suite = key("libero_spatial", "LIBERO suite", fixed=True)
-    task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0, fixed=True)
-    task_names_to_use: list[str | int] = key(
-        [],
-        "tasks to train on, by name or index; empty: task_name, or every task of the suite",
-        low=0,
-        fixed=True,
-    )
-    assets: str | None = key(
-        None,
-        "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
-        fixed=True,
-    )
-    demonstrations: str | None = key(
-        None,
-        "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states",
-        fixed=True,
-    )
-    held_out_states: int | None = key(
-        None,
-        "of LIBERO's 50 recorded states of each task, the first ones that only scores use; practice starts from the "
-        "others. null: scores use all, and practice starts from states drawn as LIBERO draws them",
-        unit="states",
-        low=1,
-        high=49,
-        fixed=True,
-    )
-    fixtures: Literal["libero_eval", "pinned"] = key(
-        "libero_eval",
-        "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always its first place",
-        fixed=True,
-    )
-    num_parallel_envs: int | None = key(
-        None, "worker processes that simulate; null: one on each core", unit="processes", low=1
-    )
-    rollouts_per_env: int = key(
-        4, "rollouts a worker keeps going at once; the policy acts on them together", unit="rollouts", low=1
-    )
-    max_open_tasks: int = key(
-        10, "scenes a worker keeps in memory; the one unused for longest is closed first", unit="tasks", low=1
-    )
-    max_episode_length: int | None = key(
-        None,
-        "length at which an episode has failed; null: LIBERO's for the suite",
-        unit="control steps",
-        low=1,
-        fixed=True,
-    )
-    settle_steps: int = key(
-        10, "steps without motion before the policy takes over", unit="control steps", low=0, fixed=True
-    )
-    replan_steps: int = key(
-        10,
-        "actions of a chunk executed before the policy looks again",
-        unit="control steps",
-        low=1,
-        fixed=True,
-    )
-    image_size: int | None = key(
-        None,
-        "width and height of a camera image; null: as large as the policy looks at. Published ones look at 224, which "
-        "openpi makes from 256: set 256 for them",
-        unit="pixels",
-        low=16,
-        fixed=True,
-    )
-    render: Literal["fast", "exact"] = key(
-        "fast", "without shadows and reflections, or LIBERO's own images", fixed=True
-    )
-
-    @property
-    def chosen(self) -> list[str | int]:
-        """Names or indices of the tasks to train on; empty for every task of the suite."""
-        return self.task_names_to_use if self.task_name is None else [self.task_name]
 
 
 @dataclass(kw_only=True)
@@ -261,15 +179,9 @@ class TrainingConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
-    """The scores before and after training, on initial states that are never trained on."""
+class EvaluationConfig(ScoreConfig):
+    """The scores before, in the middle of and after training, on initial states that are never trained on."""
 
-    episodes: int = key(
-        100, "episodes over all tasks, before and again after", unit="episodes", low=1, fixed=True
-    )
-    seed: int = key(
-        0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED, fixed=True
-    )
     periodic_episodes: int = key(
         0,
         "episodes over all tasks every logging.log_freq iterations; 0: none",
@@ -383,18 +295,8 @@ def help_text() -> str:
 
 def _conflicts(config: Config) -> list[str]:
     """What is wrong between keys that are each fit by themselves."""
-    task, algo = config.task, config.algo
-    conflicts: list[str] = []
-    if task.task_name is not None and task.task_names_to_use:
-        conflicts.append(
-            f"task.task_name = {show(task.task_name)} and task.task_names_to_use = "
-            f"{show(task.task_names_to_use)} are both given; give one of them"
-        )
-    if task.max_open_tasks < task.rollouts_per_env:
-        conflicts.append(
-            f"task.max_open_tasks = {task.max_open_tasks} is less than task.rollouts_per_env = "
-            f"{task.rollouts_per_env}, whose tasks may all differ; give it at least as many"
-        )
+    algo = config.algo
+    conflicts = task_conflicts(config.task)
     if config.training.use_fsdp and config.dtype != "float32":
         conflicts.append(
             f"training.use_fsdp = true cuts weights of one type only, and dtype = {show(config.dtype)} mixes two; "

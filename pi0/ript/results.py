@@ -11,48 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pi0.base.files import write_json
-from pi0.base.stats import format_rate, paired_difference, wilson_interval
-from pi0.base.video import captioned, write_video
+from pi0.base.stats import format_rate, paired_difference
 from pi0.report.figures import percent, pooled
 from pi0.report.record import success_counts
 from pi0.training.machine import machine
 
 if TYPE_CHECKING:
-    from pi0.libero.episodes import Episode
-    from pi0.policy.acting import ActingPolicy
-    from pi0.ript.env_runner import EvaluationResult, LIBEROEnvRunner
-
-VIDEO_EPISODES = 3
-VIDEO_EVERY = 4  # control steps from one frame to the next
-VIDEO_FPS = 10  # twice real time
-
-
-def score(result: EvaluationResult) -> dict[str, Any]:
-    """An evaluation as numbers: counts, 95% Wilson intervals, per task and in all."""
-
-    def rate(outcomes: list[bool]) -> dict[str, Any]:
-        low, high = wilson_interval(sum(outcomes), len(outcomes))
-        return {
-            "successes": sum(outcomes),
-            "episodes": len(outcomes),
-            "success_rate": sum(outcomes) / len(outcomes),
-            "interval_95": [low, high],
-        }
-
-    return {
-        **rate(result.outcomes),
-        "tasks": {name: rate(outcomes) for name, outcomes in result.by_task().items()},
-        "broken": [e.failure for e in result.episodes if e.failure is not None],
-        "outcomes": [
-            {
-                "task": e.rollout.task.index,
-                "state": e.rollout.init_index,
-                "success": e.success,
-                "steps": e.steps,
-            }
-            for e in result.episodes
-        ],
-    }
+    from pi0.libero.evaluation import EvaluationResult
 
 
 def write_report(
@@ -79,8 +44,8 @@ def write_report(
         "protocol": before.protocol,
         "machine": machine(),
         "seconds": seconds,
-        "before": score(before),
-        "after": score(after),
+        "before": before.score(),
+        "after": after.score(),
         "change": {
             "difference": change.difference,
             "interval_95": [change.low, change.high],
@@ -161,42 +126,6 @@ def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
 def shorten(task: str, length: int = 40) -> str:
     """A task's name as prose that fits a legend."""
     return textwrap.shorten(task.replace("_", " "), length, placeholder=" ...")
-
-
-def film_before_after(
-    run_dir: Path,
-    env_runner: LIBEROEnvRunner,
-    acting_before: ActingPolicy,
-    acting_after: ActingPolicy,
-    before: EvaluationResult,
-    after: EvaluationResult,
-) -> None:
-    """Write before_after.mp4: both policies side by side on a few scored episodes, those mended by training first.
-
-    Rollouts are deterministic, so filming one again shows the very episode that was scored.
-    """
-    from dataclasses import replace
-
-    pairs = list(zip(before.episodes, after.episodes, strict=True))
-    pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
-    rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
-    films = []
-    for when, acting in (("before", acting_before), ("after", acting_after)):
-        episodes = dict(env_runner.run_policy_in_env(acting, rollouts))
-        films.append([_titled(episodes[index], when) for index in range(len(rollouts))])
-    frames = []
-    for left, right in zip(*films, strict=True):
-        length = max(len(left), len(right))
-        padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
-        gap = np.full((left[0].shape[0], 4, 3), 255, np.uint8)
-        frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
-    write_video(run_dir / "before_after.mp4", frames, VIDEO_FPS)
-    print(f"  {run_dir / 'before_after.mp4'}")
-
-
-def _titled(episode: Episode, when: str) -> list[np.ndarray]:
-    solved = "solved" if episode.success else "not solved"
-    return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")
 
 
 def summarize(metrics: dict[str, Any]) -> str:

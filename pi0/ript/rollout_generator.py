@@ -13,11 +13,12 @@ import numpy as np
 
 from pi0.base.errors import InputError
 from pi0.base.progress import progress
+from pi0.libero.environments import TRAINING
 from pi0.libero.episodes import Episode, Rollout
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Phases, Policy
 from pi0.ript.advantages import leave_one_out_advantages
-from pi0.ript.env_runner import TRAINING, LIBEROEnvRunner
+from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rewards import BinarySuccessReward
 from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
 from pi0.training.interrupts import Interrupted

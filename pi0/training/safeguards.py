@@ -71,7 +71,9 @@ class Safeguards:
         for path, reason in damaged:
             print(f"passed over {path}: {reason}")
         if newest is None and damaged:
-            raise InputError(f"no checkpoint in {self.store.folder} verifies; start a new run, without --resume")
+            raise InputError(
+                f"no checkpoint in {self.store.folder} verifies; start a new run, without --resume"
+            )
         if newest is None:
             print(f"no checkpoint in {self.store.folder}: starting from the beginning")
         return newest
@@ -112,7 +114,9 @@ class Safeguards:
         self.recovery.count_rollback(step, error)
         print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
         if self.recovery.in_a_row > 1:
-            on_rank_zero(report_failure, "a checkpoint that leads nowhere is not removed", self.store.drop_last)
+            on_rank_zero(
+                report_failure, "a checkpoint that leads nowhere is not removed", self.store.drop_last
+            )
         if (newest := self.find()) is None:
             raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
         self.read(newest)

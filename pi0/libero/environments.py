@@ -1,0 +1,229 @@
+"""`Environments`: tasks of a LIBERO suite, their initial states, and the workers that run episodes of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, Self
+
+from pi0.base.errors import InputError
+from pi0.libero import gl
+from pi0.libero.assets import resolve_assets
+from pi0.libero.debug import DebugOutput
+from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.init_states import (
+    InitStatePool,
+    evaluation_pools,
+    recorded_pools,
+    training_pools,
+    with_demonstrated,
+)
+from pi0.libero.rendering import CAMERAS
+from pi0.libero.rollouts import Policy, RolloutPool
+from pi0.libero.settings import MAX_SEED, TaskConfig
+from pi0.libero.suites import Task, find_tasks
+from pi0.libero.worker import WorkerSpec
+from pi0.ranks import collectives
+from pi0.training.interrupts import Interrupts
+
+# First number of a rollout's noise key, so that training and evaluation never share noise.
+TRAINING, EVALUATION = 0, 1
+VALIDATION_SEED = MAX_SEED  # of the validation states; training.seed is smaller
+# What the protocol of a score says of its initial states.
+EVALUATION_STATES = "evaluation: LIBERO's recorded states, from index 0"
+VALIDATION_STATES = (
+    f"validation: drawn from LIBERO's placement distribution with seed {VALIDATION_SEED}, from index 0"
+)
+
+
+class PolicySpec(Protocol):
+    """What environments must know of a policy (`pi0.model.config.Pi0Config`)."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the cameras that the policy looks through, in its order."""
+
+    @property
+    def image_size(self) -> int:
+        """Width and height of the images that it takes, pixels."""
+
+    @property
+    def action_horizon(self) -> int:
+        """Actions in one of its chunks."""
+
+
+class Environments:
+    """Tasks of a suite, their initial states, and worker processes that run episodes of them.
+
+    Attributes:
+        benchmark_name: the suite.
+        tasks: all tasks of the run, which are scored.
+        cameras: the policy's cameras that LIBERO has; episodes hold their images.
+        image_size: pixels a side.
+        pool: the worker processes.
+        interrupts: whether the run was asked to stop; nobody asks unless a script installs the handlers.
+        replan_steps: actions of a chunk executed before the policy looks again. openpi's LIBERO script
+            takes 5 (examples/libero/main.py), LeRobot's pi0.5 for LIBERO 10 (docs/source/pi05.mdx:
+            n_action_steps).
+        max_episode_length: control steps that an episode may take, None for the suite's usual horizon.
+        settle_steps: control steps of standing still before an episode.
+        fixtures: placement of fixtures in evaluation, a key of `pi0.libero.init_states.FIXTURE_MODES`.
+        demonstrations: folder of LIBERO's HDF5 files; training states start with those at which they begin.
+        held_out_states: recorded states of each task that only scores use, the first ones; training states
+            are the others. None: scores use all, and training states are drawn.
+
+    Args:
+        task: which tasks and how they are simulated, the section `task` of a configuration.
+        policy: what the policy sees and how long its chunks are. Cameras that LIBERO does not have, such as the
+            right wrist of published policies, are left out; the policy masks them.
+    Raises:
+        InputError: unknown suite or task, no camera that LIBERO has, more `replan_steps` than a chunk has actions,
+            assets that cannot be used.
+    """
+
+    def __init__(self, task: TaskConfig, policy: PolicySpec):
+        self.cameras = tuple(name for name in policy.cameras if name in CAMERAS)
+        if not self.cameras:
+            raise InputError(
+                f"the policy looks through {', '.join(policy.cameras) or 'no camera'}; "
+                f"LIBERO has {', '.join(CAMERAS)}"
+            )
+        chunk = policy.action_horizon
+        if not 1 <= task.replan_steps <= chunk:
+            raise InputError(
+                f"replan_steps is {task.replan_steps}; the policy's chunks have {chunk} actions: 1 to {chunk}"
+            )
+        self.image_size = task.image_size or policy.image_size
+        self.benchmark_name = task.benchmark_name
+        self.tasks: list[Task] = find_tasks(task.benchmark_name, task.chosen)
+        self.interrupts = Interrupts()
+        self.replan_steps = task.replan_steps
+        self.max_episode_length = task.max_episode_length
+        self.settle_steps = task.settle_steps
+        self.fixtures = task.fixtures
+        self.demonstrations = task.demonstrations
+        self.held_out_states = task.held_out_states
+        self.pool = RolloutPool(
+            WorkerSpec(
+                assets=resolve_assets(task.assets),
+                cameras=self.cameras,
+                image_size=self.image_size,
+                render=task.render,
+                slots=task.rollouts_per_env,
+                chunk=chunk,
+                max_open_tasks=task.max_open_tasks,
+            ),
+            workers=task.num_parallel_envs,
+            check=lambda: self.interrupts.check(),
+        )
+        if collectives.rank_and_world_size()[0] == 0:
+            geometry = self.pool.spec.assets
+            print(f"LIBERO assets: {geometry.source} ({geometry.path}); frames by {gl.renderer()}")
+
+    # Initial states ------------------------------------------------------------------------------
+
+    def training_states(
+        self, count: int, seed: int, tasks: Sequence[Task] | None = None
+    ) -> list[InitStatePool]:
+        """A pool of `count` training states for each of `tasks`, or of all tasks; fewer where fewer are recorded.
+
+        The states at which demonstrations begin come first. The others are recorded states that are not held out
+        or, with `held_out_states` None, states drawn with `seed`.
+        """
+        chosen = self.tasks if tasks is None else list(tasks)
+        if self.held_out_states is None:
+            pools = training_pools(self.pool, chosen, count, seed)
+        else:
+            pools = recorded_pools(self.pool, chosen, self.fixtures, self.held_out_states, count)
+        return with_demonstrated(self.pool, pools, self.demonstrations) if self.demonstrations else pools
+
+    def validation_states(self, count: int) -> list[InitStatePool]:
+        """A pool of `count` states for each task, drawn as training states are and never trained on."""
+        return training_pools(self.pool, self.tasks, count, VALIDATION_SEED)
+
+    def evaluation_states(self) -> list[InitStatePool]:
+        """LIBERO's recorded states of each task; only the held-out ones where training uses the others."""
+        pools = evaluation_pools(self.pool, self.tasks, self.fixtures)
+        if self.held_out_states is not None:
+            for pool in pools:
+                del pool.states[self.held_out_states :]
+        return pools
+
+    # Episodes ------------------------------------------------------------------------------------
+
+    def rollout(
+        self,
+        states: InitStatePool,
+        index: int,
+        noise_key: Iterable[int],
+        record: int = 0,
+        max_steps: int | None = None,
+    ) -> Rollout:
+        """A rollout from one state of a pool under this protocol, or one that ends after `max_steps`."""
+        return Rollout(
+            task=states.task,
+            init=states.states[index],
+            init_index=index,
+            noise_key=tuple(noise_key),
+            horizon=max_steps or self.max_episode_length or states.task.horizon,
+            settle_steps=self.settle_steps,
+            record=record,
+        )
+
+    def run_policy(
+        self,
+        policy: Policy,
+        rollouts: Sequence[Rollout],
+        num_envs: int | None = None,
+        pool: RolloutPool | None = None,
+    ) -> Iterator[tuple[int, Episode]]:
+        """Run rollouts in parallel.
+
+        With the environment variables of `pi0.libero.debug`, videos and observations are written too.
+
+        Args:
+            num_envs: rollouts that run at once, at most; None for as many as the workers have slots.
+            pool: workers that run them instead of this object's own.
+        Yields:
+            (index into `rollouts`, finished episode), in order of completion.
+        Raises:
+            Interrupted: the run was asked to stop.
+            WorkerError: workers are lost time and again.
+        """
+        debug = DebugOutput()
+        prepared = [debug.prepare(rollout) for rollout in rollouts]
+        for index, episode in (pool or self.pool).run(policy, prepared, self.replan_steps, num_envs):
+            debug.save(episode, policy)
+            yield index, episode
+
+    def protocol(self, **more: object) -> dict:
+        """What a score depends on besides the policy, for JSON; `more` adds entries or replaces them."""
+        spec = self.pool.spec
+        return {
+            "suite": self.benchmark_name,
+            "tasks": [task.index for task in self.tasks],
+            "init_states": EVALUATION_STATES,
+            "fixtures": self.fixtures,
+            "horizon": self.max_episode_length or self.tasks[0].horizon,
+            "settle_steps": self.settle_steps,
+            "replan_steps": self.replan_steps,
+            "image_size": spec.image_size,
+            "cameras": list(spec.cameras),
+            "render": spec.render,
+            "gl": gl.renderer(),
+            "assets": spec.assets.describe(),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")
+            },
+            **more,
+        }
+
+    def close(self) -> None:
+        """Close the simulators and end the worker processes."""
+        self.pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

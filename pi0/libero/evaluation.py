@@ -1,0 +1,165 @@
+"""Scores of a policy: episodes on initial states that are never trained on, and what they say."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pi0.base.errors import InputError
+from pi0.base.progress import progress
+from pi0.base.stats import wilson_interval
+from pi0.libero.environments import EVALUATION, EVALUATION_STATES, VALIDATION_STATES, Environments
+from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Episode
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.rollouts import Policy
+from pi0.ranks import collectives
+from pi0.training.interrupts import Interrupted
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scored episodes.
+
+    Attributes:
+        episodes: in order of task and initial state.
+        protocol: everything the score depends on besides the policy.
+    """
+
+    episodes: list[Episode]
+    protocol: dict
+
+    @property
+    def outcomes(self) -> list[bool]:
+        """Success of each episode; a broken simulation counts as failure."""
+        return [episode.success for episode in self.episodes]
+
+    @property
+    def success_rate(self) -> float:
+        """Share of successful episodes, 0 to 1."""
+        return sum(self.outcomes) / len(self.outcomes)
+
+    def to_dict(self) -> dict:
+        """Outlines of the episodes and the protocol, for JSON; `restore_result` reads it."""
+        outlines = [
+            {
+                "task": episode.rollout.task.index,
+                "state": episode.rollout.init_index,
+                "success": episode.success,
+                "steps": episode.steps,
+                "failure": episode.failure,
+            }
+            for episode in self.episodes
+        ]
+        return {"episodes": outlines, "protocol": self.protocol}
+
+    def score(self) -> dict[str, Any]:
+        """An evaluation as numbers: counts, 95% Wilson intervals, per task and in all."""
+
+        def rate(outcomes: list[bool]) -> dict[str, Any]:
+            low, high = wilson_interval(sum(outcomes), len(outcomes))
+            return {
+                "successes": sum(outcomes),
+                "episodes": len(outcomes),
+                "success_rate": sum(outcomes) / len(outcomes),
+                "interval_95": [low, high],
+            }
+
+        return {
+            **rate(self.outcomes),
+            "tasks": {name: rate(outcomes) for name, outcomes in self.by_task().items()},
+            "broken": [e.failure for e in self.episodes if e.failure is not None],
+            "outcomes": [
+                {
+                    "task": e.rollout.task.index,
+                    "state": e.rollout.init_index,
+                    "success": e.success,
+                    "steps": e.steps,
+                }
+                for e in self.episodes
+            ],
+        }
+
+    def by_task(self) -> dict[str, list[bool]]:
+        """Outcomes by task name."""
+        tasks: dict[str, list[bool]] = {}
+        for episode in self.episodes:
+            tasks.setdefault(episode.rollout.task.name, []).append(episode.success)
+        return tasks
+
+
+def evaluate(
+    environments: Environments,
+    policy: Policy,
+    episodes: int,
+    seed: int,
+    record: int = 0,
+    label: str = "evaluation",
+    initial_states: list[InitStatePool] | None = None,
+) -> EvaluationResult:
+    """Score a policy on the evaluation states of all tasks, or on other `initial_states`.
+
+    Two policies scored with the same `episodes` and `seed` meet the same states and the same noise. In a
+    distributed run all ranks take part, each runs its share, and each gets the whole result.
+
+    Args:
+        episodes: number of episodes in all, spread evenly over the tasks; at most 50 a task.
+        seed: of the policy's noise.
+        record: draw a video frame every this many control steps.
+        label: what the progress bar shows.
+    Raises:
+        InputError: more episodes than there are states.
+        Interrupted: the run was asked to stop.
+    """
+    # Rank 0 alone asks for them: if a stop ended its workers' call, ranks that wait for it would wait for ever.
+    pools = initial_states or collectives.on_rank_zero(environments.evaluation_states)
+    counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
+    for states, count in zip(pools, counts, strict=True):
+        if count > len(states):
+            raise InputError(
+                f"{states.task.name} has {len(states)} evaluation states, {count} were asked for; ask for fewer"
+            )
+    rollouts = [
+        environments.rollout(states, index, (EVALUATION, seed, states.task.index, index), record)
+        for states, count in zip(pools, counts, strict=True)
+        for index in range(count)
+    ]
+    rank, world_size = collectives.rank_and_world_size()
+    share = range(rank, len(rollouts), world_size)
+    results: dict[int, Episode] = {}
+    with progress(total=len(share), label=label, unit="episode") as bar, suppress(Interrupted):
+        for index, episode in environments.run_policy(policy, [rollouts[index] for index in share]):
+            results[share[index]] = episode
+            bar.update(1, f"{sum(e.success for e in results.values())} solved")
+    environments.interrupts.check_together(abandoned=len(results) < len(share))
+    if world_size > 1:
+        outlines = {index: episode.outline() for index, episode in results.items()}
+        results = {index: episode for part in collectives.gather(outlines) for index, episode in part.items()}
+    init_states = EVALUATION_STATES if pools[0].kind == "evaluation" else VALIDATION_STATES
+    return EvaluationResult(
+        [results[index] for index in range(len(rollouts))],
+        environments.protocol(episodes=episodes, seed=seed, init_states=init_states),
+    )
+
+
+def restore_result(environments: Environments, content: dict) -> EvaluationResult:
+    """The evaluation of recorded states that `EvaluationResult.to_dict` outlined; a collective."""
+    pools = {pool.task.index: pool for pool in collectives.on_rank_zero(environments.evaluation_states)}
+    seed = content["protocol"]["seed"]
+    episodes = []
+    for outline in content["episodes"]:
+        task, state = outline["task"], outline["state"]
+        episodes.append(
+            Episode(
+                environments.rollout(pools[task], state, (EVALUATION, seed, task, state)),
+                images={},
+                states=np.zeros((0, STATE_DIM), np.float32),
+                actions=np.zeros((0, environments.pool.spec.chunk, ACTION_DIM), np.float32),
+                executed=np.array([outline["steps"]]),
+                success=outline["success"],
+                failure=outline["failure"],
+            )
+        )
+    return EvaluationResult(episodes, content["protocol"])

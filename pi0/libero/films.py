@@ -1,0 +1,74 @@
+"""Videos of scored episodes. Rollouts are deterministic: a rollout that is filmed later is the one that was scored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pi0.base.video import captioned, write_video
+from pi0.libero.environments import Environments
+from pi0.libero.episodes import Episode
+from pi0.libero.evaluation import EvaluationResult
+from pi0.libero.rollouts import Policy
+
+VIDEO_EPISODES = 3  # in a video of before and after
+VIDEO_EVERY = 4  # control steps from one frame to the next
+VIDEO_FPS = 10  # twice real time
+
+
+def film_episodes(
+    environments: Environments, policy: Policy, result: EvaluationResult, count: int, folder: Path
+) -> None:
+    """Write a video of each episode of `result` that started in one of the first `count` states of its task.
+
+    A video is `folder`/taskI-stateJ-success.mp4 or ...-failure.mp4.
+
+    Args:
+        policy: the one that was scored.
+    """
+    chosen = [
+        replace(episode.rollout, record=VIDEO_EVERY)
+        for episode in result.episodes
+        if episode.rollout.init_index < count
+    ]
+    for _, episode in environments.run_policy(policy, chosen):
+        outcome = "success" if episode.success else "failure"
+        name = f"task{episode.rollout.task.index}-state{episode.rollout.init_index}-{outcome}.mp4"
+        write_video(folder / name, episode.video, VIDEO_FPS)
+
+
+def film_before_after(
+    run_dir: Path,
+    environments: Environments,
+    policy_before: Policy,
+    policy_after: Policy,
+    before: EvaluationResult,
+    after: EvaluationResult,
+) -> None:
+    """Write before_after.mp4: both policies side by side on a few scored episodes; those that training solved first.
+
+    Args:
+        before, after: scores of `policy_before` and `policy_after` on the same states and noise.
+    """
+    pairs = list(zip(before.episodes, after.episodes, strict=True))
+    pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
+    rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
+    films = []
+    for when, policy in (("before", policy_before), ("after", policy_after)):
+        episodes = dict(environments.run_policy(policy, rollouts))
+        films.append([_titled(episodes[index], when) for index in range(len(rollouts))])
+    frames = []
+    for left, right in zip(*films, strict=True):
+        length = max(len(left), len(right))
+        padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
+        gap = np.full((left[0].shape[0], 4, 3), 255, np.uint8)
+        frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
+    write_video(run_dir / "before_after.mp4", frames, VIDEO_FPS)
+    print(f"  {run_dir / 'before_after.mp4'}")
+
+
+def _titled(episode: Episode, when: str) -> list[np.ndarray]:
+    solved = "solved" if episode.success else "not solved"
+    return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")

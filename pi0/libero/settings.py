@@ -1,0 +1,162 @@
+"""The sections `task` and `evaluation` of a configuration, which trainers and commands share."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pi0.base.typed_yaml import key, show, unfit_values
+
+Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+MAX_SEED = 2**31 - 1
+RECORDED_STATES = 50  # of each task, in every suite
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """What is practised and how it is simulated."""
+
+    benchmark_name: Suite = key("libero_spatial", "LIBERO suite", fixed=True)
+    task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0, fixed=True)
+    task_names_to_use: list[str | int] = key(
+        [],
+        "tasks to train on, by name or index; empty: task_name, or every task of the suite",
+        low=0,
+        fixed=True,
+    )
+    assets: str | None = key(
+        None,
+        "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
+        fixed=True,
+    )
+    demonstrations: str | None = key(
+        None,
+        "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states",
+        fixed=True,
+    )
+    held_out_states: int | None = key(
+        None,
+        "of LIBERO's 50 recorded states of each task, the first ones that only scores use; practice starts from the "
+        "others. null: scores use all, and practice starts from states drawn as LIBERO draws them",
+        unit="states",
+        low=1,
+        high=49,
+        fixed=True,
+    )
+    fixtures: Literal["libero_eval", "pinned"] = key(
+        "libero_eval",
+        "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always its first place",
+        fixed=True,
+    )
+    num_parallel_envs: int | None = key(
+        None, "worker processes that simulate; null: one on each core", unit="processes", low=1
+    )
+    rollouts_per_env: int = key(
+        4, "rollouts a worker keeps going at once; the policy acts on them together", unit="rollouts", low=1
+    )
+    max_open_tasks: int = key(
+        10, "scenes a worker keeps in memory; the one unused for longest is closed first", unit="tasks", low=1
+    )
+    max_episode_length: int | None = key(
+        None,
+        "length at which an episode has failed; null: LIBERO's for the suite",
+        unit="control steps",
+        low=1,
+        fixed=True,
+    )
+    settle_steps: int = key(
+        10, "steps without motion before the policy takes over", unit="control steps", low=0, fixed=True
+    )
+    replan_steps: int = key(
+        10,
+        "actions of a chunk executed before the policy looks again",
+        unit="control steps",
+        low=1,
+        fixed=True,
+    )
+    image_size: int | None = key(
+        None,
+        "width and height of a camera image; null: as large as the policy looks at. Published ones look at 224, which "
+        "openpi makes from 256: set 256 for them",
+        unit="pixels",
+        low=16,
+        fixed=True,
+    )
+    render: Literal["fast", "exact"] = key(
+        "fast", "without shadows and reflections, or LIBERO's own images", fixed=True
+    )
+
+    @property
+    def chosen(self) -> list[str | int]:
+        """Names or indices of the tasks to train on; empty for every task of the suite."""
+        return self.task_names_to_use if self.task_name is None else [self.task_name]
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """Scores of a policy, on initial states that are never trained on."""
+
+    episodes: int = key(
+        100, "episodes over all tasks, before and again after", unit="episodes", low=1, fixed=True
+    )
+    seed: int = key(
+        0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED, fixed=True
+    )
+
+
+def task_conflicts(task: TaskConfig) -> list[str]:
+    """What is wrong between keys of the section that are each fit by themselves, a line each."""
+    conflicts: list[str] = []
+    if task.task_name is not None and task.task_names_to_use:
+        conflicts.append(
+            f"task.task_name = {show(task.task_name)} and task.task_names_to_use = "
+            f"{show(task.task_names_to_use)} are both given; give one of them"
+        )
+    if task.max_open_tasks < task.rollouts_per_env:
+        conflicts.append(
+            f"task.max_open_tasks = {task.max_open_tasks} is less than task.rollouts_per_env = "
+            f"{task.rollouts_per_env}, whose tasks may all differ; give it at least as many"
+        )
+    return conflicts
+
+
+# Options that commands have in common, by the key of the section that each of them sets.
+_OPTIONS = {
+    "benchmark_name": "suite",
+    "task_names_to_use": "tasks",
+    "assets": "assets",
+    "fixtures": "fixtures",
+    "render": "render",
+    "image_size": "image_size",
+    "replan_steps": "replan_steps",
+    "max_episode_length": "max_episode_length",
+    "settle_steps": "settle_steps",
+    "num_parallel_envs": "workers",
+}
+
+
+def task_of_command(options: argparse.Namespace, **decided: Any) -> TaskConfig:
+    """The task section that the options of a command describe.
+
+    Args:
+        options: the command line; a key for which it has no option keeps its default.
+        decided: keys that the command itself decides; they win over options.
+    """
+    given = {name: getattr(options, option) for name, option in _OPTIONS.items() if hasattr(options, option)}
+    return TaskConfig(**given | decided)
+
+
+def range_of(section: type, name: str) -> Callable[[str], int]:
+    """The `type` of a command's option that sets an integer key of a section.
+
+    Numbers that the YAML schema refuses are refused by `argparse` too, with the option's name.
+    """
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if problems := unfit_values(section(**{name: value})):
+            raise argparse.ArgumentTypeError(problems[0].removeprefix(f"{name} = "))
+        return value
+
+    parse.__name__ = "int"  # as argparse calls it where the text is no number
+    return parse
