@@ -48,7 +48,7 @@ from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
 from pi0.base.typed_yaml import fixed_keys
-from pi0.libero.evaluation import EvaluationResult
+from pi0.libero.evaluation import EvaluationResult, restore_result
 from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
@@ -552,7 +552,7 @@ def train(
         acting = ActingPolicy(learner.average.module, weight)
         evaluation = config.evaluation
         if "before" in state.facts:  # of a run that is resumed
-            before = env_runner.restore_result(state.facts["before"])
+            before = restore_result(env_runner, state.facts["before"])
         else:
             before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
             state.facts["before"] = before.to_dict()
