@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many test processes as cores: one thread for each
 
 import pytest
-from stage_13_runs import finish, outcome, start
+
+from tests.support.stage_13_runs import finish, outcome, start
 
 # Those that start many processes, so that neither of two test processes is left with one at the end.
 LONGEST = ("test_production_stage", "test_resume", "test_stages", "test_dataset_stage", "test_distributed")

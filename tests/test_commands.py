@@ -34,14 +34,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from recordings import write_hdf5
 from safetensors.torch import load_file, save_file
-from test_distributed import free_port
 
 from pi0.base.paths import REPO_ROOT
 from pi0.data import open_demonstrations
 from pi0.libero.libero_import import prepare_libero
 from pi0.libero.suites import find_tasks
+from tests.support.ranks import free_port
+from tests.support.recordings import write_hdf5
 
 ENGLISH, CHINESE = REPO_ROOT / "README.md", REPO_ROOT / "README.zh-CN.md"
 MARKDOWN = [ENGLISH, CHINESE, *sorted(REPO_ROOT.glob("docs/**/*.md"))]

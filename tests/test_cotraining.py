@@ -6,8 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from recordings import FPS, make_demonstration
-from stage_13_runs import CHECKPOINT, finish, run_of, start
 
 from pi0 import PI0Policy
 from pi0.data import DataError
@@ -18,6 +16,8 @@ from pi0.model.network import POSITIVE
 from pi0.ript.config import AlgoConfig, Config, TaskConfig
 from pi0.ript.cotraining import load_cotraining
 from pi0.training.flow_loss import flow_loss
+from tests.support.recordings import FPS, make_demonstration
+from tests.support.stage_13_runs import CHECKPOINT, finish, run_of, start
 
 TASKS = find_tasks("libero_spatial", [3])
 LENGTHS = (31, 12)  # of control steps; an observation every 10 of them makes 4 and 2 chunks

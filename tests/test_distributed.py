@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,14 +15,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from stage_13_runs import finish, ranks_of
 
 from pi0.base.paths import REPO_ROOT
-from pi0.libero.init_states import InitStatePool, state_hash
-from pi0.libero.stepping import InitState
+from pi0.libero.init_states import state_hash
 from pi0.libero.suites import suite_tasks
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
+from tests.support.episodes import states_of
+from tests.support.ranks import free_port, torchrun, two_hosts
+from tests.support.stage_13_runs import finish, ranks_of
 
 SCRIPT = "10_train_with_distributed.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -45,20 +44,6 @@ def load_script() -> ModuleType:
 
 
 stage = load_script()
-
-
-def torchrun(
-    processes: int, *arguments: str, agent: tuple[str, ...] = ("--standalone",), cwd: Path = REPO_ROOT
-) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={processes}", *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def train(processes: int, output_dir: Path, tasks: list[int], *overrides: str) -> tuple[str, Path]:
@@ -106,13 +91,6 @@ def test_six_iterations_take_the_tasks_of_each_rank_in_turns(runner):
             turns.append(runner.set_current_task_by_cursor().index)
             runner.advance_task_cursor()
     assert turns == [0, 2, 4, 6, 8, 0, 1, 3, 5, 7, 1, 3]
-
-
-def states_of(task, count: int) -> InitStatePool:
-    """States told apart by their number."""
-    return InitStatePool(
-        task, "training", [InitState(np.array([float(n)]), np.zeros((0, 7))) for n in range(count)], {}
-    )
 
 
 @pytest.fixture
@@ -169,7 +147,7 @@ def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(d
 )
 def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode, episodes):
     ranks = len(episodes.split(","))
-    output = finish(torchrun(ranks, "tests/rank_gradient.py", str(CHECKPOINT), mode, episodes))
+    output = finish(torchrun(ranks, "tests/support/rank_gradient.py", str(CHECKPOINT), mode, episodes))
     worst, size = map(float, re.search(r"worst difference (\S+) of gradients up to (\S+)", output).groups())
     assert size > 1e-2
     assert worst <= 1e-6 * size  # float32: summing three ranks in another order moves the last bits
@@ -195,7 +173,7 @@ def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(t
         "algo.gradient_accumulation_steps=2", "training.num_train_steps=1", "features.save_video=true",
     ]  # fmt: skip
     arguments = ["--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
-    finish(torchrun(2, "tests/rank_stage.py", str(tmp_path), script, *arguments))
+    finish(torchrun(2, "tests/support/rank_stage.py", str(tmp_path), script, *arguments))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     (first,), (second,) = (rank["updates"] for rank in ranks)
     assert first["weights"] == second["weights"]
@@ -306,7 +284,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
 
 def test_a_rank_that_is_silent_is_taken_for_dead():
     # As one behind a broken network, whose process nobody here can look at.
-    process = torchrun(2, "tests/rank_silent.py", "4")
+    process = torchrun(2, "tests/support/rank_silent.py", "4")
     silent = int(next(line for line in process.stdout if line.startswith("process ")).split()[1])
     end = threading.Timer(40.0, os.kill, (silent, signal.SIGKILL))  # if nobody notices
     end.start()
@@ -327,20 +305,6 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     assert run.returncode != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert line == "error: policy_path = '/nowhere': there is no such folder"
-
-
-def two_hosts(
-    port: int, *arguments: str, folders: tuple[Path, Path] = (REPO_ROOT, REPO_ROOT)
-) -> list[subprocess.Popen]:
-    """Two launchers, as on two hosts, that meet at a port of this one; `folders` are where each is started."""
-    agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
-    return [torchrun(1, *arguments, agent=agent, cwd=folder) for folder in folders]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_hosts_train_together(tmp_path):
@@ -406,7 +370,7 @@ def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, 
 
 def test_a_launcher_that_answers_no_more_is_noticed():
     # As one whose host is cut off: its connections stay open.
-    hosts = two_hosts(free_port(), "tests/rank_silent.py", "4", "launcher")
+    hosts = two_hosts(free_port(), "tests/support/rank_silent.py", "4", "launcher")
     for host in hosts:
         next(line for line in host.stdout if line.startswith("process "))
     first = next(host for host in hosts if rank_under(host.pid) == 0)

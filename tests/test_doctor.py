@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from recordings import FPS, make_demonstration
 
 from pi0 import PI0Policy, doctor
 from pi0.data.lerobot_writer import LeRobotWriter
@@ -15,6 +14,7 @@ from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config, SiglipDims
 from pi0.policy.normalization import NormStats
 from pi0.ript.config import Config, TaskConfig
+from tests.support.recordings import FPS, make_demonstration
 
 
 def save(folder, **changes):

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
-from test_pi05 import chunks_of, inputs_of
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +24,7 @@ from pi0.ript.config import OptimizerConfig
 from pi0.training.ema import AveragedPolicy
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.state import TrainingState
+from tests.support.networks import chunks_of, inputs_of
 
 
 def policy(pi05: bool = False, **changes) -> PI0Policy:

@@ -16,9 +16,16 @@ from types import ModuleType
 
 import pytest
 import torch
-from episodes import make_episode
 from safetensors.torch import load_file
-from stage_13_runs import (
+from torch.utils.data import DistributedSampler
+
+from pi0 import PI0Policy
+from pi0.base.paths import REPO_ROOT
+from pi0.libero.suites import find_tasks
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.training.checkpoint_store import CheckpointStore
+from tests.support.episodes import make_episode, states_of
+from tests.support.stage_13_runs import (
     CHECKPOINT,
     SCRIPT,
     STEPS,
@@ -31,13 +38,6 @@ from stage_13_runs import (
     steps_saved,
     wait_until,
 )
-from test_distributed import TASKS, states_of
-from torch.utils.data import DistributedSampler
-
-from pi0 import PI0Policy
-from pi0.base.paths import REPO_ROOT
-from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.training.checkpoint_store import CheckpointStore
 
 
 def load_script() -> ModuleType:
@@ -174,7 +174,7 @@ def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(t
         "algo.num_epochs=4",
         "algo.minibatch_size=100",
     ]
-    process = start(tmp_path, *few, script=("tests/slow_updates.py", "4"), env=with_path())
+    process = start(tmp_path, *few, script=("tests/support/slow_updates.py", "4"), env=with_path())
     log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
     wait_until(lambda: log() and "rollouts 1:" in log().read_text(), process)
     time.sleep(2.0)  # the update has begun
@@ -292,7 +292,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
 
 def test_what_several_ranks_remember_is_joined_where_states_are_dealt_anew():
     stage = load_script()
-    pools = [states_of(task, 4) for task in TASKS[:2]]
+    pools = [states_of(task, 4) for task in find_tasks("libero_spatial", [0, 1])]
 
     def sampler_of(rank: int, ranks: int):
         dataset = stage.LiberoInitStateDataset(pools)
@@ -335,7 +335,7 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
 
 
 def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
-    output = finish(start(tmp_path, script=("tests/spoilt_gradients.py", "1"), env=with_path()))
+    output = finish(start(tmp_path, script=("tests/support/spoilt_gradients.py", "1"), env=with_path()))
     assert "1 gradients were not finite and were left out" in output
     rows = outcome(tmp_path)["rows"]
     assert [row["bad_updates"] for row in rows] == [1, 0, 0]
@@ -348,7 +348,7 @@ def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
 def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tmp_path, processes):
     # One update an iteration: the third iteration's is the third in a row.
     few = ["--override", "training.max_bad_updates=3", "algo.num_epochs=1", "algo.minibatch_size=100"]
-    script = ("tests/spoilt_gradients.py", "3")
+    script = ("tests/support/spoilt_gradients.py", "3")
     output = finish(start(tmp_path, *few, processes=processes, script=script, env=with_path()))
     assert "step 2: 3 gradients in a row are not finite; back to the last good checkpoint" in output
     for step in (1, 2):  # weights that give no gradient may be spoilt
@@ -365,7 +365,9 @@ FOUR_UPDATES = ["--override", "algo.num_epochs=4", "algo.minibatch_size=100", "t
 def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path):
     # The last update of the first iteration: the checkpoint after it is whole, and its gradients overflow.
     output = finish(
-        start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "1e12"), env=with_path())
+        start(
+            tmp_path, *FOUR_UPDATES, script=("tests/support/spoilt_weights.py", "4", "1e12"), env=with_path()
+        )
     )
     assert re.findall(r"going on from .*/step-00000(\d)", output) == ["1", "0"]
     first, again = re.findall(r"iteration 0: .* loss (\S+)", output)
@@ -377,7 +379,9 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
 
 def test_weights_that_are_no_numbers_are_in_no_checkpoint(tmp_path):
     output = finish(
-        start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "nan"), env=with_path())
+        start(
+            tmp_path, *FOUR_UPDATES, script=("tests/support/spoilt_weights.py", "4", "nan"), env=with_path()
+        )
     )
     assert "step 0: the weights are not finite; back to the last good checkpoint" in output
     assert [row["rollbacks"] for row in outcome(tmp_path)["rows"]] == [1] * STEPS
@@ -457,7 +461,7 @@ def test_a_line_that_the_disk_has_no_room_for_leaves_the_others_whole(tmp_path):
 
 OUT_OF_MEMORY = """
 import resource, sys, torch
-from episodes import make_episode
+from tests.support.episodes import make_episode
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 torch.set_num_threads(1)
@@ -476,10 +480,9 @@ print("passes", adapter.passes, "loss", loss)
 
 
 def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
-    environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(CHECKPOINT), "700000000"],
-        cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        cwd=REPO_ROOT, env=with_path(), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "memory ran out: minibatches go through in 2 passes" in done.stdout
@@ -489,7 +492,7 @@ def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
 def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, "tests/rank_memory.py", str(CHECKPOINT), "700000000"],
+        [sys.executable, *launch, "tests/support/rank_memory.py", str(CHECKPOINT), "700000000"],
         cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
@@ -503,7 +506,7 @@ def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
 def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_more_passes(tmp_path):
     large = ["algo.minibatch_size=100", "algo.noise_samples=32", "algo.negative_weight=0.5"]
     settings = ["--override", "training.use_fsdp=true", "training.num_train_steps=1", *large]
-    short = ("tests/rank_short_of_memory.py", "300000000")
+    short = ("tests/support/rank_short_of_memory.py", "300000000")
     process = start(tmp_path, *settings, processes=2, script=short, env=with_path())
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -519,7 +522,7 @@ def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_m
 def test_shards_gather_the_gradient_of_whole_copies_in_several_passes(chunks):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, "tests/rank_shards.py", str(CHECKPOINT), chunks],
+        [sys.executable, *launch, "tests/support/rank_shards.py", str(CHECKPOINT), chunks],
         cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
@@ -591,7 +594,7 @@ def test_between_releases_freed_memory_is_kept():
 
 
 def test_a_run_whose_memory_grows_says_so(tmp_path):
-    script = ("tests/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
+    script = ("tests/support/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
     few = [
         "--override",
         "training.num_train_steps=4",

@@ -22,7 +22,8 @@ from pi0.model.config import Pi0Config
 from pi0.model.lora import is_lora
 from pi0.policy.folder import CheckpointError
 from pi0.policy.lerobot_files import lerobot_config
-from tests.published_files import (
+from tests.support.networks import random_actions, random_inputs
+from tests.support.published_files import (
     EMBED_TOKENS,
     EXPERT_HEAD,
     HORIZON,
@@ -39,8 +40,7 @@ from tests.published_files import (
     write_lerobot_summer,
     write_openpi,
 )
-from tests.stage_13_runs import finish, run_of, start
-from tests.test_model import random_actions, random_inputs
+from tests.support.stage_13_runs import finish, run_of, start
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = {

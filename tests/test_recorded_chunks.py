@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from recordings import CAMERAS, FPS, SIZE, make_demonstration
 
 from pi0 import PI0Policy, warmstart
 from pi0.base.errors import CheckpointError
@@ -24,6 +23,7 @@ from pi0.norm_stats import norm_stats
 from pi0.policy.images import to_network_images
 from pi0.policy.normalization import NormStats, load_norm_stats
 from pi0.ript.env_runner import LIBEROEnvRunner
+from tests.support.recordings import CAMERAS, FPS, SIZE, make_demonstration
 
 TASKS = find_tasks("libero_spatial", [3, 8])
 LENGTHS = (7, 5, 9, 4)

@@ -13,7 +13,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stage_13_runs import (
+
+from pi0 import PI0Policy
+from pi0.base.paths import REPO_ROOT
+from pi0.ript.results import OutputError, new_run_dir, newest_run, take_run
+from pi0.training.checkpoint_store import CheckpointStore
+from tests.support.browser import browser_check
+from tests.support.stage_13_runs import (
     CHECKPOINT,
     STEPS,
     assert_same,
@@ -25,12 +31,6 @@ from stage_13_runs import (
     steps_saved,
     wait_until,
 )
-from test_html_report import browser_check
-
-from pi0 import PI0Policy
-from pi0.base.paths import REPO_ROOT
-from pi0.ript.results import OutputError, new_run_dir, newest_run, take_run
-from pi0.training.checkpoint_store import CheckpointStore
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
 def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
     # A success in evaluation, then an update that spoils the policy: the first iteration makes four at most.
     few = ["training.keep_checkpoints=1", "logging.log_freq=1", "algo.lr=1e-5", "algo.ema_decay=0"]
-    script = ("tests/spoilt_weights.py", "5", "0")
+    script = ("tests/support/spoilt_weights.py", "5", "0")
     finish(
         start(tmp_path, "--override", *few, script=script, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)})
     )

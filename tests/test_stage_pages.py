@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from episodes import TASK, make_episode
 
 from pi0 import PI0Policy
 from pi0.base.errors import InputError
@@ -35,6 +34,7 @@ from pi0.stages.pages import render_pages
 from pi0.stages.scripts import Stage, compare, find_stages
 from pi0.training.ema import AveragedPolicy
 from pi0.training.optimizer import make_optimizer
+from tests.support.episodes import TASK, make_episode
 
 STAGES = find_stages()
 PAGES = REPO_ROOT / "docs" / "stages"
