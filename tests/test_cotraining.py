@@ -99,6 +99,7 @@ def test_a_camera_that_libero_has_not_is_masked(policy, tmp_path):
     assert learned == {"base_0_rgb", "left_wrist_0_rgb"}
 
 
+@pytest.mark.runs
 def test_a_run_learns_from_demonstrations_as_well(tmp_path):
     overrides = [
         f"algo.cotraining_path={write(tmp_path / 'set')}", "algo.cotraining_chunks=240",
@@ -112,6 +113,7 @@ def test_a_run_learns_from_demonstrations_as_well(tmp_path):
     )  # two passes in minibatches of 24; four rollouts alone make two or four
 
 
+@pytest.mark.runs
 def test_where_practice_teaches_nothing_demonstrations_do_not_stand_in_for_it(tmp_path):
     overrides = [
         f"algo.cotraining_path={write(tmp_path / 'set')}", "task.max_episode_length=10",  # too short to succeed

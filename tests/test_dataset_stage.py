@@ -23,6 +23,8 @@ from pi0.ript.rollout_generator import RolloutGenerator
 from pi0.ript.rollout_stats import state_name
 from tests.support.worker_calls import open_tasks, tasks_in_memory
 
+pytestmark = pytest.mark.runs
+
 SCRIPT = REPO_ROOT / "12_train_with_dataset.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 SMALL = {

@@ -82,6 +82,7 @@ def runner():
         yield runner
 
 
+@pytest.mark.runs
 def test_six_iterations_take_the_tasks_of_each_rank_in_turns(runner):
     turns = []
     for rank in (0, 1):
@@ -101,16 +102,19 @@ def dataset(runner):
     return stage.DistributedInitialStateDataset(pools, 4, skip_after=2, env_runner=runner)
 
 
+@pytest.mark.runs
 def test_ten_states_taken_four_at_a_time_go_round_in_a_ring(dataset):
     taken = [[index for _, index in dataset.sample_batch_circular(4)] for _ in range(3)]
     assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
+@pytest.mark.runs
 def test_no_two_environments_start_alike(dataset):
     starts = dataset.get_states_for_envs(2, 4)
     assert [index for _, index in starts] == list(range(8))
 
 
+@pytest.mark.runs
 def test_every_task_has_a_ring_of_its_own(dataset, runner):
     dataset.smart_sample_group()
     runner.advance_task_cursor()
@@ -120,6 +124,7 @@ def test_every_task_has_a_ring_of_its_own(dataset, runner):
     ]
 
 
+@pytest.mark.runs
 def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(dataset):
     dataset.solved_in_a_row[0][1] = 2
     sampled = dataset.smart_sample_init_state()
@@ -135,6 +140,7 @@ def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(d
 # One gradient ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("mode", "episodes"),
     [
@@ -156,6 +162,7 @@ def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode,
 # Whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
     output, run_dir = train(2, tmp_path, [3])
     assert "rank 0: task 3, 8 trajectories" in output
@@ -166,6 +173,7 @@ def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
     assert results["after"]["episodes"] == 4
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("script", [SCRIPT, "11_train_with_logging.py"])
 def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(tmp_path, script):
     settings = [
@@ -187,6 +195,7 @@ def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(t
     assert [rank["has left"] for rank in ranks] == [True, True]
 
 
+@pytest.mark.runs
 def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path):
     output, run_dir = train(3, tmp_path, [3, 8], "training.num_train_steps=1")
     assert re.findall(r"rank (\d): task (\w+), (\d+) trajectories", output) == [
@@ -197,6 +206,7 @@ def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path)
     assert load_file(run_dir / "policy" / "model.safetensors")
 
 
+@pytest.mark.runs
 def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
     outcomes = []
     for processes in (1, 2):
@@ -208,6 +218,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
     assert len(outcomes[0]) == 6
 
 
+@pytest.mark.runs
 def test_a_rank_takes_its_tasks_in_turns_and_counts_are_those_of_all_ranks(tmp_path):
     short = ("task.max_episode_length=2", "training.num_train_steps=3", "evaluation.episodes=1")
     output, run_dir = train(2, tmp_path, [3, 8, 0], *short)
@@ -267,6 +278,7 @@ def long_run(output_dir: Path, script: str = SCRIPT) -> list[str]:
     return [script, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("script", [SCRIPT, "13_train_production_ready.py"])
 def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path, script):
     run = torchrun(2, *long_run(tmp_path, script))
@@ -282,6 +294,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
     assert ranks_of(tmp_path) == {}
 
 
+@pytest.mark.runs
 def test_a_rank_that_is_silent_is_taken_for_dead():
     # As one behind a broken network, whose process nobody here can look at.
     process = torchrun(2, "tests/support/rank_silent.py", "4")
@@ -298,6 +311,7 @@ def test_a_rank_that_is_silent_is_taken_for_dead():
     assert process.returncode != 0
 
 
+@pytest.mark.runs
 def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     settings = [*SMALL, f"output_dir={tmp_path}", "policy_path=/nowhere"]
     run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)
@@ -307,6 +321,7 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     assert line == "error: policy_path = '/nowhere': there is no such folder"
 
 
+@pytest.mark.runs
 def test_two_hosts_train_together(tmp_path):
     settings = [
         *SMALL,
@@ -320,6 +335,7 @@ def test_two_hosts_train_together(tmp_path):
     assert len(list(tmp_path.glob("*/results.json"))) == 1
 
 
+@pytest.mark.runs
 def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_path):
     folders = tmp_path / "one", tmp_path / "other"
     for folder in folders:
@@ -341,6 +357,7 @@ def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_
     assert results.with_name("train_rank0.log").is_file()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("wrong", ["arguments", "configuration"])
 def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, wrong):
     port = free_port()
@@ -368,6 +385,7 @@ def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, 
     assert 'Traceback (most recent call last):\n  File "' + str(REPO_ROOT / script) not in output
 
 
+@pytest.mark.soak
 def test_a_launcher_that_answers_no_more_is_noticed():
     # As one whose host is cut off: its connections stay open.
     hosts = two_hosts(free_port(), "tests/support/rank_silent.py", "4", "launcher")
@@ -395,6 +413,7 @@ def rank_under(launcher: int) -> int:
     return next(int(entry[5:]) for entry in environment if entry.startswith("RANK="))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path, rank):
     hosts = two_hosts(free_port(), *long_run(tmp_path))

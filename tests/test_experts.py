@@ -10,6 +10,8 @@ from pi0.libero.stepping import TaskSim
 from pi0.libero.suites import suite_tasks
 from pi0.ript.env_runner import LIBEROEnvRunner
 
+pytestmark = pytest.mark.engine
+
 TASKS = [(suite, index) for suite in ("libero_spatial", "libero_object") for index in range(10)]
 TASKS += [("libero_10", index) for index in (0, 1, 4, 6, 7)]  # those that place two things
 

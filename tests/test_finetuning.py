@@ -311,6 +311,7 @@ def test_a_run_is_read_without_another_policy_beside_it(tmp_path):
     assert largest.size < run.policy.network.token_embedding.weight.nbytes / 10
 
 
+@pytest.mark.runs
 @pytest.mark.skipif(
     shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
     reason="torch.compile needs a C++ compiler and Python's headers (apt-get install g++ python3.11-dev)",

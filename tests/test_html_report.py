@@ -447,6 +447,7 @@ def test_what_is_no_run_is_refused_with_its_name(tmp_path):
         write_html_report(run_dir)
 
 
+@pytest.mark.runs
 def test_the_command_writes_the_page_or_says_what_is_wrong(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
     done = run_command(str(run_dir))
@@ -462,6 +463,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("width", [1200, 400])
 def test_chromium_shows_every_plot_and_video_within_the_window(finished, tmp_path, width):
     seen = browser_check(finished, tmp_path, width)
@@ -475,12 +477,14 @@ def test_chromium_shows_every_plot_and_video_within_the_window(finished, tmp_pat
     assert "pick up the black bowl next to the plate" in seen["text"]
 
 
+@pytest.mark.soak
 def test_chromium_runs_nothing_that_hides_in_a_name(hostile, tmp_path):
     seen = browser_check(hostile, tmp_path, 1200)
     assert seen["title"] == f"{hostile.name}: finished"
     assert seen["failures"] == [] and seen["broken_images"] == 0
 
 
+@pytest.mark.soak
 def test_chromium_draws_the_page_light_and_dark_without_a_complaint(finished, tmp_path):
     brightness = {}
     for scheme, value in (("dark", 0), ("light", 1)):

@@ -15,6 +15,8 @@ from pi0.libero.init_states import (
 )
 from pi0.ript.env_runner import LIBEROEnvRunner
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def runner():

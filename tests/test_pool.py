@@ -17,6 +17,8 @@ from pi0.libero.rollouts import WorkerError, usable_cores
 from pi0.ript.env_runner import LIBEROEnvRunner
 from tests.support import worker_calls
 
+pytestmark = pytest.mark.engine
+
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 
 

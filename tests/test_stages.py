@@ -155,6 +155,7 @@ def run_edited_stage_08(folder: Path, config: Path) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.runs
 def test_stage_09_says_what_it_did(runs):
     nine, _ = runs[STAGES[1]]
     for line in (
@@ -166,6 +167,7 @@ def test_stage_09_says_what_it_did(runs):
         assert line in nine.stdout
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("earlier", "later"), list(pairwise(STAGES)))
 def test_with_its_own_feature_off_a_stage_trains_to_exactly_the_losses_of_the_one_before(
     runs, earlier, later
@@ -175,6 +177,7 @@ def test_with_its_own_feature_off_a_stage_trains_to_exactly_the_losses_of_the_on
     assert len(losses(after)) >= 1
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("stage", [STAGES[1], STAGES[5]])
 def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs, stage):
     _, run_dir = runs[stage]
@@ -204,6 +207,7 @@ def config_error(tmp_path: Path, change: dict, *overrides: str) -> str:
     return done.stderr
 
 
+@pytest.mark.runs
 def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "algo.lr" in config_error(tmp_path, {"algo": {"learning_rate": 1e-4}})
     assert "algo.lr = -1.0" in config_error(tmp_path, {}, "algo.lr=-1.0")
@@ -218,6 +222,7 @@ def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "cannot write" in config_error(tmp_path, {"output_dir": "/proc/nowhere"})
 
 
+@pytest.mark.runs
 def test_help_lists_every_key():
     text = run_script(STAGES[1], "--help").stdout
     assert [each.name for each in describe_keys() if f"  {each.name}: " not in text] == []
@@ -256,6 +261,7 @@ def test_a_policy_is_loaded_as_configured(stage_08, tmp_path):
     assert policy.norm_stats.state.mean[0] == pytest.approx(plain.norm_stats.state.mean[0] + 0.5)
 
 
+@pytest.mark.runs
 def test_environments_are_made_as_configured(stage_08):
     task = TaskConfig(
         benchmark_name="libero_goal", task_names_to_use=[1, 2], assets="standins", demonstrations="shown", held_out_states=9,
@@ -277,6 +283,7 @@ def test_environments_are_made_as_configured(stage_08):
         assert (runner.cameras, spec.chunk) == (policy.config.cameras, policy.config.action_horizon)
 
 
+@pytest.mark.runs
 def test_stage_08_runs_with_the_settings_in_it(tmp_path):
     (tmp_path / "checkpoints").symlink_to(REPO_ROOT / "checkpoints")
     done = run_script(str(REPO_ROOT / STAGES[0]), cwd=tmp_path)
