@@ -4,9 +4,11 @@ PYTHON ?= $(firstword $(shell command -v python3.11 2>/dev/null) $(shell command
 TORCH ?= auto
 NO_PYTHON = no python3.11 on the path: install Python 3.11 (Debian: apt-get install python3.11-venv)
 SET_UP = test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }; "$(PYTHON)" tools/setup.py --torch $(TORCH)
+LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
+PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test test quickstart resume
+.PHONY: help setup setup-browser check test soak quickstart resume
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,15 +16,20 @@ help:  ## list the targets
 setup:  ## make .venv from requirements.lock, and the software-GL libraries; quick when they are there
 	@$(SET_UP)
 
-# Chromium, a few hundred MB, is for the tests alone: they open the report in it.
-setup-test:
+# Chromium, a few hundred MB, is for soak alone: its tests open the report in it.
+setup-browser:
 	@$(SET_UP) --browser
 
-test: setup-test  ## lint, check types, run the tests
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
-	.venv/bin/python -m pytest $(ARGS)
+check: setup  ## lint, check types, run the tests that start no process and simulate nothing
+	$(LINT)
+	$(PYTEST) -m "not engine and not runs and not soak" $(ARGS)
+
+test: setup  ## check, and the tests of the engine, of whole runs and of documented commands; CI runs it
+	$(LINT)
+	$(PYTEST) $(ARGS)
+
+soak: setup-browser  ## what takes long: many kills, hosts that die, every documented command, the report in a browser
+	$(PYTEST) -m soak $(ARGS)
 
 quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table, curve, video and report at the end
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml $(ARGS)

@@ -1,18 +1,44 @@
-"""Which files go first, and runs that several files compare others with."""
+"""What costs how much, which files go first, and runs that several files compare others with."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many test processes as cores: one thread for each
 
 import pytest
-from stage_13_runs import finish, outcome, start
+
+from tests.support.boundary import COSTS, Boundary
+from tests.support.stage_13_runs import finish, outcome, start
 
 # Those that start many processes, so that neither of two test processes is left with one at the end.
 LONGEST = ("test_production_stage", "test_resume", "test_stages", "test_dataset_stage", "test_distributed")
 
+BOUNDARY = Boundary()
+
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    BOUNDARY.closed = not any(item.get_closest_marker(mark) for mark in COSTS)
+    try:
+        return (yield)
+    finally:
+        BOUNDARY.closed = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    finally:
+        BOUNDARY.check()
+
+
+@pytest.fixture
+def boundary():
+    return BOUNDARY
 
 
 @pytest.fixture(scope="module")

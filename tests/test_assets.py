@@ -122,6 +122,7 @@ def test_half_an_installed_folder_is_passed_over(cache, folder, monkeypatch, cap
     assert "textures" in caplog.text
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("no_installed_assets")
 def test_standins_come_last(cache):
     done = python(RESOLVE, cache, HF_HUB_OFFLINE="1")
@@ -170,6 +171,7 @@ def hub_server():
     server.server_close()
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("no_installed_assets")
 def test_a_silent_hub_is_given_up_after_seconds(cache, hub_client):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
@@ -182,6 +184,7 @@ def test_a_silent_hub_is_given_up_after_seconds(cache, hub_client):
     assert waited < 15
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("no_installed_assets")
 def test_a_reachable_hub_is_asked_once(cache, hub_client, hub_server):
     environment = {"PYTHONPATH": hub_client, "HF_ENDPOINT": hub_server, "no_proxy": "127.0.0.1"}
@@ -194,6 +197,7 @@ def test_a_reachable_hub_is_asked_once(cache, hub_client, hub_server):
     assert not list((cache.parent / "home").iterdir())
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("no_installed_assets")
 def test_a_broken_download_leaves_nothing_behind_and_says_why(cache, hub_client, hub_server):
     environment = {
@@ -272,6 +276,7 @@ def test_damaged_standins_are_built_again(cache, damage):
     assert standins.fingerprint(path) == whole
 
 
+@pytest.mark.runs
 def test_processes_that_start_together_share_one_build(cache):
     code = "from pi0.libero.standins import standins_path; print(standins_path())"
     processes = [
@@ -306,6 +311,7 @@ env.reset()
 """
 
 
+@pytest.mark.runs
 def test_libero_asks_nothing_and_leaves_the_home_empty(cache):
     done = python(BUILD_AN_ENVIRONMENT, cache)
     assert done.returncode == 0, done.stderr
@@ -326,6 +332,7 @@ print([name for name in ("matplotlib", "gymnasium", "torch") if name in sys.modu
 """
 
 
+@pytest.mark.runs
 def test_a_worker_imports_no_wrappers(cache):
     done = python(A_WORKERS_START, cache)
     assert done.returncode == 0, done.stderr
@@ -334,6 +341,7 @@ def test_a_worker_imports_no_wrappers(cache):
     assert imported == "[]"
 
 
+@pytest.mark.runs
 def test_processes_that_start_together_share_one_configuration(cache):
     code = (
         "from pi0.libero.libero_import import prepare_libero as p; print(p().get_libero_path('bddl_files'))"
@@ -355,6 +363,7 @@ def test_processes_that_start_together_share_one_configuration(cache):
     assert [path.name for path in (cache / "libero").iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.runs
 def test_a_moved_environment_gets_a_fresh_configuration(cache):
     (cache / "libero").mkdir()
     (cache / "libero" / "config.yaml").write_text("bddl_files: /an/older/environment\n")
@@ -363,6 +372,7 @@ def test_a_moved_environment_gets_a_fresh_configuration(cache):
     assert Path(yaml.safe_load((cache / "libero" / "config.yaml").read_text())["bddl_files"]).is_dir()
 
 
+@pytest.mark.runs
 def test_a_users_own_configuration_is_left_alone(cache, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from episodes import make_episode
 
 from pi0 import PI0Policy
 from pi0.data.chunks import Chunks
@@ -14,6 +13,7 @@ from pi0.model.network import NULL
 from pi0.policy.normalization import NormStats, Stats
 from pi0.ript.cfg_adapter import NEGATIVE_CLIP, PI0_CFG_Adapter
 from pi0.training.flow_loss import Augmentation, flow_loss
+from tests.support.episodes import make_episode
 
 
 def make_policy(guidance: bool = False) -> PI0Policy:

@@ -87,6 +87,7 @@ def test_everything_is_on_the_disk_before_the_checkpoint_takes_its_name(store, m
     assert [path for path, named in synced if named] == [str(store.folder)]
 
 
+@pytest.mark.runs
 def test_files_of_two_ranks_are_sealed_together(store):
     barrier = processes.Barrier(2)
     ranks = [processes.Process(target=save_as_rank, args=(store.folder, rank, barrier)) for rank in range(2)]
@@ -234,6 +235,7 @@ def reports(pipe):
             return
 
 
+@pytest.mark.runs
 def test_kill_at_any_moment_loses_no_reported_checkpoint(store):
     moments = random.Random(0)
     last, seconds_a_save = (-1, 0), 0.05
@@ -276,6 +278,7 @@ def save_until_operation(folder, last_operation):
     save(CheckpointStore(folder, keep=1), 2, score=0.2, course=2)
 
 
+@pytest.mark.runs
 def test_kill_at_every_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(store, tmp_path):
     for step, score in ((0, 0.9), (1, 0.1), (2, 0.2)):
         save(store, step, score, course=1)

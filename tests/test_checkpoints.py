@@ -13,7 +13,7 @@ from pi0 import PI0Policy
 from pi0.model.config import Pi0Config
 from pi0.policy.folder import UNUSED, CheckpointError
 from pi0.policy.normalization import NormStats, load_norm_stats
-from tests.test_model import REFERENCE, random_actions, random_inputs, small_config
+from tests.support.networks import REFERENCE, random_actions, random_inputs, small_config
 
 
 def stats() -> NormStats:

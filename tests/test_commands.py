@@ -34,14 +34,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from recordings import write_hdf5
 from safetensors.torch import load_file, save_file
-from test_distributed import free_port
 
 from pi0.base.paths import REPO_ROOT
 from pi0.data import open_demonstrations
 from pi0.libero.libero_import import prepare_libero
 from pi0.libero.suites import find_tasks
+from tests.support.ranks import free_port
+from tests.support.recordings import write_hdf5
 
 ENGLISH, CHINESE = REPO_ROOT / "README.md", REPO_ROOT / "README.zh-CN.md"
 MARKDOWN = [ENGLISH, CHINESE, *sorted(REPO_ROOT.glob("docs/**/*.md"))]
@@ -149,7 +149,9 @@ WAYS = {
     "make setup": here(),
     "make quickstart": here(overrides=QUICKSTART),
     "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
+    "make check": not_run("runs these tests; the recipe's commands are looked at"),
     "make test": not_run("runs these tests; the recipe's commands are looked at"),
+    "make soak": not_run("runs these tests; the recipe's commands are looked at"),
     "tools/check_upstream.py": not_run("needs LeRobot or openpi, which ask for other versions"),
     "tools/setup.py": not_run("installs packages"),
     "08_train_with_epochs.py": elsewhere("test_stages.py"),
@@ -538,6 +540,7 @@ def test_it_is_known_how_to_try_it(command):
     assert command.way, f"{command.place}: WAYS does not know {command.program}"
 
 
+@pytest.mark.runs
 @each_command
 def test_its_program_takes_the_arguments_as_they_stand(programs, command):
     if command.program == "make":
@@ -579,6 +582,7 @@ def check_arguments(programs: Programs, command: Command) -> None:
     assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "command",
     [
@@ -722,6 +726,7 @@ WITH_PYTHON = [
 ]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.relative_to(REPO_ROOT))
 def test_python_in_a_document_runs(programs, made_before, path, tmp_path):
     parts = tmp_path / "CHECKPOINT"
@@ -749,6 +754,7 @@ def test_python_in_a_document_runs(programs, made_before, path, tmp_path):
 FOREIGN = ("gsutil ", "hf download")
 
 
+@pytest.mark.runs
 def test_shell_commands_of_the_documents_run(made_before, tmp_path):
     texts = [block for path in MARKDOWN for kind, block in code_blocks(path.read_text()) if kind == "text"]
     own = [text for text in texts if not any(program in text for program in FOREIGN)]

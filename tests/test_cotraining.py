@@ -6,8 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from recordings import FPS, make_demonstration
-from stage_13_runs import CHECKPOINT, finish, run_of, start
 
 from pi0 import PI0Policy
 from pi0.data import DataError
@@ -18,6 +16,8 @@ from pi0.model.network import POSITIVE
 from pi0.ript.config import AlgoConfig, Config, TaskConfig
 from pi0.ript.cotraining import load_cotraining
 from pi0.training.flow_loss import flow_loss
+from tests.support.recordings import FPS, make_demonstration
+from tests.support.stage_13_runs import CHECKPOINT, finish, run_of, start
 
 TASKS = find_tasks("libero_spatial", [3])
 LENGTHS = (31, 12)  # of control steps; an observation every 10 of them makes 4 and 2 chunks
@@ -99,6 +99,7 @@ def test_a_camera_that_libero_has_not_is_masked(policy, tmp_path):
     assert learned == {"base_0_rgb", "left_wrist_0_rgb"}
 
 
+@pytest.mark.runs
 def test_a_run_learns_from_demonstrations_as_well(tmp_path):
     overrides = [
         f"algo.cotraining_path={write(tmp_path / 'set')}", "algo.cotraining_chunks=240",
@@ -112,6 +113,7 @@ def test_a_run_learns_from_demonstrations_as_well(tmp_path):
     )  # two passes in minibatches of 24; four rollouts alone make two or four
 
 
+@pytest.mark.runs
 def test_where_practice_teaches_nothing_demonstrations_do_not_stand_in_for_it(tmp_path):
     overrides = [
         f"algo.cotraining_path={write(tmp_path / 'set')}", "task.max_episode_length=10",  # too short to succeed

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 from torch.utils.data import DataLoader, DistributedSampler
-from worker_calls import open_tasks, tasks_in_memory
 
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
@@ -23,6 +21,9 @@ from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 from pi0.ript.rollout_stats import state_name
+from tests.support.worker_calls import open_tasks, tasks_in_memory
+
+pytestmark = pytest.mark.runs
 
 SCRIPT = REPO_ROOT / "12_train_with_dataset.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -112,8 +113,6 @@ class Watched(Wobbly):
 
 @pytest.fixture(scope="module")
 def runner():
-    previous = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(REPO_ROOT / "tests")  # where the workers find worker_calls
     with LIBEROEnvRunner(
         "libero_10",
         [],
@@ -128,10 +127,6 @@ def runner():
         settle_steps=0,
         assets="standins",
     ) as runner:
-        if previous is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = previous
         yield runner
 
 

@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,14 +15,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from stage_13_runs import finish, ranks_of
 
 from pi0.base.paths import REPO_ROOT
-from pi0.libero.init_states import InitStatePool
-from pi0.libero.stepping import InitState, state_hash
+from pi0.libero.stepping import state_hash
 from pi0.libero.suites import suite_tasks
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
+from tests.support.episodes import states_of
+from tests.support.ranks import free_port, torchrun, two_hosts
+from tests.support.stage_13_runs import finish, ranks_of
 
 SCRIPT = "10_train_with_distributed.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -45,20 +44,6 @@ def load_script() -> ModuleType:
 
 
 stage = load_script()
-
-
-def torchrun(
-    processes: int, *arguments: str, agent: tuple[str, ...] = ("--standalone",), cwd: Path = REPO_ROOT
-) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={processes}", *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def train(processes: int, output_dir: Path, tasks: list[int], *overrides: str) -> tuple[str, Path]:
@@ -97,6 +82,7 @@ def runner():
         yield runner
 
 
+@pytest.mark.runs
 def test_six_iterations_take_the_tasks_of_each_rank_in_turns(runner):
     turns = []
     for rank in (0, 1):
@@ -108,13 +94,6 @@ def test_six_iterations_take_the_tasks_of_each_rank_in_turns(runner):
     assert turns == [0, 2, 4, 6, 8, 0, 1, 3, 5, 7, 1, 3]
 
 
-def states_of(task, count: int) -> InitStatePool:
-    """States told apart by their number."""
-    return InitStatePool(
-        task, "training", [InitState(np.array([float(n)]), np.zeros((0, 7))) for n in range(count)], {}
-    )
-
-
 @pytest.fixture
 def dataset(runner):
     runner.assigned_tasks = stage.get_distributed_tasks(runner.tasks, 1, 2)
@@ -123,16 +102,19 @@ def dataset(runner):
     return stage.DistributedInitialStateDataset(pools, 4, skip_after=2, env_runner=runner)
 
 
+@pytest.mark.runs
 def test_ten_states_taken_four_at_a_time_go_round_in_a_ring(dataset):
     taken = [[index for _, index in dataset.sample_batch_circular(4)] for _ in range(3)]
     assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
+@pytest.mark.runs
 def test_no_two_environments_start_alike(dataset):
     starts = dataset.get_states_for_envs(2, 4)
     assert [index for _, index in starts] == list(range(8))
 
 
+@pytest.mark.runs
 def test_every_task_has_a_ring_of_its_own(dataset, runner):
     dataset.smart_sample_group()
     runner.advance_task_cursor()
@@ -142,6 +124,7 @@ def test_every_task_has_a_ring_of_its_own(dataset, runner):
     ]
 
 
+@pytest.mark.runs
 def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(dataset):
     dataset.solved_in_a_row[0][1] = 2
     sampled = dataset.smart_sample_init_state()
@@ -157,6 +140,7 @@ def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(d
 # One gradient ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("mode", "episodes"),
     [
@@ -169,7 +153,7 @@ def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(d
 )
 def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode, episodes):
     ranks = len(episodes.split(","))
-    output = finish(torchrun(ranks, "tests/rank_gradient.py", str(CHECKPOINT), mode, episodes))
+    output = finish(torchrun(ranks, "tests/support/rank_gradient.py", str(CHECKPOINT), mode, episodes))
     worst, size = map(float, re.search(r"worst difference (\S+) of gradients up to (\S+)", output).groups())
     assert size > 1e-2
     assert worst <= 1e-6 * size  # float32: summing three ranks in another order moves the last bits
@@ -178,6 +162,7 @@ def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode,
 # Whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
     output, run_dir = train(2, tmp_path, [3])
     assert "rank 0: task 3, 8 trajectories" in output
@@ -188,6 +173,7 @@ def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
     assert results["after"]["episodes"] == 4
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("script", [SCRIPT, "11_train_with_logging.py"])
 def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(tmp_path, script):
     settings = [
@@ -195,7 +181,7 @@ def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(t
         "algo.gradient_accumulation_steps=2", "training.num_train_steps=1", "features.save_video=true",
     ]  # fmt: skip
     arguments = ["--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
-    finish(torchrun(2, "tests/rank_stage.py", str(tmp_path), script, *arguments))
+    finish(torchrun(2, "tests/support/rank_stage.py", str(tmp_path), script, *arguments))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     (first,), (second,) = (rank["updates"] for rank in ranks)
     assert first["weights"] == second["weights"]
@@ -209,6 +195,7 @@ def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(t
     assert [rank["has left"] for rank in ranks] == [True, True]
 
 
+@pytest.mark.runs
 def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path):
     output, run_dir = train(3, tmp_path, [3, 8], "training.num_train_steps=1")
     assert re.findall(r"rank (\d): task (\w+), (\d+) trajectories", output) == [
@@ -219,6 +206,7 @@ def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path)
     assert load_file(run_dir / "policy" / "model.safetensors")
 
 
+@pytest.mark.runs
 def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
     outcomes = []
     for processes in (1, 2):
@@ -230,6 +218,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
     assert len(outcomes[0]) == 6
 
 
+@pytest.mark.runs
 def test_a_rank_takes_its_tasks_in_turns_and_counts_are_those_of_all_ranks(tmp_path):
     short = ("task.max_episode_length=2", "training.num_train_steps=3", "evaluation.episodes=1")
     output, run_dir = train(2, tmp_path, [3, 8, 0], *short)
@@ -289,6 +278,7 @@ def long_run(output_dir: Path, script: str = SCRIPT) -> list[str]:
     return [script, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("script", [SCRIPT, "13_train_production_ready.py"])
 def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path, script):
     run = torchrun(2, *long_run(tmp_path, script))
@@ -304,9 +294,10 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
     assert ranks_of(tmp_path) == {}
 
 
+@pytest.mark.runs
 def test_a_rank_that_is_silent_is_taken_for_dead():
     # As one behind a broken network, whose process nobody here can look at.
-    process = torchrun(2, "tests/rank_silent.py", "4")
+    process = torchrun(2, "tests/support/rank_silent.py", "4")
     silent = int(next(line for line in process.stdout if line.startswith("process ")).split()[1])
     end = threading.Timer(40.0, os.kill, (silent, signal.SIGKILL))  # if nobody notices
     end.start()
@@ -320,6 +311,7 @@ def test_a_rank_that_is_silent_is_taken_for_dead():
     assert process.returncode != 0
 
 
+@pytest.mark.runs
 def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     settings = [*SMALL, f"output_dir={tmp_path}", "policy_path=/nowhere"]
     run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)
@@ -329,20 +321,7 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     assert line == "error: policy_path = '/nowhere': there is no such folder"
 
 
-def two_hosts(
-    port: int, *arguments: str, folders: tuple[Path, Path] = (REPO_ROOT, REPO_ROOT)
-) -> list[subprocess.Popen]:
-    """Two launchers, as on two hosts, that meet at a port of this one; `folders` are where each is started."""
-    agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
-    return [torchrun(1, *arguments, agent=agent, cwd=folder) for folder in folders]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
+@pytest.mark.runs
 def test_two_hosts_train_together(tmp_path):
     settings = [
         *SMALL,
@@ -356,6 +335,7 @@ def test_two_hosts_train_together(tmp_path):
     assert len(list(tmp_path.glob("*/results.json"))) == 1
 
 
+@pytest.mark.runs
 def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_path):
     folders = tmp_path / "one", tmp_path / "other"
     for folder in folders:
@@ -377,6 +357,7 @@ def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_
     assert results.with_name("train_rank0.log").is_file()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("wrong", ["arguments", "configuration"])
 def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, wrong):
     port = free_port()
@@ -404,9 +385,10 @@ def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, 
     assert 'Traceback (most recent call last):\n  File "' + str(REPO_ROOT / script) not in output
 
 
+@pytest.mark.soak
 def test_a_launcher_that_answers_no_more_is_noticed():
     # As one whose host is cut off: its connections stay open.
-    hosts = two_hosts(free_port(), "tests/rank_silent.py", "4", "launcher")
+    hosts = two_hosts(free_port(), "tests/support/rank_silent.py", "4", "launcher")
     for host in hosts:
         next(line for line in host.stdout if line.startswith("process "))
     first = next(host for host in hosts if rank_under(host.pid) == 0)
@@ -431,6 +413,7 @@ def rank_under(launcher: int) -> int:
     return next(int(entry[5:]) for entry in environment if entry.startswith("RANK="))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path, rank):
     hosts = two_hosts(free_port(), *long_run(tmp_path))

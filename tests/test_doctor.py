@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-from recordings import FPS, make_demonstration
 
 from pi0 import PI0Policy, doctor
 from pi0.data.lerobot_writer import LeRobotWriter
@@ -15,6 +14,7 @@ from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config, SiglipDims
 from pi0.policy.normalization import NormStats
 from pi0.ript.config import Config, TaskConfig
+from tests.support.recordings import FPS, make_demonstration
 
 
 def save(folder, **changes):
@@ -200,6 +200,7 @@ def test_a_missing_package_stops_and_another_version_does_not():
     assert all("make setup" in finding.mend for finding in findings)
 
 
+@pytest.mark.runs
 def test_a_back_end_that_draws_is_enough(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     # EGL finds its drivers through these files; without them it has no device.
@@ -208,6 +209,7 @@ def test_a_back_end_that_draws_is_enough(monkeypatch):
     assert status == {"egl": NOTE, "osmesa": OK}
 
 
+@pytest.mark.runs
 def test_no_back_end_that_draws_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nowhere.json")
@@ -251,6 +253,7 @@ def test_too_many_workers_for_memory_and_cores_are_found():
     assert status == {"memory": STOP, "cores": NOTE}
 
 
+@pytest.mark.runs
 def test_a_wrong_configuration_is_reported_and_the_rest_is_still_checked(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LIBERO_ASSETS", "standins")
     path = tmp_path / "run.yaml"
@@ -262,6 +265,7 @@ def test_a_wrong_configuration_is_reported_and_the_rest_is_still_checked(tmp_pat
     assert lines[-1] == "findings that would stop a run: 1"
 
 
+@pytest.mark.runs
 def test_a_machine_and_configuration_that_are_fine_end_with_status_0(checkpoint, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     task = "{assets: standins, task_name: 3, num_parallel_envs: 1}"
@@ -270,6 +274,7 @@ def test_a_machine_and_configuration_that_are_fine_end_with_status_0(checkpoint,
     assert capsys.readouterr().out.splitlines()[-1] == "nothing would stop a run"
 
 
+@pytest.mark.runs
 def test_a_check_that_breaks_is_itself_a_finding(monkeypatch):
     def broken_check():
         raise KeyError("surprise")

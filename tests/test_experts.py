@@ -12,6 +12,8 @@ from pi0.libero.stepping import TaskSim
 from pi0.libero.suites import suite_tasks
 from pi0.model.config import Pi0Config
 
+pytestmark = pytest.mark.engine
+
 TASKS = [(suite, index) for suite in ("libero_spatial", "libero_object") for index in range(10)]
 TASKS += [("libero_10", index) for index in (0, 1, 4, 6, 7)]  # those that place two things
 

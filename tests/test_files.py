@@ -41,6 +41,7 @@ def start(code: str, *arguments) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.runs
 def test_two_that_write_the_same_file_do_not_meet_and_readers_see_whole_ones(tmp_path):
     path = tmp_path / "file"
     write_whole(path, "a" * 5000)
@@ -51,6 +52,7 @@ def test_two_that_write_the_same_file_do_not_meet_and_readers_see_whole_ones(tmp
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.runs
 def test_what_a_full_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_path):
     run_dir = new_run_dir(str(tmp_path), "run", {"note": "before"})
     output, _ = start(ON_A_FULL_DISK, run_dir).communicate(timeout=60)

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
-from test_pi05 import chunks_of, inputs_of
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +24,7 @@ from pi0.training.ema import AveragedPolicy
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.settings import OptimizerConfig
 from pi0.training.state import TrainingState
+from tests.support.networks import chunks_of, inputs_of
 
 
 def policy(pi05: bool = False, **changes) -> PI0Policy:
@@ -311,6 +311,7 @@ def test_a_run_is_read_without_another_policy_beside_it(tmp_path):
     assert largest.size < run.policy.network.token_embedding.weight.nbytes / 10
 
 
+@pytest.mark.runs
 @pytest.mark.skipif(
     shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
     reason="torch.compile needs a C++ compiler and Python's headers (apt-get install g++ python3.11-dev)",

@@ -10,6 +10,8 @@ import pi0.libero.gym_env  # noqa: F401 registers the environments
 from pi0.libero.experts import PickAndPlace
 from pi0.libero.gym_env import LIBEROEnv, LIBEROVectorEnv
 
+pytestmark = pytest.mark.engine
+
 SETTINGS = {"task": 3, "assets": "standins", "image_size": 64, "settle_steps": 2}
 
 

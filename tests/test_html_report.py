@@ -14,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from episodes import TASK, make_episode
 from PIL import Image
 
 from pi0.base.errors import MissingFileError
@@ -30,7 +29,8 @@ from pi0.ript.env_runner import EvaluationResult
 from pi0.ript.results import score, write_report
 from pi0.training.metrics import append_line
 from pi0.training.run_folder import new_run_dir
-from tools.setup import BROWSERS
+from tests.support.browser import browser_check, chromium
+from tests.support.episodes import TASK, make_episode
 
 TASKS = [
     "pick_up_the_black_bowl_on_the_cookie_box_and_place_it_on_the_plate",
@@ -449,6 +449,7 @@ def test_what_is_no_run_is_refused_with_its_name(tmp_path):
         write_html_report(run_dir)
 
 
+@pytest.mark.runs
 def test_the_command_writes_the_page_or_says_what_is_wrong(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
     done = run_command(str(run_dir))
@@ -464,82 +465,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-CHROMIUM_SWITCHES = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-]
-
-
-def chromium(user_data: Path, page: Path, *options: str) -> subprocess.CompletedProcess:
-    """Run real Chromium without a window on a page."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.fail("no Chromium; install it with: sudo apt-get install -y --no-install-recommends chromium")
-    command = [program, *CHROMIUM_SWITCHES, f"--user-data-dir={user_data}", *options, page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
-# Counts what did not load or show. The page itself has no script and forbids any.
-CHECK = """<script>
-const failures = [];
-addEventListener('error', event => failures.push(String(event.message || event.target.outerHTML)), true);
-addEventListener('load', async () => {
-  const videos = [...document.querySelectorAll('video')];
-  for (const video of videos)
-    if (!video.readyState) await new Promise(done => { video.onloadedmetadata = done; setTimeout(done, 5000); });
-  const plots = [...document.querySelectorAll('figure.plot svg')];
-  parent.postMessage({
-    failures,
-    title: document.title,
-    text: document.body.innerText,
-    broken_images: [...document.images].filter(image => !image.naturalWidth).length,
-    video_widths: videos.map(video => video.videoWidth),
-    plots: plots.filter(plot => plot.getBBox().width > 100 && plot.querySelector('path, use')).length,
-    dangling: [...document.querySelectorAll('use')].filter(
-      use => !document.getElementById(use.getAttribute('xlink:href').slice(1))).length,
-    text_colours: [...new Set([
-      getComputedStyle(document.body).color,
-      ...[...document.querySelectorAll('svg text')].map(text => getComputedStyle(text).fill),
-    ])],
-    window_width: innerWidth,
-    content_width: document.documentElement.scrollWidth,
-  }, '*');
-});
-</script>"""
-# A frame, since Chromium's window cannot be as narrow as a phone.
-FRAME = """<!DOCTYPE html><pre id="check"></pre>
-<script>
-addEventListener('message', event => {
-  document.getElementById('check').textContent = btoa(encodeURIComponent(JSON.stringify(event.data)));
-});
-</script>
-<iframe src="check.html" width="%d" height="2000" frameborder="0"></iframe>"""
-
-
-def browser_check(run_dir: Path, tmp_path: Path, width: int) -> dict:
-    """What Chromium made of a page in a window so wide."""
-    source = (run_dir / "report.html").read_text()
-    checked, replaced = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: CHECK, source)
-    assert replaced == 1
-    (tmp_path / "check.html").write_text(checked)
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME % width)
-    dom = chromium(tmp_path / "user", frame, "--dump-dom", "--virtual-time-budget=10000").stdout
-    found = re.search(r'<pre id="check">([^<]+)</pre>', dom)
-    assert found, dom[-500:]
-    return json.loads(unquote(base64.b64decode(found[1]).decode()))
-
-
+@pytest.mark.soak
 @pytest.mark.parametrize("width", [1200, 400])
 def test_chromium_shows_every_plot_and_video_within_the_window(finished, tmp_path, width):
     seen = browser_check(finished, tmp_path, width)
@@ -553,12 +479,14 @@ def test_chromium_shows_every_plot_and_video_within_the_window(finished, tmp_pat
     assert "pick up the black bowl next to the plate" in seen["text"]
 
 
+@pytest.mark.soak
 def test_chromium_runs_nothing_that_hides_in_a_name(hostile, tmp_path):
     seen = browser_check(hostile, tmp_path, 1200)
     assert seen["title"] == f"{hostile.name}: finished"
     assert seen["failures"] == [] and seen["broken_images"] == 0
 
 
+@pytest.mark.soak
 def test_chromium_draws_the_page_light_and_dark_without_a_complaint(finished, tmp_path):
     brightness = {}
     for scheme, value in (("dark", 0), ("light", 1)):

@@ -17,6 +17,8 @@ from pi0.libero.init_states import (
 from pi0.libero.settings import TaskConfig
 from pi0.model.config import Pi0Config
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def environments():

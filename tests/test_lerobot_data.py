@@ -9,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import recordings
-from recordings import CAMERAS, make_demonstration, write_separate_files, write_shared_files
 
 from pi0.base.errors import InputError, MissingFileError
 from pi0.data import (
@@ -25,6 +23,8 @@ from pi0.data import (
 from pi0.data import lerobot_writer as writing
 from pi0.data.lerobot_layout import WRIST_IMAGE_NAMES
 from pi0.data.lerobot_writer import LeRobotWriter
+from tests.support import recordings
+from tests.support.recordings import CAMERAS, make_demonstration, write_separate_files, write_shared_files
 
 LENGTHS = (7, 5, 9, 4, 6)
 LOSS = 3  # grey levels that a video may differ by

@@ -509,6 +509,7 @@ def test_small_deviations_can_be_raised():
     )
 
 
+@pytest.mark.runs
 def test_command_writes_statistics_that_a_policy_reads(tmp_path, capsys):
     path = tmp_path / "made" / "norm_stats.json"
     options = [

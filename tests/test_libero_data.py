@@ -5,11 +5,11 @@ import dataclasses
 import h5py
 import numpy as np
 import pytest
-from recordings import CAMERAS, make_demonstration, write_hdf5
 
 from pi0.base.errors import MissingFileError
 from pi0.data import DataError, open_demonstrations
 from pi0.data.libero_hdf5 import LiberoDemonstrations
+from tests.support.recordings import CAMERAS, make_demonstration, write_hdf5
 
 
 @pytest.fixture

@@ -65,12 +65,14 @@ def run(tmp_path_factory):
     return output, run_dir
 
 
+@pytest.mark.runs
 def test_it_says_what_it_set_up(run):
     output, run_dir = run
     for line in ("WandB initialised", f"log file {run_dir / 'train_rank0.log'} created", "metrics recorded"):
         assert line in output
 
 
+@pytest.mark.runs
 def test_the_log_has_every_line_of_the_console_and_of_a_progress_bar_only_the_last_state(run):
     output, run_dir = run
     log = (run_dir / "train_rank0.log").read_text()
@@ -84,6 +86,7 @@ def test_the_log_has_every_line_of_the_console_and_of_a_progress_bar_only_the_la
     assert "8/8" in bars[0]
 
 
+@pytest.mark.runs
 def test_each_process_has_a_log_of_its_own_and_one_of_them_the_rest(tmp_path):
     output, _ = (
         process := start(tmp_path, "task.task_names_to_use=[3, 8]", "training.num_train_steps=1", processes=2)
@@ -103,6 +106,7 @@ def test_each_process_has_a_log_of_its_own_and_one_of_them_the_rest(tmp_path):
     assert (run_dir / "report.html").is_file()
 
 
+@pytest.mark.runs
 def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):
     _, run_dir = run
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -125,6 +129,7 @@ def test_every_step_is_a_line_of_metrics_and_every_metric_is_documented(run):
         assert line["memory"]["rss_mb"] > 100
 
 
+@pytest.mark.runs
 def test_the_phases_of_a_step_add_up_to_its_time(run):
     _, run_dir = run
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -136,6 +141,7 @@ def test_the_phases_of_a_step_add_up_to_its_time(run):
         assert phases["physics"] > phases["render"] > 0
 
 
+@pytest.mark.runs
 def test_the_wandb_run_is_one_that_wandb_sync_accepts(run):
     output, run_dir = run
     folder = Path(re.search(r"upload it with: wandb sync (\S+)", output).group(1))
@@ -149,6 +155,7 @@ def test_the_wandb_run_is_one_that_wandb_sync_accepts(run):
     assert b"success_rate" in next(folder.glob("run-*.wandb")).read_bytes()
 
 
+@pytest.mark.runs
 def test_the_wandb_run_ends_with_both_scores(run):
     _, run_dir = run
     (file,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
@@ -182,6 +189,7 @@ def wandb_records(data: bytes) -> Iterator[Record]:
             record = b""
 
 
+@pytest.mark.runs
 def test_metrics_that_cannot_be_written_or_sent_are_said_and_end_nothing(tmp_path, monkeypatch, capsys):
     for name in ("WANDB_MODE", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -202,6 +210,7 @@ def test_metrics_that_cannot_be_written_or_sent_are_said_and_end_nothing(tmp_pat
     assert "step 1: metrics or report not written: [Errno 21] Is a directory" in capsys.readouterr().out
 
 
+@pytest.mark.runs
 def test_tensorboard_has_the_same_numbers(run):
     _, run_dir = run
     (file,) = (run_dir / "tensorboard").glob("events.out.tfevents.*")
@@ -225,6 +234,7 @@ def tensorboard_events(data: bytes) -> list[Event]:
     return events
 
 
+@pytest.mark.runs
 def test_the_report_stands_by_itself_and_shows_the_run(run):
     _, run_dir = run
     page = (run_dir / "report.html").read_text()
@@ -233,6 +243,7 @@ def test_the_report_stands_by_itself_and_shows_the_run(run):
     assert (run_dir / "plots").is_dir()
 
 
+@pytest.mark.runs
 def test_a_run_in_progress_has_a_report(tmp_path):
     process = start(tmp_path, "training.num_train_steps=50", "logging.use_wandb=false")
     try:
@@ -254,6 +265,7 @@ def wait_for(condition, seconds: float) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.runs
 def test_an_uncaught_error_is_in_the_log_with_its_traceback(tmp_path):
     process = start(tmp_path, "algo.lr=1e30", "algo.grad_norm_clip=1e30")
     output, _ = process.communicate(timeout=300)
@@ -264,6 +276,7 @@ def test_an_uncaught_error_is_in_the_log_with_its_traceback(tmp_path):
         assert "FloatingPointError: loss is" in text
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("key", [None, "0" * 40], ids=["no key", "no network"])
 def test_online_without_a_key_or_a_network_trains_offline(tmp_path, key):
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}
@@ -282,6 +295,7 @@ def test_online_without_a_key_or_a_network_trains_offline(tmp_path, key):
     assert "WandB initialised: offline run" in output
 
 
+@pytest.mark.runs
 def test_a_run_goes_on_under_its_wandb_id(tmp_path):
     process = start(tmp_path, "logging.wandb_run_id=ript1234", "training.num_train_steps=0")
     output, _ = process.communicate(timeout=300)
@@ -315,6 +329,7 @@ def run_with_tee(tmp_path: Path, code: str, rank: int = 0, **options) -> subproc
     )  # fmt: skip
 
 
+@pytest.mark.runs
 def test_child_processes_and_libraries_are_logged_too(tmp_path):
     code = 'subprocess.run(["sh", "-c", "echo from a child; echo and its errors >&2"]); os.write(1, b"below Python\\n")'
     done = run_with_tee(tmp_path, code)
@@ -325,6 +340,7 @@ def test_child_processes_and_libraries_are_logged_too(tmp_path):
     assert "below Python" in done.stdout
 
 
+@pytest.mark.runs
 def test_other_ranks_are_quiet_on_the_console_and_complete_in_their_log(tmp_path):
     done = run_with_tee(tmp_path, 'print("of rank 1"); print("an error", file=sys.stderr)', rank=1)
     assert done.stdout == ""
@@ -334,6 +350,7 @@ def test_other_ranks_are_quiet_on_the_console_and_complete_in_their_log(tmp_path
     assert "an error" in log  # anywhere: each stream is in order, the two are read apart
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("end", ["os.abort()", "os.kill(os.getpid(), 9)"])
 def test_last_words_before_a_crash_reach_console_and_log(tmp_path, end):
     done = run_with_tee(tmp_path, f'os.write(2, b"terminate called\\n"); {end}')
@@ -343,6 +360,7 @@ def test_last_words_before_a_crash_reach_console_and_log(tmp_path, end):
         assert ("Fatal Python error: Aborted" in text) == ("abort" in end), "with the place"
 
 
+@pytest.mark.runs
 def test_ends_of_lines_that_come_in_two_pieces_are_ends_of_lines(tmp_path):
     code = """
 import time
@@ -354,12 +372,14 @@ for piece in (b"10%\\r20%", b"\\r", b"\\n", b"of another system\\r", b"\\n"):
     assert (tmp_path / "train.log").read_text().splitlines()[-2:] == ["20%", "of another system"]
 
 
+@pytest.mark.runs
 def test_a_last_line_without_an_end_is_in_the_log(tmp_path):
     done = run_with_tee(tmp_path, 'sys.stdout.write("cut off"); sys.stdout.flush()')
     assert done.stdout.endswith("cut off")
     assert (tmp_path / "train.log").read_text().endswith("\ncut off\n")
 
 
+@pytest.mark.runs
 def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path):
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -383,6 +403,7 @@ print("room again")
     assert (tmp_path / "train.log").stat().st_size <= 2000, "it ends where the disk was full, without holes"
 
 
+@pytest.mark.runs
 def test_a_terminal_stays_a_terminal(tmp_path):
     code = "print('a terminal', sys.stdout.isatty(), sys.stderr.isatty(), os.get_terminal_size(1).columns)"
     command = [sys.executable, "-c", TEE + code, str(SCRIPT), str(tmp_path / "train.log"), "0"]

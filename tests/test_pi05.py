@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from finite_differences import finite_difference
-from pi05_reference import BATCH, CAMERAS, CONFIG, GOLDEN, STEPS, make
 from safetensors.torch import load_file, save
 
 from pi0 import PI0Policy
@@ -17,6 +15,9 @@ from pi0.policy.folder import file_name
 from pi0.policy.normalization import NormStats
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.training.flow_loss import Augmentation
+from tests.support.finite_differences import finite_difference
+from tests.support.networks import chunks_of, inputs_of
+from tests.support.pi05_reference import BATCH, CAMERAS, CONFIG, GOLDEN, STEPS, make
 
 
 def small_policy(awake: bool = True, **changes) -> PI0Policy:
@@ -41,25 +42,6 @@ def small_policy(awake: bool = True, **changes) -> PI0Policy:
                 torch.nn.init.normal_(module.dense.weight, std=0.3)
                 torch.nn.init.normal_(module.dense.bias, std=0.3)
     return policy
-
-
-def inputs_of(policy: PI0Policy, batch: int = 2, seed: int = 1) -> dict:
-    g = torch.Generator().manual_seed(seed)
-    config, size = policy.config, policy.config.image_size
-    masks = torch.ones(batch, config.prompt_length, dtype=torch.bool)
-    masks[0, 4:] = False
-    return {
-        "images": {n: torch.rand(batch, 3, size, size, generator=g).double() * 2 - 1 for n in config.cameras},
-        "image_masks": {n: torch.ones(batch, dtype=torch.bool) for n in config.cameras},
-        "state": torch.randn(batch, 8, generator=g).double(),
-        "tokenized_prompt": torch.randint(0, 32, (batch, config.prompt_length), generator=g),
-        "tokenized_prompt_mask": masks,
-    }
-
-
-def chunks_of(policy: PI0Policy, *lead: int, seed: int = 2) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*lead, policy.config.action_horizon, 8, generator=g).double()
 
 
 def encode(policy: PI0Policy, inputs: dict):

@@ -6,19 +6,20 @@ import os
 import pickle
 import signal
 import threading
-from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-import worker_calls
 from PIL import Image
 
-from pi0.libero import rollouts as pool
+from pi0.libero import rollouts as rollouts_module
 from pi0.libero.rollouts import WorkerError, usable_cores
 from pi0.libero.settings import TaskConfig
 from pi0.model.config import Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
+from tests.support import worker_calls
+
+pytestmark = pytest.mark.engine
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 
@@ -91,10 +92,8 @@ def assert_same(ours, theirs):
 
 @pytest.fixture(scope="module")
 def runner():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find worker_calls
-        with make_runner(2) as runner:
-            yield runner
+    with make_runner(2) as runner:
+        yield runner
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +261,7 @@ def test_a_worker_that_fails_is_replaced_and_changes_no_result(runner, episodes)
 
 
 def test_when_nothing_is_ever_finished_the_run_ends_with_the_cause(monkeypatch):
-    monkeypatch.setattr(pool, "FRUITLESS_LOSSES", 1)
+    monkeypatch.setattr(rollouts_module, "FRUITLESS_LOSSES", 1)
     with make_runner(2) as runner:
         monkeypatch.setattr(runner.pool, "_replace", lambda worker: worker)  # the next is no better
         list(runner.pool.call(setattr, [BREAK, BREAK]))

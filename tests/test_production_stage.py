@@ -16,9 +16,16 @@ from types import ModuleType
 
 import pytest
 import torch
-from episodes import make_episode
 from safetensors.torch import load_file
-from stage_13_runs import (
+from torch.utils.data import DistributedSampler
+
+from pi0 import PI0Policy
+from pi0.base.paths import REPO_ROOT
+from pi0.libero.suites import find_tasks
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.training.checkpoint_store import CheckpointStore
+from tests.support.episodes import make_episode, states_of
+from tests.support.stage_13_runs import (
     CHECKPOINT,
     SCRIPT,
     STEPS,
@@ -31,13 +38,6 @@ from stage_13_runs import (
     steps_saved,
     wait_until,
 )
-from test_distributed import TASKS, states_of
-from torch.utils.data import DistributedSampler
-
-from pi0 import PI0Policy
-from pi0.base.paths import REPO_ROOT
-from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.training.checkpoint_store import CheckpointStore
 
 
 def load_script() -> ModuleType:
@@ -50,6 +50,7 @@ def load_script() -> ModuleType:
 # Signals -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("number", "moment"), [(signal.SIGINT, "rollouts 1:"), (signal.SIGTERM, "update:")], ids=["int", "term"]
 )
@@ -71,6 +72,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tm
     assert_same(tmp_path, straight[0])
 
 
+@pytest.mark.runs
 def test_two_processes_stop_together_when_one_is_asked(tmp_path):
     process = start(tmp_path, processes=2)
     wait_until(lambda: 1 in steps_saved(tmp_path), process)
@@ -83,6 +85,7 @@ def test_two_processes_stop_together_when_one_is_asked(tmp_path):
     assert no_process_has(tmp_path)
 
 
+@pytest.mark.runs
 def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_goes_on_later(straight_of_two, tmp_path):
     process = start(tmp_path, processes=2)
     wait_until(lambda: 1 in steps_saved(tmp_path), process)
@@ -110,6 +113,7 @@ except dist.DistError:
 """
 
 
+@pytest.mark.runs
 def test_a_signal_is_heard_while_python_waits_for_others():
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS_IN_A_COLLECTIVE],
@@ -146,12 +150,14 @@ except Interrupted:
 """
 
 
+@pytest.mark.runs
 def test_an_update_may_go_on_for_a_while_after_a_request_to_stop():
     done = subprocess.run([sys.executable, "-c", ASKED_TO_STOP], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
     assert 0.5 <= float(done.stdout) < 5
 
 
+@pytest.mark.runs
 def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     process = start(tmp_path, "--override", "training.save_freq=100")
     wait_until(lambda: any(path.read_text() for path in tmp_path.glob("run-*/metrics.jsonl")), process)
@@ -165,6 +171,7 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     assert_same(tmp_path, straight[0])
 
 
+@pytest.mark.runs
 def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(tmp_path):
     # The first iteration makes four updates at most, the second at least four of four seconds.
     few = [
@@ -174,7 +181,7 @@ def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(t
         "algo.num_epochs=4",
         "algo.minibatch_size=100",
     ]
-    process = start(tmp_path, *few, script=("tests/slow_updates.py", "4"), env=with_path())
+    process = start(tmp_path, *few, script=("tests/support/slow_updates.py", "4"), env=with_path())
     log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
     wait_until(lambda: log() and "rollouts 1:" in log().read_text(), process)
     time.sleep(2.0)  # the update has begun
@@ -186,6 +193,7 @@ def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(t
     assert steps_saved(tmp_path) == [0]
 
 
+@pytest.mark.runs
 def test_a_score_that_a_stop_cut_short_is_made_up_for_and_counts_for_its_checkpoint(tmp_path):
     process = start(tmp_path, "--override", "evaluation.periodic_episodes=8")
     log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
@@ -200,6 +208,7 @@ def test_a_score_that_a_stop_cut_short_is_made_up_for_and_counts_for_its_checkpo
     assert json.loads((checkpoint / "manifest.json").read_text())["score"] == evaluation["success_rate"]
 
 
+@pytest.mark.runs
 def test_the_same_signal_again_stops_at_once(tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -213,6 +222,7 @@ def test_the_same_signal_again_stops_at_once(tmp_path):
     assert process.returncode in (130, 0, -signal.SIGINT)
 
 
+@pytest.mark.runs
 def test_sigusr1_makes_a_checkpoint_and_the_run_goes_on(straight, tmp_path):
     process = start(tmp_path, "--override", "training.save_freq=100", "training.save_best=false")
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -248,6 +258,7 @@ def no_process_has(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.soak
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last_checkpoint(
     straight, tmp_path
 ):
@@ -292,7 +303,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
 
 def test_what_several_ranks_remember_is_joined_where_states_are_dealt_anew():
     stage = load_script()
-    pools = [states_of(task, 4) for task in TASKS[:2]]
+    pools = [states_of(task, 4) for task in find_tasks("libero_spatial", [0, 1])]
 
     def sampler_of(rank: int, ranks: int):
         dataset = stage.LiberoInitStateDataset(pools)
@@ -319,6 +330,7 @@ def test_what_several_ranks_remember_is_joined_where_states_are_dealt_anew():
     assert again.init_state_cursor == [2, 1]
 
 
+@pytest.mark.runs
 def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -334,8 +346,9 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     assert ours["after"] == theirs["after"]
 
 
+@pytest.mark.runs
 def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
-    output = finish(start(tmp_path, script=("tests/spoilt_gradients.py", "1"), env=with_path()))
+    output = finish(start(tmp_path, script=("tests/support/spoilt_gradients.py", "1"), env=with_path()))
     assert "1 gradients were not finite and were left out" in output
     rows = outcome(tmp_path)["rows"]
     assert [row["bad_updates"] for row in rows] == [1, 0, 0]
@@ -344,11 +357,12 @@ def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
     assert all(row["updates"] > 0 for row in rows)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("processes", [1, 2])
 def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tmp_path, processes):
     # One update an iteration: the third iteration's is the third in a row.
     few = ["--override", "training.max_bad_updates=3", "algo.num_epochs=1", "algo.minibatch_size=100"]
-    script = ("tests/spoilt_gradients.py", "3")
+    script = ("tests/support/spoilt_gradients.py", "3")
     output = finish(start(tmp_path, *few, processes=processes, script=script, env=with_path()))
     assert "step 2: 3 gradients in a row are not finite; back to the last good checkpoint" in output
     for step in (1, 2):  # weights that give no gradient may be spoilt
@@ -362,10 +376,13 @@ def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tm
 FOUR_UPDATES = ["--override", "algo.num_epochs=4", "algo.minibatch_size=100", "training.max_bad_updates=3"]
 
 
+@pytest.mark.runs
 def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path):
     # The last update of the first iteration: the checkpoint after it is whole, and its gradients overflow.
     output = finish(
-        start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "1e12"), env=with_path())
+        start(
+            tmp_path, *FOUR_UPDATES, script=("tests/support/spoilt_weights.py", "4", "1e12"), env=with_path()
+        )
     )
     assert re.findall(r"going on from .*/step-00000(\d)", output) == ["1", "0"]
     first, again = re.findall(r"iteration 0: .* loss (\S+)", output)
@@ -375,14 +392,18 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
     assert all(row["bad_updates"] == 0 for row in rows)
 
 
+@pytest.mark.runs
 def test_weights_that_are_no_numbers_are_in_no_checkpoint(tmp_path):
     output = finish(
-        start(tmp_path, *FOUR_UPDATES, script=("tests/spoilt_weights.py", "4", "nan"), env=with_path())
+        start(
+            tmp_path, *FOUR_UPDATES, script=("tests/support/spoilt_weights.py", "4", "nan"), env=with_path()
+        )
     )
     assert "step 0: the weights are not finite; back to the last good checkpoint" in output
     assert [row["rollbacks"] for row in outcome(tmp_path)["rows"]] == [1] * STEPS
 
 
+@pytest.mark.runs
 def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_reported(tmp_path):
     overrides = ["algo.lr=1e30", "training.max_rollbacks=1", "training.max_bad_updates=2"]
     process = start(tmp_path, "--override", *overrides)
@@ -396,6 +417,7 @@ def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_re
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
+@pytest.mark.runs
 def test_a_full_disk_keeps_training_and_says_so(tmp_path):
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -414,6 +436,7 @@ def test_a_full_disk_keeps_training_and_says_so(tmp_path):
 RESULTS = ("final_training_results.json", "results", "video", "report.html")
 
 
+@pytest.mark.runs
 def test_results_that_cannot_be_written_are_said_and_do_not_end_the_run_with_an_error(tmp_path):
     few = [
         "--override",
@@ -447,6 +470,7 @@ append_line(path, {"step": 2})
 """
 
 
+@pytest.mark.runs
 def test_a_line_that_the_disk_has_no_room_for_leaves_the_others_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     done = subprocess.run([sys.executable, "-c", HALF_A_LINE, str(path)], cwd=REPO_ROOT, env=with_path(),
@@ -457,7 +481,7 @@ def test_a_line_that_the_disk_has_no_room_for_leaves_the_others_whole(tmp_path):
 
 OUT_OF_MEMORY = """
 import resource, sys, torch
-from episodes import make_episode
+from tests.support.episodes import make_episode
 from pi0 import PI0Policy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 torch.set_num_threads(1)
@@ -475,21 +499,22 @@ print("passes", adapter.passes, "loss", loss)
 """
 
 
+@pytest.mark.runs
 def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
-    environment = {**os.environ, "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(CHECKPOINT), "700000000"],
-        cwd=REPO_ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        cwd=REPO_ROOT, env=with_path(), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "memory ran out: minibatches go through in 2 passes" in done.stdout
     assert int(re.search(r"passes (\d+)", done.stdout)[1]) >= 2
 
 
+@pytest.mark.runs
 def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, "tests/rank_memory.py", str(CHECKPOINT), "700000000"],
+        [sys.executable, *launch, "tests/support/rank_memory.py", str(CHECKPOINT), "700000000"],
         cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
@@ -500,10 +525,11 @@ def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
     assert passes[0] == passes[1]
 
 
+@pytest.mark.runs
 def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_more_passes(tmp_path):
     large = ["algo.minibatch_size=100", "algo.noise_samples=32", "algo.negative_weight=0.5"]
     settings = ["--override", "training.use_fsdp=true", "training.num_train_steps=1", *large]
-    short = ("tests/rank_short_of_memory.py", "300000000")
+    short = ("tests/support/rank_short_of_memory.py", "300000000")
     process = start(tmp_path, *settings, processes=2, script=short, env=with_path())
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -515,11 +541,12 @@ def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_m
     assert "loss" in json.loads((run_of(tmp_path) / "metrics.jsonl").read_text())
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("chunks", ["9,2", "3,0"])  # 4 passes
 def test_shards_gather_the_gradient_of_whole_copies_in_several_passes(chunks):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *launch, "tests/rank_shards.py", str(CHECKPOINT), chunks],
+        [sys.executable, *launch, "tests/support/rank_shards.py", str(CHECKPOINT), chunks],
         cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
@@ -562,6 +589,7 @@ print(before - resident_mb())
 """
 
 
+@pytest.mark.runs
 def test_free_memory_is_given_back():
     done = subprocess.run([sys.executable, "-c", HOLDS_FREE_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
@@ -584,14 +612,16 @@ print(faults() - before)
 """
 
 
+@pytest.mark.runs
 def test_between_releases_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", KEEPS_FREED_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
     assert int(done.stdout) < 10_000  # of 244,000
 
 
+@pytest.mark.soak
 def test_a_run_whose_memory_grows_says_so(tmp_path):
-    script = ("tests/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
+    script = ("tests/support/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
     few = [
         "--override",
         "training.num_train_steps=4",

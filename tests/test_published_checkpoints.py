@@ -22,7 +22,8 @@ from pi0.model.config import Pi0Config
 from pi0.model.lora import is_lora
 from pi0.policy.folder import CheckpointError
 from pi0.policy.lerobot_files import lerobot_config
-from tests.published_files import (
+from tests.support.networks import random_actions, random_inputs
+from tests.support.published_files import (
     EMBED_TOKENS,
     EXPERT_HEAD,
     HORIZON,
@@ -39,8 +40,7 @@ from tests.published_files import (
     write_lerobot_summer,
     write_openpi,
 )
-from tests.stage_13_runs import finish, run_of, start
-from tests.test_model import random_actions, random_inputs
+from tests.support.stage_13_runs import finish, run_of, start
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = {
@@ -667,6 +667,7 @@ print((status("VmHWM") - before) / weights, weights / 1e6)
 """
 
 
+@pytest.mark.runs
 def test_loading_takes_a_tenth_more_memory_than_the_weights(tmp_path):
     small = write_openpi(tmp_path / "small", weights())
     large = write_openpi(tmp_path / "large", weights(width=768, mlp=6144, vocab=20_000))
@@ -744,6 +745,7 @@ def test_inspect_recognises_pi05(tmp_path, capsys):
     assert f"{len(shapes(pi05=True))} tensors" in text
 
 
+@pytest.mark.runs
 def test_inspect_says_what_a_broken_file_is(tmp_path):
     directory = write_openpi(tmp_path / "checkpoint", weights())
     (directory / "model.safetensors").write_bytes(b"no weights at all")
@@ -818,6 +820,7 @@ def test_convert_says_what_openpi_does_not_load(tmp_path, capsys):
 # Practice
 
 
+@pytest.mark.runs
 def test_stage_13_practises_with_a_published_checkpoint_and_saves_it_in_its_own_layout(tmp_path):
     """Random weights solve nothing, so nothing is learned here; that the loss has the right gradient is shown elsewhere."""
     directory = write_openpi(tmp_path / "checkpoint", weights(vocab=384))

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from recordings import CAMERAS, FPS, SIZE, make_demonstration
 
 from pi0 import PI0Policy, warmstart
 from pi0.base.errors import CheckpointError
@@ -25,6 +24,7 @@ from pi0.norm_stats import main as compute_norm_stats
 from pi0.norm_stats import norm_stats
 from pi0.policy.images import to_network_images
 from pi0.policy.normalization import NormStats, load_norm_stats
+from tests.support.recordings import CAMERAS, FPS, SIZE, make_demonstration
 
 TASKS = find_tasks("libero_spatial", [3, 8])
 LENGTHS = (7, 5, 9, 4)
@@ -85,6 +85,7 @@ def test_a_chunk_is_what_followed_its_observation():
     assert np.array_equal(chunks.images[CAMERAS[0]][1], demonstration.images[CAMERAS[0]][2])
 
 
+@pytest.mark.engine
 def test_recorded_demonstrations_are_the_same_with_a_data_set_and_from_it(tmp_path):
     task = TaskConfig(task_names_to_use=[3], num_parallel_envs=2, assets="standins")
     with Environments(task, Pi0Config.preset("pi0_tiny", cameras=CAMERAS)) as environments:
@@ -172,6 +173,7 @@ def start(output, *options):
     return json.loads((output / "warmstart.json").read_text())
 
 
+@pytest.mark.engine
 def test_a_warm_start_keeps_its_demonstrations_and_another_starts_from_them(tmp_path):
     first = start(
         tmp_path / "a", "--demonstrations", 1, "--write-dataset", tmp_path / "set", "--dataset-video"
@@ -183,6 +185,7 @@ def test_a_warm_start_keeps_its_demonstrations_and_another_starts_from_them(tmp_
     assert stats[0] == stats[1]
 
 
+@pytest.mark.engine
 def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored):
     manifest = start(tmp_path / "policy", "--dataset", stored.root, "--frame-every", 2)
     assert manifest["demonstrations"] == {TASKS[0].name: {"demonstrations": 2, "mean_steps": 8.0}}
@@ -206,6 +209,7 @@ def unscored(monkeypatch):
     monkeypatch.setattr(warmstart, "score_on_training_states", lambda *_: 0)
 
 
+@pytest.mark.engine
 def test_a_warm_start_from_a_gripper_that_1_opens_has_to_be_told(tmp_path, unscored):
     inverted_set(tmp_path / "set")
     with pytest.raises(DataError, match="set: gripper actions are 0 to 1"):
@@ -245,6 +249,7 @@ def small_policy(folder, **changes):
     return policy
 
 
+@pytest.mark.engine
 def test_a_warm_start_goes_on_from_a_policy_of_other_sizes(tmp_path, stored, monkeypatch):
     learned = []
     flow_loss = warmstart.flow_loss
@@ -265,6 +270,7 @@ def test_a_warm_start_goes_on_from_a_policy_of_other_sizes(tmp_path, stored, mon
     assert further.norm_stats.to_dict() == policy.norm_stats.to_dict()
 
 
+@pytest.mark.engine
 def test_a_warm_start_takes_frames_of_another_size_and_other_statistics(tmp_path, stored, unscored):
     policy = small_policy(tmp_path / "small")
     (tmp_path / "other.json").write_text(
@@ -307,6 +313,7 @@ def test_what_is_said_of_a_checkpoint_needs_one(tmp_path, capsys, option):
     assert "--start-from, which is not given" in capsys.readouterr().err
 
 
+@pytest.mark.engine
 def test_a_warm_start_names_what_is_wrong_with_its_data_set(tmp_path, stored):
     with pytest.raises(DataError, match="has no feature camera"):
         start(

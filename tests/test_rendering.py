@@ -11,6 +11,8 @@ from pi0.libero.rendering import CAMERAS, Renderer
 from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim
 from pi0.libero.suites import suite_tasks
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def frames():

@@ -13,7 +13,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stage_13_runs import (
+
+from pi0 import PI0Policy
+from pi0.base.errors import OutputError
+from pi0.base.paths import REPO_ROOT
+from pi0.base.typed_yaml import fixed_keys
+from pi0.ript.config import Config
+from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.run_folder import new_run_dir, newest_run, take_run
+from tests.support.browser import browser_check
+from tests.support.stage_13_runs import (
     CHECKPOINT,
     STEPS,
     assert_same,
@@ -25,15 +34,6 @@ from stage_13_runs import (
     steps_saved,
     wait_until,
 )
-from test_html_report import browser_check
-
-from pi0 import PI0Policy
-from pi0.base.errors import OutputError
-from pi0.base.paths import REPO_ROOT
-from pi0.base.typed_yaml import fixed_keys
-from pi0.ript.config import Config
-from pi0.training.checkpoint_store import CheckpointStore
-from pi0.training.run_folder import new_run_dir, newest_run, take_run
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,7 @@ def killed(killed_run, tmp_path):
     return Path(shutil.copytree(killed_run, tmp_path / "killed"))
 
 
+@pytest.mark.runs
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
     output = finish(start(killed, "--resume"))
     assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
@@ -62,6 +63,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
     assert seconds == sorted(seconds), "time goes on from where the run stopped"
 
 
+@pytest.mark.runs
 def test_a_run_that_goes_on_cannot_be_resumed_beside_it(tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -71,6 +73,7 @@ def test_a_run_that_goes_on_cannot_be_resumed_beside_it(tmp_path):
     finish(process)
 
 
+@pytest.mark.runs
 def test_every_metric_of_a_run_is_documented(straight):
     documented = set(re.findall(r"`(\w+)`", (REPO_ROOT / "docs" / "metrics.md").read_text()))
     for row in outcome(straight[0])["rows"]:
@@ -82,6 +85,7 @@ def test_every_metric_of_a_run_is_documented(straight):
     assert memory["workers_mb"] == memory["worker_mb"]["0"] > 100
 
 
+@pytest.mark.soak
 def test_chromium_shows_the_report_of_a_run(straight, tmp_path):
     seen = browser_check(run_of(straight[0]), tmp_path, 1200)
     assert seen["failures"] == []
@@ -91,12 +95,14 @@ def test_chromium_shows_the_report_of_a_run(straight, tmp_path):
     assert "libero_spatial" in seen["text"]
 
 
+@pytest.mark.runs
 def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
     kill_after_a_step(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))
     assert_same(tmp_path, straight_of_two)
 
 
+@pytest.mark.runs
 def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(killed):
     # As where memory was once short: minibatches go on in two passes.
     store = CheckpointStore(run_of(killed) / "checkpoints", 2)
@@ -113,6 +119,7 @@ def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(killed)
     assert json.loads((newest / "run.json").read_text())["facts"]["passes"] == 2
 
 
+@pytest.mark.runs
 def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, killed):
     newest = max(run_of(killed).glob("checkpoints/step-*"))
     damaged = newest / "training.safetensors"
@@ -124,6 +131,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(s
     assert_same(killed, straight[0])
 
 
+@pytest.mark.runs
 def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
     for manifest in killed.glob("run-*/checkpoints/*/manifest.json"):
         manifest.write_text("{}")
@@ -147,6 +155,7 @@ def test_what_weights_and_states_mean_cannot_change_in_between(tmp_path, changed
         newest_run(str(tmp_path), "run", config | changed, fixed_keys(Config))
 
 
+@pytest.mark.runs
 def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
     process = start(tmp_path, "--resume")
     output, _ = process.communicate(timeout=60)
@@ -191,6 +200,7 @@ def test_what_a_run_was_built_on_cannot_change_and_what_it_was_not_can(tmp_path,
         newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-3, "num_epochs": 2}}, fixed_keys(Config))
 
 
+@pytest.mark.runs
 def test_two_processes_cannot_write_to_one_run(tmp_path):
     code = "import sys; from pathlib import Path; from pi0.training.run_folder import take_run; take_run(Path(sys.argv[1]), {}); input()"
     holder = subprocess.Popen(
@@ -207,6 +217,7 @@ def test_two_processes_cannot_write_to_one_run(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"algo": {"num_epochs": 3}}
 
 
+@pytest.mark.runs
 def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
     folder, _ = straight
     newest, damaged = CheckpointStore(run_of(folder) / "checkpoints", 2).newest_valid()
@@ -217,10 +228,11 @@ def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
     assert all(torch.equal(ours[name], saved[name]) for name in saved)
 
 
+@pytest.mark.runs
 def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
     # A success in evaluation, then an update that spoils the policy: the first iteration makes four at most.
     few = ["training.keep_checkpoints=1", "logging.log_freq=1", "algo.lr=1e-5", "algo.ema_decay=0"]
-    script = ("tests/spoilt_weights.py", "5", "0")
+    script = ("tests/support/spoilt_weights.py", "5", "0")
     finish(
         start(tmp_path, "--override", *few, script=script, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)})
     )
@@ -245,6 +257,7 @@ PRACTISED = [
 ]  # fmt: skip
 
 
+@pytest.mark.runs
 def test_a_killed_and_resumed_run_with_all_that_samplers_remember_ends_with_the_same_bits(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     finish(start(straight, "--override", *PRACTISED))
@@ -263,6 +276,7 @@ def test_a_killed_and_resumed_run_with_all_that_samplers_remember_ends_with_the_
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
 
 
+@pytest.mark.runs
 def test_two_processes_learn_what_they_learn_in_stage_12(straight_of_two, tmp_path):
     finish(start(tmp_path, processes=2, script=("12_train_with_dataset.py",)))
     (metrics,) = tmp_path.glob("run-*/metrics.jsonl")
@@ -277,6 +291,7 @@ def test_two_processes_learn_what_they_learn_in_stage_12(straight_of_two, tmp_pa
 # Large policies ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, tmp_path):
     fsdp = ["--override", "training.use_fsdp=true"]
     kill_after_a_step(tmp_path, *fsdp)
@@ -294,6 +309,7 @@ def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, 
     assert all(torch.allclose(trained[name], copied[name], atol=1e-5) for name in copied)
 
 
+@pytest.mark.runs
 def test_shards_of_a_policy_that_trains_in_part_learn_what_its_copies_learn(tmp_path):
     lora = ["--override", "training.trainable=lora", "training.num_train_steps=2", "algo.lr=0.01"]
     finish(start(tmp_path / "copies", *lora, processes=2))
@@ -315,6 +331,7 @@ def test_shards_of_a_policy_that_trains_in_part_learn_what_its_copies_learn(tmp_
     assert any(name.endswith("lora_b") and tensor.any() for name, tensor in after.items())
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("setting", "tolerance"), [("gradient_checkpointing", 0.0), ("use_mixed_precision", 0.02)]
 )
@@ -330,6 +347,7 @@ def test_checkpointed_gradients_and_bfloat16_train_on_two_processes(
     assert (mine["loss"] == other["loss"]) == (tolerance == 0)
 
 
+@pytest.mark.runs
 def test_all_that_saves_memory_goes_together_with_guidance(tmp_path):
     large = ["use_fsdp", "use_mixed_precision", "gradient_checkpointing"]
     overrides = [f"training.{setting}=true" for setting in large]
@@ -348,6 +366,7 @@ def test_all_that_saves_memory_goes_together_with_guidance(tmp_path):
     assert row["bad_updates"] == 0
 
 
+@pytest.mark.runs
 def test_shards_need_ranks(tmp_path):
     output, _ = (process := start(tmp_path, "--override", "training.use_fsdp=true")).communicate(timeout=300)
     assert process.returncode == 1

@@ -48,6 +48,7 @@ def generator(runner, reward=None, **changes):
     return RolloutGenerator(runner, next_group, reward=reward, **settings | changes)
 
 
+@pytest.mark.engine
 def test_groups_of_k_rollouts_from_one_state_with_their_own_noise(runner):
     collection = generator(runner).generate_rollouts(StillPolicy(), step=0)
     assert [len(group.episodes) for group in collection.groups] == [3, 3]
@@ -56,6 +57,7 @@ def test_groups_of_k_rollouts_from_one_state_with_their_own_noise(runner):
         assert len({episode.actions.tobytes() for episode in group.episodes}) == 3
 
 
+@pytest.mark.engine
 def test_the_same_seed_and_step_give_the_same_rollouts(runner):
     first, again, other = (
         generator(runner, seed=seed).generate_rollouts(StillPolicy(), step=2) for seed in (1, 1, 2)
@@ -66,6 +68,7 @@ def test_the_same_seed_and_step_give_the_same_rollouts(runner):
     assert not np.array_equal(first.episodes[0].actions, other.episodes[0].actions)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_a_policy_that_always_or_never_succeeds_ends_with_an_empty_result(runner, score):
     rollouts = generator(runner, reward=lambda episode: score, enable_dynamic_sampling=True)
@@ -75,6 +78,7 @@ def test_a_policy_that_always_or_never_succeeds_ends_with_an_empty_result(runner
     assert collection.advantages == []
 
 
+@pytest.mark.engine
 def test_when_a_whole_budget_was_unanimous_the_groups_come_from_other_states(runner, capsys):
     def of_the_fifth_state_on(episode) -> float:
         return float(episode.rollout.init_index > 3 and episode.rollout.noise_key[-1] == 0)
@@ -87,6 +91,7 @@ def test_when_a_whole_budget_was_unanimous_the_groups_come_from_other_states(run
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.engine
 def test_dynamic_sampling_tries_other_states_until_it_has_enough(runner):
     # Every other group is mixed.
     rollouts = generator(
@@ -103,12 +108,14 @@ def test_dynamic_sampling_tries_other_states_until_it_has_enough(runner):
     assert list(metrics["tasks"].values()) == [[0, 12]]
 
 
+@pytest.mark.engine
 def test_without_dynamic_sampling_unanimous_groups_stay_and_teach_nothing(runner):
     collection = generator(runner).generate_rollouts(StillPolicy(), step=0)
     assert collection.metrics()["unanimous_groups"] == 2
     assert collection.advantages == [0.0] * 6
 
 
+@pytest.mark.engine
 def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(runner, capsys):
     rollouts = generator(runner, num_groups=2)
     pool = runner.evaluation_states()[0]
@@ -123,6 +130,7 @@ def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(r
     assert collection.failures[0] in capsys.readouterr().out
 
 
+@pytest.mark.engine
 def test_rollouts_that_always_break_end_the_collection_after_the_allowed_tries(runner):
     rollouts = generator(runner, num_groups=2, max_groups=5)
     pool = runner.evaluation_states()[0]

@@ -64,6 +64,7 @@ def writer(file, name: str, count: int) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.runs
 def test_processes_that_share_a_file_lose_no_visit(tmp_path):
     file = tmp_path / "stats.json"
     writers = [writer(file, name, 40) for name in "abc"]
@@ -74,6 +75,7 @@ def test_processes_that_share_a_file_lose_no_visit(tmp_path):
     assert sum(len(states[f"shared/{number}"]) for number in range(7)) == 120
 
 
+@pytest.mark.runs
 def test_a_killed_writer_leaves_a_whole_file_and_holds_nobody_up(tmp_path):
     file = tmp_path / "stats.json"
     victim = writer(file, "victim", 100_000)

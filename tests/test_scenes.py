@@ -8,6 +8,8 @@ import pytest
 
 from pi0.libero import scenes
 
+pytestmark = pytest.mark.engine
+
 TETRAHEDRON = """v 0 0 0
 v {size} 0 0
 v 0 {size} 0

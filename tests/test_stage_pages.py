@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from episodes import TASK, make_episode
 
 from pi0 import PI0Policy
 from pi0.base.errors import InputError
@@ -36,6 +35,7 @@ from pi0.stages.scripts import Stage, compare, find_stages
 from pi0.training.ema import AveragedPolicy
 from pi0.training.optimizer import make_optimizer
 from pi0.training.settings import OptimizerConfig
+from tests.support.episodes import TASK, make_episode
 
 STAGES = find_stages()
 PAGES = REPO_ROOT / "docs" / "stages"
@@ -104,6 +104,7 @@ def test_links_of_a_page_lead_to_files():
 # The list and the diffs.
 
 
+@pytest.mark.runs
 def test_the_list_names_every_stage_with_what_it_adds():
     listed = run_command(COLUMNS="300")
     assert listed.returncode == 0
@@ -125,6 +126,7 @@ def test_lines_that_survive_are_counted():
     assert (counts.added, counts.removed, counts.survive) == (2, 2, 0.8)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("before", "after"), list(pairwise(STAGES)), ids=lambda stage: stage.label)
 def test_the_listed_share_is_that_of_the_lines_which_the_diff_leaves_alone(before, after):
     signs = Counter(line[0] for line in list(patch(before, after))[2:])
@@ -193,6 +195,7 @@ def test_every_line_of_the_first_stage_is_in_one_of_its_parts():
     assert [line for line in shown if line.strip()] == [line for line in STAGES[0].lines if line.strip()]
 
 
+@pytest.mark.runs
 def test_diff_of_08_and_09_shows_what_moved_into_the_file():
     lines = run_command("diff", "8", "09").stdout.splitlines()
     assert lines[:2] == ["--- 08_train_with_epochs.py", "+++ 09_train_with_config.py"]
@@ -206,6 +209,7 @@ def test_diff_of_08_and_09_shows_what_moved_into_the_file():
     assert run_command("diff", "8", "8").stdout == ""
 
 
+@pytest.mark.runs
 def test_a_diff_is_coloured_on_a_terminal_only_and_not_against_the_users_will():
     plain = run_command("diff", "8", "9").stdout
     assert "\x1b" not in plain
@@ -251,6 +255,7 @@ def test_a_definition_put_between_others_is_shown_whole_and_under_its_own_name()
     ]
 
 
+@pytest.mark.runs
 def test_an_unknown_stage_is_answered_with_those_there_are():
     for wrong in ("7", "99", "nine"):
         done = run_command("diff", "8", wrong)
@@ -271,6 +276,7 @@ def test_a_script_that_does_not_say_what_it_adds_is_named(tmp_path):
         main([], tmp_path)
 
 
+@pytest.mark.runs
 def test_help_shows_examples_and_how_notes_are_written():
     assert "python -m pi0.stages diff 8 9" in run_command("--help").stdout
     assert "--context 6" in run_command("diff", "--help").stdout

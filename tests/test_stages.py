@@ -154,6 +154,7 @@ def run_edited_stage_08(folder: Path, config: Path) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.runs
 def test_stage_09_says_what_it_did(runs):
     nine, _ = runs[STAGES[1]]
     for line in (
@@ -165,6 +166,7 @@ def test_stage_09_says_what_it_did(runs):
         assert line in nine.stdout
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("earlier", "later"), list(pairwise(STAGES)))
 def test_with_its_own_feature_off_a_stage_trains_to_exactly_the_losses_of_the_one_before(
     runs, earlier, later
@@ -174,6 +176,7 @@ def test_with_its_own_feature_off_a_stage_trains_to_exactly_the_losses_of_the_on
     assert len(losses(after)) >= 1
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("stage", [STAGES[1], STAGES[5]])
 def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs, stage):
     _, run_dir = runs[stage]
@@ -203,6 +206,7 @@ def config_error(tmp_path: Path, change: dict, *overrides: str) -> str:
     return done.stderr
 
 
+@pytest.mark.runs
 def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "algo.lr" in config_error(tmp_path, {"algo": {"learning_rate": 1e-4}})
     assert "algo.lr = -1.0" in config_error(tmp_path, {}, "algo.lr=-1.0")
@@ -217,6 +221,7 @@ def test_bad_settings_are_named_before_anything_starts(tmp_path):
     assert "cannot write" in config_error(tmp_path, {"output_dir": "/proc/nowhere"})
 
 
+@pytest.mark.runs
 def test_help_lists_every_key():
     text = run_script(STAGES[1], "--help").stdout
     assert [each.name for each in describe_keys() if f"  {each.name}: " not in text] == []

@@ -17,6 +17,8 @@ from pi0.base.paths import REPO_ROOT, cache_dir
 from pi0.libero.assets import Assets, resolve_assets, use_assets
 from pi0.libero.suites import suite_tasks
 
+pytestmark = pytest.mark.engine
+
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 ARCHIVE = REPO_ROOT.parent / "shared" / "libero_assets.tar.xz"
 STAND_STILL = [0, 0, 0, 0, 0, 0, -1]

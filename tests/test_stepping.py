@@ -56,6 +56,7 @@ def pair(request):
     pair.theirs.close()
 
 
+@pytest.mark.engine
 def test_placements_are_those_of_rebuilding_resets(pair):
     pair.theirs.seed(0)
     theirs = []
@@ -70,6 +71,7 @@ def test_placements_are_those_of_rebuilding_resets(pair):
         assert np.array_equal(fixtures, drawn.fixtures)
 
 
+@pytest.mark.engine
 def test_states_observations_and_success_are_bit_identical(pair):
     recorded = pair.task.recorded_init_states()[0]
     pair.theirs.seed(0)
@@ -93,6 +95,7 @@ def test_states_observations_and_success_are_bit_identical(pair):
         assert np.array_equal(seen[-1][6:], observation["robot0_gripper_qpos"].astype(np.float32))
 
 
+@pytest.mark.engine
 def test_a_restored_snapshot_goes_on_to_the_bit(pair):
     recorded = pair.task.recorded_init_states()
     fixtures = pair.their_fixtures()
@@ -111,11 +114,13 @@ def test_a_restored_snapshot_goes_on_to_the_bit(pair):
     assert np.array_equal(straight, pair.our_state())
 
 
+@pytest.mark.engine
 def test_reset_refuses_a_state_of_another_task(pair):
     with pytest.raises(ValueError, match="has shape"):
         pair.ours.reset(InitState(np.zeros(3), pair.their_fixtures()))
 
 
+@pytest.mark.engine
 def test_a_diverged_simulation_is_an_error_not_a_number(pair):
     state = pair.task.recorded_init_states()[0]
     state[1] = np.nan

@@ -11,14 +11,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from episodes import make_episode
-from rank_end import leave_together
 from torch.distributed.tensor import DTensor
 
 from pi0 import PI0Policy
 from pi0.ranks.collectives import average_gradients, broadcast_weights
 from pi0.ranks.sharding import shard, whole, whole_on_rank_zero
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from tests.support.episodes import make_episode
+from tests.support.rank_end import leave_together
 
 PASSES = 4
 

@@ -1,6 +1,6 @@
 """pi0.5 once more, in NumPy and float64: what `tests/golden/pi05.safetensors` was computed with.
 
-    PYTHONPATH=. python tests/pi05_reference.py     # writes the golden file again
+    PYTHONPATH=. python tests/support/pi05_reference.py     # writes the golden file again
 
 Shares no code with `pi0.model`. It follows openpi's formulation (src/openpi/models/pi0.py, gemma.py,
 siglip.py): all tokens in one sequence, both experts in one attention under one mask, nothing cached, one
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-GOLDEN = Path(__file__).with_name("golden") / "pi05.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "pi05.safetensors"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 CONFIG = {
     "pi05": True,

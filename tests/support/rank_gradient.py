@@ -8,13 +8,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from episodes import CAMERAS, make_episode
-from rank_end import leave_together
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
 from pi0.ranks.collectives import average_gradients, largest
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
+from tests.support.episodes import CAMERAS, make_episode
+from tests.support.rank_end import leave_together
 
 
 def main() -> None:

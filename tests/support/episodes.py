@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.init_states import InitStatePool
 from pi0.libero.stepping import InitState
 from pi0.libero.suites import Task
 
@@ -24,4 +25,11 @@ def make_episode(success: bool, executed: list[int], seed: int, chunk: int = 10,
         actions=random.uniform(-1, 1, (count, chunk, 7)).astype(np.float32),
         executed=np.array(executed),
         success=success,
+    )
+
+
+def states_of(task, count: int) -> InitStatePool:
+    """States told apart by their number."""
+    return InitStatePool(
+        task, "training", [InitState(np.array([float(n)]), np.zeros((0, 7))) for n in range(count)], {}
     )

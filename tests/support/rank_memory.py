@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from episodes import make_episode
-from rank_end import leave_together
 
 from pi0 import PI0Policy
 from pi0.ranks.collectives import average_gradients
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from tests.support.episodes import make_episode
+from tests.support.rank_end import leave_together
 
 
 def main() -> None:
