@@ -14,13 +14,15 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
+from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import state_hash
 from pi0.libero.suites import find_tasks
+from pi0.model.config import Pi0Config
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
-from pi0.ript.rollout_stats import state_name
+from pi0.ript.rollout_stats import RolloutStats, state_name
 from tests.support.worker_calls import open_tasks, tasks_in_memory
 
 pytestmark = pytest.mark.runs
@@ -113,31 +115,28 @@ class Watched(Wobbly):
 
 @pytest.fixture(scope="module")
 def runner():
-    with LIBEROEnvRunner(
-        "libero_10",
-        [],
-        cameras=("base_0_rgb",),
+    task = TaskConfig(
+        benchmark_name="libero_10",
         image_size=32,
-        chunk=10,
-        replan_steps=10,
         num_parallel_envs=2,
         rollouts_per_env=2,
         max_open_tasks=3,
         max_episode_length=10,
         settle_steps=0,
         assets="standins",
-    ) as runner:
+    )
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as runner:
         yield runner
 
 
-def loader_of(runner, group_size: int, ranks=(1, 0), count: int = 3):
+def loader_of(runner, group_size: int, ranks=(1, 0), count: int = 3, stats: RolloutStats | None = None):
     """Data set, sampler and loader over recorded states, as the script makes them over drawn ones."""
     pools = [
         type(pool)(pool.task, "training", pool.states[:count], {}) for pool in runner.evaluation_states()
     ]
     dataset = stage.LiberoInitStateDataset(pools)
     ring = DistributedSampler(dataset, *ranks, shuffle=False)
-    sampler = stage.TaskAwareSampler(dataset, ring, group_size)
+    sampler = stage.TaskAwareSampler(dataset, ring, group_size, stats or RolloutStats(None, 2))
     return dataset, sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=stage.collate_fn_state)
 
 
@@ -172,18 +171,17 @@ def test_step_2_rollouts_are_collected_by_initial_state(runner):
 
 
 def test_step_2_the_generator_takes_what_the_description_names_and_is_ended_by_cleanup(tmp_path):
-    with LIBEROEnvRunner(
-        "libero_10",
-        [0, 1],
-        cameras=("base_0_rgb",),
+    task = TaskConfig(
+        benchmark_name="libero_10",
+        task_names_to_use=[0, 1],
         image_size=32,
-        chunk=10,
-        replan_steps=10,
         num_parallel_envs=2,
         settle_steps=0,
         assets="standins",
-    ) as env_runner:
-        dataset, sampler, loader = loader_of(env_runner, group_size=1)
+    )
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as env_runner:
+        stats = RolloutStats(tmp_path / "stats.json", skip_threshold=1)
+        dataset, sampler, loader = loader_of(env_runner, group_size=1, stats=stats)
         rollouts = RolloutGenerator(
             env_runner=env_runner,
             rollouts_per_env=2,
@@ -193,9 +191,7 @@ def test_step_2_the_generator_takes_what_the_description_names_and_is_ended_by_c
             init_state_dataloader=loader,
             init_state_dataset=dataset,
             enable_dynamic_sampling=False,
-            rollout_skip_threshold=1,
-            enable_rollout_stats_tracking=True,
-            rollout_stats_path=tmp_path / "stats.json",
+            stats=stats,
             use_val_init=True,
             num_groups=4,
             max_groups=4,
@@ -228,9 +224,36 @@ def test_step_2_the_generator_takes_what_the_description_names_and_is_ended_by_c
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_step_2_the_generator_makes_statistics_as_described_where_it_is_given_none(tmp_path, tracked):
+    rollouts = RolloutGenerator(
+        None,
+        init_state_dataloader=[],
+        rollouts_per_env=2,
+        rollout_skip_threshold=1,
+        enable_rollout_stats_tracking=tracked,
+        rollout_stats_path=tmp_path / "stats.json",
+        num_groups=1,
+        max_groups=1,
+        seed=0,
+    )
+    rollouts.stats.record("state", 2, 2)
+    assert rollouts.stats.pass_over("state")
+    rollouts.stats.save()
+    assert (tmp_path / "stats.json").exists() == tracked
+
+
 def test_step_2_several_gpus_for_one_rank_are_refused_with_the_way_to_use_them(runner):
     with pytest.raises(InputError, match="torchrun --nproc_per_node=2"):
-        RolloutGenerator(runner, agent_gpus=[0, 1], num_groups=1, max_groups=1, seed=0)
+        RolloutGenerator(
+            runner,
+            init_state_dataloader=[],
+            rollouts_per_env=2,
+            agent_gpus=[0, 1],
+            num_groups=1,
+            max_groups=1,
+            seed=0,
+        )
 
 
 # 3 ------------------------------------------------------------------------------------------------------
@@ -337,8 +360,8 @@ def test_step_6_ranks_share_the_states_of_every_task(runner):
     shares = []
     for rank in (0, 1):
         dataset, sampler, _ = loader_of(runner, 1, ranks=(2, rank), count=4)
-        assert all(len(ring) == 2 for ring in sampler.rings)
-        shares += [index for ring in sampler.rings for index in ring]
+        assert all(len(ring.states) == 2 for ring in sampler.rings)
+        shares += [index for ring in sampler.rings for index in ring.states]
     assert sorted(shares) == list(range(len(dataset)))
 
 
@@ -346,8 +369,8 @@ def test_step_6_states_that_do_not_divide_by_the_ranks_have_one_rank_each(runner
     shares = []
     for rank in (0, 1, 2):
         dataset, sampler, _ = loader_of(runner, 1, ranks=(3, rank), count=4)
-        assert all(sampler.rings)
-        shares += [index for ring in sampler.rings for index in ring]
+        assert all(ring.states for ring in sampler.rings)
+        shares += [index for ring in sampler.rings for index in ring.states]
     assert len(dataset) % 3
     assert sorted(shares) == list(range(len(dataset)))
 

@@ -17,8 +17,10 @@ import pytest
 from safetensors.torch import load_file
 
 from pi0.base.paths import REPO_ROOT
+from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import state_hash
 from pi0.libero.suites import suite_tasks
+from pi0.model.config import Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
 from tests.support.episodes import states_of
@@ -70,15 +72,8 @@ def test_one_task_on_two_ranks_leaves_the_second_without():
 
 @pytest.fixture
 def runner():
-    with LIBEROEnvRunner(
-        "libero_spatial",
-        list(range(9)),
-        cameras=("base_0_rgb",),
-        image_size=32,
-        chunk=10,
-        replan_steps=10,
-        assets="standins",
-    ) as runner:
+    task = TaskConfig(task_names_to_use=list(range(9)), image_size=32, assets="standins")
+    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as runner:
         yield runner
 
 
@@ -99,19 +94,21 @@ def dataset(runner):
     runner.assigned_tasks = stage.get_distributed_tasks(runner.tasks, 1, 2)
     pools = [states_of(task, 10) for task in runner.assigned_tasks]
     runner.set_current_task_by_cursor()
-    return stage.DistributedInitialStateDataset(pools, 4, skip_after=2, env_runner=runner)
+    return stage.DistributedInitialStateDataset(pools, 4, runner)
 
 
 @pytest.mark.runs
 def test_ten_states_taken_four_at_a_time_go_round_in_a_ring(dataset):
-    taken = [[index for _, index in dataset.sample_batch_circular(4)] for _ in range(3)]
+    ring = dataset.rings[0]
+    taken = [[index for _, index in ring.sample_batch_circular(4)] for _ in range(3)]
     assert taken == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert ring.init_state_cursor == 12
 
 
 @pytest.mark.runs
 def test_no_two_environments_start_alike(dataset):
-    starts = dataset.get_states_for_envs(2, 4)
-    assert [index for _, index in starts] == list(range(8))
+    states = dataset.rings[0].get_states_for_envs(2, 4)
+    assert [index for _, index in states] == list(range(8))
 
 
 @pytest.mark.runs
@@ -126,14 +123,16 @@ def test_every_task_has_a_ring_of_its_own(dataset, runner):
 
 @pytest.mark.runs
 def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(dataset):
-    dataset.solved_in_a_row[0][1] = 2
+    for _ in range(2):
+        dataset.streaks.record((dataset.pools[0].task, 1), solved=True)
     sampled = dataset.smart_sample_init_state()
     assert [index for (_, index), _ in sampled] == [0, 2, 3, 4]
     assert [name for _, name in sampled] == [
         state_hash(pool.states[index].state) for (pool, index), _ in sampled
     ]
-    assert dataset.skipped == 1
-    dataset.init_state_cursor[0] = 0
+    assert dataset.take_skipped() == 1
+    assert dataset.take_skipped() == 0
+    dataset.rings[0].init_state_cursor = 0
     assert [index for (_, index), _ in dataset.smart_sample_init_state()] == [0, 1, 2, 3]
 
 
@@ -165,8 +164,8 @@ def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode,
 @pytest.mark.runs
 def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
     output, run_dir = train(2, tmp_path, [3])
-    assert "rank 0: task 3, 8 trajectories" in output
-    assert "rank 1: task None, 0 trajectories" in output
+    assert "rank 0: 1 tasks, 8 trajectories" in output
+    assert "rank 1: 0 tasks, 0 trajectories" in output
     results = json.loads((run_dir / "results.json").read_text())
     assert [row["rollouts"] for row in results["history"]] == [8, 8]
     assert any(row.get("updates") for row in results["history"])

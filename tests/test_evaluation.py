@@ -103,7 +103,7 @@ def test_a_runner_of_ript_scores_what_the_engine_scores(result):
     with LIBEROEnvRunner(TASK, POLICY) as runner:
         scored = runner.run(Wobbly(), 5, seed=7)
         assert set(runner.created_envs) == {3, 4}
-    assert (score(scored), scored.protocol) == (score(result), result.protocol)
+    assert (scored.score(), scored.protocol) == (result.score(), result.protocol)
 
 
 def test_more_episodes_than_a_task_has_states_are_refused(environments):
@@ -114,7 +114,7 @@ def test_more_episodes_than_a_task_has_states_are_refused(environments):
 def test_an_outlined_score_is_read_back_from_json(environments, result):
     outline = json.loads(json.dumps(result.to_dict()))
     restored = restore_result(environments, outline)
-    assert score(restored) == score(result)
+    assert restored.score() == result.score()
     assert restored.to_dict() == outline
     for ours, theirs in zip(restored.episodes, result.episodes, strict=True):
         assert ours.rollout.beginning == theirs.rollout.beginning
@@ -124,7 +124,7 @@ def test_an_outlined_score_is_read_back_from_json(environments, result):
 def test_a_score_counts_by_task_and_names_what_broke(result):
     first = dataclasses.replace(result.episodes[0], success=True)
     last = dataclasses.replace(result.episodes[-1], failure="diverged")
-    counted = score(dataclasses.replace(result, episodes=[first, *result.episodes[1:-1], last]))
+    counted = dataclasses.replace(result, episodes=[first, *result.episodes[1:-1], last]).score()
     assert (counted["successes"], counted["episodes"], counted["success_rate"]) == (1, 5, 0.2)
     assert [task["successes"] for task in counted["tasks"].values()] == [1, 0]
     assert [task["episodes"] for task in counted["tasks"].values()] == [3, 2]

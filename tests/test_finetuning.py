@@ -20,10 +20,12 @@ from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.network import AdaptiveRMSNorm, Pi0Network
 from pi0.policy.pi0_policy import _without_start_values
-from pi0.training.ema import AveragedPolicy
+from pi0.policy.saved_policy import SavedPolicy
+from pi0.training.ema import AveragedModule
 from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.random_state import GlobalStreams, OwnStream
 from pi0.training.settings import OptimizerConfig
-from pi0.training.state import TrainingState
+from pi0.training.state import States, TrainingState, Weights
 from tests.support.networks import chunks_of, inputs_of
 
 
@@ -59,14 +61,6 @@ def with_lora(pi05: bool = False, learned: bool = True) -> PI0Policy:
             if is_lora(name):
                 torch.nn.init.normal_(parameter, std=0.3)
     return adapted
-
-
-class NoSampler:
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, states: list[dict], dealt_anew: bool) -> None:
-        assert states == [{}]
 
 
 def trained(policy: PI0Policy) -> set[str]:
@@ -232,20 +226,36 @@ def test_copies_share_what_is_not_trained():
 def test_average_follows_what_is_trained_and_leaves_the_rest():
     follower = policy()
     follower.choose_trained("lora")
-    average = AveragedPolicy(follower, decay=0.75)
+    average = AveragedModule(follower, follower.copy(), decay=0.75)
     before = {name: p.clone() for name, p in follower.named_parameters()}
     with torch.no_grad():
         for parameter in follower.parameters():
             if parameter.requires_grad:
                 parameter += 1.0
     average.update()
-    for name, parameter in average.policy.named_parameters():
+    for name, parameter in average.module.named_parameters():
         moved = 0.25 if name.removeprefix("network.") in trained(follower) else 0.0
         torch.testing.assert_close(parameter, before[name] + moved, rtol=0, atol=1e-12)
 
 
-def training_state(learner: PI0Policy, seed: int) -> TrainingState:
-    """Of a run with low-rank adaptation that has learned something."""
+@dataclasses.dataclass
+class Run:
+    """A run with low-rank adaptation that has learned something, and its state."""
+
+    policy: PI0Policy
+    average: PI0Policy
+    generator: torch.Generator
+    state: TrainingState
+
+    def write(self, folder: Path) -> None:
+        self.state.begin()
+        self.state.write(folder, 0, 1)
+
+    def read(self, folder: Path) -> None:
+        self.state.read(folder, 0, 1)
+
+
+def run_of(learner: PI0Policy, seed: int) -> Run:
     learner.choose_trained("lora")
     torch.manual_seed(seed)
     for parameter in learner.parameters():
@@ -253,38 +263,41 @@ def training_state(learner: PI0Policy, seed: int) -> TrainingState:
             torch.nn.init.normal_(parameter, std=0.3)
     optimizer = make_optimizer(learner, 1e-3, OptimizerConfig())
     schedule = make_schedule(optimizer, 1.0, 2)
-    return TrainingState(
-        learner, AveragedPolicy(learner, 0.5), optimizer, schedule, torch.Generator(), NoSampler()
-    )
+    run = Run(learner, learner.copy(), torch.Generator(), TrainingState())
+    run.state.shared = {
+        "policy": SavedPolicy(run.average),
+        "training": Weights(learner.network, "resume with the same training.trainable"),
+        "optimizer": States(optimizer=optimizer, schedule=schedule),
+    }
+    run.state.own = {"generator": OwnStream(run.generator, seed), "random": GlobalStreams()}
+    return run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path, dtype):
-    written, read = (
-        training_state(loaded_in(dtype, tmp_path / "start", "as_saved"), seed) for seed in (1, 2)
-    )
-    written.write(tmp_path, 0, 1, written.of_rank())
+    written, read = (run_of(loaded_in(dtype, tmp_path / "start", "as_saved"), seed) for seed in (1, 2))
+    written.write(tmp_path)
     assert load_file(tmp_path / "training.safetensors").keys() == trained(written.policy)
-    read.read(tmp_path, 0, 1, seed=0)
-    assert types(read.policy) == types(read.average.policy) == types(written.policy)
+    read.read(tmp_path)
+    assert types(read.policy) == types(read.average) == types(written.policy)
     assert save(read.policy.network.state_dict()) == save(written.policy.network.state_dict())
-    assert save(read.average.policy.network.state_dict()) == save(written.policy.network.state_dict())
+    assert save(read.average.network.state_dict()) == save(written.policy.network.state_dict())
     read.policy.choose_trained("all")
     with pytest.raises(CheckpointError, match=r"training\.trainable"):
-        read.read(tmp_path, 0, 1, seed=0)
+        read.read(tmp_path)
 
 
 def test_a_run_goes_on_with_the_random_numbers_that_come_next(tmp_path):
-    run = training_state(loaded_in(torch.float32, tmp_path / "start", "as_saved"), 1)
+    run = run_of(loaded_in(torch.float32, tmp_path / "start", "as_saved"), 1)
 
     def draw() -> tuple:
         own = torch.rand(3, generator=run.generator).tolist()
         return random.random(), np.random.random(), torch.rand(3).tolist(), own
 
-    run.write(tmp_path, 0, 1, run.of_rank())
+    run.write(tmp_path)
     expected = draw()
     assert draw() != expected
-    run.read(tmp_path, 0, 1, seed=0)
+    run.read(tmp_path)
     assert draw() == expected
 
 
@@ -304,10 +317,10 @@ class LargestTensor(TorchDispatchMode):
 
 def test_a_run_is_read_without_another_policy_beside_it(tmp_path):
     # Nearly all of this policy is its token embedding, which is frozen.
-    run = training_state(loaded_in(torch.bfloat16, tmp_path / "start", "as_saved", vocab_size=5000), 1)
-    run.write(tmp_path, 0, 1, run.of_rank())
+    run = run_of(loaded_in(torch.bfloat16, tmp_path / "start", "as_saved", vocab_size=5000), 1)
+    run.write(tmp_path)
     with LargestTensor() as largest:
-        run.read(tmp_path, 0, 1, seed=0)
+        run.read(tmp_path)
     assert largest.size < run.policy.network.token_embedding.weight.nbytes / 10
 
 
@@ -422,7 +435,7 @@ def test_what_is_trained_is_float32_beside_frozen_bfloat16(tmp_path, what, pi05)
     }
     assert types(chosen) == expected
     assert torch.bfloat16 in expected.values()
-    assert types(chosen.copy()) == types(AveragedPolicy(chosen, 0.5).policy) == expected
+    assert types(chosen.copy()) == expected
     chosen.choose_trained("all")
     assert types(chosen) == types(whole)
 
@@ -485,14 +498,14 @@ def test_small_steps_reach_what_is_trained_and_its_average(tmp_path, what):
     }[what]
     with torch.no_grad():
         weights.copy_(0.1 * weights.sign())
-    average = AveragedPolicy(learner, decay=0.99)
+    average = AveragedModule(learner, learner.copy(), decay=0.99)
     before, name = weights.clone(), {id(p): name for name, p in learner.named_parameters()}[id(weights)]
     one_loss(learner, learner).backward()
     make_optimizer(learner, 5e-5, OptimizerConfig(weight_decay=0.0)).step()
     average.update()
     step = (weights - before).abs()
     torch.testing.assert_close(step, torch.full_like(step, 5e-5), rtol=0.05, atol=0)  # Adam's first is lr
-    averaged = (average.policy.get_parameter(name) - before).abs()
+    averaged = (average.module.get_parameter(name) - before).abs()
     torch.testing.assert_close(averaged, 0.01 * step, rtol=0.05, atol=0)
 
 

@@ -20,13 +20,13 @@ from pi0.base.errors import MissingFileError
 from pi0.base.files import write_json
 from pi0.base.paths import REPO_ROOT
 from pi0.base.video import write_video
+from pi0.libero.evaluation import EvaluationResult
 from pi0.report import page as report_page
 from pi0.report.figures import pooled
 from pi0.report.html_report import write_html_report
 from pi0.report.record import RunRecordError, read_run, success_counts
 from pi0.ript.config import AlgoConfig, Config, TrainingConfig, to_dict
-from pi0.ript.env_runner import EvaluationResult
-from pi0.ript.results import score, write_report
+from pi0.ript.results import write_report
 from pi0.training.metrics import append_line
 from pi0.training.run_folder import new_run_dir
 from tests.support.browser import browser_check, chromium
@@ -300,7 +300,7 @@ def test_a_run_in_progress_is_told_up_to_its_last_whole_line(tmp_path):
 
 def test_periodic_evaluations_are_told_from_the_first_to_the_latest(tmp_path):
     run_dir = start_run(tmp_path, steps=11)
-    scores = [{"step": step, **score(evaluation([step, step], 10))} for step in (0, 5, 7, 10)]
+    scores = [{"step": step, **evaluation([step, step], 10).score()} for step in (0, 5, 7, 10)]
     write_json(run_dir / "metrics.json", scores)
     write_html_report(run_dir)
     page = Page(run_dir)

@@ -23,7 +23,9 @@ from pi0 import PI0Policy
 from pi0.base.paths import REPO_ROOT
 from pi0.libero.suites import find_tasks
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.rollout_stats import RolloutStats, SamplerState
 from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.state import Place
 from tests.support.episodes import make_episode, states_of
 from tests.support.stage_13_runs import (
     CHECKPOINT,
@@ -301,33 +303,40 @@ def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last
 # What goes wrong ---------------------------------------------------------------------------------------
 
 
-def test_what_several_ranks_remember_is_joined_where_states_are_dealt_anew():
+def test_what_several_ranks_remember_is_joined_for_another_number_of_ranks():
     stage = load_script()
     pools = [states_of(task, 4) for task in find_tasks("libero_spatial", [0, 1])]
 
     def sampler_of(rank: int, ranks: int):
-        dataset = stage.LiberoInitStateDataset(pools)
-        return stage.TaskAwareSampler(dataset, DistributedSampler(dataset, ranks, rank, shuffle=False), 1)
+        dataset, stats = stage.LiberoInitStateDataset(pools), RolloutStats(None, skip_threshold=2)
+        ring = DistributedSampler(dataset, ranks, rank, shuffle=False)
+        return stage.TaskAwareSampler(dataset, ring, 1, stats)
+
+    def part(sampler) -> SamplerState:
+        return SamplerState(sampler.turns, sampler.rings, sampler.stats)
+
+    def cursors(sampler) -> list[int]:
+        return [ring.init_state_cursor for ring in sampler.rings]
 
     old = [sampler_of(rank, 2) for rank in (0, 1)]
     solved = set()
     for sampler in old:
         for _ in range(3):
             (index,) = sampler.smart_sample_group()
-            for _ in range(sampler.dataset.stats.skip_threshold):
-                sampler.dataset.stats.record(sampler.names[index], 1, 1)
+            for _ in range(2):
+                sampler.stats.record(sampler.names[index], 1, 1)
             solved.add(sampler.names[index])
     assert len(solved) == 6
-    states = json.loads(json.dumps([sampler.state_dict() for sampler in old]))
+    states = json.loads(json.dumps([part(sampler).state_dict() for sampler in old]))
     joined = sampler_of(0, 1)
-    joined.load_state_dict(states, dealt_anew=True)
-    assert joined.credit == old[0].credit != [0.0, 0.0]
-    assert joined.init_state_cursor == [0, 0], "rings begin anew"
-    assert {name for name in joined.names if joined.dataset.stats.pass_over(name)} == solved
+    part(joined).join_state_dicts(states, Place(rank=0, world_size=1, step=3))
+    assert joined.turns.credit == old[0].turns.credit != [0.0, 0.0]
+    assert cursors(joined) == [0, 0], "rings begin again"
+    assert {name for name in joined.names if joined.stats.pass_over(name)} == solved
     again = sampler_of(1, 2)
-    again.load_state_dict(states[1:], dealt_anew=False)
-    assert again.state_dict() == old[1].state_dict()
-    assert again.init_state_cursor == [2, 1]
+    part(again).load_state_dict(states[1])
+    assert part(again).state_dict() == part(old[1]).state_dict()
+    assert cursors(again) == [2, 1]
 
 
 @pytest.mark.runs

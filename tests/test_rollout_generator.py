@@ -38,14 +38,11 @@ def runner():
 
 def generator(runner, reward=None, **changes):
     pool = runner.evaluation_states()[0]
-    settings = {"num_groups": 2, "max_groups": 4, "seed": 0}
-    groups = iter(range(100))
-
-    def next_group():
-        number = next(groups)
-        return [(pool, number)] * 3
-
-    return RolloutGenerator(runner, next_group, reward=reward, **settings | changes)
+    settings = {"num_groups": 2, "max_groups": 4, "seed": 0, "rollouts_per_env": 3}
+    loader = ([(pool, number)] for number in range(100))
+    return RolloutGenerator(
+        runner, **{"init_state_dataloader": loader, "reward": reward} | settings | changes
+    )
 
 
 @pytest.mark.engine
@@ -117,11 +114,11 @@ def test_without_dynamic_sampling_unanimous_groups_stay_and_teach_nothing(runner
 
 @pytest.mark.engine
 def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(runner, capsys):
-    rollouts = generator(runner, num_groups=2)
     pool = runner.evaluation_states()[0]
     pool.states[1].state[1] = np.nan
-    groups = iter([[0, 1, 2], [2, 3, 4], [5, 6, 7], [8, 9, 10]])
-    rollouts.next_group = lambda: [(pool, index) for index in next(groups)]
+    groups = [[0, 1, 2], [2, 3, 4], [5, 6, 7], [8, 9, 10]]
+    loader = ([(pool, index) for index in group] for group in groups)
+    rollouts = generator(runner, num_groups=2, init_state_dataloader=loader)
     collection = rollouts.generate_rollouts(StillPolicy(), step=0)
     assert [episode.rollout.init_index for episode in collection.episodes] == [2, 3, 4, 5, 6, 7]
     assert len(collection.failures) == 1
@@ -132,10 +129,10 @@ def test_a_group_with_a_broken_rollout_is_reported_and_another_takes_its_place(r
 
 @pytest.mark.engine
 def test_rollouts_that_always_break_end_the_collection_after_the_allowed_tries(runner):
-    rollouts = generator(runner, num_groups=2, max_groups=5)
     pool = runner.evaluation_states()[0]
     pool.states[0].state[1] = np.nan
-    rollouts.next_group = lambda: [(pool, 0), (pool, 1)]
+    loader = iter(lambda: [(pool, 0), (pool, 1)], None)
+    rollouts = generator(runner, num_groups=2, max_groups=5, rollouts_per_env=2, init_state_dataloader=loader)
     collection = rollouts.generate_rollouts(StillPolicy(), step=0)
     assert collection.groups == []
     assert len(collection.failures) == 5

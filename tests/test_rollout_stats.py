@@ -117,7 +117,7 @@ def test_a_checkpoint_brings_back_what_is_passed_over():
     stats.record("a", 1, 1)
     stats.record("a", 1, 1)
     again = RolloutStats(None, skip_threshold=2)
-    again.load_state_dict([json.loads(json.dumps(stats.state_dict()))], dealt_anew=False)
+    again.load_state_dict(json.loads(json.dumps(stats.state_dict())))
     assert again.pass_over("a")
 
 
@@ -132,7 +132,7 @@ def test_what_is_done_again_after_a_kill_is_counted_once(tmp_path):
         stats.record(name, 0, 2)
         stats.save()
     again = RolloutStats(file, skip_threshold=2)
-    again.load_state_dict([checkpoint], dealt_anew=False)
+    again.load_state_dict(checkpoint)
     again.save()
     for name in "bca":
         again.record(name, 0, 2)
@@ -143,7 +143,7 @@ def test_what_is_done_again_after_a_kill_is_counted_once(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-def test_ranks_that_were_dealt_anew_count_all_their_visits(tmp_path, before, after):
+def test_another_number_of_ranks_counts_all_their_visits(tmp_path, before, after):
     file = tmp_path / "stats.json"
     states = []
     for rank in range(before):
@@ -155,7 +155,7 @@ def test_ranks_that_were_dealt_anew_count_all_their_visits(tmp_path, before, aft
     states = json.loads(json.dumps(states))
     for rank in range(after):
         stats = RolloutStats(file, skip_threshold=2)
-        stats.load_state_dict(json.loads(json.dumps(states)), dealt_anew=True)
+        stats.join_state_dicts(json.loads(json.dumps(states)))
         assert stats.history == {f"of {rank}": [[1, 2]] for rank in range(before)}
         for name in ("of 0", f"new of {rank}"):
             stats.record(name, 2, 2)

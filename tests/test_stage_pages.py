@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -25,17 +26,19 @@ from pi0.libero.stepping import InitState
 from pi0.libero.suites import Task
 from pi0.model.config import Pi0Config
 from pi0.policy.normalization import NormStats, Stats
-from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import AlgoConfig, Config, validate
+from pi0.ript.learner import Learner
+from pi0.ript.replay import Replay
 from pi0.ript.rollout_generator import Collection, Group
 from pi0.stages.__main__ import main
 from pi0.stages.diff import hunks, patch
 from pi0.stages.pages import render_pages
 from pi0.stages.scripts import Stage, compare, find_stages
-from pi0.training.ema import AveragedPolicy
-from pi0.training.optimizer import make_optimizer
+from pi0.training.ema import AveragedModule
+from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.settings import OptimizerConfig
-from tests.support.episodes import TASK, make_episode
+from tests.support.episodes import CAMERAS, TASK, make_episode
 
 STAGES = find_stages()
 PAGES = REPO_ROOT / "docs" / "stages"
@@ -520,32 +523,32 @@ def test_the_settings_of_the_first_stage_are_valid(stage_08):
 )
 def test_tasks_take_turns_in_proportion_to_how_often_they_fail(stage_08, rates, turns):
     tasks = [TASK, Task("libero_spatial", 8, "other", "other", "", "")]
-    dataset = stage_08.InitialStateDataset([pool(task, 20) for task in tasks], group_size=2, skip_after=2)
-    dataset.success_rate = list(rates)
+    dataset = stage_08.InitialStateDataset([pool(task, 20) for task in tasks], group_size=2)
+    dataset.turns.success_rate = list(rates)
     drawn = Counter(dataset.smart_sample_group()[0][0].task.index for _ in range(sum(turns)))
     assert (drawn[3], drawn[8]) == pytest.approx(turns, abs=1)
 
 
 def test_a_state_that_keeps_succeeding_is_passed_over_for_one_round(stage_08):
-    dataset = stage_08.InitialStateDataset([pool(TASK, 4)], group_size=4, skip_after=2)
+    dataset = stage_08.InitialStateDataset([pool(TASK, 4)], group_size=4)
 
     def next_group():
         return [index for _, index in dataset.smart_sample_group()]
 
     assert next_group() == [0, 1, 2, 3]
     dataset.record(collected((0, True), (1, True), (2, False), (3, False)))
-    assert dataset.success_rate == [0.5]
+    assert dataset.turns.success_rate == [0.5]
     assert next_group() == [0, 1, 2, 3]
     dataset.record(collected((0, True), (1, False), (2, True), (3, False)))
     # State 0 was solved twice running: passed over once, then back in the ring.
     assert next_group() == [1, 2, 3, 0]
-    assert dataset.skipped == 1
+    assert dataset.take_skipped() == 1
 
 
 def test_a_seed_decides_all_three_global_random_streams(stage_08):
     def drawn(seed):
         stage_08.set_seed(seed)
-        return stage_08.random.random(), np.random.random(), torch.rand(()).item()
+        return random.random(), np.random.random(), torch.rand(()).item()
 
     try:
         first, other, again = drawn(3), drawn(4), drawn(3)
@@ -566,16 +569,22 @@ def test_a_plain_checkpoint_is_made_ready_for_guidance(stage_08):
         PI0_CFG_Adapter(policy, mode=mode)
 
 
-def update(module, policy: PI0Policy, algo: AlgoConfig, weights: float = 1.0) -> tuple[dict, AveragedPolicy]:
+def update(module, policy: PI0Policy, algo: AlgoConfig, weights: float = 1.0) -> tuple[dict, PI0Policy]:
     """Learn from two episodes, seven chunks in all; returns metrics and the averaged policy."""
     adapter = PI0_CFG_Adapter(policy, noise_samples=1)
     batch = adapter.weigh([make_episode(True, [10] * 4, 0), make_episode(True, [10] * 3, 1)], [0.5, 1.0])
     batch.weights *= weights
     optimizer = make_optimizer(policy, algo.lr, OptimizerConfig(type="sgd", beta1=0.0))
-    average = AveragedPolicy(policy, 0.5)
-    generator = torch.Generator().manual_seed(0)
-    config = Config(policy_path="none", algo=algo)
-    return module.update_policy(config, adapter, optimizer, average, batch, generator), average
+    average = AveragedModule(policy, policy.copy().eval(), 0.5)
+    learner = Learner(
+        adapter,
+        optimizer,
+        make_schedule(optimizer, 1.0, 1),
+        average,
+        Replay(1, WeightedChunks.empty(CAMERAS, 64, policy.config.action_horizon)),
+        torch.Generator().manual_seed(0),
+    )
+    return module.update_policy(Config(policy_path="none", algo=algo), learner, batch), average.module
 
 
 def test_every_epoch_counts_and_so_does_an_incomplete_last_step(stage_08, tiny):
@@ -584,7 +593,7 @@ def test_every_epoch_counts_and_so_does_an_incomplete_last_step(stage_08, tiny):
     metrics, average = update(stage_08, tiny, algo)
     # Seven chunks are three minibatches; two epochs of them are six, in steps of four and two.
     assert metrics["updates"] == 2
-    for moved in (tiny, average.policy):
+    for moved in (tiny, average):
         assert any(not torch.equal(a, b) for a, b in zip(before, moved.parameters(), strict=True))
 
 

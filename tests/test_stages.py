@@ -33,19 +33,34 @@ STAGES = [
 # Functions that a stage changes because its lesson is in them; all others it takes over to the letter.
 CHANGED = {
     "09_train_with_config.py": {"main"},
-    "10_train_with_distributed.py": {"update_policy", "train", "main"},
-    "11_train_with_logging.py": {"train", "main"},
-    "12_train_with_dataset.py": {"distributed_collect_batches", "train"},
-    "13_train_production_ready.py": {
-        "TaskAwareSampler",
+    "10_train_with_distributed.py": {
+        "make_states",
+        "make_learner",
         "update_policy",
+        "train_iteration",
+        "train",
+        "main",
+    },
+    "11_train_with_logging.py": {"train_iteration", "write_results", "train", "main"},
+    "12_train_with_dataset.py": {
+        "distributed_collect_batches",
+        "make_states",
+        "make_rollout_generator",
+        "write_results",
+        "train",
+    },
+    "13_train_production_ready.py": {
+        "make_learner",
+        "update_policy",
+        "train_iteration",
+        "write_results",
         "train",
         "validate_config",
         "parse_arguments",
         "main",
     },
 }
-LONGEST = {"08": 300, "09": 300}  # and 800 for the later ones
+LONGEST = {"08": 300, "09": 300}  # and 650 for the later ones
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 
 
@@ -83,12 +98,12 @@ def test_functions_that_two_stages_share_are_the_same_to_the_letter(earlier, lat
 def test_most_lines_of_a_stage_survive_into_the_next(earlier, later):
     before, after = ((REPO_ROOT / stage).read_text().splitlines() for stage in (earlier, later))
     blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
-    assert sum(block.size for block in blocks) >= 0.8 * len(before)
+    assert sum(block.size for block in blocks) >= 0.85 * len(before)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_short(stage):
-    assert len((REPO_ROOT / stage).read_text().splitlines()) < LONGEST.get(stage[:2], 800)
+    assert len((REPO_ROOT / stage).read_text().splitlines()) <= LONGEST.get(stage[:2], 650)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def main() -> None:
         if rank > 0:  # as from another file
             next(policy.parameters()).data += 1.0
         broadcast_weights(policy)
-        adapter = PI0_CFG_Adapter(shard(policy) if sharded else policy)
+        adapter = PI0_CFG_Adapter(shard(policy, policy.network.blocks()) if sharded else policy)
         adapter.passes = PASSES
         batch = adapter.weigh([make_episode(True, [10] * 10, rank)], [1.0])[torch.arange(count)]
         generator = torch.Generator().manual_seed(rank)

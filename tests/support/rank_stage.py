@@ -44,7 +44,8 @@ def main() -> None:
 def watch_updates(stage: ModuleType, seen: dict) -> None:
     update = stage.update_policy
 
-    def watched(config, adapter, optimizer, average, batch, generator):
+    def watched(config, learner, batch):
+        adapter = learner.adapter
         losses, met, minibatch_loss = [], [], adapter.minibatch_loss
 
         def watched_loss(minibatch, generator):
@@ -54,12 +55,12 @@ def watch_updates(stage: ModuleType, seen: dict) -> None:
             return loss
 
         adapter.minibatch_loss = watched_loss
-        metrics = update(config, adapter, optimizer, average, batch, generator)
+        metrics = update(config, learner, batch)
         adapter.minibatch_loss = minibatch_loss
         weights = hashlib.sha256()
-        for tensor in [*adapter.policy.state_dict().values(), *average.policy.state_dict().values()]:
+        for tensor in [*learner.policy.state_dict().values(), *learner.average.module.state_dict().values()]:
             weights.update(tensor.numpy().tobytes())
-        seen["seed"] = generator.initial_seed()
+        seen["seed"] = learner.generator.initial_seed()
         seen["updates"].append(
             {"weights": weights.hexdigest(), "losses": losses, "met": met, "reported": metrics}
         )
