@@ -9,11 +9,13 @@ import pytest
 
 from pi0.base.errors import InputError
 from pi0.libero.environments import Environments
-from pi0.libero.evaluation import evaluate, restore_result, score
+from pi0.libero.evaluation import evaluate, restore_result
 from pi0.libero.films import VIDEO_EPISODES, VIDEO_EVERY, film_before_after, film_episodes
 from pi0.libero.settings import TaskConfig
 from pi0.model.config import PUBLISHED_CAMERAS, Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
+
+pytestmark = pytest.mark.engine
 
 POLICY = Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))
 STEPS = 12
