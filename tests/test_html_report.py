@@ -328,7 +328,11 @@ def test_a_run_without_metrics_jsonl_has_a_learning_curve_of_the_history_in_its_
     ours, pages = run_dir / "learning_curve.png", finished / "plots" / "learning_curve.png"
     assert Image.open(ours).size == Image.open(pages).size, "one design"
     assert (finished / "learning_curve.png").read_bytes() == pages.read_bytes()
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_no_training_process_loads_pyplot_with_its_windows_and_global_state():
+    modules = (REPO_ROOT / "pi0").rglob("*.py")
+    assert [path for path in modules if re.search(r"import .*pyplot", path.read_text())] == []
 
 
 def test_a_page_has_every_plot_on_it_and_as_a_png_with_something_on_it(finished):
