@@ -141,6 +141,8 @@ def distributed_collect_batches(
     task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
     rollouts.env_runner.advance_task_cursor()
+    if dist.is_initialized():
+        print(f"tasks of the ranks: {gather(task and task.index)}")
     parts = gather({**collection.metrics(), "skipped_states": states.take_skipped()})
     for rank, part in enumerate(parts):
         if dist.is_initialized():

@@ -50,6 +50,7 @@ from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
+from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -59,7 +60,7 @@ from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation
 from pi0.training.log_file import LogFile
 from pi0.training.memory import memory_use
-from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, start_wandb
+from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import set_seed
 from pi0.training.run_folder import new_run_dir
@@ -151,6 +152,8 @@ def distributed_collect_batches(
     task = rollouts.env_runner.set_current_task_by_cursor()
     collection = rollouts.generate_rollouts(policy, step) if task else Collection()
     rollouts.env_runner.advance_task_cursor()
+    if dist.is_initialized():
+        print(f"tasks of the ranks: {gather(task and task.index)}")
     parts = gather({**collection.metrics(), "skipped_states": states.take_skipped()})
     for rank, part in enumerate(parts):
         if dist.is_initialized():
@@ -209,12 +212,12 @@ def log_metrics(
     config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: TensorBoard
 ) -> None:
     """A step's metrics: a line of metrics.jsonl, its numbers to TensorBoard and WandB, now and then the report."""
-    step, numbers = metrics["step"], flatten(metrics)
+    step, numbers = metrics["step"], METRICS.flatten(metrics)
     try:
         append_line(run_dir / "metrics.jsonl", metrics)
         board.add(numbers, step)
         if (step + 1) % config.logging.log_freq == 0 or step == 0:
-            write_html_report(run_dir)
+            write_html_report(run_dir, METRICS)
         if run is not None:
             run.log(numbers)
     except (OSError, InputError, wandb.Error) as error:

@@ -63,6 +63,7 @@ from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, lo
 from pi0.ript.cotraining import load_cotraining
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
+from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
 from pi0.ript.results import summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -74,7 +75,7 @@ from pi0.training.flow_loss import Augmentation
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.log_file import LogFile
 from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
-from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, flatten, start_wandb
+from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
 from pi0.training.run_folder import new_run_dir, newest_run, take_run
@@ -249,12 +250,12 @@ def log_metrics(
     config: Config, run_dir: Path, metrics: dict, run: wandb.Run | None, board: TensorBoard
 ) -> None:
     """A step's metrics: a line of metrics.jsonl, its numbers to TensorBoard and WandB, now and then the report."""
-    step, numbers = metrics["step"], flatten(metrics)
+    step, numbers = metrics["step"], METRICS.flatten(metrics)
     try:
         append_line(run_dir / "metrics.jsonl", metrics)
         board.add(numbers, step)
         if (step + 1) % config.logging.log_freq == 0 or step == 0:
-            write_html_report(run_dir)
+            write_html_report(run_dir, METRICS)
         if run is not None:
             run.log(numbers)
     except (OSError, InputError, wandb.Error) as error:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from pi0.base.errors import InputError
 from pi0.report.record import read_run
+from pi0.ript.metrics import METRICS
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=3, help="parts to cut the others in")
     options = parser.parse_args()
     try:
-        steps = read_run(options.run).steps
+        steps = read_run(options.run, METRICS).steps
     except InputError as error:
         sys.exit(f"error: {error}")
     rows = [row for row in steps if "memory" in row]

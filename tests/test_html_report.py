@@ -22,10 +22,12 @@ from pi0.base.paths import REPO_ROOT
 from pi0.base.video import write_video
 from pi0.libero.evaluation import EvaluationResult
 from pi0.report import page as report_page
+from pi0.report.declaration import FILE, SUCCESS, Curve, Declaration, Metric, Plot, distribution
 from pi0.report.figures import pooled
 from pi0.report.html_report import write_html_report
-from pi0.report.record import RunRecordError, read_run, success_counts
+from pi0.report.record import RunRecordError, read_run
 from pi0.ript.config import AlgoConfig, Config, TrainingConfig, to_dict
+from pi0.ript.metrics import METRICS
 from pi0.ript.results import write_report
 from pi0.training.metrics import append_line
 from pi0.training.run_folder import new_run_dir
@@ -99,6 +101,7 @@ def start_run(folder: Path, name: str = "ript", steps: int = 0, tasks: list[str]
     )
     run_dir = new_run_dir(str(folder), name, to_dict(config))
     write_json(run_dir / "protocol.json", PROTOCOL)
+    METRICS.write(run_dir)
     for step in range(steps):
         append_line(run_dir / "metrics.jsonl", step_metrics(step, tasks))
     return run_dir
@@ -216,10 +219,122 @@ def test_every_task_is_told_with_its_practice_and_its_scores(finished):
         (TASKS[0], "47/50 (94.0%) 83.8 to 97.9", "50/50 (100.0%)"),
         (TASKS[1], "13/50 (26.0%)", "43/50"),
     ):
-        practised, rollouts = success_counts(read_run(finished).steps, task)
+        record = read_run(finished)
+        practised, rollouts = record.success_counts(record.steps, task)
         assert rollouts == 640
         row = rows.split(task.replace("_", " ") + f" {practised}/{rollouts}")[1]
         assert before in row[:200] and after in row[:200]
+
+
+# Another trainer's metrics: scores of a game, without tasks, groups or evaluations.
+GAME = Declaration(
+    (Plot("learning_curve", "Score"), Plot("speed", "Speed"), Plot("losses", "Losses")),
+    (
+        Metric("step", "iteration", "number of the update", column="step"),
+        Metric("seconds", "s", "wall time since the start", column="time", format="duration"),
+        Metric("score", "points", "scores of the episodes that ended", "distribution",
+               (Curve("learning_curve", "score of an episode", style="band"),),
+               column="score", format=".1f", tile="Score of an episode"),
+        Metric("episodes_per_hour", "episodes/hour", "of all workers", "sum", (Curve("speed", "episodes/hour"),),
+               column="episodes/hour", format=".0f", tile="Speed"),
+        Metric("lag", "updates", "age of the policy that acted", "max", (Curve("speed", "policy lag"),)),
+        Metric("losses/policy", "", "clipped surrogate", curves=(Curve("losses", "loss", "policy"),)),
+        Metric("losses/value", "", "squared error", curves=(Curve("losses", "loss", "value", scale=0.5),)),
+        Metric("respawns", "lines", "workers that were replaced", "sum", column="respawns",
+               trouble=("replaced: ", "no worker was replaced")),
+    ),
+    planned="ppo.updates",
+)  # fmt: skip
+
+
+def start_game(run_dir: Path, steps: int) -> Path:
+    """What a run of another trainer has written."""
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("ppo: {updates: 40}")
+    GAME.write(run_dir)
+    random = np.random.default_rng(0)
+    for step in range(steps):
+        line = {
+            "step": step,
+            "seconds": 60.0 * (step + 1),
+            "score": distribution(random.normal(20 + 3 * step, 10, 32).tolist()),
+            "episodes_per_hour": 1900.0 + step,
+            "lag": step % 3,
+            "losses": {"policy": 0.1 / (step + 1), "value": 2.0 - 0.05 * step},
+            "respawns": ["worker 3 was killed"] if step == 2 else [],
+        }
+        append_line(run_dir / "metrics.jsonl", line)
+    return run_dir
+
+
+def test_a_run_of_another_trainer_has_a_page_of_what_it_declared(tmp_path):
+    run_dir = start_game(tmp_path / "game", 12)
+    write_html_report(run_dir)
+    page = Page(run_dir)
+    assert page.title == "game: in progress, step 12 of 40"
+    assert "about 28 min 00 s of training left" in page.text
+    assert page.plots() == {"learning_curve", "speed", "losses"}
+    assert (
+        "Score of an episode, last 5 steps" in page.text
+        and "Speed, last 5 steps 1909 episodes/hour; 1900 to 1911 in 12 steps" in page.text
+    )
+    assert "step time score episodes/hour respawns 11 12 min 00 s" in page.text
+    assert "step 2: replaced: worker 3 was killed" in page.text
+    curve, speed, losses = (svg["aria-label"] for svg in page.tags("svg"))
+    assert curve.startswith("Score of an episode against training steps: last 5")
+    assert "Policy lag against training steps: last 2, from 0 to 2." in speed
+    assert (
+        losses
+        == "Loss against training steps: policy last 0.00833, from 0.00833 to 0.1; value last 0.725, from 0.725 to 1."
+    )
+    for word in ("success", "practice", "group", "rollout", "task"):
+        assert word not in page.text.lower(), "nothing of RIPT's"
+    short = start_game(tmp_path / "short", 2)
+    write_html_report(short)
+    assert "In 2 steps no worker was replaced." in Page(short).text
+
+
+def test_another_trainers_evaluations_are_in_its_learning_curve_below_its_own_axis(tmp_path):
+    run_dir = start_game(tmp_path / "game", 12)
+    plots = (replace(GAME.plots[0], evaluations="levels never played"), *GAME.plots[1:])
+    write_json(run_dir / "metrics.json", [{"step": 6, **evaluation([3, 4], 10).score()}])
+    write_html_report(run_dir, replace(GAME, plots=plots))
+    page = Page(run_dir)
+    assert SUCCESS in page.source and "levels never played" in page.source
+    assert "Evaluations: step 6: 7/20" in page.tags("svg")[0]["aria-label"]
+    assert page.plots() == {"learning_curve", "success_by_task", "speed", "losses"}
+    write_json(run_dir / "results.json", {"seconds": 720.0})
+    write_html_report(run_dir)
+    assert Page(run_dir).title == "game: finished"
+    assert "levels never played" in Page(run_dir).source, (
+        "the declaration that was given is kept in the folder"
+    )
+
+
+def test_a_run_from_before_declarations_has_its_page_by_the_command_alone(finished, tmp_path):
+    run_dir = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html", FILE))
+    with pytest.raises(MissingFileError, match=f"{FILE} is not there"):
+        write_html_report(run_dir)
+    assert run_command(str(run_dir)).returncode == 0
+    assert Page(run_dir).plots() == Page(finished).plots()
+    (run_dir / FILE).write_text('{"metrics": [{"title": 1}]}')
+    with pytest.raises(RunRecordError, match=f"{FILE} does not declare metrics .*; delete it"):
+        write_html_report(run_dir)
+
+
+def test_a_run_without_metrics_jsonl_has_a_learning_curve_of_the_history_in_its_results(finished):
+    run_dir = start_run(finished.parent, "early")
+    history = [step_metrics(step) for step in range(3)]
+    write_report(run_dir, {}, evaluation([47, 13]), evaluation([50, 43]), history, seconds=1.0)
+    assert not (run_dir / "metrics.jsonl").exists()
+    ours, pages = run_dir / "learning_curve.png", finished / "plots" / "learning_curve.png"
+    assert Image.open(ours).size == Image.open(pages).size, "one design"
+    assert (finished / "learning_curve.png").read_bytes() == pages.read_bytes()
+
+
+def test_no_training_process_loads_pyplot_with_its_windows_and_global_state():
+    modules = (REPO_ROOT / "pi0").rglob("*.py")
+    assert [path for path in modules if re.search(r"import .*pyplot", path.read_text())] == []
 
 
 def test_a_page_has_every_plot_on_it_and_as_a_png_with_something_on_it(finished):
@@ -369,7 +484,7 @@ def test_a_step_run_again_after_a_resume_counts_once_as_it_went_last(tmp_path):
     append_line(run_dir / "metrics.jsonl", {**step_metrics(1), "successes": 64})
     record = read_run(run_dir)
     assert [row["step"] for row in record.steps] == [0, 1, 2]
-    assert success_counts(record.steps) == (20 + 64 + 22, 3 * 64)
+    assert record.success_counts(record.steps) == (20 + 64 + 22, 3 * 64)
 
 
 def test_nothing_but_the_step_is_needed_in_a_line(tmp_path):

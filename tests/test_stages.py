@@ -21,6 +21,7 @@ from pi0 import PI0Policy
 from pi0.base.paths import REPO_ROOT
 from pi0.base.video import CAPTION_HEIGHT
 from pi0.ript.config import Config, TrainingConfig, describe_keys
+from pi0.ript.metrics import METRICS
 
 STAGES = [
     "08_train_with_epochs.py",
@@ -210,6 +211,13 @@ def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs, st
         assert (half < 100).sum() > 50, "each side says whose it is"
     assert np.median(frame[CAPTION_HEIGHT:]) < 240
     PI0Policy.from_pretrained(run_dir / "policy")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_records_nothing_that_is_not_declared(runs, stage):
+    _, run_dir = runs[stage]
+    for row in json.loads((run_dir / "results.json").read_text())["history"]:
+        assert METRICS.undeclared(row) == []
 
 
 def config_error(tmp_path: Path, change: dict, *overrides: str) -> str:

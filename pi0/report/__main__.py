@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from pi0.base.errors import InputError
+from pi0.report.declaration import FILE
 from pi0.report.html_report import write_html_report
 
 
@@ -26,7 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
         "run_dir", metavar="RUN_DIR", type=Path, help="folder that a stage script has written"
     )
     options = parser.parse_args(arguments)
-    print(f"written to {write_html_report(options.run_dir)}")
+    declaration = None
+    if not (options.run_dir / FILE).exists():  # a run of before metrics were declared, which was RIPT's
+        from pi0.ript.metrics import METRICS  # loads torch, which takes seconds
+
+        declaration = METRICS
+    print(f"written to {write_html_report(options.run_dir, declaration)}")
 
 
 if __name__ == "__main__":

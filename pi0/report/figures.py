@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pi0.base.stats import wilson_interval
-from pi0.report.record import Row
+from pi0.report.record import Row, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 WIDTH = 4.6  # inches; text of 8.5 points is then readable on a phone and not too big on a desktop
 MAX_POINTS = 60  # longer runs have consecutive steps pooled, which also narrows the intervals
 INK = "#24292f"  # replaced by the page's text colour in SVG
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3d85c6", "#d98324", "#2f9e6b", "#cf4b55", "#8e6cc0", "#8b95a1"
+COLORS = {
+    "blue": "#3d85c6",
+    "orange": "#d98324",
+    "green": "#2f9e6b",
+    "red": "#cf4b55",
+    "purple": "#8e6cc0",
+    "grey": "#8b95a1",
+}
 STYLE = {
     "text.parse_math": False,  # a dollar sign in a task's name is not a formula
     "svg.fonttype": "none",
@@ -59,15 +67,9 @@ def pooled(rows: Sequence[Row], points: int = MAX_POINTS) -> tuple[np.ndarray, l
     return np.array([np.mean([row["step"] for row in chunk]) + 0.5 for chunk in chunks]), chunks
 
 
-def means(chunks: list[list[Row]], *keys: str) -> np.ndarray:
-    """Mean of a value, found by its path of keys, in each chunk; nan where it was not recorded."""
-
-    def value(row: Any) -> Any:
-        for key in keys:
-            row = row.get(key) if isinstance(row, dict) else None
-        return row
-
-    found = [[v for row in chunk if (v := value(row)) is not None] for chunk in chunks]
+def means(chunks: list[list[Row]], name: str) -> np.ndarray:
+    """Mean of a metric in each chunk; nan where it was not recorded."""
+    found = [[v for row in chunk if (v := value(row, name)) is not None] for chunk in chunks]
     return np.array([np.mean(values) if values else np.nan for values in found], dtype=float)
 
 
@@ -98,13 +100,20 @@ def step_axis(axes: Axes, label: str = "", ticks: int = 8) -> None:
         axes.set_xlabel(label)
 
 
-def add_legend(figure: Figure, columns: int) -> None:
-    """One legend below the figure for everything labelled in its axes."""
+def shorten(task: str, length: int) -> str:
+    """A task's name as prose of `length` characters at most."""
+    return textwrap.shorten(task.replace("_", " "), length, placeholder=" ...")
+
+
+def add_legend(figure: Figure) -> None:
+    """One legend below the figure for everything labelled in its axes, in as many columns as labels leave room for."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         found, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
     if handles:
+        longest = max(map(len, handles))
+        columns = 3 if longest < 22 else 2 if longest < 36 else 1
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower left", ncols=columns, columnspacing=1.2
         )

@@ -12,12 +12,13 @@ from typing import Any
 from urllib.parse import quote
 
 from pi0.base.stats import format_rate, paired_difference, wilson_interval
+from pi0.report.declaration import Metric
 from pi0.report.plots import Picture
-from pi0.report.record import Row, RunRecord, evaluation_counts, success_counts
+from pi0.report.record import Row, RunRecord, evaluation_counts, value
 
 EMBEDDED_VIDEO_BYTES = 12 * 2**20  # of all videos in the page; a phone still opens it
 LATEST_STEPS = 20  # rows of the table of steps
-RECENT_STEPS = 5  # steps whose practice success counts as the present one
+RECENT_STEPS = 5  # steps whose success, or other number, counts as the present one
 CSS = Path(__file__).with_suffix(".css")
 
 # The policy lets the browser load nothing from anywhere and run no script, whatever a name may hold.
@@ -99,30 +100,67 @@ def _seconds_left(record: RunRecord) -> float | None:
 def _headline(record: RunRecord) -> str:
     """Success before and after, or where the run stands."""
     tiles = [
-        _tile(f"Success, {label}", *evaluation_counts(score)) for label, _, score in record.first_and_last
+        _success_tile(f"Success, {label}", *evaluation_counts(score))
+        for label, _, score in record.first_and_last
     ]
     if change := record.results.get("change"):
         low, high = change["interval_95"]
         tiles.append(
-            f'<div class="tile">Change, paired<strong>{100 * change["difference"]:+.1f} points</strong>'
-            f'<span class="quiet">95% interval {100 * low:+.1f} to {100 * high:+.1f}; '
-            f"exact McNemar p = {change['mcnemar_p']:.2g}{_gained_and_lost(record.results)}</span></div>"
+            _tile(
+                "Change, paired",
+                f"{100 * change['difference']:+.1f} points",
+                f"95% interval {100 * low:+.1f} to {100 * high:+.1f}; "
+                f"exact McNemar p = {change['mcnemar_p']:.2g}{_gained_and_lost(record.results)}",
+            )
         )
     elif record.steps:
-        recent = record.steps[-RECENT_STEPS:]
-        successes, rollouts = success_counts(recent)
-        tiles.append(_tile(f"Practice, last {_count(len(recent), 'step')}", successes, rollouts))
+        tiles += [_latest_tile(record, metric) for metric in record.declaration.metrics if metric.tile]
     if not tiles:
         return '<p class="card wide">No step and no score has been recorded yet.</p>'
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _tile(title: str, successes: int, n: int) -> str:
-    share = f"{100 * successes / n:.1f}%" if n else "no episodes"
+def _tile(title: str, number: str, detail: str) -> str:
     return (
-        f'<div class="tile">{escape(title)}<strong>{share}</strong>'
-        f'<span class="quiet">{format_rate(successes, n)}</span></div>'
+        f'<div class="tile">{escape(title)}<strong>{escape(number)}</strong>'
+        f'<span class="quiet">{escape(detail)}</span></div>'
     )
+
+
+def _success_tile(title: str, successes: int, n: int) -> str:
+    share = f"{100 * successes / n:.1f}%" if n else "no episodes"
+    return _tile(title, share, format_rate(successes, n))
+
+
+def _latest_tile(record: RunRecord, metric: Metric) -> str:
+    """A metric's mean in the latest steps, and its range in all."""
+    recent = record.steps[-RECENT_STEPS:]
+    title = f"{metric.tile}, last {_count(len(recent), 'step')}"
+    if metric.rate:
+        return _success_tile(title, *record.success_counts(recent))
+    now, ever = (
+        [found for row in rows if (found := value(row, metric.name)) is not None]
+        for rows in (recent, record.steps)
+    )
+    if not now:
+        return _tile(title, "not recorded", "")
+    mean = sum(map(_number, now)) / len(now)
+    low, high = min(_number(found, "min") for found in ever), max(_number(found, "max") for found in ever)
+    detail = (
+        f"{metric.unit}; {_text(metric, low)} to {_text(metric, high)} in {_count(len(record.steps), 'step')}"
+    )
+    return _tile(title, _text(metric, mean), detail)
+
+
+def _number(found: Any, part: str = "mean") -> Any:
+    """A metric's number: of a list its length, of a distribution `part`, or the mean if it has no such part."""
+    if isinstance(found, dict):
+        return found.get(part, found.get("mean"))
+    return len(found) if isinstance(found, list) else found
+
+
+def _text(metric: Metric, number: float) -> str:
+    return _duration(number) if metric.format == "duration" else format(number, metric.format)
 
 
 def _rate(successes: int, n: int) -> str:
@@ -149,71 +187,58 @@ def _tasks_table(record: RunRecord) -> str:
         return ""
     recent = record.steps[-RECENT_STEPS:]
     head = ["task"]
-    if record.steps:
+    practised = [record.steps, recent] if record.steps and record.declaration.success else []
+    if practised:
         head += ["practice, all steps", f"practice, last {_count(len(recent), 'step')}"]
     # Of many evaluations, all are in the learning curve; a column each would hide the first and the last.
     scores = record.evaluations if len(record.evaluations) <= 3 else record.first_and_last
     head += [f"evaluation, {label}" for label, _, _ in scores]
     rows = []
     for task in [*record.tasks, None]:
-        counts = [success_counts(steps, task) for steps in (record.steps, recent) if record.steps]
+        counts = [record.success_counts(steps, task) for steps in practised]
         counts += [evaluation_counts(score, task) for _, _, score in scores]
         name = "all tasks" if task is None else task.replace("_", " ")
         rows.append([name, *(_rate(*count) for count in counts)])
-    dropped = sum(row.get("dropped_groups", 0) for row in record.steps)
-    note = (
-        f'<p class="quiet">Practice counts all rollouts, also those of {_count(dropped, "group")} that '
-        "dynamic sampling dropped because all agreed.</p>"
-        if dropped
-        else ""
-    )
-    return _card(
-        "Success rates, counts, 95% intervals", _table(head, rows, "rates", total=True) + note, "wide"
-    )
+    notes = [
+        f'<p class="quiet">{escape(metric.note.format(_count(total, metric.unit.removesuffix("s"))))}</p>'
+        for metric in record.declaration.metrics
+        if metric.note and (total := sum(value(row, metric.name) or 0 for row in record.steps))
+    ]
+    table = _table(head, rows, "rates", total=True) + "".join(notes)
+    return _card("Success rates, counts, 95% intervals", table, "wide")
 
 
 def _steps_table(record: RunRecord) -> str:
     """The latest steps, newest first; columns that no step has are left out."""
     latest = record.steps[: -LATEST_STEPS - 1 : -1]
-    columns: list[tuple[str, str, Any]] = [
-        ("step", "step", str),
-        ("time", "seconds", _duration),
-        ("solved", "successes", lambda _: ""),
-        ("groups", "groups", str),
-        ("unanimous", "unanimous_groups", str),
-        ("dropped", "dropped_groups", str),
-        ("skipped states", "skipped_states", str),
-        ("failed rollouts", "failed_rollouts", lambda lines: str(len(lines))),
-        ("control steps", "control_steps", str),
-        ("updates", "updates", str),
-        ("loss", "loss", "{:.4f}".format),
-        ("gradient norm", "grad_norm", "{:.3f}".format),
-        ("learning rate", "lr", "{:.2e}".format),
-    ]
-    columns = [column for column in columns if any(column[1] in row for row in latest)]
-    if not latest:
+    columns = {
+        metric.column: [_cell(record, row, metric) for row in latest]
+        for metric in record.declaration.metrics
+        if metric.column
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    if not columns:
         return ""
-    rows = []
-    for row in latest:
-        cells = []
-        for _, key, show in columns:
-            if key == "successes":
-                successes, n = success_counts([row])
-                cells.append(f"{successes}/{n} ({100 * successes / n:.0f}%)" if n else "")
-            else:
-                cells.append(show(row[key]) if key in row else "")
-        rows.append(cells)
     title = f"Last {_count(len(latest), 'step')}" if len(latest) < len(record.steps) else "Steps"
-    return _card(title, _table([title for title, _, _ in columns], rows, kind="numbers"), "wide")
+    return _card(title, _table(columns, zip(*columns.values(), strict=True), kind="numbers"), "wide")
+
+
+def _cell(record: RunRecord, row: Row, metric: Metric) -> str:
+    if metric.rate:
+        successes, n = record.success_counts([row])
+        return f"{successes}/{n} ({100 * successes / n:.0f}%)" if n else ""
+    number = _number(value(row, metric.name))
+    return "" if number is None else _text(metric, number)
 
 
 def _troubles(record: RunRecord) -> str:
     """Lost workers, failed rollouts, broken episodes and unreadable lines; says so where there were none."""
+    watched = [(metric.name, *metric.trouble) for metric in record.declaration.metrics if metric.trouble]
     lines = [
         f"step {row['step']}: {what}{line}"
-        for key, what in (("lost_workers", ""), ("failed_rollouts", "failed, its group is left out: "))
+        for name, what, _ in watched
         for row in record.steps
-        for line in row.get(key, [])
+        for line in row.get(name, [])
     ]
     lines += [
         f"evaluation, {label}: {broken}"
@@ -221,15 +246,11 @@ def _troubles(record: RunRecord) -> str:
         for broken in score.get("broken", [])
     ]
     lines += [f"metrics.jsonl, line {number}: unreadable, left out" for number in record.unreadable]
-    watched = [
-        what
-        for what, key in (("no worker was lost", "lost_workers"), ("no rollout failed", "failed_rollouts"))
-        if any(key in row for row in record.steps)
-    ]
+    none = [none for name, _, none in watched if any(name in row for row in record.steps)]
     if lines:
         content = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-    elif watched:
-        content = f"<p>In {_count(len(record.steps), 'step')} {' and '.join(watched)}.</p>"
+    elif none:
+        content = f"<p>In {_count(len(record.steps), 'step')} {' and '.join(none)}.</p>"
     else:
         return ""
     return _card("Lost workers and failures", content, "wide")

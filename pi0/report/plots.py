@@ -1,24 +1,23 @@
-"""The pictures of a run: success, losses, advantages, groups, time and memory over its training steps."""
+"""The pictures of a run: what its declaration shows over training steps, and success by task."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi0.base.stats import format_rate
+from pi0.report.declaration import SUCCESS, Curve, Metric, Plot
 from pi0.report.figures import (
-    BLUE,
-    GREEN,
-    GREY,
+    COLORS,
     INK,
     MAX_POINTS,
-    ORANGE,
-    PURPLE,
-    RED,
     STYLE,
     add_legend,
     means,
@@ -26,11 +25,11 @@ from pi0.report.figures import (
     percent,
     pooled,
     render,
+    shorten,
     stack,
     step_axis,
 )
-from pi0.report.record import RunRecord, evaluation_counts, success_counts
-from pi0.ript.results import shorten
+from pi0.report.record import Row, RunRecord, evaluation_counts, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,15 +39,9 @@ MAX_ERROR_BARS = 20  # a line with a band is clearer for more
 MAX_OVERLAID_TASKS = 3  # more curves with intervals in one plot hide each other
 MAX_TASK_PANELS = 20  # what more would show is in the page's table
 PANEL_POINTS = 25
-PHASES = {
-    "render": BLUE,
-    "inference": ORANGE,
-    "physics": GREEN,
-    "update": RED,
-    "wait": PURPLE,
-    "other": GREY,
-}
-MEMORY = {"rss_mb": "main process", "workers_mb": "simulator processes", "gpu_mb": "GPU"}
+# Heights in inches: of an only axis; of several, one with much on it and one with a line; what is around them; and of
+# the legend of success, which names tasks.
+ONLY, TALL, LOW, AROUND, TASKS = 2.2, 1.9, 1.15, 0.5, 0.6
 
 
 @dataclass(frozen=True)
@@ -67,68 +60,187 @@ class Picture:
     png: bytes
 
 
-def draw_pictures(record: RunRecord) -> list[Picture]:
-    """Every picture that the run has data for."""
-    import matplotlib
+Drawing = Callable[[RunRecord], "tuple[Figure, str] | None"]
 
-    drawings: list[tuple[str, str, Callable[[RunRecord], tuple[Figure, str] | None]]] = [
-        ("learning_curve", "Learning curve", draw_learning_curve),
+
+def draw_pictures(record: RunRecord) -> list[Picture]:
+    """Every picture that the run has data for: the first plot, success by task, the other plots."""
+    first, *others = [
+        (plot.name, plot.title, partial(_draw_plot, plot=plot)) for plot in record.declaration.plots
+    ]
+    drawings: list[tuple[str, str, Drawing]] = [
+        first,
         ("success_by_task", "Success by task", draw_success_by_task),
         ("practice_by_task", "Practice by task", draw_practice_by_task),
-        ("training", "Loss, gradient norm and learning rate", draw_training),
-        ("advantages", "Advantages", draw_advantages),
-        ("groups", "Groups of rollouts", draw_groups),
-        ("phases", "Where the time goes", draw_phases),
-        ("memory", "Memory", draw_memory),
+        *others,
     ]
-    pictures = []
-    for name, title, draw in drawings:
-        # The salt keeps the ids of one picture apart from another's on the same page.
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-            if drawn := draw(record):
-                figure, alt = drawn
-                pictures.append(Picture(name, title, *render(figure, alt)))
-    return pictures
+    return [picture for drawing in drawings if (picture := _draw(record, *drawing))]
 
 
-def draw_learning_curve(record: RunRecord) -> tuple[Figure, str] | None:
-    """Practice of few tasks each, of many in all, and every evaluation, with 95% Wilson intervals."""
-    if not success_counts(record.steps)[1] and not record.evaluations:
+def draw_learning_curve(record: RunRecord) -> Picture | None:
+    """The first of the declared plots; None where the run has no data for it."""
+    plot = record.declaration.plots[0]
+    return _draw(record, plot.name, plot.title, partial(_draw_plot, plot=plot))
+
+
+def _draw(record: RunRecord, name: str, title: str, draw: Drawing) -> Picture | None:
+    import matplotlib
+
+    # The salt keeps the ids of one picture apart from another's on the same page.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        drawn = draw(record)
+        return Picture(name, title, *render(*drawn)) if drawn else None
+
+
+def _draw_plot(record: RunRecord, plot: Plot) -> tuple[Figure, str] | None:
+    """The curves that are declared for a plot and that the run has data for; axes lie below each other."""
+    axes_of: dict[str, list[tuple[Metric, Curve]]] = {}
+    for metric in record.declaration.metrics:
+        for curve in metric.curves:
+            if curve.plot == plot.name and any(_has(record, row, metric, curve) for row in record.steps):
+                axes_of.setdefault(curve.axis, []).append((metric, curve))
+    if plot.evaluations and record.evaluations:
+        axes_of.setdefault(SUCCESS, [])
+    if not axes_of:
         return None
-    figure = new_figure(3.3)
-    axes = figure.subplots()
-    practised = [name for name in record.tasks if success_counts(record.steps, name)[1]]
-    together = len(practised) > MAX_OVERLAID_TASKS
-    if together:
-        _draw_practice(axes, record, None, BLUE, "all tasks, practice")
-    for color, task in zip((BLUE, ORANGE, GREEN), [] if together else practised, strict=False):
-        _draw_practice(axes, record, task, color, textwrap.fill(shorten(task, 130), 70))
-    if record.evaluations:
-        place = [place for _, place, _ in record.evaluations]
-        middle, low, high = np.array(
-            [percent(*evaluation_counts(score)) for _, _, score in record.evaluations]
-        ).T
-        label = "all tasks, evaluation on states never trained on"
-        if len(place) > MAX_ERROR_BARS:
-            axes.plot(place, middle, color=INK, lw=1.2, label=label)
-            axes.fill_between(place, low, high, color=INK, alpha=0.15, lw=0)
-        else:
-            bars = [middle - low, high - middle]
-            axes.errorbar(place, middle, bars, fmt="s", c=INK, ms=4, capsize=3, label=label)
-        if len(place) < 3:
-            for x, y, (_, _, score) in zip(place, middle, record.evaluations, strict=True):
-                successes, episodes = evaluation_counts(score)
-                side = {"xytext": (-6, -16), "ha": "right"} if x > 0 else {"xytext": (6, 5)}
-                axes.annotate(f"{successes} of {episodes}", (x, y), textcoords="offset points", **side)
-    axes.set(xlabel="training steps", ylabel="success (%), 95% interval", ylim=(0, 104))
-    step_axis(axes)
-    add_legend(figure, 1)
-    scores = "; ".join(
-        f"{label}: {format_rate(*evaluation_counts(score))}" for label, _, score in record.first_and_last
+    heights = (
+        [ONLY] if len(axes_of) == 1 else [TALL if _is_tall(shown) else LOW for shown in axes_of.values()]
     )
-    practice = format_rate(*success_counts(record.steps))
-    alt = f"Success against training steps. Practice in all: {practice}. Evaluations: {scores or 'none'}."
-    return figure, alt
+    figure = new_figure(AROUND + sum(heights) + (TASKS if SUCCESS in axes_of else 0))
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights).flat
+    colors = itertools.cycle(COLORS.values())
+    words = []
+    for axes, (label, shown) in zip(panels, axes_of.items(), strict=True):
+        axes.set_ylabel(label)
+        if label == SUCCESS:
+            words.append(_draw_success(axes, record, shown, plot.evaluations))
+        else:
+            words.append(_draw_curves(axes, record, shown, colors))
+    step_axis(figure.axes[-1], "training steps")
+    add_legend(figure)
+    return figure, " ".join(words)
+
+
+def _path(metric: Metric, curve: Curve) -> str:
+    """Name of the number that a curve shows; of a band, the one in its middle."""
+    part = "mean" if curve.style == "band" else curve.part
+    return f"{metric.name}/{part}" if part else metric.name
+
+
+def _has(record: RunRecord, row: Row, metric: Metric, curve: Curve) -> bool:
+    if curve.style == "success":
+        return record.success_counts([row])[1] > 0
+    return value(row, _path(metric, curve)) is not None
+
+
+def _is_tall(shown: list[tuple[Metric, Curve]]) -> bool:
+    return len(shown) != 1 or shown[0][1].style in ("band", "success")
+
+
+def _draw_curves(
+    axes: Axes, record: RunRecord, shown: list[tuple[Metric, Curve]], colors: Iterator[str]
+) -> str:
+    """Lines, bands and stacked areas on an axis; returns them in words."""
+    rows = [row for row in record.steps if any(_has(record, row, *each) for each in shown)]
+    x, chunks = pooled(rows)
+    areas: dict[str, tuple[np.ndarray, str]] = {}
+    for (metric, curve), next_color in zip(shown, colors, strict=False):
+        color = COLORS.get(curve.color, next_color)
+        middle = curve.scale * means(chunks, _path(metric, curve))
+        if curve.style == "area":
+            less = np.nan_to_num(means(chunks, curve.less)) if curve.less else 0.0
+            areas[curve.label] = np.nan_to_num(middle) - curve.scale * less, color
+            continue
+        if curve.style == "band":
+            std, low, high = (
+                curve.scale * means(chunks, f"{metric.name}/{part}") for part in ("std", "min", "max")
+            )
+            _fill(axes, x, low, high, color, 0.15, "least to greatest")
+            _fill(axes, x, middle - std, middle + std, color, 0.35, "standard deviation")
+        label = curve.label or ("mean" if curve.style == "band" else None)
+        axes.plot(x, middle, "o-", color=color, label=label)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
+        limit = record.setting(curve.limit[0]) if curve.limit else None
+        if curve.limit and isinstance(limit, int | float):
+            axes.axhline(limit, color=COLORS["grey"], ls="--", lw=1, label=curve.limit[1])
+    stack(axes, chunks, areas)
+    if span := shown[0][1].span:
+        axes.set_ylim(span[0], 1.05 * axes.get_ylim()[1] if span[1] is None else span[1])
+    return _in_words(rows, shown)
+
+
+def _fill(
+    axes: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, alpha: float, label: str
+) -> None:
+    if np.isfinite(high - low).any():
+        axes.fill_between(x, low, high, color=color, alpha=alpha, lw=0, label=label)
+
+
+def _in_words(rows: list[Row], shown: list[tuple[Metric, Curve]]) -> str:
+    """An axis for those who do not see it: the last value and the range of lines and bands, totals of areas."""
+    lines, totals = [], {}
+    for metric, curve in shown:
+        path = _path(metric, curve)
+        ends = [f"{metric.name}/{part}" for part in ("min", "max")] if curve.style == "band" else [path, path]
+        values, low, high = (
+            [curve.scale * v for row in rows if (v := value(row, name)) is not None and math.isfinite(v)]
+            for name in (path, *ends)
+        )
+        if curve.style == "area":
+            totals[curve.label] = sum(values) - curve.scale * sum(value(row, curve.less) or 0 for row in rows)
+        elif values:
+            between = f"from {_short(min(low or values))} to {_short(max(high or values))}"
+            lines.append(f"{curve.label} last {_short(values[-1])}, {between}".strip())
+    whole = sum(totals.values()) or 1
+    shares = [f"{name}: {_short(total)} ({100 * total / whole:.0f}%)" for name, total in totals.items()]
+    stacked = [f"stacked areas, in all {'; '.join(shares)}"] if shares else []
+    return f"{_sentence(shown[0][1].axis)} against training steps: {'; '.join(stacked + lines)}."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _draw_success(axes: Axes, record: RunRecord, shown: list[tuple[Metric, Curve]], evaluations: str) -> str:
+    """Success in training, of few tasks each, of many in all, and every evaluation; returns it in words."""
+    words = ["Success against training steps."]
+    practised = _practised(record)
+    together = len(practised) > MAX_OVERLAID_TASKS
+    for _, curve in shown:
+        if together:
+            _draw_practice(axes, record, None, COLORS["blue"], f"all tasks, {curve.label}")
+        for color, task in zip(COLORS.values(), [] if together else practised, strict=False):
+            _draw_practice(axes, record, task, color, textwrap.fill(shorten(task, 130), 70))
+        words.append(f"{_sentence(curve.label)} in all: {format_rate(*record.success_counts(record.steps))}.")
+    if evaluations and record.evaluations:
+        _draw_evaluations(axes, record, evaluations)
+    if evaluations:
+        scores = [
+            f"{label}: {format_rate(*evaluation_counts(score))}" for label, _, score in record.first_and_last
+        ]
+        words.append(f"Evaluations: {'; '.join(scores) or 'none'}.")
+    axes.set_ylim(0, 104)
+    return " ".join(words)
+
+
+def _draw_evaluations(axes: Axes, record: RunRecord, label: str) -> None:
+    place = [place for _, place, _ in record.evaluations]
+    middle, low, high = np.array([percent(*evaluation_counts(score)) for _, _, score in record.evaluations]).T
+    if len(place) > MAX_ERROR_BARS:
+        axes.plot(place, middle, color=INK, lw=1.2, label=label)
+        axes.fill_between(place, low, high, color=INK, alpha=0.15, lw=0)
+    else:
+        bars = [middle - low, high - middle]
+        axes.errorbar(place, middle, bars, fmt="s", c=INK, ms=4, capsize=3, label=label)
+    if len(place) < 3:
+        for x, y, (_, _, score) in zip(place, middle, record.evaluations, strict=True):
+            successes, episodes = evaluation_counts(score)
+            side = {"xytext": (-6, -16), "ha": "right"} if x > 0 else {"xytext": (6, 5)}
+            axes.annotate(f"{successes} of {episodes}", (x, y), textcoords="offset points", **side)
 
 
 def draw_success_by_task(record: RunRecord) -> tuple[Figure, str] | None:
@@ -143,7 +255,9 @@ def draw_success_by_task(record: RunRecord) -> tuple[Figure, str] | None:
     for number, name in enumerate([*names, None]):
         title = "all tasks" if name is None else shorten(name, 68)
         axes.text(0, number - 0.36, title, va="center", weight="bold" if name is None else "normal")
-        for bar, (color, (label, score)) in enumerate(zip((GREY, BLUE), shown, strict=False)):
+        for bar, (color, (label, score)) in enumerate(
+            zip((COLORS["grey"], COLORS["blue"]), shown, strict=False)
+        ):
             successes, episodes = evaluation_counts(score, name)
             if not episodes:
                 continue
@@ -155,14 +269,19 @@ def draw_success_by_task(record: RunRecord) -> tuple[Figure, str] | None:
     axes.set(xlabel="success (%), 95% interval", xlim=(0, 116), ylim=(len(names) + 0.5, -0.55), yticks=[])
     axes.set_xticks(range(0, 101, 20))
     axes.spines["left"].set_visible(False)
-    add_legend(figure, 2)
+    add_legend(figure)
     left_out = f" The first {len(names)} of {len(scored)} tasks." if len(scored) > len(names) else ""
     return figure, f"Bars of success by task with 95% intervals; the table below has the numbers.{left_out}"
 
 
+def _practised(record: RunRecord) -> list[str]:
+    """Tasks that have been tried in training."""
+    return [name for name in record.tasks if record.success_counts(record.steps, name)[1]]
+
+
 def draw_practice_by_task(record: RunRecord) -> tuple[Figure, str] | None:
     """A panel for each task, where the tasks are too many for one plot."""
-    practised = [name for name in record.tasks if success_counts(record.steps, name)[1]]
+    practised = _practised(record)
     if len(practised) <= MAX_OVERLAID_TASKS:
         return None
     shown = practised[:MAX_TASK_PANELS]
@@ -170,7 +289,7 @@ def draw_practice_by_task(record: RunRecord) -> tuple[Figure, str] | None:
     figure = new_figure(0.5 + 1.25 * rows)
     panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flat
     for axes, task in zip(panels, shown, strict=False):
-        _draw_practice(axes, record, task, BLUE, points=PANEL_POINTS)
+        _draw_practice(axes, record, task, COLORS["blue"], points=PANEL_POINTS)
         axes.set_title("\n".join(textwrap.wrap(shorten(task, 64), 34)), fontsize=7, loc="left")
         axes.set(ylim=(0, 104), yticks=(0, 50, 100))
         step_axis(axes, ticks=4)
@@ -182,129 +301,6 @@ def draw_practice_by_task(record: RunRecord) -> tuple[Figure, str] | None:
     return figure, f"Success in practice against training steps, a panel for each task.{left_out}"
 
 
-def draw_training(record: RunRecord) -> tuple[Figure, str] | None:
-    """Loss, gradient norm and learning rate below each other."""
-    labels = {"loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
-    present = [key for key in labels if any(key in row for row in record.steps)]
-    if not present:
-        return None
-    figure = new_figure(0.5 + 1.25 * len(present))
-    panels = figure.subplots(len(present), 1, sharex=True, squeeze=False).flat
-    x, chunks = pooled(record.steps)
-    for axes, key, color in zip(panels, present, (BLUE, ORANGE, GREEN), strict=False):
-        axes.plot(x, means(chunks, key), "o-", color=color)
-        axes.set_ylabel(labels[key])
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
-        clip = record.setting("algo", "grad_norm_clip")
-        if key == "grad_norm" and isinstance(clip, int | float):
-            axes.axhline(clip, color=GREY, ls="--", lw=1, label="clipped to this")
-            axes.legend(loc="best", fontsize=7)
-    step_axis(figure.axes[-1], "training steps")
-    latest = record.steps[-1]
-    values = ", ".join(f"{labels[key]} {latest[key]:.3g}" for key in present if key in latest)
-    names = ", ".join(labels[key] for key in present)
-    return figure, f"Lines against training steps: {names}. Last step: {values or 'none of them'}."
-
-
-def draw_advantages(record: RunRecord) -> tuple[Figure, str] | None:
-    """Mean, spread and range of the advantages, and the share above zero."""
-    rows = [row for row in record.steps if row.get("advantages")]
-    if not rows:
-        return None
-    figure = new_figure(3.3)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    x, chunks = pooled(rows)
-    mean, std, low, high, positive = (
-        means(chunks, "advantages", key) for key in ("mean", "std", "min", "max", "positive")
-    )
-    above.fill_between(x, low, high, color=BLUE, alpha=0.15, lw=0, label="least to greatest")
-    above.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.35, lw=0, label="standard deviation")
-    above.plot(x, mean, "o-", color=BLUE, label="mean")
-    above.set_ylabel("advantage")
-    below.plot(x, 100 * positive, "o-", color=GREEN)
-    below.set(ylabel="above zero (%)", ylim=(0, 104))
-    step_axis(below, "training steps")
-    add_legend(figure, 3)
-    return figure, "Advantages against training steps: mean, standard deviation, range, share above zero."
-
-
-def draw_groups(record: RunRecord) -> tuple[Figure, str] | None:
-    """What became of the groups, and the initial states that were passed over."""
-    rows = [row for row in record.steps if "groups" in row]
-    if not rows:
-        return None
-    has_skipped = any("skipped_states" in row for row in rows)
-    figure = new_figure(3.3 if has_skipped else 2.4)
-    panels = figure.subplots(
-        1 + has_skipped, 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + has_skipped]
-    )
-    _, chunks = pooled(rows)
-    groups, unanimous, dropped = (
-        np.nan_to_num(means(chunks, key)) for key in ("groups", "unanimous_groups", "dropped_groups")
-    )
-    stacked = {
-        "learned from": (groups - unanimous, GREEN),
-        "kept, all rollouts agree": (unanimous, GREY),
-        "dropped, all rollouts agree": (dropped, RED),
-    }
-    stack(panels[0, 0], chunks, stacked)
-    panels[0, 0].set_ylabel("groups a step")
-    if has_skipped:
-        skipped = np.nan_to_num(means(chunks, "skipped_states"))
-        stack(panels[1, 0], chunks, {"initial states skipped as solved": (skipped, PURPLE)})
-        panels[1, 0].set_ylabel("skipped")
-    step_axis(figure.axes[-1], "training steps")
-    add_legend(figure, 2)
-    totals = {
-        key: sum(row.get(key, 0) for row in rows) for key in ("groups", "unanimous_groups", "dropped_groups")
-    }
-    return figure, (
-        f"Stacked areas by training step: {totals['groups']} groups kept, {totals['unanimous_groups']} of them unanimous; "
-        f"{totals['dropped_groups']} dropped; {sum(row.get('skipped_states', 0) for row in rows)} states skipped."
-    )
-
-
-def draw_phases(record: RunRecord) -> tuple[Figure, str] | None:
-    """Seconds of a step by phase, stacked."""
-    rows = [row for row in record.steps if row.get("phases")]
-    present = [phase for phase in PHASES if any(phase in row["phases"] for row in rows)]
-    if not present:
-        return None
-    figure = new_figure(2.7)
-    axes = figure.subplots()
-    _, chunks = pooled(rows)
-    values = {phase: np.nan_to_num(means(chunks, "phases", phase)) for phase in present}
-    stack(axes, chunks, {phase: (values[phase], PHASES[phase]) for phase in present})
-    axes.set_ylabel("seconds a step")
-    step_axis(axes, "training steps")
-    add_legend(figure, 3)
-    totals = {phase: sum(row["phases"].get(phase, 0) for row in rows) for phase in present}
-    whole = sum(totals.values()) or 1
-    shares = ", ".join(f"{phase} {100 * seconds / whole:.0f}%" for phase, seconds in totals.items())
-    return figure, f"Stacked areas of the seconds of each training step; in all: {shares}."
-
-
-def draw_memory(record: RunRecord) -> tuple[Figure, str] | None:
-    """Memory in use at each step."""
-    rows = [row for row in record.steps if row.get("memory")]
-    present = [key for key in MEMORY if any(key in row["memory"] for row in rows)]
-    if not present:
-        return None
-    figure = new_figure(2.7)
-    axes = figure.subplots()
-    x, chunks = pooled(rows)
-    for key, color in zip(present, (BLUE, ORANGE, GREEN), strict=False):
-        axes.plot(x, means(chunks, "memory", key) / 1000, "o-", color=color, label=MEMORY[key])
-    axes.set_ylabel("memory (GB)")
-    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-    step_axis(axes, "training steps")
-    add_legend(figure, 3)
-    peaks = ", ".join(
-        f"{MEMORY[key]} {max(row['memory'].get(key, 0) for row in rows) / 1000:.2f} GB" for key in present
-    )
-    return figure, f"Lines of memory in use against training steps; most: {peaks}."
-
-
 def _draw_practice(
     axes: Axes,
     record: RunRecord,
@@ -313,10 +309,10 @@ def _draw_practice(
     label: str | None = None,
     points: int = MAX_POINTS,
 ) -> None:
-    rows = [row for row in record.steps if success_counts([row], task)[1]]
+    rows = [row for row in record.steps if record.success_counts([row], task)[1]]
     if not rows:
         return
     x, chunks = pooled(rows, points)
-    middle, low, high = np.array([percent(*success_counts(chunk, task)) for chunk in chunks]).T
+    middle, low, high = np.array([percent(*record.success_counts(chunk, task)) for chunk in chunks]).T
     axes.plot(x, middle, "o-", color=color, label=label)
     axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from pi0.base.errors import InputError, MissingFileError
+from pi0.report.declaration import FILE, Declaration
 
 Row = dict[str, Any]  # a step's metrics or an evaluation's score; absent and null are the same
 
@@ -29,6 +30,7 @@ class RunRecord:
         evaluations: (label, place, score) in order: before training, the periodic ones, after. `place` is the
             number of training steps done before it, as far as recorded.
         results: results.json; empty while the run is in progress.
+        declaration: what the metrics are, and where they are shown.
         unreadable: numbers of the lines of metrics.jsonl that are no metrics, the unfinished last one left out.
     """
 
@@ -40,6 +42,7 @@ class RunRecord:
     results: Row
     protocol: Row
     unreadable: list[int]
+    declaration: Declaration
 
     @property
     def name(self) -> str:
@@ -48,8 +51,8 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether the scores after training are there."""
-        return "after" in self.results
+        """Whether results.json is there, which a run writes at its end."""
+        return bool(self.results)
 
     @property
     def steps_done(self) -> int:
@@ -58,8 +61,8 @@ class RunRecord:
 
     @property
     def steps_planned(self) -> int | None:
-        """`training.num_train_steps`, if the configuration says it."""
-        planned = self.setting("training", "num_train_steps")
+        """Training steps in all, if the configuration says it."""
+        planned = self.setting(self.declaration.planned)
         return planned if isinstance(planned, int) else None
 
     @property
@@ -67,24 +70,44 @@ class RunRecord:
         """The first and the last of the evaluations, if there are as many."""
         return self.evaluations if len(self.evaluations) < 3 else [self.evaluations[0], self.evaluations[-1]]
 
-    def setting(self, section: str, key: str) -> Any:
-        """A value of the configuration; None if it is not there."""
-        keys = self.config.get(section)
-        return keys.get(key) if isinstance(keys, dict) else None
+    def setting(self, key: str) -> Any:
+        """A value of the configuration by its dotted key; None if it is not there."""
+        return look_up(self.config, key.split("."))
 
     @property
     def tasks(self) -> list[str]:
         """Names of all tasks that were scored or practised, in the order of the scores."""
         scored = [name for _, _, score in self.evaluations for name in score.get("tasks", {})]
-        practised = [name for row in self.steps for name in row.get("tasks", {})]
+        success = self.declaration.success
+        practised = [name for row in self.steps for name in row.get(success.name, {})] if success else []
         return list(dict.fromkeys(scored + practised))
 
+    def success_counts(self, rows: Sequence[Row], task: str | None = None) -> tuple[int, int]:
+        """Successes and trials in training, of one task or of all, summed over steps."""
+        success = self.declaration.success
+        if success is None:
+            return 0, 0
+        counts: list[Sequence[int]] = []
+        for row in rows:
+            by_task = row.get(success.name, {})
+            if task is not None:
+                counts += [by_task[task]] if task in by_task else []
+            elif all(name in row for name in success.totals):
+                counts.append([row[name] for name in success.totals])
+            else:
+                counts += by_task.values()
+        return sum(int(count[0]) for count in counts), sum(int(count[1]) for count in counts)
 
-def read_run(run_dir: str | Path) -> RunRecord:
+
+def read_run(run_dir: str | Path, declaration: Declaration | None = None) -> RunRecord:
     """Read a run's folder.
 
+    Args:
+        run_dir: the folder.
+        declaration: of the run's metrics; None for the one in the folder.
+
     Raises:
-        MissingFileError: there is no such folder, or it is not a run's.
+        MissingFileError: there is no such folder, or it is not a run's, or it holds no declaration and none is given.
         RunRecordError: a file in it is damaged. A half-written last line of metrics.jsonl is not damage.
     """
     run_dir = Path(run_dir)
@@ -97,10 +120,12 @@ def read_run(run_dir: str | Path) -> RunRecord:
             f"{run_dir} is not a run's folder: neither config.yaml nor metrics.jsonl is in it; "
             "name the folder that a stage script printed"
         )
+    declaration = declaration or _read_declaration(run_dir / FILE)
     config_text, config = _read_config(run_dir / "config.yaml")
     results = _read_json(run_dir / "results.json", dict)
     steps, unreadable = _read_steps(run_dir / "metrics.jsonl")
     steps = steps or _latest_of_each_step(results.get("history", []))
+    listed = [metric.name for metric in declaration.metrics if metric.trouble]
     periodic = sorted(_read_json(run_dir / "metrics.json", list), key=lambda score: score.get("step", 0))
     evaluations = [(f"step {score['step']}", score["step"], score) for score in periodic if "step" in score]
     if "before" in results:
@@ -111,31 +136,41 @@ def read_run(run_dir: str | Path) -> RunRecord:
         run_dir=run_dir,
         config=config,
         config_text=config_text,
-        steps=steps,
+        steps=[_as_today(row, listed) for row in steps],
         evaluations=[entry for entry in evaluations if evaluation_counts(entry[2])[1]],
         results=results,
         protocol=_read_json(run_dir / "protocol.json", dict) or results.get("protocol", {}),
         unreadable=unreadable,
+        declaration=declaration,
     )
 
 
-def success_counts(rows: Sequence[Row], task: str | None = None) -> tuple[int, int]:
-    """Successes and rollouts in practice, of one task or of all, summed over steps."""
-    counts: list[Sequence[int]] = []
-    for row in rows:
-        if task is not None:
-            counts += [row["tasks"][task]] if task in row.get("tasks", {}) else []
-        elif "successes" in row and "rollouts" in row:
-            counts.append((row["successes"], row["rollouts"]))
-        else:
-            counts += row.get("tasks", {}).values()
-    return sum(int(count[0]) for count in counts), sum(int(count[1]) for count in counts)
+def look_up(content: Any, keys: Sequence[str]) -> Any:
+    """A value in nested dictionaries; None if it is not there."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def value(row: Row, name: str) -> Any:
+    """A metric of a step by its declared name, as "phases/update"; None if it is not there."""
+    return look_up(row, name.split("/"))
 
 
 def evaluation_counts(score: Row, task: str | None = None) -> tuple[int, int]:
     """Successes and episodes of an evaluation, of one task or of all; (0, 0) for a task that was not scored."""
     cell = score if task is None else score.get("tasks", {}).get(task, {})
     return int(cell.get("successes", 0)), int(cell.get("episodes", 0))
+
+
+def _read_declaration(path: Path) -> Declaration:
+    if not path.exists():
+        raise MissingFileError(f"{path} is not there, which says what the run's metrics are; restore it")
+    content = _read_json(path, dict)
+    try:
+        return Declaration.from_dict(content)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise RunRecordError(f"{path} does not declare metrics ({error}); delete it") from error
 
 
 def _read_config(path: Path) -> tuple[str, Row]:
@@ -181,13 +216,13 @@ def _read_steps(path: Path) -> tuple[list[Row], list[int]]:
 
 
 def _latest_of_each_step(rows: Sequence[Row]) -> list[Row]:
-    return [_as_today(row) for _, row in sorted({row["step"]: row for row in rows}.items())]
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
-def _as_today(row: Row) -> Row:
-    """Earlier runs only counted rollouts that failed."""
-    failed = row.get("failed_rollouts")
-    return row | {"failed_rollouts": failed * ["cause not recorded"]} if isinstance(failed, int) else row
+def _as_today(row: Row, listed: Sequence[str]) -> Row:
+    """A step with lists where earlier runs only counted what failed."""
+    counted = {name: row[name] for name in listed if isinstance(row.get(name), int)}
+    return row | {name: count * ["cause not recorded"] for name, count in counted.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,8 @@ import numpy as np
 
 from pi0.base.files import write_json
 from pi0.base.stats import format_rate, paired_difference
-from pi0.report.figures import percent, pooled
-from pi0.report.record import success_counts
+from pi0.report.html_report import write_learning_curve
+from pi0.ript.metrics import METRICS
 from pi0.training.machine import machine
 
 if TYPE_CHECKING:
@@ -55,8 +54,8 @@ def write_report(
     }
     print(results_table(results))
     write_json(run_dir / "results.json", results)
-    plot_learning_curve(run_dir / "learning_curve.png", results)
-    written.append("learning_curve.png")
+    if curve := write_learning_curve(run_dir, METRICS):
+        written.append(curve.name)
     print("\n".join(f"  {run_dir / name}" for name in written))
 
 
@@ -82,50 +81,6 @@ def results_table(results: dict[str, Any]) -> str:
         f"evaluation states are LIBERO's recorded ones, never trained on; {results['seconds'] / 60:.1f} minutes in all"
     )
     return "\n".join(lines)
-
-
-def plot_learning_curve(path: Path, results: dict[str, Any]) -> None:
-    """Success on training states, long runs pooled, and on evaluation states before and after, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    history = [row for row in results["history"] if row["rollouts"]]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for number, name in enumerate(results["before"]["tasks"]):
-        rows = [row for row in history if name in row["tasks"]]
-        if rows:
-            x, chunks = pooled(rows)
-            middle, low, high = np.array([percent(*success_counts(chunk, name)) for chunk in chunks]).T
-            axes.plot(x, middle, "o-", color=f"C{number}", label=f"practice: {shorten(name)}")
-            axes.fill_between(x, low, high, color=f"C{number}", alpha=0.12, lw=0)
-    for when, place in (("before", 0), ("after", len(results["history"]))):
-        cell = results[when]
-        middle = 100 * cell["success_rate"]
-        low, high = (100 * bound for bound in cell["interval_95"])
-        axes.errorbar(
-            [place],
-            [middle],
-            yerr=[[middle - low], [high - middle]],
-            fmt="s",
-            capsize=5,
-            color="black",
-            label="all tasks, states never trained on" if when == "before" else None,
-        )
-        beside = {"xytext": (8, 6)} if when == "before" else {"xytext": (-8, -14), "ha": "right"}
-        counts = f"{cell['successes']} of {cell['episodes']}"
-        axes.annotate(counts, (place, middle), textcoords="offset points", **beside)
-    axes.set(xlabel="iterations", ylabel="success (%), 95% interval", ylim=(0, 102))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def shorten(task: str, length: int = 40) -> str:
-    """A task's name as prose that fits a legend."""
-    return textwrap.shorten(task.replace("_", " "), length, placeholder=" ...")
 
 
 def summarize(metrics: dict[str, Any]) -> str:

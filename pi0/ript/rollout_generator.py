@@ -17,8 +17,10 @@ from pi0.libero.environments import TRAINING
 from pi0.libero.episodes import Episode, Rollout
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Phases, Policy
+from pi0.report.declaration import distribution
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.ript.metrics import METRICS
 from pi0.ript.rewards import BinarySuccessReward
 from pi0.ript.rollout_stats import RolloutStats, StatsError, state_name
 from pi0.training.interrupts import Interrupted
@@ -111,42 +113,13 @@ class Collection:
             "control_steps": sum(episode.steps for episode in self.tried),
             "rollout_seconds": self.seconds,
             "phases": dataclasses.asdict(self.phases),
-            "advantages": _distribution(self.advantages),
+            "advantages": distribution(self.advantages),
         }
-
-
-def _distribution(values: Sequence[float]) -> dict[str, float]:
-    """Count, mean, standard deviation, extremes, and the share above zero; of nothing, all 0."""
-    array = np.array(values if len(values) else [0.0])
-    return {
-        "count": len(values),
-        "mean": float(array.mean()),
-        "std": float(array.std()),
-        "min": float(array.min()),
-        "max": float(array.max()),
-        "positive": float((array > 0).mean()),
-    }
 
 
 def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`Collection.metrics` of several ranks as one: counts add up, the slowest rank sets the time."""
-    merged: dict[str, Any] = {}
-    for name in parts[0]:
-        values = [part[name] for part in parts]
-        if name in ("tasks", "dropped_by_task", "skipped_by_task"):
-            tasks = sorted({task for counts in values for task in counts})
-            merged[name] = {
-                task: [sum(pair) for pair in zip(*(v[task] for v in values if task in v), strict=True)]
-                for task in tasks
-            }
-        elif name == "rollout_seconds":
-            merged[name] = max(values)
-        elif name == "phases":
-            merged[name] = parts[int(np.argmax([part["rollout_seconds"] for part in parts]))][name]
-        elif name == "advantages":
-            merged[name] = _merge_distributions(values)
-        else:
-            merged[name] = sum(values[1:], start=values[0])
+    merged = METRICS.merge(parts)
     tried = merged["groups"] + merged["dropped_groups"]
     merged["dropped_share"] = merged["dropped_groups"] / max(1, tried)
     if "skipped_by_task" in merged:
@@ -155,23 +128,6 @@ def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         came_up = merged["skipped_states"] + merged["states"]
         merged["skipped_share"] = merged["skipped_states"] / max(1, came_up)
     return merged
-
-
-def _merge_distributions(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    filled = [part for part in parts if part["count"]] or parts[:1]
-    counts = [max(1, part["count"]) for part in filled]
-    mean, positive = (
-        float(np.average([part[name] for part in filled], weights=counts)) for name in ("mean", "positive")
-    )
-    squares = np.average([part["std"] ** 2 + part["mean"] ** 2 for part in filled], weights=counts)
-    return {
-        "count": sum(part["count"] for part in filled),
-        "mean": mean,
-        "std": float(np.sqrt(max(0.0, squares - mean**2))),
-        "min": min(part["min"] for part in filled),
-        "max": max(part["max"] for part in filled),
-        "positive": positive,
-    }
 
 
 class RolloutGenerator:

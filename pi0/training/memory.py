@@ -12,11 +12,33 @@ from typing import Any
 import torch
 
 from pi0.ranks.collectives import gather
+from pi0.report.declaration import Curve, Metric
 
 RELEASE_EVERY = 10  # iterations
 # Of mallopt(3): from which size on each piece is a mapping of its own, and how much may be free at the heap's end.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # that all versions take
+
+# What `memory_use` gives, for a trainer that records it as "memory" and has a plot of that name.
+METRICS = tuple(
+    Metric(
+        f"memory/{name}",
+        "MB",
+        meaning,
+        curves=(Curve("memory", "memory (GB)", label, scale=1e-3, span=(0, None)),) if label else (),
+    )
+    for name, meaning, label in (
+        ("rss_mb", "resident memory of rank 0", "main process"),
+        (
+            "workers_mb",
+            "memory of its workers together (pages they share count for each)",
+            "simulator processes",
+        ),
+        ("worker_mb", "memory of each of its workers, by the worker's number", ""),
+        ("gpu_mb", "largest memory on its GPU during the step; null without a GPU", "GPU"),
+        ("other_ranks", "the same for each other rank, by rank", ""),
+    )
+)
 
 
 def resident_mb(process: int | str = "self") -> float:

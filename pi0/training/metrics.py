@@ -1,6 +1,6 @@
-"""Metrics of a training step as a line of metrics.jsonl, and as the flat names that WandB and TensorBoard take.
+"""Metrics of a training step as a line of metrics.jsonl, in TensorBoard and in WandB.
 
-docs/metrics.md lists every metric with its unit.
+What the metrics are, a trainer declares (`pi0.report.declaration`).
 """
 
 from __future__ import annotations
@@ -41,32 +41,6 @@ def rewrite_metrics(run_dir: Path, history: Sequence[Mapping[str, Any]], evaluat
     write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     if evaluations or (run_dir / "metrics.json").exists():
         write_whole(run_dir / "metrics.json", json.dumps(evaluations, indent=1))
-
-
-def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers alone, nested names joined by `/`; for each task its success rate with both counts."""
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        if name == "tasks":
-            for task, (successes, rollouts) in value.items():
-                flat[f"successes/{task}"] = successes
-                flat[f"rollouts/{task}"] = rollouts
-                if rollouts:
-                    flat[f"success_rate/{task}"] = successes / rollouts
-        elif name == "dropped_by_task":
-            for task, (solved, failed) in value.items():
-                flat |= {f"{name}/{task}/solved": solved, f"{name}/{task}/failed": failed}
-        elif name == "skipped_by_task":
-            flat |= {f"{name}/{task}": count for task, (count,) in value.items()}
-        elif isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": number for inner, number in flatten(value).items()}
-        elif isinstance(value, list):
-            flat[name] = len(value)
-        elif isinstance(value, int | float):
-            flat[name] = value
-    if metrics.get("rollouts"):
-        flat["success_rate"] = metrics["successes"] / metrics["rollouts"]
-    return flat
 
 
 def count_lines(path: Path) -> int:
