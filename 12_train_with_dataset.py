@@ -401,9 +401,8 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
-    on_rank_zero(
-        report_failure, "metrics.json not written", write_json, run_dir / "metrics.json", evaluations
-    )
+    scores = (write_json, run_dir / "metrics.json", evaluations)
+    on_rank_zero(report_failure, "metrics.json not written", *scores)
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
 
 

@@ -507,9 +507,8 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
-    on_rank_zero(
-        report_failure, "metrics.json not written", write_json, run_dir / "metrics.json", evaluations
-    )
+    scores = (write_json, run_dir / "metrics.json", evaluations)
+    on_rank_zero(report_failure, "metrics.json not written", *scores)
     print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
 
 
@@ -560,8 +559,8 @@ def train(
         protocol = (write_json, run_dir / "protocol.json", before.protocol)
         on_rank_zero(report_failure, "protocol.json not written", *protocol)
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
-        scored, evaluations = state.score, state.evaluations  # no score, too, where a stop came before it
-        evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
+        scored = state.score  # None also where a stop came before it
+        evaluate_periodically(config, env_runner, acting, state.step, validation, state.evaluations, run_dir)
         if state.step == 0 or state.score != scored:
             save_checkpoint(safe)
         while (step := state.step) < config.training.num_train_steps:
@@ -585,8 +584,9 @@ def train(
             on_rank_zero(report_failure, f"step {step}: the policy is not saved", *saved)
             print(summarize(metrics))
             monitor_memory(state.history)
-            evaluations = state.evaluations  # others after a return to a checkpoint
-            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
+            evaluate_periodically(
+                config, env_runner, acting, step + 1, validation, state.evaluations, run_dir
+            )
             asked = interrupts.take_checkpoint_request()
             if largest(safe.store.is_due(state.step, state.score, asked)):
                 save_checkpoint(safe)

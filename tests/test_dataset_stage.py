@@ -389,7 +389,7 @@ def test_step_6_two_processes_practise_states_of_their_own_and_count_together(tm
         processes=2,
     )
     (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    collected = re.findall(r"rank (\d): (\d+) trajectories, (\d+) solved", output)
+    collected = re.findall(r"rank (\d): \d+ tasks, (\d+) trajectories, (\d+) solved", output)
     assert [rank for rank, _, _ in collected] == ["0", "1"]
     assert sum(int(rollouts) for _, rollouts, _ in collected) == row["trajectories"]
     assert f"{row['groups'] + row['dropped_groups']} groups tried, {row['groups']} kept" in output
