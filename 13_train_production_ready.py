@@ -559,8 +559,8 @@ def train(
         protocol = (write_json, run_dir / "protocol.json", before.protocol)
         on_rank_zero(report_failure, "protocol.json not written", *protocol)
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
-        scored = state.score  # None also where a stop came before it
-        evaluate_periodically(config, env_runner, acting, state.step, validation, state.evaluations, run_dir)
+        scored, evaluations = state.score, state.evaluations  # no score, too, where a stop came before it
+        evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
         if state.step == 0 or state.score != scored:
             save_checkpoint(safe)
         while (step := state.step) < config.training.num_train_steps:
@@ -584,9 +584,7 @@ def train(
             on_rank_zero(report_failure, f"step {step}: the policy is not saved", *saved)
             print(summarize(metrics))
             monitor_memory(state.history)
-            evaluate_periodically(
-                config, env_runner, acting, step + 1, validation, state.evaluations, run_dir
-            )
+            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
             asked = interrupts.take_checkpoint_request()
             if largest(safe.store.is_due(state.step, state.score, asked)):
                 save_checkpoint(safe)

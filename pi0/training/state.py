@@ -211,12 +211,14 @@ class TrainingState:
     def read(self, folder: Path, rank: int, world_size: int) -> str | None:
         """Become what was written to `folder`; says what had to be shared out again for another number of ranks.
 
+        `history` and `evaluations` stay the same lists, with other content.
+
         Raises:
             CheckpointError: a file is damaged or of another run.
         """
         run = json.loads((folder / "run.json").read_text())
-        self.step, self.history = run["step"], run["history"]
-        self.evaluations, self.facts = run["evaluations"], run["facts"]
+        self.step, self.facts = run["step"], run["facts"]
+        self.history[:], self.evaluations[:] = run["history"], run["evaluations"]
         for name, shared in self.shared.items():
             shared.read(folder, name)
         if run["world_size"] == world_size:
