@@ -1,14 +1,14 @@
-"""The errors that a user can mend; commands print their message without a traceback."""
+"""Errors that a user can repair; commands print their message without a traceback."""
 
 from collections.abc import Callable
 
 
 class InputError(Exception):
-    """Something outside the program is wrong: a file, a value, the machine. The message says what and the mend."""
+    """Something outside the program is wrong: a file, a value, the machine. The message names it and its remedy."""
 
 
 class MissingFileError(InputError, FileNotFoundError):
-    """A file or folder that was named is not there."""
+    """A file or folder does not exist."""
 
 
 class OutputError(InputError):
@@ -16,13 +16,13 @@ class OutputError(InputError):
 
 
 class CheckpointError(InputError, ValueError):
-    """A checkpoint that cannot be used as it is; the message names the file and what is wrong."""
+    """A checkpoint or policy folder cannot be used as it is; the message names the file and what is wrong."""
 
 
 def attempt(function: Callable[..., object], *arguments: object) -> str | None:
-    """Call a function whose failure is to be reported and not to end the program: what went wrong, or None.
+    """Call a function whose failure must not end the program; return the reason of the failure, or None.
 
-    Only refusals are taken that a user can mend (`InputError`) or the system makes (`OSError`: a full disk).
+    It catches only errors that a user can repair (`InputError`) and errors of the system (`OSError`: a full disk).
     """
     try:
         function(*arguments)
@@ -32,6 +32,6 @@ def attempt(function: Callable[..., object], *arguments: object) -> str | None:
 
 
 def report_failure(failure: str, function: Callable[..., object], *arguments: object) -> None:
-    """Call a function whose failure is printed, as "failure: reason", and does not end the program."""
+    """Call a function whose failure must not end the program; print a failure as "failure: reason"."""
     if (reason := attempt(function, *arguments)) is not None:
         print(f"{failure}: {reason}")

@@ -16,14 +16,14 @@ from pi0.base.errors import OutputError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that readers see as it was before or complete, and that a power cut leaves so.
+    """Write a file whole: readers see the old content or the new, also after a power cut.
 
-    Of several processes that write it at once, one is the last.
+    If several processes write it at once, the last one wins.
 
     Raises:
         OSError: the disk refuses; nothing new is left behind.
     """
-    # By chance, since processes of other hosts and containers that share the folder may have this one's number.
+    # A random name: a process of another host or container that shares the folder may have the same process id.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -45,7 +45,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def writable_dir(path: str | Path) -> Path:
-    """Make a folder that results can be written to; it is better to know now than after an hour.
+    """Make a folder that results can be written to; a failure now is better than one after an hour.
 
     Raises:
         OutputError: it cannot be made or written.

@@ -7,7 +7,7 @@ REPO_ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def cache_dir() -> Path:
-    """Return the folder for everything that can be made again (created on first use).
+    """Return the folder for everything that can be made again; it is created on first use.
 
     `PI0_CACHE_DIR` names it; without that it is `.cache` in the repository.
     """

@@ -1,4 +1,4 @@
-"""Progress bars with time left, on a terminal; a line now and then elsewhere."""
+"""Progress bars with the time left. A file or pipe gets a line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals and tests for success counts: how sure a success rate, or the change of one, is."""
+"""Intervals and tests for success counts: how certain is a success rate, or its change?"""
 
 import math
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     Twice the smaller tail of Binomial(gained + lost, 1/2), at most 1; 1 when nothing changed.
     """
     changed = gained + lost
-    # In whole numbers, since the chances of thousands of episodes are too small for floats.
+    # Integers, since the probabilities of thousands of episodes are too small for floats.
     ways, tail = 1, 0
     for k in range(min(gained, lost) + 1):
         tail += ways
@@ -113,7 +113,7 @@ def _normal_quantile(confidence: float) -> float:
 
 
 def _phi(both: int, gained: int, lost: int, neither: int) -> float:
-    """The correlation as Newcombe takes it: phi, corrected for continuity if positive; 0 if undefined."""
+    """Newcombe's correlation: phi, corrected for continuity if positive; 0 if undefined."""
     margins = (both + gained) * (both + lost) * (neither + gained) * (neither + lost)
     if margins == 0:
         return 0.0

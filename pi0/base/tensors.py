@@ -1,4 +1,4 @@
-"""Files of tensors."""
+"""Files that hold tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; a disk that refuses is an OSError, as it is for any other file."""
+    """Write a safetensors file. A failure of the disk raises OSError, as for any other file."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:

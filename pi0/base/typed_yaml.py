@@ -1,10 +1,10 @@
-"""YAML files and command-line overrides read into nested dataclasses, with every mistake named.
+"""Read YAML files and command-line overrides into nested dataclasses, and name every mistake.
 
-A schema is a dataclass whose fields are made by `key`, or by `section` from such a dataclass; the full name
-of a key is dotted ("algo.lr"). All that is wrong goes into one `ConfigError`, a line each, naming file, line,
-full key, offending value and mend.
+A schema is a dataclass. `key` makes its fields, and `section` makes a field from another schema. The full
+name of a key is dotted ("algo.lr"). One `ConfigError` reports all mistakes, a line each, with file, line, full
+key, wrong value and remedy.
 
-Several versions of a program may share a schema. A key says from which version on it works, and `load`
+Several versions of a program may share a schema. A key declares from which version on it works. `load`
 refuses it in an earlier version, which would ignore it.
 """
 
@@ -28,7 +28,7 @@ Schema = TypeVar("Schema")
 
 
 class ConfigError(InputError, ValueError):
-    """A configuration that cannot be run; the message has one line for each thing that is wrong."""
+    """A configuration cannot be run; the message has one line for each mistake."""
 
 
 def key(
@@ -46,14 +46,14 @@ def key(
     """A field of the schema.
 
     Args:
-        default: the value where none is given; `MISSING` where one must be.
+        default: the value if none is given; `MISSING` if a value is required.
         doc: what the key means.
         unit: what its number counts or measures.
-        low, high: ends of the range, which belong to it.
-        above: lower end of the range, which does not belong to it.
-        since: first version of the program that reads the key; None for its section's, or for all versions.
-        before: the value that says what earlier versions do.
-        fixed: a run that is resumed must have the value that it started with.
+        low, high: ends of the range, included.
+        above: lower end of the range, not included.
+        since: first version of the program that reads the key; None: that of its section, or all versions.
+        before: the value for which a later version does what earlier versions do.
+        fixed: a resumed run must keep the value that it started with.
     """
     metadata = {
         "doc": doc,
@@ -71,7 +71,7 @@ def key(
 
 
 def section(schema: type, *, since: int | None = None) -> Any:
-    """A field of the schema that holds the keys of another; they are read from version `since` on."""
+    """A field that holds the keys of another schema; versions from `since` on read them."""
     return field(default_factory=schema, metadata={"since": since})
 
 
@@ -79,8 +79,8 @@ def section(schema: type, *, since: int | None = None) -> Any:
 class KeyDescription:
     """A key of a schema; `key` says what each attribute means.
 
-    `name` is dotted ("algo.lr"). `default` is `MISSING` where a value must be given, and `before` where no
-    value says what earlier versions do.
+    `name` is dotted ("algo.lr"). `default` is `MISSING` if a value is required. `before` is `MISSING` if no
+    value stands for what earlier versions do.
     """
 
     name: str
@@ -109,7 +109,7 @@ def fixed_keys(schema: type) -> list[str]:
 def help_text(schema: type, version: str = "version {}") -> str:
     """The keys as `--help` prints them: name, type, unit, default, first version, whether fixed, meaning.
 
-    `version` is what a version is called, with {} for its number.
+    `version` names a version, with {} for its number.
     """
     lines = ["configuration keys:"]
     for description in describe_keys(schema):
@@ -137,27 +137,27 @@ def load(
     running: int | None = None,
     version: str = "version {}",
 ) -> Schema:
-    """Read a YAML file and put `overrides` ("training.seed=3") over it.
+    """Read a YAML file and apply `overrides` ("training.seed=3").
 
     Args:
         schema: the dataclass to read into.
         path: the YAML file.
-        overrides: the command line's, which win over the file.
-        profiles: sets of values by dotted key; the one that the schema's key `profile` names goes under the
-            file's values.
-        running: number of the running version. A key that file or overrides give, and that only later
-            versions read, is refused, unless its value is the default or says what this version does. None:
-            no key is refused.
-        version: what a version is called, with {} for its number.
+        overrides: those of the command line; they win over the file.
+        profiles: sets of values by dotted key. The key `profile` of the schema names one of them. The file's
+            values win over the profile's.
+        running: number of the running version. A key in the file or the overrides that only later versions
+            read is refused, unless its value is the default or `before`. None: no key is refused.
+        version: name of a version, with {} for its number.
     Raises:
-        ConfigError: the file cannot be read, or a value is unknown, duplicate, missing, unfit or refused.
+        ConfigError: the file cannot be read, or a key is unknown, duplicate, missing or refused, or a value is
+            invalid.
     """
     keys = {description.name: description for description in describe_keys(schema)}
     given = _Given(path, list(keys))
     given.read_file()
     for override in overrides:
         given.read_override(override)
-    # The profile itself may come from the command line, so its values go under the others only now.
+    # The command line may name the profile, so its values can be filled in only now.
     requested = set(given.values)
     profile = given.values.get("profile")
     profile_values = (profiles or {}).get(profile, {}) if isinstance(profile, str) else {}
@@ -171,7 +171,7 @@ def load(
         if description.default is MISSING and name not in given.values:
             given.problems.append(f"{path}: {name} is missing: {description.doc}")
     for name, value in given.values.items():
-        # A profile is made for all versions: its values are no requests.
+        # A profile serves all versions, so its values are not requests of the user.
         asked = running if name in requested else None
         if problem := _refused(value, keys[name], asked, version) or _unfit(value, keys[name]):
             given.problem(name, value, problem)
@@ -181,7 +181,7 @@ def load(
 
 
 def unfit_values(config: Any) -> list[str]:
-    """What is wrong with the types and ranges of a configuration that code has made, a line each."""
+    """Wrong types and ranges in a configuration that code has made, a line each."""
     problems = []
     for description in describe_keys(type(config)):
         value = config
@@ -198,7 +198,7 @@ def show(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string, for want of a point; here it is a number."""
+    """YAML 1.1 reads 1e-4 as a string, because it has no point; here it is a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -207,7 +207,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Given:
-    """Values by dotted key as file and overrides give them, where each is from, and what is wrong so far."""
+    """Values by dotted key from file and overrides, the origin of each, and the mistakes so far."""
 
     def __init__(self, path: str | Path, keys: Sequence[str]) -> None:
         self.path = Path(path)
@@ -254,7 +254,7 @@ class _Given:
             self._take(loader, node, name, origin)
 
     def _take(self, loader: _Loader, node: yaml.Node, name: str, override: str | None) -> None:
-        """Enter the leaves below `node`; a mapping is a section, and an empty section has no leaf."""
+        """Store the leaves below `node`; a mapping is a section, and an empty section has no leaf."""
         origin = override or f"{self.path}:{node.start_mark.line + 1}"
         if not isinstance(node, yaml.MappingNode):
             try:
@@ -321,15 +321,15 @@ def _unknown(name: str, keys: Mapping[str, KeyDescription]) -> str:
         ratios = [
             difflib.SequenceMatcher(None, *pair).ratio() for pair in ((name, other), (leaf, other_leaf))
         ]
-        # The right leaf in the wrong section is nearer than a similar leaf in the right one; so is the key
-        # that is explained by these very words: "learning_rate" is `algo.lr`.
+        # The right leaf in the wrong section is nearer than a similar leaf in the right one. So is a key whose
+        # documentation uses these words: "learning_rate" is `algo.lr`.
         return sum(ratios) + 2 * (leaf == other_leaf) + (leaf.replace("_", " ") in keys[other].doc)
 
     return f"unknown key; the nearest one is {max(keys, key=likeness)}"
 
 
 def _refused(value: Any, description: KeyDescription, running: int | None, version: str) -> str | None:
-    """Why version `running` cannot do what a value asks for, or None."""
+    """Why version `running` cannot do what a value requests, or None."""
     if running is None or description.since is None or running >= description.since:
         return None
     if value == description.default or value == description.before:
@@ -339,7 +339,7 @@ def _refused(value: Any, description: KeyDescription, running: int | None, versi
 
 
 def _unfit(value: Any, description: KeyDescription) -> str | None:
-    """Why a value is no good for a key, or None."""
+    """Why a value is invalid for a key, or None."""
     if not _fits(value, description.type):
         got = "null" if value is None else type(value).__name__
         return f"expected {_type_name(description.type)}, got {got}"
@@ -370,7 +370,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
     if hint is float:
         return _is_number(value)
-    # bool is a subclass of int, and "true" is no count.
+    # bool is a subclass of int, but "true" is not a number.
     return type(value) is hint
 
 

@@ -30,7 +30,7 @@ def write_video(path: str | Path, frames: Sequence[np.ndarray], fps: int) -> Non
 
 
 def captioned(frames: Sequence[np.ndarray], text: str) -> list[np.ndarray]:
-    """The same frames, uint8 [height, width, 3], below a white strip of 24 pixels with `text` in it."""
+    """Return the frames, uint8 [height, width, 3], with `text` in a white strip of 24 pixels above each."""
     strip = Image.new("RGB", (frames[0].shape[1], CAPTION_HEIGHT), "white")
     ImageDraw.Draw(strip).text((4, 4), text, fill="black", font=ImageFont.load_default(14))
     return [np.concatenate([np.asarray(strip), frame]) for frame in frames]

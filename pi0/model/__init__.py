@@ -1,1 +1,1 @@
-"""The network: vision tower, two-expert transformer, flow field. Knows no robot and no files."""
+"""The network: vision tower, two-expert transformer, flow field. It knows no robot and no files."""

@@ -1,4 +1,4 @@
-"""Sizes of a pi0 model: one dataclass for the published 3.5 B model and the small CPU model alike."""
+"""Sizes of a pi0 model. The same dataclass describes the published 3.5 B model and the small CPU model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class GemmaDims:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    lora_rank: int = 0  # of low-rank adaptation, which freezes all else of the transformer; 0: none
+    lora_rank: int = 0  # rank of low-rank adaptation, which freezes the transformer's own weights; 0: none
 
     def __post_init__(self):
         _require(self.lora_rank >= 0, f"lora_rank is {self.lora_rank}; it is 0 or more")
@@ -92,16 +92,14 @@ class Pi0Config:
         False  # pi0.5 alone: the prompt spells the state in bins (pi0.policy.tokenizer)
     )
     pad_discrete_state: bool = (
-        False  # and its zero-padding too, as LeRobot's code from 2025-10 to 2026-03 did
+        False  # the prompt also spells the zero-padding, as LeRobot's code from 2025-10 to 2026-03 did
     )
     use_quantile_norm: bool = False  # normalise by 1st and 99th percentile instead of mean and deviation
     delta_actions: bool | None = (
-        None  # actions less the state (pi0.policy.normalization); None: as statistics show
+        None  # actions minus the state (pi0.policy.normalization); None: the statistics decide
     )
     freeze_vision_encoder: bool = False  # do not train the vision tower
-    train_expert_only: bool = (
-        False  # train the action expert and the projections around it, not what sees and reads
-    )
+    train_expert_only: bool = False  # train only the action expert and the projections around it
     mirror_images: bool = (
         False  # see LIBERO's frames turned by 180 degrees, as openpi does (pi0.policy.images)
     )
@@ -171,13 +169,13 @@ class Pi0Config:
     def from_dict(cls, content: dict[str, Any], source: str = "config.json") -> Pi0Config:
         """Read config.json's content; `source` names the file in errors.
 
-        Where a pi0.5 model's file is silent, its defaults are openpi's: see `_PI05`. And as every published
-        policy learned from mirrored images, so does one with PaliGemma's tokenizer unless its file says
-        otherwise.
+        Keys that a pi0.5 model's file leaves out get openpi's values: see `_PI05`. Every published policy
+        learned from mirrored images, so a policy with PaliGemma's tokenizer mirrors them unless its file has
+        `mirror_images`.
         """
         content = (_PI05 if content.get("pi05") else {}) | content
         content.setdefault("mirror_images", content.get("tokenizer", "paligemma") == "paligemma")
-        content.pop("batch", None)  # reference outputs note their batch size here
+        content.pop("batch", None)  # files of reference outputs hold their batch size here
         kinds = [kind for kind in ("siglip", "conv") if kind in content]
         if len(kinds) != 1:
             raise ValueError(
@@ -207,7 +205,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _build(cls: type, content: Any, where: str) -> Any:
-    """Make dataclass `cls` from a JSON object, refusing unknown and missing keys."""
+    """Make dataclass `cls` from a JSON object; unknown and missing keys raise `ValueError`."""
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object, got {content!r}")  # noqa: TRY004
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -250,7 +248,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "mirror_images": True,
     },
     "pi0_tiny": {
-        # 1.4 M parameters. At equal CPU time narrower towers and experts learn demonstrations faster than wider ones.
+        # 1.4 M parameters. In equal CPU time narrow towers and experts learn demonstrations better than wide ones.
         "vision": ConvDims(channels=(16, 32, 64)),
         "gemma": GemmaDims(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
         "action_expert": GemmaDims(width=128, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),

@@ -6,15 +6,16 @@ Black et al. 2024, "pi0: A Vision-Language-Action Flow Model for General Robot C
     state    one token                                     run by the action expert
     actions  one token per action of the noisy chunk       run by the action expert
 
-pi0.5 (Physical Intelligence 2025, "pi0.5: a VLA with Open-World Generalization") has no state block, its
-prompt may spell the state instead; and flow time does not enter the action tokens but scales, shifts and
-gates every layer of the action expert (`AdaptiveRMSNorm`). Both follow openpi,
+pi0.5 (Physical Intelligence 2025, "pi0.5: a VLA with Open-World Generalization") has no state block; its prompt
+may spell the state instead. Its flow time does not enter the action tokens. It scales, shifts and gates every
+layer of the action expert (`AdaptiveRMSNorm`). Both models follow openpi,
 src/openpi/models_pytorch/pi0_pytorch.py.
 
-A block attends to itself and to all blocks before it. In every layer the two experts use their own weights, but
-one attention. As the prefix never looks at what follows, its keys and values are computed once and the action
-expert runs alone against them: `encode_prefix`, then `velocity` as often as wanted. Training and sampling both
-do just that. Shapes: B prefixes, N suffixes, H actions in a chunk, A features of an action, P prefix tokens.
+A block attends to itself and to all blocks before it. In every layer the two experts have their own weights, but
+share one attention. The prefix never attends to later blocks, so its keys and values are computed once and the
+action expert runs alone against them: `encode_prefix` once, then `velocity` any number of times. Training and
+sampling both do this. Shapes: B prefixes, N suffixes, H actions in a chunk, A features of an action, P prefix
+tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class PrefixCache(NamedTuple):
 
     keys: list[Tensor]  # per layer [B, kv_heads, P, head_dim], rotated to their positions
     values: list[Tensor]  # per layer [B, kv_heads, P, head_dim]
-    valid: Tensor  # bool [B, P], False for padding and for cameras that are not there
+    valid: Tensor  # bool [B, P], False for padding and for missing cameras
 
     @property
     def length(self) -> Tensor:
@@ -86,19 +87,19 @@ class Pi0Network(nn.Module):
         self.choose_trained(config)
 
     def add_condition(self, config: Pi0Config) -> None:
-        """Add the optimality condition: zero, so that a model without one keeps its actions under all of them."""
+        """Add the optimality condition. It starts at zero, so that no condition changes the model's actions."""
         self.config = config
         weight = torch.zeros(3, config.action_expert.width, device=self.action_in_proj.weight.device)
         self.condition_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
 
     def choose_trained(self, config: Pi0Config) -> None:
-        """Train what `config` says, in the types that this asks for.
+        """Set which parameters are trained, as `config` asks, and their types.
 
-        Low-rank adaptation of its ranks is added where there is none yet, and put into the weights where `config`
-        has none any more.
+        Low-rank adaptation is added where `config` has it and the network does not, and merged into the weights
+        where the network has it and `config` does not.
         """
         self.config = config
-        # No output depends on this matrix: it is never trained and so always in the lower type.
+        # No output depends on this matrix, so it is never trained and always has the lower type.
         low_dtype = self.gemma.layers[-1].self_attn["q_proj"].weight.dtype
         for expert, dims in self._transformers():
             for part in _parts(expert):
@@ -115,10 +116,10 @@ class Pi0Network(nn.Module):
         return [(self.gemma, self.config.gemma), (self.expert, self.config.action_expert)]
 
     def _frozen_parts(self) -> tuple[str, ...]:
-        """How the names of what the configuration freezes begin.
+        """Prefixes of the names of the parameters that the configuration freezes.
 
-        Low-rank adaptation freezes its transformer, and with the prefix's the token embedding, but not the
-        vision tower, as openpi does (src/openpi/models/pi0_config.py: get_freeze_filter).
+        Low-rank adaptation freezes its transformer. That of the prefix also freezes the token embedding, but not
+        the vision tower, as in openpi (src/openpi/models/pi0_config.py: get_freeze_filter).
         `freeze_vision_encoder` and `train_expert_only` are LeRobot's
         (src/lerobot/policies/pi0/modeling_pi0.py: _set_requires_grad).
         """
@@ -135,7 +136,7 @@ class Pi0Network(nn.Module):
         return frozen
 
     def _freeze(self) -> None:
-        """Train what the configuration asks for, and nothing that no output depends on."""
+        """Train what the configuration asks for, except parameters that no output depends on."""
         frozen = self._frozen_parts()
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_lora(name) or not name.startswith(frozen))
@@ -143,7 +144,7 @@ class Pi0Network(nn.Module):
             parameter.requires_grad_(False)
 
     def _set_types(self, low_dtype: torch.dtype) -> None:
-        """`low_dtype` for `low_precision_parameters`, float32 (or what is wider) for the others."""
+        """Give `low_precision_parameters` the type `low_dtype`, the others float32 or a wider type."""
         low, exact = self.low_precision_parameters(), torch.promote_types(low_dtype, torch.float32)
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(low_dtype if name in low else exact)
@@ -154,12 +155,12 @@ class Pi0Network(nn.Module):
         return [*vision, *self.gemma.layers, *self.expert.layers]
 
     def checkpoint_gradients(self) -> None:
-        """From now on keep only the inputs of each block for the backward pass, which runs the block again."""
+        """Keep only the inputs of each block for the backward pass, which then runs the block again."""
         for block in self.blocks():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Published weights that no output depends on: after its last keys and values the prefix is done."""
+        """Published weights that no output depends on: they come after the prefix's last keys and values."""
         last = self.gemma.layers[-1]
         modules = [
             self.gemma.norm,
@@ -172,10 +173,10 @@ class Pi0Network(nn.Module):
     def low_precision_parameters(self) -> set[str]:
         """Names of the parameters that may be in bfloat16; the others stay in float32.
 
-        They are those that openpi keeps in bfloat16. Where only a part of the network is trained, that part is not
-        among them, as in openpi (scripts/train.py: init_train_state casts what is frozen): a bfloat16 weight of 0.1
-        has neighbours 0.0005 apart, and the steps of a small learning rate would round away. Where all of it is
-        trained, that would leave none.
+        They are those that openpi keeps in bfloat16. If only a part of the network is trained, that part stays in
+        float32, as in openpi (scripts/train.py: init_train_state casts what is frozen): the values next to a
+        bfloat16 weight of 0.1 are 0.0005 apart, and the steps of a small learning rate would round away. If the
+        whole network is trained, that rule would leave no parameter in bfloat16, so it does not apply.
         """
         norms = ("input_layernorm", "post_attention_layernorm", "gemma.norm", "expert.norm")
         exact = (*norms, "patch_embedding", "position_embedding")
@@ -199,10 +200,13 @@ class Pi0Network(nn.Module):
         """Run the Gemma expert over images and prompt.
 
         Args:
-            images: by camera, float [B, 3, size, size] in [-1, 1]; every camera of the configuration.
+            images: for every camera of the configuration, float [B, 3, size, size] in [-1, 1].
             image_masks: by camera, bool [B]; False hides the camera's tokens.
             tokens: prompt token ids, int [B, L].
             token_masks: bool [B, L], False for padding.
+
+        Raises:
+            ValueError: a camera has no image or no mask.
         """
         cameras = self.config.cameras
         missing = [name for name in cameras if name not in images or name not in image_masks]
@@ -231,23 +235,26 @@ class Pi0Network(nn.Module):
     ) -> Tensor:
         """The flow field at noisy actions: run the action expert against a prefix.
 
-        Several suffixes may share a prefix: N = samples * B, suffix n belonging to prefix n % B.
+        Several suffixes may share a prefix: N = samples * B, and suffix n belongs to prefix n % B.
 
         Args:
-            prefix: of B observations.
-            state: normalised and padded, float [B, A]; pi0.5 does not look at it.
+            prefix: prefix of B observations.
+            state: normalised and padded, float [B, A]; pi0.5 does not use it.
             x_t: noisy actions, float [N, H, A].
-            t: flow time in [0, 1], 1 being noise, float [N].
+            t: flow time in [0, 1], 1 is noise, float [N].
             condition: NULL, POSITIVE or NEGATIVE, int [N]; None means NULL. Only with `config.guidance`.
 
         Returns:
             Velocity from actions to noise, float [N, H, A].
+
+        Raises:
+            ValueError: N is not a multiple of B, or the model has no optimality condition and one is given.
         """
         batch = len(prefix.valid)
         samples = len(x_t) // batch
         if len(x_t) != samples * batch:
             raise ValueError(f"{len(x_t)} noisy chunks cannot share {batch} prefixes evenly")
-        # One sequence per prefix: the state token, then its chunks one after the other, blind to each other.
+        # One sequence per prefix: the state token, then the chunks, which do not attend to each other.
         with without_autocast(x_t.device):
             chunks, time = self._embed_actions(x_t, t, condition)
             if not self.config.pi05:
@@ -280,7 +287,7 @@ class Pi0Network(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens [N, H, width] of noisy actions [N, H, A] under a condition [N].
 
-        Flow time [N] is mixed into them, or for pi0.5 comes back as what its adaptive norms take, [N, width].
+        Flow time [N] is mixed into them. For pi0.5 it is returned as the input of the adaptive norms, [N, width].
         """
         tokens = self.action_in_proj(x_t)
         time = time_embedding(t, tokens.shape[-1]).to(tokens.dtype)
@@ -298,7 +305,7 @@ class Pi0Network(nn.Module):
         return tokens, time
 
     def _suffix_mask(self, prefix_valid: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
-        """Additive [B, 1, T, P + T]: all tokens see prefix and state, actions also their own chunk."""
+        """Additive mask [B, 1, T, P + T]: all tokens see prefix and state, actions also their own chunk."""
         chunk = torch.arange(samples, device=prefix_valid.device).repeat_interleave(
             self.config.action_horizon
         )
@@ -324,12 +331,12 @@ class Gemma(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrices that are used, which the last layer of a prefix has fewer of; norms may stay in float32."""
+        """Type of the matrices that outputs depend on; norms may stay in float32."""
         return self.layers[0].self_attn["k_proj"].weight.dtype
 
 
 class GemmaLayer(nn.Module):
-    """One layer; its attention also sees keys and values from outside, those of the other expert."""
+    """One layer; its attention can also use the keys and values of the other expert."""
 
     def __init__(self, dims: GemmaDims, adaptive: bool):
         super().__init__()
@@ -361,14 +368,14 @@ class GemmaLayer(nn.Module):
         values_before: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens through attention and MLP.
+        """Pass tokens through attention and MLP.
 
         Args:
-            x: [N, T, width].
-            rope: of the tokens' positions.
-            mask: additive [N, 1, T, P + T]; None where nobody needs the tokens, only their keys and values.
-            keys_before, values_before: of the tokens that come before, [N, kv_heads, P, head_dim].
-            condition: of adaptive norms, [N, S, width].
+            x: tokens [N, T, width].
+            rope: `rotary_angles` of the tokens' positions.
+            mask: additive [N, 1, T, P + T]; None if only the tokens' keys and values are needed.
+            keys_before, values_before: those of the earlier tokens, [N, kv_heads, P, head_dim].
+            condition: input of adaptive norms, [N, S, width].
 
         Returns:
             Tokens [N, T, width], `x` itself without a mask; their own keys and values, [N, kv_heads, T, head_dim].
@@ -378,7 +385,7 @@ class GemmaLayer(nn.Module):
         if mask is None:
             return x, k, v
         q = rotate(self._heads("q_proj", h), rope)
-        # What comes before may be of the other expert, in another type.
+        # The earlier keys may come from the other expert, in another type.
         seen_k = k if keys_before is None else torch.cat([keys_before.to(k.dtype), k], 2)
         seen_v = v if values_before is None else torch.cat([values_before.to(v.dtype), v], 2)
         attended = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=True)
@@ -392,7 +399,7 @@ class GemmaLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, scaled by 1 + weight; never in less than float32."""
+    """Root-mean-square norm, scaled by 1 + weight; computed in float32 or a wider type."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -403,12 +410,12 @@ class RMSNorm(nn.Module):
 
 
 class AdaptiveRMSNorm(nn.Module):
-    """Root-mean-square norm whose scale and shift, and the gate of what it feeds, depend on a condition.
+    """Root-mean-square norm; a condition sets its scale, its shift and the gate of the layer that it feeds.
 
-    As openpi's GemmaRMSNorm with a condition
+    It follows openpi's GemmaRMSNorm with a condition
     (models_pytorch/transformers_replace/models/gemma/modeling_gemma.py): the three are one linear map of the
-    condition, in this order. All zero at the start, as in its models/gemma.py: tokens then are only normed,
-    and a layer that is gated by 0 passes them on as they are.
+    condition, in this order. All are zero at the start, as in openpi's models/gemma.py: tokens are then only
+    normalised, and a layer with gate 0 returns them unchanged.
     """
 
     def __init__(self, width: int):
@@ -416,7 +423,7 @@ class AdaptiveRMSNorm(nn.Module):
         self.dense = nn.Linear(width, 3 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [N, S * H, width] under conditions [N, S, width]: normed tokens and their gates, as many."""
+        """Return normed tokens and their gates, both [N, S * H, width], under conditions [N, S, width]."""
         h = unit_rms(x).unflatten(1, (condition.shape[1], -1))  # [N, S, H, width]
         with without_autocast(x.device):
             scale, shift, gate = self.dense(condition)[:, :, None].to(h.dtype).chunk(3, -1)
@@ -425,7 +432,7 @@ class AdaptiveRMSNorm(nn.Module):
 
 
 def _parts(transformer: Gemma) -> list[nn.ModuleDict]:
-    """Where the matrices of a transformer's layers are."""
+    """The modules that hold the matrices of a transformer's layers."""
     return [part for layer in transformer.layers for part in (layer.self_attn, layer.mlp)]
 
 
@@ -435,7 +442,7 @@ def make_norm(width: int, adaptive: bool) -> nn.Module:
 
 
 def normed(norm: nn.Module, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Tokens through either norm: normed tokens, and the gate of an adaptive one."""
+    """Apply either norm: normed tokens, and the gate of an adaptive norm."""
     return (norm(x), None) if condition is None else norm(x, condition)
 
 
@@ -445,7 +452,7 @@ def gated_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def unit_rms(x: Tensor) -> Tensor:
-    """Vectors of root mean square 1, in no less than float32."""
+    """Scale vectors to root mean square 1, in float32 or a wider type."""
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
 
@@ -459,14 +466,14 @@ def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each (i, i + head_dim / 2) pair of [N, heads, T, head_dim] by its position's angle."""
+    """Rotate each (i, i + head_dim / 2) pair of [N, heads, T, head_dim] by its position's angle."""
     cos, sin = rope
     first, second = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Sines and cosines [N, width] of flow times [N], periods spread geometrically over TIME_PERIODS."""
+    """Sines and cosines [N, width] of flow times [N]; TIME_PERIODS bounds their geometric series of periods."""
     shortest, longest = TIME_PERIODS
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=t.device)
     angles = t[:, None] * (2 * math.pi / (shortest * (longest / shortest) ** fraction))
@@ -481,7 +488,7 @@ def _additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Start values for training from nothing: every linear map keeps its input's scale."""
+    """Initial values for training from scratch: every linear map keeps its input's scale."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         fan_in = module.weight[0].numel()
         nn.init.trunc_normal_(module.weight, std=fan_in**-0.5)

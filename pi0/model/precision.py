@@ -1,8 +1,8 @@
-"""What is computed in the types of its weights even where autocast would take lower ones."""
+"""Computations that keep the types of their weights, even under autocast."""
 
 import torch
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """A context for what openpi keeps in float32: projections of state and actions, flow time, patches."""
+    """A context for what openpi computes in float32: projections of state and actions, flow time, patches."""
     return torch.autocast(device.type, enabled=False)

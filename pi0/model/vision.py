@@ -82,7 +82,7 @@ class ConvTowers(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """Convolutions, then spatial softmax (Levine et al. 2016): where each feature is, and how strongly.
+    """Convolutions, then spatial softmax (Levine et al. 2016): where each feature is, and how strong.
 
     Each keypoint is the expected (x, y) in [-1, 1] under the softmax of its feature map, and the expected
     activation. A linear layer spreads all keypoints over a handful of tokens.
