@@ -122,7 +122,7 @@ def test_another_layout_is_described(checkpoint):
     }
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match="no pi0 checkpoint in openpi's layout: its tensors begin with policy.model"
+        CheckpointError, match="no pi0 policy in openpi's layout: its tensors begin with policy.model"
     ):
         PI0Policy.from_pretrained(checkpoint)
 

@@ -471,7 +471,7 @@ def test_memory_of_the_weights_is_known_before_they_are_loaded(tmp_path, what):
 
 def test_an_unknown_part_to_train_is_refused(tmp_path):
     policy().float().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'expret' is trained nowhere; choose one of all, .*expert"):
+    with pytest.raises(ValueError, match="trainable cannot be 'expret'; choose one of all, .*expert"):
         PI0Policy.from_pretrained(tmp_path, trainable="expret")
 
 

@@ -252,16 +252,16 @@ def test_tensor_that_is_there_under_two_names_is_refused(tmp_path):
     ("change", "message"),
     [
         ({"type": "act"}, "type is 'act', but the tensors are of pi0"),
-        ({"use_relative_actions": True}, "action_feature_names None is not the 6 features of pose"),
+        ({"use_relative_actions": True}, "action_feature_names None is not supported"),
         (
             {"use_relative_actions": True, "action_feature_names": [f"motor_{n}" for n in range(7)]},
-            "motor_6'. is not the 6 features of pose",
+            "motor_6'. is not supported",
         ),
         ({"adapt_to_pi_aloha": True}, "adapt_to_pi_aloha is True"),
         ({"use_visual_memory": True}, "use_visual_memory is True"),
         ({"max_state_dim": 24}, "max_state_dim 24 is not max_action_dim 32"),
         ({"normalization_mapping": NORM_MAP | {"STATE": "MIN_MAX"}}, "normalises by .*MIN_MAX"),
-        ({"normalization_mapping": NORM_MAP | {"VISUAL": "MEAN_STD"}}, "leaves VISUAL at IDENTITY"),
+        ({"normalization_mapping": NORM_MAP | {"VISUAL": "MEAN_STD"}}, "needs IDENTITY for VISUAL"),
         ({"normalization_mapping": {"STATE": "MEAN_STD"}}, "MEAN_STD or QUANTILES for both STATE and ACTION"),
         ({"paligemma_variant": "gemma_7b"}, "paligemma_variant is 'gemma_7b'"),
         ({"chunk_size": "6"}, "action_horizon must be int"),
@@ -307,7 +307,7 @@ def test_processors_that_contradict_the_configuration_are_refused(tmp_path):
     directory = write_lerobot(tmp_path / "checkpoint", weights())
     file = directory / "policy_preprocessor.json"
     file.write_text(file.read_text().replace("MEAN_STD", "QUANTILES"))
-    with pytest.raises(InputError, match=r"policy_preprocessor\.json: normalises by .*otherwise than config"):
+    with pytest.raises(InputError, match=r"policy_preprocessor\.json: normalises by .*contradicts config"):
         PI0Policy.from_pretrained(directory)
 
 
@@ -326,7 +326,7 @@ def test_processors_without_their_statistics_are_refused(tmp_path):
         ("params/_METADATA", "openpi's JAX checkpoint: convert it"),
         ("model.safetensors.index.json", "split into shards"),
         ("adapter_model.safetensors", "holds an adapter only"),
-        ("pretrained_model/model.safetensors", "The checkpoint is in .*pretrained_model"),
+        ("pretrained_model/model.safetensors", "The policy folder is .*pretrained_model"),
         ("pytorch_model.bin", "never pickles"),
     ],
 )
@@ -615,9 +615,9 @@ def test_published_sizes_have_lerobots_names():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Pi0Config.preset("pi0_tiny"), "no place for a convolutional tower"),
-        (Pi0Config.preset("pi0", guidance=True), "no place for an optimality condition"),
-        (ADAPTED, "no place for low-rank additions; .*convert. merges them"),
+        (Pi0Config.preset("pi0_tiny"), "LeRobot cannot hold a convolutional tower"),
+        (Pi0Config.preset("pi0", guidance=True), "LeRobot cannot hold an optimality condition"),
+        (ADAPTED, "LeRobot cannot hold low-rank additions; .*convert. merges them"),
         (Pi0Config.preset("pi05", discrete_state_input=False), "whose prompt does not spell the state"),
         (Pi0Config.preset("pi05", pad_discrete_state=True), "spells the state's padding"),
         (Pi0Config.preset("pi0", gemma=Pi0Config.preset("pi0").action_expert, tokenizer="tiny"), "'tiny'"),
@@ -632,7 +632,7 @@ def test_what_lerobot_has_no_place_for_is_not_written(config, message):
 def test_layout_that_is_not_written_is_refused(tmp_path, layout):
     policy = PI0Policy(Pi0Config.preset("pi0_tiny"))
     with pytest.raises(
-        CheckpointError, match=f"layout is openpi or lerobot, not '{layout}'; .*only read: choose lerobot"
+        CheckpointError, match=f"layout is openpi or lerobot, not '{layout}'; .*not written: choose lerobot"
     ):
         policy.save_pretrained(tmp_path / "out", layout=layout)
     assert not (tmp_path / "out").exists()
@@ -642,7 +642,7 @@ def test_layouts_are_not_mixed_in_one_directory(tmp_path):
     directory = write_lerobot(tmp_path / "checkpoint", weights())
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     policy = PI0Policy.from_pretrained(directory)
-    with pytest.raises(CheckpointError, match="holds a checkpoint of another layout; choose another folder"):
+    with pytest.raises(CheckpointError, match="holds a policy of another layout; choose another folder"):
         policy.save_pretrained(directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     policy.save_pretrained(directory, layout="lerobot")

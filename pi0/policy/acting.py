@@ -1,4 +1,4 @@
-"""A policy as the rollout workers see it: uint8 images in, action chunks out, noise from a key."""
+"""A policy for the rollout workers: uint8 images in, action chunks out, noise from a key."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pi0.model.config import SiglipDims
 class ActingPolicy:
     """Adapter between `PI0Policy` and `pi0.libero.rollouts`.
 
-    On a CPU it acts with one thread: the other cores simulate meanwhile, and threads that wait for each other
-    beside busy workers cost more than they bring.
+    On a CPU it acts with one thread: the other cores simulate meanwhile, and more threads would wait for each
+    other beside busy workers.
 
     Args:
-        policy: the policy; switched to evaluation mode while it acts.
-        guidance_weight: weight w of classifier-free guidance, None to sample the unconditional field.
+        policy: the policy.
+        guidance_weight: weight w of classifier-free guidance; None samples the unconditional field.
     Raises:
-        InputError: a guidance weight, and a policy without an optimality condition.
+        InputError: a guidance weight is given, but the policy has no optimality condition.
     """
 
     def __init__(self, policy: PI0Policy, guidance_weight: float | None = None):
         if guidance_weight is not None and not policy.config.guidance:
             raise InputError(
-                f"guidance weight {guidance_weight}: this policy has no optimality condition to be guided by; "
+                f"guidance weight {guidance_weight}: this policy has no optimality condition; "
                 "algo.mode=guidance trains one"
             )
         self._policy = policy
         self._guidance_weight = guidance_weight
-        # A small tower costs less than another batch; SigLIP and Gemma cost most of a chunk.
+        # A small tower costs less than another batch. SigLIP and Gemma take most of a chunk's time.
         self.shares_first_look = isinstance(policy.config.vision, SiglipDims)
         self._shape = (policy.config.action_horizon, policy.config.action_dim)
 
@@ -70,7 +70,7 @@ class ActingPolicy:
     def prepared(
         self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str]
     ) -> dict[str, np.ndarray]:
-        """What the network is given for observations as `act` takes them: what `PI0Policy.prepare` returns, by name."""
+        """The network's inputs for the observations of `act`: what `PI0Policy.prepare` returns, by name."""
         given = self._policy.prepare({"images": images, "state": states, "prompt": prompts})
         parts = {
             f"{name}/{camera}": tensor

@@ -1,8 +1,8 @@
-"""Checkpoint directories: read as openpi, LeRobot and this project write them, written as this project and LeRobot do.
+"""Policy folders: weights with their configuration. It reads those of this project, openpi and LeRobot.
 
-This project's own is model.safetensors under openpi's names (pi0.policy.tensor_names), config.json and norm_stats.json.
-Those of openpi and LeRobot have configurations of their own (pi0.policy.published). docs/checkpoints.md says how to come by
-them. Only safetensors and JSON are read, never pickles.
+It writes this project's and LeRobot's. This project's holds model.safetensors under openpi's names
+(pi0.policy.tensor_names), config.json and norm_stats.json. openpi and LeRobot have their own configurations
+(pi0.policy.published). docs/checkpoints.md tells where to get them. Only safetensors and JSON are read, never pickles.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from pi0.policy.tensor_names import (
 )
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-SLAB_BYTES = 4 << 20  # read at a time: what loading needs beyond the weights themselves
+SLAB_BYTES = 4 << 20  # bytes read at a time: the memory that loading needs beside the weights
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself, by openpi's names.
+    """The header of a safetensors file, by openpi's names.
 
     Args:
         keys: each weight's key in the file.
-        shapes, dtypes: of each weight.
+        shapes, dtypes: shape and type of each weight.
         statistics: keys of LeRobot's normalisation buffers.
         metadata: the free text in the header.
     """
@@ -73,12 +73,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a loaded policy must remember of its file to write it back as it was.
+    """What a loaded policy keeps of its file, to write the same file again.
 
     Args:
-        layout, metadata: of the file.
-        dtypes: of its tensors, by openpi's names; tells by which names it held the embedding.
-        unread: tensors from which nothing is computed, by openpi's names: mapped, so that they take no memory.
+        layout, metadata: those of the file.
+        dtypes: types of its tensors, by openpi's names; they also show which names the embedding had.
+        unread: tensors that no output depends on, by openpi's names. They are mapped, so they take no memory.
         config: content of a LeRobot config.json, else None.
     """
 
@@ -89,15 +89,16 @@ class Origin:
     config: dict[str, Any] | None
 
     def __deepcopy__(self, _memo: dict) -> Origin:
-        return self  # a copy would read what is only mapped
+        return self  # a copy would read the mapped tensors
 
 
 def read_header(directory: str | Path) -> Header:
-    """Names, shapes and types of the weights in a checkpoint directory, without reading them.
+    """Names, shapes and types of the weights in a policy folder; the weights are not read.
 
     Raises:
-        FileNotFoundError: no such directory, or no model.safetensors; says what the directory looks like.
-        CheckpointError: not a safetensors file, tensors of a type that weights cannot have, or one of two names.
+        FileNotFoundError: no such folder, or no model.safetensors; the message describes the folder.
+        CheckpointError: not a safetensors file, a tensor of a type that weights cannot have, or two keys for one
+            tensor.
     """
     path = _directory(directory) / MODEL_FILE
     if not path.is_file():
@@ -124,11 +125,11 @@ def read_header(directory: str | Path) -> Header:
 
 
 def read_config(directory: str | Path) -> Pi0Config:
-    """The configuration in config.json of a checkpoint directory; openpi's and LeRobot's are translated.
+    """The configuration in config.json of a policy folder; openpi's and LeRobot's are translated.
 
     Raises:
-        FileNotFoundError: no such directory or no config.json in it.
-        CheckpointError: config.json is broken, or asks for what this project does not compute.
+        FileNotFoundError: no such folder or no config.json in it.
+        CheckpointError: config.json is broken, or needs something that this project does not compute.
     """
     content = _read_config_file(_directory(directory))
     source = str(Path(directory) / CONFIG_FILE)
@@ -143,7 +144,7 @@ def read_config(directory: str | Path) -> Pi0Config:
 def read_norm_stats(
     directory: str | Path, config: Pi0Config, norm_stats_path: str | Path | None = None
 ) -> FoundStats:
-    """The statistics in a checkpoint directory, see `find_norm_stats`; or those in `norm_stats_path` instead."""
+    """The statistics in `norm_stats_path` if it is given, else those of the policy folder (`find_norm_stats`)."""
     if norm_stats_path:
         stats = load_norm_stats(norm_stats_path, config.robot_state_dim, config.robot_action_dim)
         return FoundStats(stats, str(norm_stats_path))
@@ -164,12 +165,12 @@ def load_weights(
 ) -> tuple[dict[str, Tensor], Origin]:
     """Read model.safetensors into tensors under the network's own names.
 
-    The file is mapped, and a few megabytes of it at a time are cast and placed; nothing of it stays in memory.
+    The file is mapped. A few megabytes at a time are cast and copied; nothing else of the file stays in memory.
 
     Args:
-        directory: the checkpoint.
+        directory: the policy folder.
         expected: shape of each of the network's parameters.
-        dtypes: wanted type of each.
+        dtypes: type that each parameter gets.
         device: where the tensors go.
 
     Returns:
@@ -177,7 +178,7 @@ def load_weights(
 
     Raises:
         FileNotFoundError: no model.safetensors.
-        CheckpointError: an unreadable file, or missing, surplus or mis-shaped tensors, all of them listed.
+        CheckpointError: an unreadable file, or missing, surplus or mis-shaped tensors; it lists all of them.
     """
     header = read_header(directory)
     sources = pair(header, expected)
@@ -187,7 +188,7 @@ def load_weights(
         target = torch.empty(expected[parameter], dtype=dtypes[parameter], device=device)
         rows = max(1, SLAB_BYTES // max(1, target[:1].numel() * header.dtypes[name].itemsize))
         for start in range(0, len(target), rows):
-            # Opened anew each time: pages that were read count as this process's memory until the map is gone.
+            # Opened again each time: pages that were read count as this process's memory until the map is closed.
             with _opened(header.path) as file:
                 target[start : start + rows] = file.get_slice(header.keys[name])[start : start + rows]
         weights[parameter] = target
@@ -211,36 +212,38 @@ def save_checkpoint_files(
     origin: Origin | None = None,
     layout: str = OPENPI.name,
 ) -> None:
-    """Write a checkpoint directory; each file is complete before it takes its name.
+    """Write a policy folder; each file is complete before it takes its name.
 
-    Weights that came from a file are written in its types where that loses nothing, and what nothing is computed
-    from as it was: a checkpoint that was loaded in float32 and not changed is written back byte by byte (unless its
-    header has several entries of free text, whose order safetensors does not keep).
+    Weights that came from a file are written in the file's types where that loses nothing, and tensors that no
+    output depends on are written unchanged. A policy that was loaded in float32 and not changed is written byte by
+    byte as before (unless the header has several entries of free text, whose order safetensors does not keep).
 
     Args:
-        weights: by the network's own names.
-        norm_stats: None for none.
-        origin: what `load_weights` returned, of a policy that came from a file.
-        layout: "openpi" writes this project's directory, whose model.safetensors openpi's PyTorch code and LeRobot
-            load unless it holds what is this project's own: low-rank additions, an optimality condition, a
-            convolutional tower; "lerobot" a directory that LeRobot loads, with its configuration and processors.
+        weights: tensors by the network's own names.
+        config: the policy's configuration.
+        norm_stats: statistics to write; None: none.
+        origin: what `load_weights` returned, if the policy came from a file.
+        layout: "openpi" writes this project's folder. openpi's PyTorch code and LeRobot load its
+            model.safetensors, unless it holds parts that only this project has: low-rank additions, an optimality
+            condition, a convolutional tower. "lerobot" writes a folder that LeRobot loads, with its configuration
+            and processors.
 
     Raises:
-        CheckpointError: the model has parts that the layout has no place for, or the directory holds a checkpoint
-            of another layout.
+        CheckpointError: the layout cannot hold a part of the model, or the folder holds a policy of another layout.
+        OSError: the disk refuses.
     """
     chosen = WRITABLE.get(layout)
     if chosen is None:
         raise CheckpointError(
-            f"layout is {' or '.join(WRITABLE)}, not {layout!r}; what LeRobot wrote in earlier layouts is only read: "
-            f"choose {LEROBOT.name}, which it reads today"
+            f"layout is {' or '.join(WRITABLE)}, not {layout!r}; LeRobot's earlier layouts can be read but not written: "
+            f"choose {LEROBOT.name}, which LeRobot reads today"
         )
     directory = Path(directory)
     if (directory / CONFIG_FILE).is_file() and is_lerobot(_read_config_file(directory)) != (
         chosen is LEROBOT
     ):
-        # Statistics of the one layout would be left for the other's weights.
-        raise CheckpointError(f"{directory} holds a checkpoint of another layout; choose another folder")
+        # Statistics of one layout would stay beside the weights of the other.
+        raise CheckpointError(f"{directory} holds a policy of another layout; choose another folder")
     files: dict[str, bytes | dict[str, Tensor]]
     if chosen is LEROBOT:
         files = lerobot_files(config, norm_stats, origin.config if origin else None)
@@ -251,7 +254,7 @@ def save_checkpoint_files(
     same = origin is not None and origin.layout is chosen
     if origin and same:
         metadata = origin.metadata
-    else:  # openpi's files note the absent name of two that are tied, and the one that stands for it
+    else:  # two names are tied; openpi's files hold one of them, and their metadata maps the absent name to it
         metadata = {"format": "pt"} if chosen is LEROBOT else {EMBEDDING: OUTPUT_HEAD}
     files[MODEL_FILE] = {
         chosen.from_openpi(name): tensor for name, tensor in _tensors(weights, config, origin, chosen).items()
@@ -265,11 +268,11 @@ def save_checkpoint_files(
                 temporary[name].write_bytes(content)
             else:
                 write_tensors(temporary[name], content, metadata if name == MODEL_FILE else None)
-                # safetensors lets only the owner read; a checkpoint is as readable as its other files.
+                # safetensors lets only the owner read; the weights get the same permissions as the other files.
                 temporary[name].chmod(temporary[CONFIG_FILE].stat().st_mode)
         for name, path in temporary.items():
             os.replace(path, directory / name)
-        if NORM_STATS_FILE not in files:  # those of an earlier policy would be read as this one's
+        if NORM_STATS_FILE not in files:  # statistics of an earlier policy would be read as this one's
             (directory / NORM_STATS_FILE).unlink(missing_ok=True)
     finally:
         for path in temporary.values():
@@ -280,7 +283,7 @@ def pair(header: Header, expected: Mapping[str, torch.Size]) -> dict[str, str]:
     """For each of the network's parameters the openpi name of the tensor that holds it.
 
     Raises:
-        CheckpointError: they do not pair up one to one; lists all keys and says what the file looks like.
+        CheckpointError: they do not match one to one; it lists all keys that differ and describes the file.
     """
     shapes = {name: shape for name, shape in header.shapes.items() if name not in _unread(header)}
     sources = {parameter: file_name(parameter) for parameter in expected}
@@ -307,7 +310,7 @@ def pair(header: Header, expected: Mapping[str, torch.Size]) -> dict[str, str]:
 
 
 def _unread(header: Header) -> set[str]:
-    """Names of the tensors that nothing is computed from."""
+    """Names of the tensors that no output depends on."""
     return {UNUSED} & set(header.keys) | (
         {OUTPUT_HEAD} if {EMBEDDING, OUTPUT_HEAD} <= set(header.keys) else set()
     )
@@ -316,7 +319,7 @@ def _unread(header: Header) -> set[str]:
 def _tensors(
     weights: Mapping[str, Tensor], config: Pi0Config, origin: Origin | None, layout: Layout
 ) -> dict[str, Tensor]:
-    """What goes into the file, by openpi's names."""
+    """The tensors to write, by openpi's names."""
     tensors = {file_name(name): tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     unread = dict(origin.unread) if origin else {}
     if origin:
@@ -327,8 +330,8 @@ def _tensors(
     head = unread.pop(OUTPUT_HEAD, None)
     same = origin is not None and origin.layout is layout
     if layout is LEROBOT and (head is not None or not same):
-        # openpi's loader refuses both names. LeRobot's model has both, and some releases (0.4.4) load nothing at
-        # all, with a warning, from a file that lacks one.
+        # openpi's loader refuses a file with both names. LeRobot's model has both, and some releases (0.4.4) load
+        # nothing at all, with a warning, from a file that lacks one.
         embedding = tensors[OUTPUT_HEAD]
         tensors |= {EMBEDDING: embedding, OUTPUT_HEAD: embedding.clone() if head is None else head}
     elif origin and same and head is None and EMBEDDING in origin.dtypes:
@@ -350,7 +353,7 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _directory(path: str | Path) -> Path:
     directory = Path(path)
     if not directory.is_dir():
-        raise MissingFileError(f"checkpoint directory {directory} not found")
+        raise MissingFileError(f"policy folder {directory} not found")
     return directory
 
 
@@ -386,22 +389,22 @@ def _opened(path: Path):
 
 
 def _no_weights(directory: Path) -> str:
-    """What to say of a directory without model.safetensors."""
+    """The message for a folder without model.safetensors."""
     message = f"{directory} has no {MODEL_FILE}; it holds {_listing(directory)}"
     names = {path.name for path in directory.iterdir()}
     if "params" in names or "_METADATA" in names:
-        return f"{message}. This is openpi's JAX checkpoint: convert it as docs/checkpoints.md says"
+        return f"{message}. This is openpi's JAX checkpoint: convert it as docs/checkpoints.md shows"
     if MODEL_FILE + ".index.json" in names:
-        return f"{message}. It is split into shards: join them as docs/checkpoints.md says"
+        return f"{message}. It is split into shards: join them as docs/checkpoints.md shows"
     if "adapter_model.safetensors" in names:
         return (
             f"{message}. It holds an adapter only: merge it into its base model with the tool that trained it"
         )
     for inner in ("pretrained_model", "checkpoints/last/pretrained_model"):
         if (directory / inner / MODEL_FILE).is_file():
-            return f"{message}. The checkpoint is in {directory / inner}"
+            return f"{message}. The policy folder is {directory / inner}"
     if any(Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl") for name in names):
-        return f"{message}; only safetensors are read, never pickles"
+        return f"{message}; this project reads only safetensors, never pickles"
     return message
 
 

@@ -1,10 +1,10 @@
 """Camera images to the network's input.
 
-LIBERO's own frames stand on their head. openpi and LeRobot turn them by 180 degrees (openpi,
-examples/libero/main.py; LeRobot, src/lerobot/processor/env_processor.py: LiberoProcessorStep), in training
-data as in evaluation, which sets them upright but leaves right and left exchanged. Everywhere in this project
-frames are upright and true; a policy that learned from turned ones has them mirrored here
-(`Pi0Config.mirror_images`), which is the same picture.
+LIBERO's own frames are upside down. openpi and LeRobot turn them by 180 degrees, in training data and in
+evaluation (openpi, examples/libero/main.py; LeRobot, src/lerobot/processor/env_processor.py:
+LiberoProcessorStep). The turned frames are upright, but left and right are exchanged. In this project frames are
+upright and not mirrored. For a policy that learned from turned frames they are mirrored here
+(`Pi0Config.mirror_images`), which gives the same picture.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 def to_network_images(images: Tensor, size: int, mirror: bool = False) -> Tensor:
     """Resize without distortion, pad with black and scale: uint8 [B, h, w, 3] to float32 [B, 3, size, size].
 
-    As openpi (packages/openpi-client/src/openpi_client/image_tools.py, src/openpi/models/model.py): sides cut
-    to whole pixels, antialiased bilinear, rounded to whole grey levels, centred with the odd pixel of padding
-    at the end, pixels from [0, 255] to [-1, 1]. LeRobot (policies/common/vla_utils.py) differs: no
-    antialiasing and no rounding.
+    It follows openpi (packages/openpi-client/src/openpi_client/image_tools.py, src/openpi/models/model.py): the
+    sides are cut to whole pixels; resizing is bilinear and antialiased; values are rounded to whole grey levels; the
+    picture is centred, with the odd pixel of padding at the end; pixels go from [0, 255] to [-1, 1]. LeRobot
+    (policies/common/vla_utils.py) neither antialiases nor rounds.
 
     Args:
-        images: upright.
+        images: upright frames.
         size: height and width of the result, pixels.
-        mirror: exchange right and left, before anything else.
+        mirror: exchange right and left first.
 
     Raises:
         ValueError: not uint8, or not [B, h, w, 3].

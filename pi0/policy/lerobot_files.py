@@ -1,7 +1,8 @@
-"""What LeRobot wants beside model.safetensors to load a pi0 or pi0.5: its configuration and its two processors.
+"""The files that LeRobot needs beside model.safetensors for a pi0 or pi0.5: its configuration and two processors.
 
-Sources: LeRobot, policies/pi0/{configuration_pi0,processor_pi0}.py and their like in policies/pi05, processor/{pipeline,normalize_processor,
-tokenizer_processor,device_processor,relative_action_processor}.py and configs/policies.py, whose parser refuses a key that it does not know.
+Sources: LeRobot, policies/pi0/{configuration_pi0,processor_pi0}.py and the same files of policies/pi05,
+processor/{pipeline,normalize_processor,tokenizer_processor,device_processor,relative_action_processor}.py and
+configs/policies.py, whose parser refuses unknown keys.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pi0.policy.published import (
     norm_map,
 )
 
-# Names of our own for LIBERO's actions; LeRobot looks in them for those that stay absolute.
+# This project's names for LIBERO's actions; LeRobot finds the absolute ones by name.
 _POSE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw")
 
 
@@ -36,14 +37,16 @@ def lerobot_files(
     """LeRobot's config.json, policy_preprocessor.json, policy_postprocessor.json and their statistics.
 
     Args:
-        original: content of the LeRobot config.json that the policy came with, if any; its other keys are kept,
-            unless it is of before October 2025, when there were keys that LeRobot's parser refuses today.
+        config: the policy's configuration.
+        norm_stats: statistics to write; None: none.
+        original: content of the LeRobot config.json that the policy came with, if any. Its other keys are kept,
+            unless it is older than October 2025: LeRobot's parser refuses some keys of those today.
 
     Returns:
         By file name: text, or tensors for a safetensors file.
 
     Raises:
-        CheckpointError: the model is not one that LeRobot can build; says why.
+        CheckpointError: LeRobot cannot build the model; the message gives the reason.
     """
     content = lerobot_config(config, original)
     tensors: dict[str, Tensor] = {}
@@ -52,7 +55,7 @@ def lerobot_files(
             ("input_features", "STATE", STATE_FEATURE, norm_stats.state),
             ("output_features", "ACTION", ACTION_FEATURE, norm_stats.actions),
         ):
-            # A base model's features have the padded width; the statistics are of a robot.
+            # A base model's features have the padded width; the statistics have the robot's.
             content[part] = {**(content[part] or {}), feature: _feature(kind, len(stats.mean))}
             tensors |= {f"{feature}.{name}": vector for name, vector in _vectors(stats).items()}
     features = {**(content["input_features"] or {}), **(content["output_features"] or {})}
@@ -83,7 +86,7 @@ def lerobot_files(
     before = [
         _step("rename_observations_processor", rename_map={}),
         _step("to_batch_processor"),
-        # pi0.5's prompt spells the state that has been normalised.
+        # pi0.5's prompt spells the normalised state.
         *(
             [*subtract, normalize, spell, tokenize, to_device]
             if config.pi05
@@ -116,10 +119,10 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
         (config.pad_discrete_state, "a prompt that spells the state's padding (today's code no longer does)"),
     ):
         if unfit:
-            raise CheckpointError(f"LeRobot has no place for {what}; save it in the layout 'openpi'")
+            raise CheckpointError(f"LeRobot cannot hold {what}; save it in the layout 'openpi'")
     if config.gemma.lora_rank or config.action_expert.lora_rank:
         raise CheckpointError(
-            "LeRobot has no place for low-rank additions; `python -m pi0.checkpoint convert` merges them into the weights"
+            "LeRobot cannot hold low-rank additions; `python -m pi0.checkpoint convert` merges them into the weights"
         )
     content: dict[str, Any] = {
         "type": "pi05" if config.pi05 else "pi0",
@@ -153,7 +156,7 @@ def lerobot_config(config: Pi0Config, original: Mapping[str, Any] | None = None)
             "action_feature_names": [*_POSE_NAMES, "gripper"],
         }
     for key in FREEZES:
-        # Left out where they change nothing, for releases whose parser does not know them.
+        # They are left out if they change nothing, for releases whose parser does not know them.
         if getattr(config, key) or key in content:
             content[key] = getattr(config, key)
     return content | {

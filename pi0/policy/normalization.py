@@ -1,8 +1,8 @@
-"""Statistics of state and actions in openpi's norm_stats.json, and what is done with them.
+"""Statistics of state and actions in openpi's norm_stats.json, and normalisation by them.
 
-All as in openpi, src/openpi/transforms.py and training/config.py. What it does to actions before they are
-learned, and in the other direction after they are sampled: less the state of the chunk's observation
-(`delta_actions`, old checkpoints only), normalised, zero-padded to the network's width.
+It follows openpi, src/openpi/transforms.py and training/config.py. Before actions are learned, the state of the
+chunk's observation is subtracted (`delta_actions`, only for old published policies), then they are normalised and
+zero-padded to the network's width. Sampled actions pass the inverse steps.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from torch import Tensor
 from pi0.base.errors import InputError, MissingFileError
 from pi0.model.config import POSE_DIM
 
-# Added to the divisor, as openpi does in both directions. LeRobot
-# (src/lerobot/processor/normalize_processor.py) adds 1e-8 to the deviation, only to divide by it, and to a
-# range of quantiles only where that is 0.
+# Added to the divisor in both directions, as in openpi. LeRobot (src/lerobot/processor/normalize_processor.py)
+# adds 1e-8 to the deviation only when it divides, and to a range of quantiles only if the range is 0.
 EPSILON = 1e-6
 
 
 class NormStatsError(InputError, ValueError):
-    """Normalisation statistics that cannot be used."""
+    """The normalisation statistics cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of the robot's state and of its actions; `source` names where they are from, for errors."""
+    """Statistics of the robot's state and actions; errors name their `source`."""
 
     state: Stats
     actions: Stats
@@ -57,8 +56,8 @@ class NormStats:
     def of(cls, states: np.ndarray, actions: np.ndarray) -> NormStats:
         """Statistics of recorded states [..., 8] and actions [..., 7].
 
-        Quantiles are exact. openpi (src/openpi/shared/normalize.py) reads them off histograms of 5000 bins
-        and LeRobot off histograms too, so theirs differ by about a 5000th of the range.
+        Quantiles are exact. openpi (src/openpi/shared/normalize.py) and LeRobot take them from histograms,
+        openpi's of 5000 bins, so theirs differ by about a 5000th of the range.
         """
         return cls(Stats.of(states), Stats.of(actions))
 
@@ -73,9 +72,9 @@ class NormStats:
 
 
 def normalize(values: Tensor, stats: Stats, quantiles: bool) -> Tensor:
-    """Values [..., D] to z-scores; or with `quantiles` so that the 1st percentile is -1 and the 99th is 1.
+    """Values [..., D] to z-scores; with `quantiles` the 1st percentile becomes -1 and the 99th becomes 1.
 
-    Neither is clipped.
+    Neither clips the values.
     """
     if quantiles:
         low, high = _tensors(values, stats.q01, stats.q99)
@@ -85,7 +84,7 @@ def normalize(values: Tensor, stats: Stats, quantiles: bool) -> Tensor:
 
 
 def unnormalize(values: Tensor, stats: Stats, quantiles: bool) -> Tensor:
-    """What `normalize` made `values` from."""
+    """The inverse of `normalize`."""
     if quantiles:
         low, high = _tensors(values, stats.q01, stats.q99)
         return (values + 1) / 2 * (high - low + EPSILON) + low
@@ -103,7 +102,7 @@ def subtract_state(actions: Tensor, states: Tensor) -> Tensor:
 
 
 def add_state(actions: Tensor, states: Tensor) -> Tensor:
-    """What `subtract_state` made `actions` from."""
+    """The inverse of `subtract_state`."""
     return torch.cat([actions[..., :POSE_DIM] + _pose(states), actions[..., POSE_DIM:]], -1)
 
 
@@ -112,22 +111,21 @@ def _pose(states: Tensor) -> Tensor:
 
 
 def learned_delta_actions(stats: NormStats, stated: bool | None) -> bool:
-    """Whether actions were learned less the state (`subtract_state`); the statistics must not contradict it.
+    """Whether the state was subtracted from the actions (`subtract_state`); the statistics must agree.
 
-    LIBERO's actions are themselves changes of pose. Yet openpi's pi0_libero and pi0_fast_libero learned them
-    with the state subtracted on top, and its pi05_libero and whatever LeRobot trained without
-    `use_relative_actions` did not (openpi, src/openpi/training/config.py: extra_delta_transform). A policy
-    that is run the other way moves, and never succeeds. LIBERO's actions lie in [-1, 1], and so does the mean
-    of each; the mean of such actions less the state lies around the negative mean of the state, which is
-    about 3 rad for the first rotation.
+    LIBERO's actions are themselves changes of pose. Still, openpi's pi0_libero and pi0_fast_libero learned them
+    with the state subtracted as well. openpi's pi05_libero and policies that LeRobot trained without
+    `use_relative_actions` did not (openpi, src/openpi/training/config.py: extra_delta_transform). A policy that is
+    run the wrong way moves but never succeeds. LIBERO's actions lie in [-1, 1], and so do their means. With the
+    state subtracted, the means lie around the negative mean of the state, whose first rotation is about 3 rad.
 
     Args:
-        stats: of a robot whose first six features of state and actions are a pose.
-        stated: what the configuration says; None to go by the statistics, and by openpi's newer habit (False)
-            where they fit both.
+        stats: statistics of a robot whose first six features of state and actions are a pose.
+        stated: the configuration's value. None: the statistics decide; if they fit both, it is False as in
+            openpi's newer policies.
 
     Raises:
-        NormStatsError: statistics that belong to the other kind, or to neither.
+        NormStatsError: the statistics belong to the other kind, or to neither.
     """
     actions, state = (part.mean[:POSE_DIM] for part in (stats.actions, stats.state))
     plain = bool((np.abs(actions) <= 1).all())
@@ -142,13 +140,13 @@ def learned_delta_actions(stats: NormStats, stated: bool | None) -> bool:
         )
         raise NormStatsError(
             f"{stats.source}: mean actions {np.round(actions, 3).tolist()} cannot be those of LIBERO actions "
-            f"{'less the state' if chosen else 'in [-1, 1]'} (delta_actions is {str(stated).lower()}); {mend}"
+            f"{'minus the state' if chosen else 'in [-1, 1]'} (delta_actions is {str(stated).lower()}); {mend}"
         )
     return chosen
 
 
 def require_quantiles(stats: NormStats) -> None:
-    """Refuse statistics without the 1st and 99th percentile."""
+    """Raise `NormStatsError` for statistics without the 1st and 99th percentile."""
     for name in ("state", "actions"):
         part = getattr(stats, name)
         if part.q01 is None or part.q99 is None:
@@ -161,11 +159,12 @@ def require_quantiles(stats: NormStats) -> None:
 def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormStats:
     """Read norm_stats.json for a robot of `state_dim` and `action_dim` features.
 
-    Longer statistics are cut: published ones may be padded to the network's action_dim.
+    Longer vectors are cut: published statistics may be padded to the network's action_dim.
 
     Raises:
         FileNotFoundError: no such file.
-        NormStatsError: not JSON, a missing key, a vector that is too short, not numbers or negative; names file and key.
+        NormStatsError: not JSON, a missing key, or a vector that is too short, not of finite numbers, or a negative
+            deviation; the message names file and key.
     """
     path = Path(path)
     if not path.is_file():
@@ -181,7 +180,7 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
 
 
 def norm_stats_from(parts: dict, state_dim: int, action_dim: int, path: Path) -> NormStats:
-    """The statistics in `parts`, the object under "norm_stats"; refuses as `load_norm_stats` does, naming `path`."""
+    """The statistics in `parts`, the object under "norm_stats"; errors are those of `load_norm_stats` and name `path`."""
     return NormStats(
         state=_read_stats(parts, "state", state_dim, path),
         actions=_read_stats(parts, "actions", action_dim, path),

@@ -1,4 +1,4 @@
-"""`PI0Policy`: from a robot's observations to actions, and the flow-matching loss of demonstrated ones."""
+"""`PI0Policy`: from a robot's observations to actions, and the flow-matching loss of action chunks."""
 
 from __future__ import annotations
 
@@ -39,32 +39,32 @@ TRAINABLE = ("all", "without_vision", "expert", "lora", "as_saved", "none")
 class PI0Policy(nn.Module):
     """A pi0 network with what it needs to act: normalisation statistics, image preparation and a tokenizer.
 
-    Two levels. `select_action` takes raw observations and returns actions for the robot. `forward` and
-    `sample_actions` take what the network sees (`prepare` makes it): images in [-1, 1], state and actions
+    It has two levels. `select_action` takes raw observations and returns actions for the robot. `forward` and
+    `sample_actions` take the network's inputs (`prepare` makes them): images in [-1, 1], state and actions
     normalised and zero-padded to `config.action_dim`. Shapes: B observations, H = config.action_horizon
     actions in a chunk, A = config.action_dim.
 
     Args:
         config: sizes.
-        norm_stats: of the data it is trained on; without them only the lower level works.
+        norm_stats: statistics of its training data; without them only the lower level works.
 
     Raises:
-        NormStatsError: statistics that the configuration cannot be used with.
+        NormStatsError: the statistics do not fit the configuration.
     """
 
     def __init__(self, config: Pi0Config, norm_stats: NormStats | None = None):
         super().__init__()
         self.config = config
         self.norm_stats = norm_stats
-        self.delta_actions = bool(config.delta_actions)  # whether actions are learned less the state
+        self.delta_actions = bool(config.delta_actions)  # whether the state is subtracted from the actions
         if norm_stats is not None:
             self.delta_actions = learned_delta_actions(norm_stats, config.delta_actions)
             if config.use_quantile_norm:
                 require_quantiles(norm_stats)
         self.network = Pi0Network(config)
-        self.compiled = False  # whether the network runs as torch.compile makes it
+        self.compiled = False  # whether torch.compile compiles the network
         self._tokenizer: Tokenizer | None = None
-        self._origin: Origin | None = None  # what its file held, if it came from one
+        self._origin: Origin | None = None  # what it keeps of its file, if it came from one
 
     # Files
 
@@ -77,22 +77,22 @@ class PI0Policy(nn.Module):
         norm_stats_path: str | Path | None = None,
         trainable: str = "as_saved",
     ) -> PI0Policy:
-        """Load a checkpoint directory of this project, openpi or LeRobot, in evaluation mode.
+        """Load a policy folder of this project, openpi or LeRobot, in evaluation mode.
 
-        Beyond the weights in their type this takes a few megabytes of memory; see `load_weights`.
+        Beside the weights this takes a few megabytes of memory; see `load_weights`.
 
         Args:
-            path: holds model.safetensors, config.json and, for acting, statistics; docs/checkpoints.md says which.
+            path: the folder, with model.safetensors, config.json and, for acting, statistics (docs/checkpoints.md).
             device: where the weights go.
-            dtype: of the two experts and the vision tower; what openpi keeps in float32 stays so: norms, patch
-                and position embeddings, the flow head; and so does the part that is trained, where only a part
-                is (`choose_trained`). None is float32.
-            norm_stats_path: a norm_stats.json to use instead of the directory's own statistics.
-            trainable: the part to train, as `choose_trained` takes it, which rounds what has been loaded; here
-                nothing that is trained in float32 is rounded on the way.
+            dtype: type of the two experts and the vision tower. What openpi keeps in float32 stays in float32:
+                norms, patch and position embeddings, the flow head. If only a part is trained (`choose_trained`),
+                that part stays in float32, too. None is float32.
+            norm_stats_path: a norm_stats.json to use instead of the folder's own statistics.
+            trainable: the part to train, as in `choose_trained`. That method starts from rounded weights in a
+                policy that was loaded in bfloat16; here the trained part is never rounded.
 
         Raises:
-            FileNotFoundError: the directory, config.json, model.safetensors or norm_stats_path is missing.
+            FileNotFoundError: the folder, config.json, model.safetensors or norm_stats_path is missing.
             CheckpointError: a file is broken or does not fit the others.
         """
         policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
@@ -115,7 +115,7 @@ class PI0Policy(nn.Module):
         norm_stats_path: str | Path | None = None,
         trainable: str = "as_saved",
     ) -> int:
-        """Memory of the weights that `from_pretrained` would load from a file, of which this reads none."""
+        """Memory in bytes of the weights that `from_pretrained` would load; the weights are not read."""
         policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
         return sum(p.numel() * dtypes[name].itemsize for name, p in policy.network.named_parameters())
 
@@ -123,7 +123,7 @@ class PI0Policy(nn.Module):
     def _without_weights(
         cls, path: str | Path, dtype: torch.dtype | None, norm_stats_path: str | Path | None, trainable: str
     ) -> tuple[PI0Policy, dict[str, torch.dtype]]:
-        """The policy that a file's weights go into, and by name the types in which they are wanted."""
+        """The policy without weights, and by name the type that each weight gets."""
         config = read_config(path)
         stats = read_norm_stats(path, config, norm_stats_path).stats
         with torch.device("meta"), _without_start_values():
@@ -134,70 +134,74 @@ class PI0Policy(nn.Module):
         return policy, {name: dtype if dtype and name in low else torch.float32 for name in names}
 
     def save_pretrained(self, path: str | Path, layout: str = "openpi") -> None:
-        """Write a checkpoint directory that `from_pretrained` loads; replaces its files whole, never halfway.
+        """Write a policy folder that `from_pretrained` loads; each file is replaced whole.
 
         Args:
-            layout: "openpi": openpi's PyTorch code loads its weights, unless they hold parts of this project's
-                own: low-rank additions (`merge_lora` first), an optimality condition, a convolutional tower;
-                "lerobot": LeRobot loads all of it.
+            path: the folder.
+            layout: "openpi": openpi's PyTorch code loads the weights, unless they hold parts that only this project
+                has: low-rank additions (`merge_lora` first), an optimality condition, a convolutional tower.
+                "lerobot": LeRobot loads the whole folder.
 
         Raises:
-            CheckpointError: the model has parts that the layout has no place for.
+            CheckpointError: the layout cannot hold a part of the model.
+            OSError: the disk refuses.
         """
         weights = self.network.state_dict()
-        # What the statistics have shown is written down, for readers that do not look.
+        # What the statistics have shown is written down, for readers that do not examine them.
         config = dataclasses.replace(self.config, delta_actions=True) if self.delta_actions else self.config
         save_checkpoint_files(path, weights, config, self.norm_stats, self._origin, layout)
 
     def enable_guidance(self) -> None:
-        """Give the policy an optimality condition, for guidance; it changes no output until it is trained."""
+        """Add an optimality condition, for guidance; it changes no output until it is trained."""
         if not self.config.guidance:
             self.config = dataclasses.replace(self.config, guidance=True)
             self.network.add_condition(self.config)
 
     def freeze(self, *, vision_encoder: bool = False, all_but_expert: bool = False) -> None:
-        """From now on train all but the vision tower, or only the action expert and its projections."""
+        """Train all but the vision tower, or only the action expert and its projections."""
         self._train(freeze_vision_encoder=vision_encoder, train_expert_only=all_but_expert)
 
     def enable_lora(self, gemma_rank: int = RANKS[0], expert_rank: int = RANKS[1]) -> None:
-        """From now on train by low-rank adaptation (`pi0.model.lora`); changes no output until it is trained.
+        """Train by low-rank adaptation (`pi0.model.lora`); it changes no output until it is trained.
 
         Args:
-            gemma_rank, expert_rank: of what is added to the matrices of either transformer, openpi's by
-                default; 0 adds nothing, and goes on training that transformer whole.
+            gemma_rank, expert_rank: ranks of the additions to the matrices of the two transformers, by default
+                openpi's. 0 adds nothing: that transformer is trained whole.
 
         Raises:
-            ValueError: it has been enabled before.
+            ValueError: the policy already has low-rank adaptation.
         """
         if self._adapted:
-            raise ValueError("this policy has low-rank adaptation already; merge_lora() before new ranks")
+            raise ValueError(
+                "this policy already has low-rank adaptation; call merge_lora() before new ranks"
+            )
         self._train((gemma_rank, expert_rank))
 
     def merge_lora(self) -> None:
-        """Put what low-rank adaptation has learned into the weights, to save it for other programs.
+        """Merge what low-rank adaptation has learned into the weights, to save it for other programs.
 
-        In a policy that was loaded in bfloat16 this rounds it; load in float32 what is to be merged.
+        In a policy that was loaded in bfloat16 the result is rounded; load the policy in float32 to avoid that.
         """
         self._train((0, 0))
 
     def choose_trained(self, what: str) -> None:
-        """From now on train this part of the weights.
+        """Choose the part of the weights that is trained.
 
-        A part is trained in float32, beside what is frozen in the type that the policy was loaded in; in bfloat16
-        it would stand still at small learning rates. What was loaded in bfloat16 starts from its rounding; load
-        with `trainable` to start from what the file holds.
+        The trained part is in float32; the frozen part keeps the type that the policy was loaded in. In bfloat16
+        small learning rates would change nothing. Weights that were loaded in bfloat16 start from their rounded
+        values; `from_pretrained` with `trainable` starts from those in the file.
 
         Args:
-            what: one of `TRAINABLE`: "all", in the type that the policy was loaded in; "without_vision", all but the vision tower;
-                "expert", the action expert and its projections alone; "lora", low-rank additions to both
-                transformers beside the vision tower and the projections; "as_saved", what the checkpoint's
-                configuration says; "none", nothing, and the configuration stays.
+            what: one of `TRAINABLE`. "all": all, in the type that the policy was loaded in. "without_vision": all
+                but the vision tower. "expert": only the action expert and its projections. "lora": low-rank
+                additions to both transformers, the vision tower and the projections. "as_saved": the part that the
+                folder's configuration names. "none": nothing, and the configuration stays.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: `what` is none of these.
         """
         if what not in TRAINABLE:
-            raise ValueError(f"{what!r} is trained nowhere; choose one of {', '.join(TRAINABLE)}")
+            raise ValueError(f"trainable cannot be {what!r}; choose one of {', '.join(TRAINABLE)}")
         if what == "none":
             self.requires_grad_(False)
             return
@@ -210,7 +214,7 @@ class PI0Policy(nn.Module):
         )
 
     def copy(self) -> PI0Policy:
-        """A policy that learns apart from this one; weights that are not trained are the same memory in both."""
+        """A copy that is trained separately; frozen weights share their memory with the original."""
         frozen = {id(parameter): parameter for parameter in self.parameters() if not parameter.requires_grad}
         return copy.deepcopy(self, frozen)
 
@@ -219,7 +223,7 @@ class PI0Policy(nn.Module):
         return bool(self.config.gemma.lora_rank or self.config.action_expert.lora_rank)
 
     def _train(self, lora_ranks: tuple[int, int] | None = None, **frozen: Any) -> None:
-        """Train what the configuration says with these fields changed, all at once: nothing is rounded in between."""
+        """Change these fields of the configuration and what is trained, in one step: nothing is rounded in between."""
         gemma, expert = self.config.gemma, self.config.action_expert
         if lora_ranks is not None:
             gemma = dataclasses.replace(gemma, lora_rank=lora_ranks[0])
@@ -227,7 +231,7 @@ class PI0Policy(nn.Module):
         self.config = dataclasses.replace(self.config, gemma=gemma, action_expert=expert, **frozen)
         self.network.choose_trained(self.config)
 
-    # What the network sees
+    # The network's inputs and outputs
 
     def forward(
         self,
@@ -248,21 +252,24 @@ class PI0Policy(nn.Module):
         noise - actions (Black et al. 2024, eq. 1; openpi's direction of time: 1 is noise).
 
         Args:
-            images: by camera, float [B, 3, size, size] in [-1, 1].
-            image_masks: by camera, bool [B].
+            images: for each camera, float [B, 3, size, size] in [-1, 1].
+            image_masks: for each camera, bool [B].
             state: normalised, float [B, A].
             tokenized_prompt: int [B, L].
             tokenized_prompt_mask: bool [B, L].
             actions: normalised, float [B, H, A].
             noise: standard normal, float [B, H, A]; or [S, B, H, A] for S draws on each observation, whose
                 images and prompt are then encoded once. None draws [B, H, A].
-            time: flow time of each draw, [B] or [S, B]; None draws as `draw_noise_and_time` does.
+            time: flow time of each draw, [B] or [S, B]; None draws it (`draw_noise_and_time`).
             condition: optimality of each chunk, int [B]: NULL, POSITIVE or NEGATIVE of pi0.model.network.
                 None is NULL. Only with `config.guidance`.
-            generator: for what is drawn here.
+            generator: random generator for what is drawn here.
 
         Returns:
-            Squared error, float, of the shape of the noise.
+            Squared error, float, in the shape of the noise.
+
+        Raises:
+            ValueError: noise and time have different numbers of draws.
         """
         if noise is None or time is None:
             samples = None if noise is None or noise.ndim == 3 else len(noise)
@@ -287,9 +294,10 @@ class PI0Policy(nn.Module):
     def draw_noise_and_time(
         actions: Tensor, samples: int | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Training's random inputs for actions [B, H, A]: noise and flow times, with a leading [samples] if given.
+        """Draw noise [B, H, A] and flow times [B] for the loss of actions [B, H, A]; `samples` adds a leading axis.
 
-        Times follow Beta(1.5, 1) scaled to (0.001, 1], mostly noise; drawn as u^(2/3), its inverse distribution.
+        Times follow Beta(1.5, 1), scaled to (0.001, 1], so most are near noise. They are drawn by its inverse
+        distribution function, u^(2/3).
         """
         lead = () if samples is None else (samples,)
         options = {"generator": generator, "device": actions.device, "dtype": actions.dtype}
@@ -314,13 +322,16 @@ class PI0Policy(nn.Module):
         Args:
             images, image_masks, state, tokenized_prompt, tokenized_prompt_mask: as in `forward`.
             noise: standard normal, float [B, H, A]; or [S, B, H, A] for S chunks from each observation, whose
-                images and prompt are then encoded once for all of them.
+                images and prompt are then encoded once.
             num_steps: Euler steps; None takes the configuration's.
             guidance_weight: w of v_null + w * (v_positive - v_null), only with `config.guidance`; 0 and None
                 are the unconditional field, 1 the positive one.
 
         Returns:
-            Normalised actions, float, of the shape of the noise.
+            Normalised actions, float, in the shape of the noise.
+
+        Raises:
+            ValueError: num_steps is below 1.
         """
         observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
         prefix = self._run(Pi0Network.encode_prefix, *observation)
@@ -348,10 +359,10 @@ class PI0Policy(nn.Module):
         return null + weight * (good - null)
 
     def _run(self, network_pass: Callable[..., Any], *arguments: Any) -> Any:
-        """A pass through the network, compiled if that was asked for."""
+        """Run a pass through the network, compiled if `self.compiled`."""
         return (_compiled(network_pass) if self.compiled else network_pass)(self.network, *arguments)
 
-    # What the robot sees
+    # The robot's observations and actions
 
     @property
     def device(self) -> torch.device:
@@ -359,7 +370,7 @@ class PI0Policy(nn.Module):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the configuration; loaded when it is first used."""
+        """The configuration's tokenizer; it is loaded on first use."""
         if self._tokenizer is None:
             length = self.config.prompt_length
             if self.config.tokenizer == "tiny":
@@ -377,16 +388,20 @@ class PI0Policy(nn.Module):
 
         Args:
             observations: a batch, as arrays or tensors:
-                images: by camera, uint8 [B, h, w, 3], upright. A configured camera that is not here is black
+                images: for each camera, uint8 [B, h, w, 3], upright. A configured camera without images is black
                     and masked out (openpi, src/openpi/policies/libero_policy.py: LIBERO has no second
                     wrist); other names are an error.
                 state: float [B, robot_state_dim]; LIBERO's is end-effector position 3 (m), axis-angle 3
                     (rad), gripper fingers 2 (m) (openpi, examples/libero/main.py).
                 prompt: B strings.
-            state_noise: added to the normalised state before anything is made of it, float [B, A].
+            state_noise: float [B, A], added to the normalised state before the prompt spells it.
 
         Returns:
             images, image_masks, state, tokenized_prompt and tokenized_prompt_mask, on the policy's device.
+
+        Raises:
+            ValueError: wrong shapes, unknown cameras, or batch sizes that differ.
+            CheckpointError: the policy has no statistics.
         """
         config, device = self.config, self.device
         state = torch.as_tensor(observations["state"], dtype=torch.float32, device=device)
@@ -396,7 +411,7 @@ class PI0Policy(nn.Module):
         unknown = [name for name in given if name not in config.cameras]
         if unknown or not given:
             raise ValueError(
-                f"images of {unknown or 'no camera'}; the model looks through {', '.join(config.cameras)}"
+                f"images of {unknown or 'no camera'}; the model's cameras are {', '.join(config.cameras)}"
             )
         images, masks = {}, {}
         for name in config.cameras:
@@ -455,7 +470,7 @@ class PI0Policy(nn.Module):
     def normalize_actions(
         self, actions: Tensor | np.ndarray, states: Tensor | np.ndarray | None = None
     ) -> Tensor:
-        """Robot actions [..., H, robot_action_dim] to what the network learns, [..., H, A], zero-padded.
+        """Robot actions [..., H, robot_action_dim] to network actions [..., H, A], zero-padded.
 
         Args:
             actions: chunks.
@@ -493,8 +508,8 @@ class PI0Policy(nn.Module):
     def _stats(self) -> NormStats:
         if self.norm_stats is None:
             raise CheckpointError(
-                "this policy has no normalisation statistics (no norm_stats.json in its checkpoint); name one as "
-                "norm_stats_path, which python -m pi0.norm_stats computes"
+                "this policy has no normalisation statistics (no norm_stats.json in its policy folder); name one as "
+                "norm_stats_path; python -m pi0.norm_stats computes it"
             )
         return self.norm_stats
 
@@ -506,9 +521,9 @@ def _compiled(network_pass: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _without_start_values() -> Iterator[None]:
-    """Modules made meanwhile are not initialised: their weights come from a file.
+    """Skip the initialisation of modules that are made meanwhile: their weights come from a file.
 
-    On the meta device that would do nothing, and yet take over a second: PyTorch imports its symbolic shapes.
+    On the meta device it has no effect, but takes over a second: PyTorch imports its symbolic shapes.
     """
     names = ("normal_", "trunc_normal_", "kaiming_uniform_", "uniform_", "zeros_", "ones_")
     originals = {name: getattr(nn.init, name) for name in names}
@@ -522,7 +537,7 @@ def _without_start_values() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is the GPU if there is one, under torchrun the rank's own.
+    """The device called `name`; `auto` is the GPU if there is one, under torchrun the rank's own GPU.
 
     Raises:
         InputError: there is no such device here.

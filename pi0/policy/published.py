@@ -1,7 +1,7 @@
-"""What openpi and LeRobot write beside the weights: their configurations and their normalisation statistics.
+"""Configurations and normalisation statistics that openpi and LeRobot write beside the weights.
 
-Both say less than this project's config.json (no sizes of layers, no cameras' meaning), so the rest comes from the
-tensors' shapes and from what openpi and LeRobot fix in their code. Sources: openpi,
+Both hold less than this project's config.json (no sizes of layers, no meaning of cameras). The rest comes from the
+tensors' shapes and from constants in the code of openpi and LeRobot. Sources: openpi,
 src/openpi/{models/pi0_config.py,models/gemma.py,training/checkpoints.py,shared/normalize.py} and
 examples/convert_jax_model_to_pytorch.py; LeRobot, policies/pi0/configuration_pi0.py,
 processor/{pipeline,normalize_processor}.py, and common/policies/normalize.py of February 2025.
@@ -30,8 +30,8 @@ NORM_STATS_FILE = "norm_stats.json"
 PREPROCESSOR_FILE, POSTPROCESSOR_FILE = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
 
-# Of transformers' PaliGemma: SigLIP So400m has 16 heads of 72 features. openpi's Gemma variants have one key-value
-# head. Neither can be told from shapes.
+# In transformers' PaliGemma, SigLIP So400m has 16 heads of 72 features. openpi's Gemma variants have one key-value
+# head. Shapes show neither.
 _SIGLIP_HEAD_DIM, _KV_HEADS = 72, 1
 # Names that LeRobot's LIBERO data sets and environment give the two cameras (lerobot docs/source/libero.mdx).
 _CAMERAS = {name: name for name in PUBLISHED_CAMERAS} | {
@@ -39,8 +39,8 @@ _CAMERAS = {name: name for name in PUBLISHED_CAMERAS} | {
     "image2": "left_wrist_0_rgb",
     "wrist_image": "left_wrist_0_rgb",
 }
-# Sizes of the transformers by openpi's names (get_config in src/openpi/models/gemma.py), the only ones that LeRobot
-# builds too. openpi's `..._lora` have low-rank additions beside them, for which its PyTorch model has no place.
+# Sizes of the transformers by openpi's names (get_config in src/openpi/models/gemma.py). LeRobot builds only these.
+# openpi's `..._lora` variants add low-rank matrices, which its own PyTorch model cannot hold.
 GEMMA_VARIANTS = {
     "gemma_2b": GemmaDims(2048, 18, 16384, 8, 1, 256),
     "gemma_300m": GemmaDims(1024, 18, 4096, 8, 1, 256),
@@ -53,7 +53,7 @@ _OPENPI_KEYS = {
     "precision",
     "pi05",
 }
-# Keys of LeRobot's that would change what the policy computes, with the only values that this project computes.
+# LeRobot's keys that change what the policy computes, with the only value of each that this project computes.
 _LEROBOT_ONLY = {
     "n_obs_steps": 1,
     "adapt_to_pi_aloha": False,
@@ -63,7 +63,7 @@ _LEROBOT_ONLY = {
     "min_period": 4e-3,
     "max_period": 4.0,
 }
-# Keys of LeRobot's that say what training leaves as it is; named and meant as in `Pi0Config`.
+# LeRobot's keys for what is frozen; name and meaning are those in `Pi0Config`.
 FREEZES = ("freeze_vision_encoder", "train_expert_only")
 
 Shapes = Mapping[str, tuple[int, ...]]  # by openpi's names
@@ -75,24 +75,26 @@ def is_lerobot(content: Mapping[str, Any]) -> bool:
 
 
 def is_openpi(content: Mapping[str, Any]) -> bool:
-    """Whether this is a config.json of openpi's converter, or one written by hand for its training's checkpoints."""
+    """Whether this is a config.json of openpi's converter, or one written by hand for openpi's own checkpoints."""
     return not is_lerobot(content) and "action_horizon" in content and "gemma" not in content
 
 
 def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) -> Pi0Config:
-    """The configuration of an openpi or LeRobot checkpoint.
+    """The configuration of a policy folder of openpi or LeRobot.
 
     Args:
-        content: of its config.json. In openpi's, any other field of `Pi0Config` may stand too and is taken over.
-        shapes: of the tensors. What they cannot tell is as in the published model.
+        content: content of its config.json. openpi's may also hold any other field of `Pi0Config`, which is used.
+        shapes: shapes of the tensors. What they do not show is as in the published model.
         source: names config.json in errors.
 
     Raises:
-        CheckpointError: a key is missing or asks for what this project does not compute; names it.
+        CheckpointError: a key is missing or needs something that this project does not compute; it names the key.
     """
     pi05 = holds_pi05(shapes)
     if content.get("pi05", pi05) != pi05:
-        raise CheckpointError(f"{source}: pi05 is {content['pi05']}, but the tensors are not of such a model")
+        raise CheckpointError(
+            f"{source}: pi05 is {content['pi05']}, but the tensors are those of another model"
+        )
     base = Pi0Config.preset("pi05" if pi05 else "pi0")
     for key in ("paligemma_variant", "action_expert_variant"):
         if key in content and content[key] not in list(GEMMA_VARIANTS):
@@ -153,7 +155,7 @@ def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[s
         ("robot_action_dim", "output_features", ACTION_FEATURE),
     ):
         shape = (content[part] or {}).get(key, {}).get("shape", [width])
-        if shape != [width]:  # base models name the padded width: they are of no robot
+        if shape != [width]:  # base models belong to no robot and have the padded width
             translated[ours] = shape[0]
     if content.get("use_relative_actions"):
         _require_relative_pose(content, source)
@@ -162,10 +164,10 @@ def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[s
 
 
 def _require_relative_pose(content: Mapping[str, Any], source: str) -> None:
-    """Refuse actions less the state unless it is the first six that are, as here and in openpi.
+    """Raise `CheckpointError` unless the state is subtracted from exactly the first six actions, as in openpi.
 
-    LeRobot leaves those absolute whose name has a part of `relative_exclude_joints` in it, and none where no names
-    were kept (processor/relative_action_processor.py).
+    In LeRobot an action is absolute if its name contains an entry of `relative_exclude_joints`. Without names no
+    action is absolute (processor/relative_action_processor.py).
     """
     names = content.get("action_feature_names") or []
     excluded = [str(name).lower() for name in content.get("relative_exclude_joints", ["gripper"]) if name]
@@ -175,19 +177,19 @@ def _require_relative_pose(content: Mapping[str, Any], source: str) -> None:
     if absolute != [POSE_DIM] or len(names) != POSE_DIM + 1:
         raise CheckpointError(
             f"{source}: use_relative_actions with relative_exclude_joints {excluded} and action_feature_names "
-            f"{names or None} is not the {POSE_DIM} features of pose less the state and the gripper as it is, which "
-            "is what this project computes"
+            f"{names or None} is not supported; this project subtracts the state from the {POSE_DIM} features of pose "
+            "and leaves the gripper as it is"
         )
 
 
 def norm_map(quantiles: bool) -> dict[str, str]:
-    """LeRobot's normalization_mapping; by default that of pi0.5 has quantiles and that of pi0 has not."""
+    """LeRobot's normalization_mapping; by default pi0.5 uses quantiles and pi0 does not."""
     mode = "QUANTILES" if quantiles else "MEAN_STD"
     return {"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode}
 
 
 def _mode(mapping: Mapping[str, str], source: str) -> str:
-    """How states and actions are normalised: MEAN_STD or QUANTILES. LeRobot leaves alone what is not named."""
+    """How states and actions are normalised: MEAN_STD or QUANTILES. In LeRobot a missing entry means IDENTITY."""
     modes = {mapping.get(part, "IDENTITY") for part in ("STATE", "ACTION")}
     if (
         mapping.get("VISUAL", "IDENTITY") != "IDENTITY"
@@ -195,7 +197,7 @@ def _mode(mapping: Mapping[str, str], source: str) -> str:
         or not modes <= {"MEAN_STD", "QUANTILES"}
     ):
         raise CheckpointError(
-            f"{source}: normalises by {dict(mapping)}; this project leaves VISUAL at IDENTITY and takes MEAN_STD or "
+            f"{source}: normalises by {dict(mapping)}; this project needs IDENTITY for VISUAL, and MEAN_STD or "
             "QUANTILES for both STATE and ACTION"
         )
     return modes.pop()
@@ -204,8 +206,8 @@ def _mode(mapping: Mapping[str, str], source: str) -> str:
 def _cameras(features: Mapping[str, Any], source: str) -> tuple[str, ...]:
     """This project's names of LeRobot's image features, in their order.
 
-    Names that are not known take the published places that are left, in order. Empty cameras are left out: they
-    are masked, so nothing depends on them.
+    Features with unknown names get the published names that are left, in order. Empty cameras are left out: they
+    are masked, so no output depends on them.
     """
     images = [key.rsplit(".", 1)[-1] for key in features if key.startswith("observation.image")]
     images = [name for name in images if not name.startswith("empty_camera")]
@@ -213,13 +215,13 @@ def _cameras(features: Mapping[str, Any], source: str) -> tuple[str, ...]:
     free = [name for name in PUBLISHED_CAMERAS if name not in taken]
     if len(set(taken)) < len(taken) or len(images) > len(PUBLISHED_CAMERAS):
         raise CheckpointError(
-            f"{source}: image features {', '.join(images)} cannot be told apart as {', '.join(PUBLISHED_CAMERAS)}"
+            f"{source}: image features {', '.join(images)} cannot be assigned to {', '.join(PUBLISHED_CAMERAS)}"
         )
     return tuple(_CAMERAS.get(name) or free.pop(0) for name in images) or PUBLISHED_CAMERAS
 
 
 def _sizes(base: Pi0Config, shapes: Shapes) -> dict[str, Any]:
-    """Sizes under config.json's names, as far as the tensors tell; the rest from `base`."""
+    """Sizes under config.json's names, as far as the tensors show them; the rest is `base`'s."""
     assert isinstance(base.vision, SiglipDims)
     tower = PALIGEMMA + "model.vision_tower.vision_model."
     sizes: dict[str, Any] = {
@@ -274,25 +276,28 @@ def _depth(shapes: Shapes, prefix: str, otherwise: int) -> int:
 
 
 class FoundStats(NamedTuple):
-    """Normalisation statistics of a checkpoint directory and where they were."""
+    """Normalisation statistics of a policy folder and the place where they were."""
 
     stats: NormStats | None
     place: str
 
 
 def find_norm_stats(directory: Path, buffers: Mapping[str, Any], config: Pi0Config) -> FoundStats:
-    """The statistics that a checkpoint directory holds.
+    """The statistics that a policy folder holds.
 
-    Looked for in this order: norm_stats.json (this project's, openpi's); assets/ASSET_ID/norm_stats.json (openpi's
-    checkpoints); LeRobot's processor files; buffers among the weights (LeRobot's before September 2025, which are
-    infinite where nobody has set them). LeRobot divides by std + 1e-8 and multiplies by std, this project like
-    openpi uses std + 1e-6 both ways.
+    It searches in this order: norm_stats.json (this project's, openpi's); assets/ASSET_ID/norm_stats.json (openpi's
+    checkpoints); LeRobot's processor files; buffers among the weights (LeRobot's before September 2025; they are
+    infinite if nobody has set them). LeRobot divides by std + 1e-8 and multiplies by std. This project, like
+    openpi, uses std + 1e-6 in both directions.
 
     Args:
+        directory: the policy folder.
         buffers: those among the weights, arrays by their keys in the file.
+        config: the policy's configuration.
 
     Raises:
-        NormStatsError: broken, or several that differ in meaning.
+        NormStatsError: the statistics are broken, there are several files of them, or they contradict `config`.
+        FileNotFoundError: one of LeRobot's files is missing.
     """
     dims = config.robot_state_dim, config.robot_action_dim
     direct = directory / NORM_STATS_FILE
@@ -343,7 +348,7 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
         if state_file is None:
             continue
         if (_mode(mapping, str(path)) == "QUANTILES") != config.use_quantile_norm:
-            raise NormStatsError(f"{path}: normalises by {mapping}, otherwise than config.json says")
+            raise NormStatsError(f"{path}: normalises by {mapping}, which contradicts config.json")
         if Path(state_file).name != state_file or not (directory / state_file).is_file():
             raise MissingFileError(f"{path} names {state_file}, which is not in {directory}")
         try:

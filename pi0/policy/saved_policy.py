@@ -11,7 +11,7 @@ from pi0.policy.pi0_policy import PI0Policy
 
 
 class SavedPolicy:
-    """A policy that is whole on every rank, such as an average, as a policy folder in a checkpoint."""
+    """Stores a policy that is whole on every rank, such as an average, as a policy folder in a checkpoint."""
 
     def __init__(self, policy: PI0Policy):
         self._policy = policy
@@ -31,10 +31,10 @@ class SavedPolicy:
     def read(self, folder: Path, name: str) -> None:
         """Copy the weights of a policy folder into the policy.
 
-        Memory and types of its weights stay: there may be no room for another policy of its size.
+        The policy's weights keep their memory and types: there may be no room for a second policy of this size.
 
         Raises:
-            CheckpointError: the folder is damaged or of another policy.
+            CheckpointError: the folder is damaged or belongs to another policy.
         """
         parameters = dict(self._policy.network.named_parameters())
         header = read_header(folder / name)

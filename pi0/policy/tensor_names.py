@@ -1,8 +1,8 @@
-"""What tensors are called in checkpoint files, and what kind of file their names belong to.
+"""Names of tensors in files of weights, and the layout of a file that they show.
 
-openpi's names are the common ones; `PREFIXES` maps the network's own to them, a `Layout` maps those of other files.
-Parts that published checkpoints do not have (the convolutional tower, the condition embedding) keep a name of
-their own.
+openpi's names are the common ones. `PREFIXES` maps the network's own names to them, a `Layout` those of other files.
+Parts that published weights do not have (the convolutional tower, the condition embedding) have this project's
+names.
 
 Sources: openpi, src/openpi/models_pytorch/{pi0_pytorch,gemma_pytorch}.py and transformers_replace/; LeRobot,
 policies/pi0/modeling_pi0.py as of February 2025 (commit 638d411c), July 2025 (71eff183) and since October 2025.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 PALIGEMMA = "paligemma_with_expert.paligemma."
 EXPERT = "paligemma_with_expert.gemma_expert."
 
-# name in the network -> openpi's name, by prefix; a name that none matches is the same in both
+# prefix in the network -> openpi's prefix; a name that matches none is the same in both
 PREFIXES = (
     ("vision.towers.", "conv_vision_tower."),
     ("vision.", PALIGEMMA + "model.vision_tower.vision_model."),
@@ -26,11 +26,11 @@ PREFIXES = (
     ("gemma.", PALIGEMMA + "model.language_model."),
     ("expert.", EXPERT + "model."),
 )
-# The embedding is tied to the output head, from which nothing is computed. Files hold either name; where they hold
-# both, they are untied and this one is the embedding.
+# The embedding is tied to the output head, on which no output depends. Files hold one of the names. In a file with
+# both they are not tied, and this one is the embedding.
 EMBEDDING = PALIGEMMA + "model.language_model.embed_tokens.weight"
 OUTPUT_HEAD = PALIGEMMA + "lm_head.weight"
-# In published files, but nothing is computed from it.
+# Published files hold it, but no output depends on it.
 UNUSED = EXPERT + "lm_head.weight"
 # Modules of LeRobot's before September 2025 that hold statistics, not weights (lerobot/common/policies/normalize.py).
 STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
@@ -41,10 +41,10 @@ class Layout:
     """How a family of files names its tensors.
 
     Args:
-        name: as options take it.
-        title: for people.
-        prefix: stands before every name.
-        renames: (openpi's prefix, this layout's) of nested modules; both without `prefix`.
+        name: its name in options.
+        title: its name in messages.
+        prefix: start of every name.
+        renames: pairs of openpi's prefix and this layout's, for nested modules; both without `prefix`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Layout:
     renames: tuple[tuple[str, str], ...] = ()
 
     def to_openpi(self, key: str) -> str:
-        """openpi's name of a key of this layout; a key that does not belong here stays what it is."""
+        """openpi's name for a key of this layout; a key that does not belong to it is returned unchanged."""
         if not key.startswith(self.prefix):
             return key
         name = key.removeprefix(self.prefix)
@@ -63,7 +63,7 @@ class Layout:
         return name
 
     def from_openpi(self, name: str) -> str:
-        """This layout's key of one of openpi's names."""
+        """This layout's key for one of openpi's names."""
         for theirs, ours in self.renames:
             if name.startswith(theirs):
                 return self.prefix + ours + name.removeprefix(theirs)
@@ -72,7 +72,7 @@ class Layout:
 
 OPENPI = Layout("openpi", "openpi PyTorch")
 LEROBOT = Layout("lerobot", "LeRobot", "model.")
-# Nested as in transformers before 4.52.
+# Its modules are nested as in transformers before 4.52.
 LEROBOT_EARLY = Layout(
     "lerobot_early",
     "LeRobot of the first half of 2025",
@@ -88,7 +88,7 @@ WRITABLE = {layout.name: layout for layout in (OPENPI, LEROBOT)}
 
 
 def file_name(parameter: str) -> str:
-    """openpi's name of one of the network's parameters."""
+    """openpi's name for one of the network's parameters."""
     for ours, theirs in PREFIXES:
         if parameter.startswith(ours):
             return theirs + parameter.removeprefix(ours)
@@ -96,7 +96,7 @@ def file_name(parameter: str) -> str:
 
 
 def layout_of(keys: Iterable[str]) -> Layout:
-    """The layout that a file's keys belong to; openpi's where they belong to none."""
+    """The layout that a file's keys belong to; openpi's if they belong to none."""
     weights = [key for key in keys if not key.startswith(STATISTICS)]
     if not any(key.startswith("model.paligemma_with_expert.") for key in weights):
         return OPENPI
@@ -105,12 +105,12 @@ def layout_of(keys: Iterable[str]) -> Layout:
 
 
 def holds_pi05(names: Iterable[str]) -> bool:
-    """Whether openpi's names are of pi0.5: flow time enters by adaptive norms, not with the actions."""
+    """Whether openpi's names belong to pi0.5: its flow time enters through adaptive norms, not with the actions."""
     return any(n.startswith("time_mlp_") or n.startswith(EXPERT) and ".dense." in n for n in names)
 
 
 def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """In words, what kind of model tensors of these (openpi's) names and shapes belong to."""
+    """Describe the model that tensors with these names (openpi's) and shapes belong to."""
     if not shapes:
         return "an empty file"
     parts = []
@@ -129,7 +129,7 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> str:
     if len(shapes.get("action_in_proj.weight", ())) == 2:
         parts.append(f"actions of {shapes['action_in_proj.weight'][-1]} features")
     if not parts:
-        return f"no pi0 checkpoint in openpi's layout: its tensors begin with {', '.join(sorted(shapes)[:3])}"
+        return f"no pi0 policy in openpi's layout: its tensors begin with {', '.join(sorted(shapes)[:3])}"
     if holds_pi05(shapes):
         parts.append("the adaptive norms and time embedding of pi0.5")
     return "a model with " + ", ".join(parts)

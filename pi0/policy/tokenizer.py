@@ -1,10 +1,10 @@
 """Prompts to token ids.
 
-Both tokenizers follow openpi (src/openpi/models/tokenizer.py: PaligemmaTokenizer). pi0:
-beginning-of-sequence, the cleaned text, then a newline as "start of answer". pi0.5: beginning-of-sequence and
-a text that spells the state, too (`state_prompt`). Both are padded with id 0 to a fixed length. Cleaning
-strips the ends and turns underscores and newlines into spaces. Where openpi cuts a prompt that is too long,
-it is an error here. LeRobot (src/lerobot/policies/pi0/processor_pi0.py) does not clean pi0's prompts, and
+Both tokenizers follow openpi (src/openpi/models/tokenizer.py: PaligemmaTokenizer). A prompt of pi0 is
+beginning-of-sequence, the cleaned text, then a newline as "start of answer". A prompt of pi0.5 is
+beginning-of-sequence and a text that also spells the state (`state_prompt`). Both are padded with id 0 to a fixed
+length. Cleaning strips the ends and turns underscores and newlines into spaces. openpi cuts a prompt that is too
+long; here it is an error. LeRobot (src/lerobot/policies/pi0/processor_pi0.py) does not clean pi0's prompts, and
 encodes text and newline together.
 
 `python -m pi0.tokenizer` rebuilds the vocabulary of `TinyTokenizer` from the installed LIBERO tasks.
@@ -33,7 +33,7 @@ STATE_BINS = 256
 
 
 def clean_prompt(prompt: str) -> str:
-    """Prompt as openpi's pi0 cleans it before tokenisation."""
+    """Clean a prompt as openpi's pi0 does before tokenisation."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
@@ -45,15 +45,15 @@ def state_bins(state: np.ndarray) -> np.ndarray:
 def state_prompt(prompt: str, state: np.ndarray) -> str:
     """pi0.5's text: the cleaned prompt and the bins of a normalised state [D].
 
-    LeRobot (src/lerobot/policies/pi05/processor_pi05.py) writes the same; until March 2026 its state was
-    padded first.
+    LeRobot (src/lerobot/policies/pi05/processor_pi05.py) writes the same; until March 2026 it padded the state
+    first.
     """
     bins = " ".join(str(number) for number in state_bins(state))
     return f"Task: {clean_prompt(prompt)}, State: {bins};\nAction: "
 
 
 class Tokenizer:
-    """Common part of the tokenizers: fixed length, mask, and a memory of prompts seen.
+    """Common part of the tokenizers: fixed length, mask, and a cache of prompts.
 
     Args:
         length: tokens of every encoded prompt.
@@ -64,7 +64,7 @@ class Tokenizer:
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def token_ids(self, text: str, newline: bool = True) -> list[int]:
-        """Ids of a text with its beginning, and a newline as its end; not padded."""
+        """Ids of beginning-of-sequence, a text and, if `newline`, a newline; not padded."""
         raise NotImplementedError
 
     def encode(self, prompt: str, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -72,10 +72,10 @@ class Tokenizer:
 
         Args:
             prompt: the instruction.
-            state: normalised, float [D]: to spell in the prompt, as pi0.5 wants it.
+            state: normalised state, float [D], to spell in the prompt of pi0.5; None for pi0.
 
         Raises:
-            ValueError: a prompt of more than `length` tokens.
+            ValueError: the prompt has more than `length` tokens.
         """
         if state is not None:
             return self._pad(self.token_ids(state_prompt(prompt, state), newline=False), prompt)
@@ -95,17 +95,17 @@ class Tokenizer:
     def encode_batch(
         self, prompts: list[str], states: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [B, length] and mask bool [B, length] of B prompts, with states [B, D] as in `encode`."""
+        """Ids int64 [B, length] and mask bool [B, length] of B prompts; states [B, D] as in `encode`."""
         spelt = [None] * len(prompts) if states is None else states
         ids, masks = zip(*(self.encode(p, s) for p, s in zip(prompts, spelt, strict=True)), strict=True)
         return np.stack(ids), np.stack(masks)
 
 
 class TinyTokenizer(Tokenizer):
-    """Words and frequent phrases of LIBERO's prompts, in lower case; anything else falls back to bytes.
+    """Words and frequent phrases of LIBERO's prompts, in lower case; other words are spelled in bytes.
 
-    Ids: 0 padding, 1 beginning, 2 newline, 3 to 258 bytes, then the pieces. A phrase is one id because the
-    prefix is most of what a CPU computes: it makes prompts half as long.
+    Ids: 0 padding, 1 beginning, 2 newline, 3 to 258 bytes, then the pieces. A phrase has one id, which makes
+    prompts half as long: the prefix is most of what a CPU computes.
     """
 
     PAD, BOS, NEWLINE, FIRST_BYTE, FIRST_PIECE = 0, 1, 2, 3, 259
@@ -147,7 +147,7 @@ class PaligemmaTokenizer(Tokenizer):
         length: tokens of every encoded prompt.
 
     Raises:
-        FileNotFoundError: no such file; says where it comes from.
+        FileNotFoundError: no such file; the message tells where to download it.
     """
 
     def __init__(self, path: str | os.PathLike | None, length: int):
@@ -183,7 +183,7 @@ def split_pieces(words: list[str], pieces: dict[str, int] | set[str]) -> list[st
 
 
 def build_vocabulary(prompts: list[str], size: int = PIECES) -> list[str]:
-    """All words of the prompts in order, then the phrases that merging the most frequent pairs gives."""
+    """All words of the prompts in order, then phrases: the most frequent pairs are merged, one at a time."""
     sentences = [clean_prompt(prompt).lower().split() for prompt in prompts]
     pieces = sorted({word for words in sentences for word in words})
     while len(pieces) < size:
@@ -201,7 +201,7 @@ def build_vocabulary(prompts: list[str], size: int = PIECES) -> list[str]:
 
 
 def libero_prompts() -> list[str]:
-    """Prompts of all 130 LIBERO tasks, as its benchmark derives them from file names; does not import LIBERO."""
+    """Prompts of all 130 LIBERO tasks, derived from file names as in LIBERO's benchmark, without importing LIBERO."""
     spec = importlib.util.find_spec("libero")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the LIBERO package (hf-libero) is not installed")
@@ -211,7 +211,7 @@ def libero_prompts() -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Rebuild the vocabulary."""
+    """Run the command `python -m pi0.tokenizer`."""
     parser = argparse.ArgumentParser(
         prog="python -m pi0.tokenizer",
         description="Rebuild the vocabulary of the tiny policies from the prompts of the installed LIBERO's tasks.",
