@@ -107,7 +107,7 @@ def test_other_feature_names_can_be_said(tmp_path, demonstrations):
     said = FeatureNames.parse(["base_0_rgb=top", "state=proprio", "actions=delta"])
     read = open_demonstrations(tmp_path / "set", names=said).read(1)
     assert np.array_equal(read.images["base_0_rgb"], demonstrations[1].images["base_0_rgb"])
-    with pytest.raises(DataError, match="say state=FEATURE"):
+    with pytest.raises(DataError, match="give state=FEATURE"):
         FeatureNames.parse(["base_0_rgb=top", "state=proprio"])
 
 
@@ -150,7 +150,7 @@ def test_liberos_gripper_is_not_taken_for_the_other(tmp_path, demonstrations):
     write_separate_files(tmp_path / "set", [gripped(d, -1, 1) for d in demonstrations])
     found = open_demonstrations(tmp_path / "set", gripper="open-is-1")
     with pytest.raises(
-        DataError, match=r"episode_000002.parquet, .* actions down to -1; .* Leave open-is-1 out"
+        DataError, match=r"episode_000002.parquet, .* actions down to -1; .* Remove open-is-1"
     ):
         found.read(2)
 
@@ -270,7 +270,7 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path, demonstrations):
     ]
     odd = demonstrations[0]
     odd = replace(odd, images={camera: frames[:, 1:] for camera, frames in odd.images.items()})
-    with pytest.raises(DataError, match="frames of 31 x 32 make no video"):
+    with pytest.raises(DataError, match="frames of 31 x 32 cannot be a video"):
         write(tmp_path / "film", [odd], video=True)
 
 
@@ -350,7 +350,7 @@ FAULTS = {
     "rows": (
         lambda root: change_rows(root, lambda t: t.slice(2)),
         DataError,
-        "5 frames of episode 0, which has 7",
+        "5 frames of episode 0, but meta lists 7",
     ),
     "column": (
         lambda root: change_rows(root, lambda t: t.drop(["action"])),
@@ -360,7 +360,7 @@ FAULTS = {
     "width": (
         lambda root: change_rows(root, with_actions(lambda n: [[0.0] * 6] * n)),
         DataError,
-        r"has \[6\] values a frame; by meta/info.json it is \[7\]",
+        r"has \[6\] values a frame; meta/info.json has \[7\]",
     ),
     "gap": (
         lambda root: change_rows(root, with_actions(lambda n: [None] * n)),

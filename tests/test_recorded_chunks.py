@@ -114,7 +114,7 @@ def test_demonstrations_are_found_by_the_tasks_instruction(stored):
     }
     assert demonstrations_of_tasks(stored, TASKS[:1], per_task=1) == {TASKS[0].name: [0]}
     other = find_tasks("libero_goal", [7])
-    with pytest.raises(DataError, match=f"no demonstration of turn_on_the_stove.*shows: .*{TASKS[1].prompt}"):
+    with pytest.raises(DataError, match=f"no demonstration of turn_on_the_stove.*has: .*{TASKS[1].prompt}"):
         demonstrations_of_tasks(stored, other, per_task=75)
 
 

@@ -1,4 +1,4 @@
-"""Demonstrations in files: LeRobot data sets, read and written; LIBERO's HDF5, read. One episode at a time."""
+"""Demonstrations in files: reads and writes LeRobot data sets, reads LIBERO's HDF5, one episode at a time."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ __all__ = [
 
 
 def open_demonstrations(path: str | Path, gripper: str | None = None, **options: Any) -> DemonstrationSet:
-    """The demonstrations at a path, by what is there.
+    """Open the demonstrations at a path; the files decide the format.
 
     Args:
         path: a folder with meta/info.json (LeRobot), or an HDF5 file or a folder of such files (LIBERO).
-        gripper: what 1 means to the gripper there, a `Gripper`; None: as to LIBERO's, which some action must open.
-        options: as of `pi0.data.lerobot_reader.LeRobotDemonstrations` or
+        gripper: what 1 means for the gripper in this set, a `Gripper`; None: the same as in LIBERO, and some action
+            must open it.
+        options: those of `pi0.data.lerobot_reader.LeRobotDemonstrations` or
             `pi0.data.libero_hdf5.LiberoDemonstrations`.
 
     Raises:
-        MissingFileError: neither is there.
-        DataError: what is there cannot be read; or `gripper` is None, and no action opens LIBERO's.
+        MissingFileError: there are no such files.
+        DataError: the files cannot be read; or `gripper` is None, and no action opens LIBERO's gripper.
     """
     path = Path(path)
-    # The libraries for the two are large; each is imported for its own files only.
+    # The libraries of both formats are large, so each is imported only for its own files.
     found: DemonstrationSet
     if (path / "meta").is_dir():
         from pi0.data.lerobot_reader import LeRobotDemonstrations
@@ -53,8 +54,8 @@ def open_demonstrations(path: str | Path, gripper: str | None = None, **options:
     else:
         if unfit := options.keys() & {"names", "orientation", "tolerance_s"}:
             raise DataError(
-                f"{path} has no folder meta, so it is no LeRobot data set, of which alone "
-                f"{', '.join(sorted(unfit))} can be said"
+                f"{path} has no folder meta, so it is no LeRobot data set; "
+                f"{', '.join(sorted(unfit))} can be given only for one"
             )
         from pi0.data.libero_hdf5 import LiberoDemonstrations
 
@@ -65,10 +66,10 @@ def open_demonstrations(path: str | Path, gripper: str | None = None, **options:
 
 
 def _require_opening(demonstrations: DemonstrationSet, path: Path) -> None:
-    """Refuse a set that never opens LIBERO's gripper: learned from, it would close where it should open.
+    """Refuse a set that never opens LIBERO's gripper: the policy would learn to close where it should open.
 
-    Demonstrations begin with an open gripper, so one of them is read as a rule. One alone does not tell: a
-    door may be shut with the gripper closed throughout.
+    Demonstrations begin with an open gripper, so usually the first one decides. One that never opens it proves
+    nothing: a door may be shut with a closed gripper.
     """
     low, high = math.inf, -math.inf
     for index in range(len(demonstrations)):
@@ -77,7 +78,7 @@ def _require_opening(demonstrations: DemonstrationSet, path: Path) -> None:
         if low < 0:
             return
     raise DataError(
-        f"{path}: gripper actions are {low:g} to {high:g}, and -1 is what opens LIBERO's gripper. Say "
+        f"{path}: gripper actions are {low:g} to {high:g}, but -1 opens LIBERO's gripper. Set "
         f"{Gripper.OPEN_IS_1} if 1 opens it in this set, as in IPEC-COMMUNITY's, or {Gripper.CLOSE_IS_1} if it is "
         "never opened: --dataset-gripper, algo.cotraining_gripper, or gripper= in Python"
     )

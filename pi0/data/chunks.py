@@ -1,4 +1,4 @@
-"""Action chunks as training data: what the policy saw, what was done, which of it counts."""
+"""Action chunks as training data: observations, the actions that followed, and which of them count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pi0.data import Demonstration, Robot
 
 
 class ActedEpisode(Protocol):
-    """What a policy saw and did in an episode of T looks."""
+    """Observations and action chunks of an episode in which the policy was called T times."""
 
     @property
     def prompt(self) -> str:
@@ -23,7 +23,7 @@ class ActedEpisode(Protocol):
     images: dict[str, np.ndarray]  # camera name to uint8 [T, height, width, 3]
     states: np.ndarray  # float32 [T, state features]
     actions: np.ndarray  # float32 [T, C, action features]
-    executed: np.ndarray  # int [T]: how many actions of each chunk were carried out
+    executed: np.ndarray  # int [T]: how many actions of each chunk were executed
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Chunks:
         states: float32 [N, state features].
         prompts: N instructions.
         actions: float32 [N, C, action features], as the robot takes them.
-        valid: bool [N, C]; False where a chunk was cut off and its actions never carried out.
+        valid: bool [N, C]; False for actions of a chunk that were never executed.
     """
 
     images: dict[str, Tensor]
@@ -69,7 +69,7 @@ class Chunks:
 
     @staticmethod
     def empty(cameras: Sequence[str], image_size: int, chunk: int, robot: Robot) -> Chunks:
-        """No chunks, of the right shapes: what a rank has to learn from that collected nothing."""
+        """No chunks, in the right shapes: the training data of a rank that collected nothing."""
         return Chunks(
             {name: torch.zeros(0, image_size, image_size, 3, dtype=torch.uint8) for name in cameras},
             torch.zeros(0, robot.state_dim),
@@ -79,7 +79,7 @@ class Chunks:
         )
 
     def blank(self) -> Chunks:
-        """One chunk of these shapes without content, of which nothing is valid."""
+        """One empty chunk in these shapes, with no valid action."""
         return Chunks(
             {name: frames.new_zeros(1, *frames.shape[1:]) for name, frames in self.images.items()},
             self.states.new_zeros(1, *self.states.shape[1:]),
@@ -90,7 +90,7 @@ class Chunks:
 
     @staticmethod
     def of(episode: ActedEpisode) -> Chunks:
-        """The chunks of one episode; actions beyond those carried out do not count."""
+        """The chunks of one episode; actions that were not executed are not valid."""
         length, chunk = episode.actions.shape[:2]
         return Chunks(
             {name: torch.from_numpy(frames) for name, frames in episode.images.items()},
@@ -102,7 +102,7 @@ class Chunks:
 
     @staticmethod
     def of_demonstration(demonstration: Demonstration, chunk: int) -> Chunks:
-        """A chunk of `chunk` actions from each step whose images are there; those after the end do not count."""
+        """A chunk of `chunk` actions from each step that has images; actions after the end are not valid."""
         steps, length = demonstration.image_steps, len(demonstration)
         following = steps[:, None] + np.arange(chunk)  # [N, C]
         valid = following < length

@@ -1,4 +1,4 @@
-"""The one form in which demonstrations are read and written, whatever file they are in."""
+"""The common form of demonstrations, for reading and writing files of every format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pi0.base.errors import InputError
 
 @dataclass(frozen=True)
 class Robot:
-    """What a robot's data look like: features of a state, of an action, and the largest action it takes, either way."""
+    """Features of a robot's state and action, and the largest action it takes, in either direction."""
 
     state_dim: int
     action_dim: int
@@ -22,15 +22,15 @@ class Robot:
 
 
 class DataError(InputError, ValueError):
-    """Demonstrations that cannot be read or written; names the file and what in it."""
+    """Demonstrations cannot be read or written; the message names the file and the fault."""
 
 
 class Orientation(StrEnum):
-    """How a file keeps its images, beside how a viewer would see the scene.
+    """Orientation of a file's images.
 
-    LIBERO's images are OpenGL's, whose rows count from the bottom (robosuite 1.4, `macros.IMAGE_CONVENTION`);
+    LIBERO's images are OpenGL's, whose rows count from the bottom (robosuite 1.4, `macros.IMAGE_CONVENTION`).
     openpi (examples/libero/main.py) and LeRobot (processor/env_processor.py, `LiberoProcessorStep`) turn them
-    by 180 degrees, which leaves them upright but mirrored.
+    by 180 degrees, so they are upright but mirrored.
     """
 
     UPRIGHT = "upright"
@@ -38,19 +38,19 @@ class Orientation(StrEnum):
     ROTATED = "rotated"  # LIBERO's turned by 180 degrees: left and right exchanged
 
     def convert(self, frames: np.ndarray) -> np.ndarray:
-        """Stored frames [..., height, width, 3] to upright ones, and upright ones to stored ones alike."""
+        """Stored frames [..., height, width, 3] to upright ones; the same conversion is its own inverse."""
         if self is Orientation.FLIPPED:
             return frames[..., ::-1, :, :]
         return frames[..., ::-1, :] if self is Orientation.ROTATED else frames
 
 
 class Gripper(StrEnum):
-    """What 1 means as the action of the gripper, which is the last number of an action.
+    """What 1 means for the gripper, whose action is the last number of an action.
 
-    LIBERO's is opened by -1 and closed by 1 (robosuite 1.4, `PandaGripper.format_action`). Where 1 opens, 0
-    closes: so OpenVLA trains (prismatic/vla/datasets/rlds/oxe/transforms.py, `libero_dataset_transform`), and so
-    does the converter behind IPEC-COMMUNITY's LIBERO sets store (Tavish9/any4lerobot,
-    libero2lerobot/libero_utils/libero_utils.py): 1 - clip(a, 0, 1) for LIBERO's a.
+    LIBERO's -1 opens and 1 closes (robosuite 1.4, `PandaGripper.format_action`). Where 1 opens, 0 closes. OpenVLA
+    trains so (prismatic/vla/datasets/rlds/oxe/transforms.py, `libero_dataset_transform`). IPEC-COMMUNITY's LIBERO
+    sets are stored so by their converter (Tavish9/any4lerobot, libero2lerobot/libero_utils/libero_utils.py): it
+    writes 1 - clip(a, 0, 1) for LIBERO's a.
     """
 
     CLOSE_IS_1 = "close-is-1"  # LIBERO's own
@@ -60,7 +60,7 @@ class Gripper(StrEnum):
         """Stored actions [T, A] as LIBERO's controller takes them; `where` names them in errors.
 
         Raises:
-            DataError: values below 0 where 0 is said to close.
+            DataError: values below 0 in a set where 0 closes.
         """
         if self is Gripper.CLOSE_IS_1:
             return actions
@@ -68,28 +68,28 @@ class Gripper(StrEnum):
         if gripper.min(initial=0) < 0:
             raise DataError(
                 f"{where}: gripper actions down to {gripper.min():g}; where 1 opens they are 0 to 1. "
-                f"Leave {Gripper.OPEN_IS_1} out"
+                f"Remove {Gripper.OPEN_IS_1}"
             )
         return np.concatenate([actions[:, :-1], 1 - 2 * gripper], axis=1)
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One episode of T control steps. What is at step t was seen before the action of step t was carried out.
+    """One episode of T control steps. The observation of step t was made before the action of step t.
 
     Attributes:
         prompt: the instruction.
         states: float32 [T, S]; LIBERO's are position 3 (m), axis-angle 3 (rad), gripper 2 (m).
-        actions: float32 [T, A], what to do; LIBERO's are translation 3, rotation 3, gripper 1, in [-1, 1].
-        image_steps: int64 [F], the steps whose images are here, in ascending order.
+        actions: float32 [T, A], the intended actions; LIBERO's are translation 3, rotation 3, gripper 1, in [-1, 1].
+        image_steps: int64 [F], the steps that have images, in ascending order.
         images: policy camera name to uint8 [F, height, width, 3], upright.
-        executed: float32 [T, A], what was done; differs from `actions` where noise was added while
-            demonstrating.
-        rewards: float32 [T], reward of each step's action; None where the file says nothing of it.
-        dones: bool [T], whether the episode ended with the step; None where the file says nothing of it.
+        executed: float32 [T, A], the executed actions; they differ from `actions` if noise was added in the
+            demonstration.
+        rewards: float32 [T], reward of each step's action; None if the file does not hold it.
+        dones: bool [T], whether the episode ended with the step; None if the file does not hold it.
 
     Raises:
-        DataError: lengths that disagree.
+        DataError: the lengths differ.
     """
 
     prompt: str
@@ -119,19 +119,19 @@ class Demonstration:
         return len(self.actions)
 
     def thinned(self, every: int) -> Demonstration:
-        """The same with images of only those steps that are multiples of `every`."""
+        """The same episode with images of only the steps that are multiples of `every`."""
         kept = self.image_steps % every == 0
         images = {camera: frames[kept] for camera, frames in self.images.items()}
         return replace(self, image_steps=self.image_steps[kept], images=images)
 
 
 class DemonstrationSet(ABC):
-    """Demonstrations in files, read one at a time: memory holds the one that is asked for, not the set.
+    """Demonstrations in files, read one at a time: memory holds one demonstration, not the set.
 
     Attributes:
         prompts: instruction of each demonstration.
         lengths: control steps of each.
-        cameras: policy camera names whose images there are.
+        cameras: policy camera names that have images.
     """
 
     cameras: Sequence[str]
@@ -150,12 +150,12 @@ class DemonstrationSet(ABC):
 
         Args:
             index: in 0 .. len - 1.
-            image_steps: the steps whose images are wanted, ascending; None for all, () for none. Images are
-                nearly all of the time and memory, so a trainer that draws windows asks for those it looks at.
+            image_steps: the steps whose images to read, ascending; None for all, () for none. Images take nearly
+                all of the time and memory, so a trainer that draws windows reads only those it uses.
 
         Raises:
             DataError: the files contradict each other or themselves.
-            MissingFileError: a file is not there.
+            MissingFileError: a file is missing.
             IndexError: no such demonstration or step.
         """
 

@@ -1,4 +1,4 @@
-"""Camera frames in files: compressed images, and videos in which a frame is found by its time."""
+"""Camera frames in files: compressed images, and videos whose frames are found by their time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image, UnidentifiedImageError
 from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError
 
-# Every second frame is whole, as in LeRobot's own videos (configs/video.py): one is decoded from at most one more.
+# Every second frame is a key frame, as in LeRobot's own videos (configs/video.py): decoding needs at most one more.
 KEYFRAME_EVERY = 2
-# LeRobot's encoder settings are for AV1; 18 is where H.264's losses stop being seen.
+# LeRobot's encoder settings are for AV1; at 18 the losses of H.264 cannot be seen.
 H264_CRF = 18
 
 
 def encode_png(frame: np.ndarray) -> bytes:
-    """A frame, uint8 [height, width, 3], without loss."""
+    """Encode a frame, uint8 [height, width, 3], without loss."""
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "PNG")
     return file.getvalue()
@@ -46,9 +46,9 @@ def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
     """The frames of a video at given times.
 
     Args:
-        path: of the video.
+        path: the video.
         times: seconds from the video's beginning, ascending, float [F].
-        tolerance_s: how far from its time a frame may be.
+        tolerance_s: largest distance of a frame from its time, seconds.
     Returns:
         uint8 [F, height, width, 3].
     Raises:
@@ -56,14 +56,14 @@ def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
         DataError: not a video, or no frame near one of the times.
     """
     if not path.is_file():
-        raise MissingFileError(f"video {path} not found; the data set was perhaps not copied whole")
+        raise MissingFileError(f"video {path} not found; perhaps the data set was not copied completely")
     found: list[np.ndarray] = []
     nearest = np.inf
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             tick = float(stream.time_base or 0)
-            # Back to the key frame at or before the first wanted frame; decoding starts there.
+            # Seek to the key frame at or before the first frame needed; decoding starts there.
             container.seek(max(0, round(float(times[0]) / tick) - 1), stream=stream)
             for frame in container.decode(stream):
                 at = (frame.pts or 0) * tick
@@ -94,14 +94,17 @@ class VideoWriter:
     """Writes episodes one after the other into one H.264 video, a frame every 1 / fps seconds.
 
     Args:
-        path: of the video.
+        path: the video.
         fps: frames a second.
-        height, width: of a frame, pixels, both even.
+        height, width: size of a frame in pixels, both even.
+
+    Raises:
+        DataError: a side is odd.
     """
 
     def __init__(self, path: Path, fps: int, height: int, width: int):
         if height % 2 or width % 2:
-            raise DataError(f"frames of {height} x {width} make no video; use even sides, or images")
+            raise DataError(f"frames of {height} x {width} cannot be a video; use even sides, or images")
         self.path, self.fps, self.frames = path, fps, 0
         self._container = av.open(str(path), "w")
         options = {"crf": str(H264_CRF), "g": str(KEYFRAME_EVERY), "bf": "0"}
@@ -110,7 +113,7 @@ class VideoWriter:
 
     @property
     def seconds(self) -> float:
-        """Length so far: when the next frame will be."""
+        """Length so far, which is the time of the next frame."""
         return self.frames / self.fps
 
     def write(self, frames: Iterable[np.ndarray]) -> None:

@@ -1,7 +1,7 @@
-"""Where a LeRobot data set keeps what, and under which names.
+"""Files and features of a LeRobot data set.
 
-Facts are from huggingface/lerobot: src/lerobot/datasets/utils.py of v0.3.3 (layout v2.1) and of v0.6.1
-(layout v3.0). v2.0 differs from v2.1 in where its statistics are, which nothing here reads.
+Source: huggingface/lerobot, src/lerobot/datasets/utils.py of v0.3.3 (layout v2.1) and of v0.6.1 (layout v3.0). v2.0
+and v2.1 differ only in the place of their statistics, which are not read here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError
 
-EPISODE_FILES = ("v2.0", "v2.1")  # one parquet file and one video a camera for each episode
-SHARED_FILES = "v3.0"  # many episodes in a file, found by meta/episodes
+EPISODE_FILES = ("v2.0", "v2.1")  # each episode has one parquet file and one video a camera
+SHARED_FILES = "v3.0"  # a file holds many episodes, found through meta/episodes
 
 INFO = "meta/info.json"
 STATS = "meta/stats.json"
@@ -42,12 +42,12 @@ INDEX_FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class FeatureNames:
-    """What a data set calls its features. The last three need not be there.
+    """Names of a data set's features. The last three are optional.
 
     Attributes:
         cameras: policy camera name to feature.
-        state, actions: features of `Demonstration.states` and `actions`.
-        executed, reward, done: of `Demonstration.executed`, `rewards` and `dones`.
+        state, actions: features for `Demonstration.states` and `actions`.
+        executed, reward, done: features for `Demonstration.executed`, `rewards` and `dones`.
     """
 
     cameras: Mapping[str, str]
@@ -62,7 +62,7 @@ class FeatureNames:
         """Names from a command line, NAME=FEATURE each: NAME is a policy camera or a field of this class.
 
         Raises:
-            DataError: not of this form, or state, actions or every camera is missing.
+            DataError: a pair has another form, or state, actions or all cameras are missing.
         """
         fields = ("state", "actions", "executed", "reward", "done")
         given = dict(pair.partition("=")[::2] for pair in pairs)
@@ -70,12 +70,12 @@ class FeatureNames:
         if not all(given.values()) or not cameras or not {"state", "actions"} <= given.keys():
             raise DataError(
                 f"features {' '.join(pairs)}: "
-                "say state=FEATURE, actions=FEATURE and CAMERA=FEATURE of each camera"
+                "give state=FEATURE, actions=FEATURE and CAMERA=FEATURE for each camera"
             )
         return cls(cameras, **{name: feature for name, feature in given.items() if name in fields})
 
     def required(self) -> list[str]:
-        """Those that must be there."""
+        """The names that a data set must have."""
         return [*self.cameras.values(), self.state, self.actions]
 
 
@@ -89,7 +89,7 @@ LEROBOT_NAMES = FeatureNames(
 OPENPI_NAMES = FeatureNames(
     {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}, "state", "actions", "executed_actions"
 )
-# IPEC-COMMUNITY's LIBERO sets (Tavish9/any4lerobot, libero2lerobot); in them 1 opens the gripper (`Gripper`).
+# IPEC-COMMUNITY's LIBERO sets (Tavish9/any4lerobot, libero2lerobot), where 1 opens the gripper (`Gripper`).
 WRIST_IMAGE_NAMES = replace(
     LEROBOT_NAMES,
     cameras={
@@ -102,15 +102,15 @@ KNOWN_NAMES = (LEROBOT_NAMES, WRIST_IMAGE_NAMES, OPENPI_NAMES)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What meta/info.json says, checked.
+    """The checked content of meta/info.json.
 
     Attributes:
-        path: of info.json.
+        path: path of info.json.
         version: codebase_version.
         fps: frames a second.
         features: name to {dtype, shape, ...}.
-        episodes: how many there are.
-        chunk_size: of v2, episodes in a folder.
+        episodes: number of episodes.
+        chunk_size: episodes in a folder, for v2.
         data_path, video_path: templates of file names; the second is None without videos.
     """
 
@@ -129,7 +129,7 @@ class DatasetInfo:
 
         Raises:
             MissingFileError: no such folder or file.
-            DataError: not JSON, a layout that is not known, or a key that is missing or of the wrong type.
+            DataError: not JSON, an unknown layout, or a key is missing or has the wrong type.
         """
         path = root / INFO
         if not path.is_file():
@@ -142,7 +142,7 @@ class DatasetInfo:
         if version not in (*EPISODE_FILES, SHARED_FILES):
             raise DataError(
                 f"{path}: codebase_version is {version!r}; "
-                f"{', '.join(EPISODE_FILES)} and {SHARED_FILES} can be read. LeRobot's own scripts convert older ones"
+                f"{', '.join(EPISODE_FILES)} and {SHARED_FILES} can be read. LeRobot's own scripts convert older sets"
             )
         features = _value(content, "features", dict, path)
         for name, feature in features.items():
@@ -160,10 +160,10 @@ class DatasetInfo:
         )
 
     def find_names(self, names: FeatureNames | None) -> FeatureNames:
-        """The names given, or of the known ones those that fit.
+        """The given names, or those of `KNOWN_NAMES` that fit.
 
         Raises:
-            DataError: some are not there, or of another kind; lists what is.
+            DataError: a feature is missing or of another kind; the message lists the features.
         """
         if names is None:
             fitting = [known for known in KNOWN_NAMES if self.features.keys() >= set(known.required())]
@@ -190,10 +190,10 @@ class DatasetInfo:
 
     def _there(self) -> str:
         own = ", ".join(name for name in self.features if name not in INDEX_FEATURES)
-        return f"Its features are {own}; say which are which"
+        return f"Its features are {own}; name those to use"
 
     def image_size(self, name: str) -> tuple[int, int]:
-        """Height and width of an image feature; the colours come first or last."""
+        """Height and width of an image feature in pixels; the colours come first or last."""
         shape = tuple(self.features[name]["shape"])
         return shape[:2] if shape[-1] == 3 else shape[1:]
 

@@ -21,7 +21,7 @@ from pi0.data.lerobot_layout import EPISODE_FILES, EPISODES_JSONL, DatasetInfo, 
 
 @dataclass(frozen=True)
 class _Episode:
-    """Where one episode is: its parquet file, and each camera's video with the second it begins at."""
+    """The place of one episode: its parquet file, and each camera's video with the second where it begins."""
 
     number: int
     prompt: str
@@ -31,23 +31,23 @@ class _Episode:
 
 
 class LeRobotDemonstrations(DemonstrationSet):
-    """The episodes of a LeRobot data set; memory holds one episode and the part of a file that it is in.
+    """The episodes of a LeRobot data set; memory holds one episode and its row groups of the file.
 
     Args:
         root: folder of the data set.
-        names: what its features are called; None to find out among `KNOWN_NAMES`.
-        orientation: how its images are kept. Of LIBERO they are LIBERO's turned by 180 degrees, by openpi's
-            and by LeRobot's convention alike; the files do not say.
-        tolerance_s: how far from its time stamp a video frame may be; the default is LeRobot's.
-        gripper: what 1 means to the gripper, a `Gripper`; the files do not say.
+        names: names of its features; None finds them among `KNOWN_NAMES`.
+        orientation: orientation of its images, which the files do not record. By openpi's and LeRobot's convention
+            images of LIBERO are turned by 180 degrees.
+        tolerance_s: largest distance of a video frame from its time stamp, seconds; the default is LeRobot's.
+        gripper: what 1 means for the gripper, a `Gripper`; the files do not record it.
 
     Attributes:
-        info: what meta/info.json says.
-        names: what its features are called.
+        info: the content of meta/info.json.
+        names: names of its features.
 
     Raises:
-        MissingFileError: no such folder, or its meta files are not there.
-        DataError: a layout or features that cannot be read; says what is there and what was expected.
+        MissingFileError: no such folder, or its meta files are missing.
+        DataError: an unknown layout or unfit features; the message names what was found and what was expected.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LeRobotDemonstrations(DemonstrationSet):
             )
         self.prompts = [episode.prompt for episode in self._episodes]
         self.lengths = [episode.length for episode in self._episodes]
-        # Files may keep many episodes in one row group, so neighbours are likely to be asked for next.
+        # A row group may hold many episodes, and the next episode is often a neighbour.
         self._cached: tuple[Any, pa.Table] | None = None
 
     def read(self, index: int, image_steps: Sequence[int] | None = None) -> Demonstration:
@@ -128,7 +128,7 @@ class LeRobotDemonstrations(DemonstrationSet):
     def _separate_episodes(self) -> list[_Episode]:
         path = self.root / EPISODES_JSONL
         if not path.is_file():
-            raise MissingFileError(f"{path} not found; the data set was perhaps not copied whole")
+            raise MissingFileError(f"{path} not found; perhaps the data set was not copied completely")
         episodes = []
         for line, text in enumerate(path.read_text().splitlines(), start=1):
             where = f"{path}, line {line}"
@@ -150,7 +150,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
         if not files:
             raise MissingFileError(
-                f"no parquet file in {self.root / 'meta/episodes'}; the data set was perhaps not copied whole"
+                f"no parquet file in {self.root / 'meta/episodes'}; perhaps the data set was not copied completely"
             )
         columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
         for name in self._video_cameras.values():
@@ -190,7 +190,9 @@ class LeRobotDemonstrations(DemonstrationSet):
     def _rows(self, episode: _Episode, columns: list[str]) -> pa.Table:
         """The episode's rows of these columns, in order of time."""
         if not episode.data.is_file():
-            raise MissingFileError(f"{episode.data} not found; the data set was perhaps not copied whole")
+            raise MissingFileError(
+                f"{episode.data} not found; perhaps the data set was not copied completely"
+            )
         with _parquet(episode.data) as file:
             names = file.schema_arrow.names
             missing = [name for name in (*columns, "episode_index") if name not in names]
@@ -199,14 +201,14 @@ class LeRobotDemonstrations(DemonstrationSet):
             groups = _row_groups_with(file, episode.number)
             key = (episode.data, groups, tuple(columns))
             if self._cached is None or self._cached[0] != key:
-                self._cached = None  # before the next one is read, for one to be in memory at a time
+                self._cached = None  # released first, so that memory holds one table at a time
                 self._cached = key, file.read_row_groups(list(groups), [*columns, "episode_index"])
         table = self._cached[1]
         table = table.filter(pc.equal(table["episode_index"], episode.number))
         if len(table) != episode.length:
             raise DataError(
                 f"{episode.data}: {len(table)} frames of episode {episode.number}, "
-                f"which has {episode.length} by meta"
+                f"but meta lists {episode.length}"
             )
         return table.combine_chunks()
 
@@ -230,14 +232,14 @@ class LeRobotDemonstrations(DemonstrationSet):
         width = int(np.prod(shape))
         lengths = [] if values is column else pc.unique(pc.list_value_length(column)).to_pylist()
         if (lengths or [1]) != [width]:
-            raise DataError(f"{where} has {lengths or 1} values a frame; by meta/info.json it is {shape}")
+            raise DataError(f"{where} has {lengths or 1} values a frame; meta/info.json has {shape}")
         numbers = values.to_numpy().astype(np.float32)
         if not np.isfinite(numbers).all():
             raise DataError(f"{where} has values that are not finite")
         return numbers if shape == [1] and values is column else numbers.reshape(-1, width)
 
     def _actions(self, table: pa.Table, name: str, episode: _Episode) -> np.ndarray:
-        """A column of actions as LIBERO has them, float32 [T, A]."""
+        """A column of actions in LIBERO's convention, float32 [T, A]."""
         where = f"{episode.data}, episode {episode.number}: column {name}"
         return self._gripper.convert(self._numbers(table, name, episode), where)
 
@@ -261,7 +263,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         return frames
 
     def _decode(self, image: Any, where: str) -> np.ndarray:
-        """A value of an image column, {bytes, path}, of which one may be empty (Hugging Face's `Image`)."""
+        """Decode a value of an image column, {bytes, path}; one of them may be empty (Hugging Face's `Image`)."""
         if isinstance(image, dict) and image.get("bytes"):
             return decode_image(image["bytes"], where)
         if isinstance(image, dict) and image.get("path"):
@@ -291,9 +293,9 @@ def _read_table(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _row_groups_with(file: pq.ParquetFile, episode: int) -> tuple[int, ...]:
-    """The row groups that may hold rows of an episode, by their statistics where they have some."""
+    """The row groups that may hold rows of an episode, by their statistics if they have any."""
     metadata = file.metadata
-    # Nested columns have several leaves, so the leaf of episode_index is found by its path.
+    # Nested columns have several leaves, so the leaf of episode_index must be found by its path.
     leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "episode_index")
     groups = []
     for group in range(metadata.num_row_groups):

@@ -1,8 +1,8 @@
 """Statistics of a data set's features as LeRobot writes them beside its data.
 
-Of each feature: min, max, mean, std, count and five quantiles (huggingface/lerobot v0.6.1,
-src/lerobot/datasets/compute_stats.py). LeRobot estimates those of images from a sample and joins episodes'
-quantiles by their extremes; here all are exact, images by counting how often each grey level occurs.
+Each feature has min, max, mean, std, count and five quantiles (huggingface/lerobot v0.6.1,
+src/lerobot/datasets/compute_stats.py). LeRobot estimates those of images from a sample, and merges the quantiles of
+episodes by their extremes. Here all are exact; those of images come from counts of each grey level.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Statistics = dict[str, list]
 
 
 def number_statistics(values: np.ndarray) -> Statistics:
-    """Statistics of numbers or vectors, [T] or [T, D], over time; lists of D, or of one."""
+    """Statistics of numbers [T] or vectors [T, D] over time; lists of 1 or D."""
     flat = np.asarray(values, np.float64).reshape(len(values), -1)
     statistics = {"min": flat.min(0), "max": flat.max(0), "mean": flat.mean(0), "std": flat.std(0)}
     statistics |= dict(zip(QUANTILES, np.quantile(flat, list(QUANTILES.values()), axis=0), strict=True))
-    # Whole numbers and truth values keep their kind where LeRobot keeps it.
+    # Integers and booleans keep their kind where LeRobot keeps it.
     kind = {"b": bool, "i": int}.get(np.asarray(values).dtype.kind, float)
     extremes = {name: statistics[name].astype(kind) for name in ("min", "max")}
     return {name: part.tolist() for name, part in (statistics | extremes).items()} | {"count": [len(flat)]}
@@ -30,7 +30,7 @@ def number_statistics(values: np.ndarray) -> Statistics:
 def count_levels(frames: np.ndarray) -> np.ndarray:
     """How often each grey level occurs in frames uint8 [F, height, width, 3], by colour: int64 [3, 256]."""
     levels = np.zeros((3, 256), np.int64)
-    for frame in frames:  # one at a time: counting takes eight times the memory of what is counted
+    for frame in frames:  # one at a time: counting takes eight times the memory of a frame
         for colour in range(3):
             levels[colour] += np.bincount(frame[..., colour].ravel(), minlength=256)
     return levels
@@ -54,7 +54,7 @@ def level_statistics(levels: np.ndarray, frames: int) -> Statistics:
 
 
 class DatasetStatistics:
-    """Collects what statistics of a whole data set need: all numbers, but of images their grey levels alone."""
+    """Collects what statistics of a whole data set need: all numbers, and counts of the images' grey levels."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, list[np.ndarray]] = {}
@@ -64,7 +64,7 @@ class DatasetStatistics:
     def add(
         self, numbers: Mapping[str, np.ndarray], images: Mapping[str, Sequence | np.ndarray]
     ) -> dict[str, Statistics]:
-        """Take in an episode: numbers [T, ...], frames [T, h, w, 3]; returns its own statistics, by feature."""
+        """Add an episode, numbers [T, ...] and frames [T, h, w, 3]; return its own statistics, by feature."""
         own = {}
         for name, values in numbers.items():
             self._numbers.setdefault(name, []).append(values)
@@ -77,6 +77,6 @@ class DatasetStatistics:
         return own
 
     def total(self) -> dict[str, Statistics]:
-        """Statistics of everything taken in."""
+        """Statistics of all episodes so far."""
         whole = {name: number_statistics(np.concatenate(parts)) for name, parts in self._numbers.items()}
         return whole | {name: level_statistics(levels, self._frames) for name, levels in self._levels.items()}

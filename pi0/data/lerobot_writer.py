@@ -1,8 +1,7 @@
-"""Demonstrations to a LeRobot data set, layout v3.0.
+"""Writes demonstrations as a LeRobot data set, layout v3.0.
 
-v3.0 because it is the one that today's LeRobot opens (huggingface/lerobot v0.4.0 and later refuse v2.1, see
-src/lerobot/datasets/utils.py, `check_version_compatibility`), and because its few large files suit short
-episodes.
+Today's LeRobot opens only v3.0 (huggingface/lerobot v0.4.0 and later refuse v2.1, see
+src/lerobot/datasets/utils.py, `check_version_compatibility`). Its few large files also suit short episodes.
 """
 
 from __future__ import annotations
@@ -41,22 +40,21 @@ _IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 class LeRobotWriter:
-    """Writes demonstrations as they come, and the data set's meta files at the end; one episode is in memory.
+    """Writes demonstrations one by one, and the data set's meta files at the end; one episode is in memory.
 
-    The set appears at `root` as a whole when the writer is closed; until then, and after an error, there is
+    The whole set appears at `root` when the writer is closed. Before that, and after an error, `root` holds
     nothing. Use it as a context manager.
 
     Args:
-        root: folder of the data set, which must not exist yet or be empty.
+        root: folder of the data set; it must not exist yet, or be empty.
         fps: control steps a second.
-        names: what its features are called.
-        orientation: how images are kept; as LeRobot's and openpi's LIBERO sets by default (`Orientation`).
-        video: whether images become H.264 videos, a tenth of the size and not quite what was seen, or else
-            PNG.
-        robot_type: noted in meta/info.json.
+        names: names of its features.
+        orientation: orientation of the stored images; by default that of LeRobot's and openpi's LIBERO sets.
+        video: write images as H.264 videos, with a tenth of the size and some loss; else as PNG.
+        robot_type: value for meta/info.json.
 
     Raises:
-        DataError: `root` holds something already.
+        DataError: `root` is not empty, or cannot be written to.
     """
 
     def __init__(
@@ -109,7 +107,7 @@ class LeRobotWriter:
 
         Raises:
             DataError: images of some steps or cameras are missing, shapes differ from earlier episodes', or
-                images have odd sides, of which there are no videos. The episode is left out.
+                images for a video have odd sides. The episode is left out.
         """
         steps, names = len(demonstration), self.names
         if len(demonstration.image_steps) != steps or demonstration.images.keys() != names.cameras.keys():
@@ -152,14 +150,14 @@ class LeRobotWriter:
         self._frames += steps
 
     def close(self) -> None:
-        """Write the meta files and put the data set in its place.
+        """Write the meta files and move the data set to its place.
 
         Raises:
             DataError: no demonstration was added.
         """
         if not self._episodes:
             self.discard()
-            raise DataError(f"no demonstration to write to {self.root}")
+            raise DataError(f"there is no demonstration to write to {self.root}")
         self._close_files()
         for name in self._videos if self._video else ():
             self._features[name]["info"] = self._video_info(self._features[name]["shape"])
@@ -174,7 +172,7 @@ class LeRobotWriter:
         os.replace(self._partial, self.root)
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Remove all that was written."""
         self._close_files()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -239,7 +237,7 @@ class LeRobotWriter:
             self._parquet = pq.ParquetWriter(path, table.schema, compression="snappy")
         self._parquet.write_table(
             table, row_group_size=len(table)
-        )  # one row group an episode: found without the others
+        )  # an episode is one row group, so it can be read without the others
         return {"data/chunk_index": self._data.chunk, "data/file_index": self._data.file}
 
     def _write_video(self, name: str, frames: np.ndarray) -> dict[str, float]:
@@ -270,7 +268,7 @@ class LeRobotWriter:
             self._films.popitem()[1].close()
 
     def _video_info(self, shape: list[int]) -> dict[str, Any]:
-        """What LeRobot notes of its videos (src/lerobot/datasets/video_utils.py, `get_video_info`)."""
+        """LeRobot's description of its videos (src/lerobot/datasets/video_utils.py, `get_video_info`)."""
         return {
             "video.height": shape[0],
             "video.width": shape[1],
@@ -301,7 +299,7 @@ class LeRobotWriter:
 
 
 class _Shards:
-    """Numbers files of limited size: which one is being written."""
+    """Numbers the files of limited size and knows the current one."""
 
     def __init__(self, template: str, limit_mb: float):
         self._template, self._limit_mb = template, limit_mb
@@ -310,11 +308,11 @@ class _Shards:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next episode belongs into a new file."""
+        """Whether the next episode needs a new file."""
         return self._current is not None and self._current.stat().st_size >= self._limit_mb * 2**20
 
     def advance(self) -> None:
-        """Go on to the next file."""
+        """Continue with the next file."""
         self.file += 1
         if self.file == FILES_IN_CHUNK:
             self.chunk, self.file = self.chunk + 1, 0
@@ -331,7 +329,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write_tasks(tasks: list[str], path: Path) -> None:
-    """The instructions, as the data frame that LeRobot reads with pandas: its index is the instruction."""
+    """Write the instructions as the data frame that LeRobot reads with pandas, indexed by instruction."""
     table = pa.table(
         {"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())}
     )

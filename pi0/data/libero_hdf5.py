@@ -1,8 +1,8 @@
 """Demonstrations from LIBERO's HDF5 files, one file a task.
 
-Facts are from Lifelong-Robot-Learning/LIBERO (scripts/create_dataset.py, scripts/get_dataset_info.py,
-libero/libero/benchmark/__init__.py) and from openvla/openvla
-(experiments/robot/libero/regenerate_libero_dataset.py), whose replayed files have the same layout.
+Sources: Lifelong-Robot-Learning/LIBERO (scripts/create_dataset.py, scripts/get_dataset_info.py,
+libero/libero/benchmark/__init__.py), and openvla/openvla (experiments/robot/libero/regenerate_libero_dataset.py),
+whose replayed files have the same layout.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
 from pi0.data.instructions import instruction_in
 
-# Policy camera names and LIBERO's names of the images they see.
+# Policy camera names and LIBERO's names of their images.
 CAMERAS = {"base_0_rgb": "agentview_rgb", "left_wrist_0_rgb": "eye_in_hand_rgb"}
 SUFFIXES = (".hdf5", ".h5")
 
 
 class LiberoDemonstrations(DemonstrationSet):
-    """The demonstrations of one of LIBERO's HDF5 files, or of all in a folder, by file and number.
+    """The demonstrations of one of LIBERO's HDF5 files, or of all in a folder, ordered by file and number.
 
     `data/demo_i` holds `actions` [T, 7], `rewards` and `dones` [T] and, below `obs`, `agentview_rgb` and
     `eye_in_hand_rgb` [T, h, w, 3] upside down, `ee_states` [T, 6] (position, axis-angle) and `gripper_states`
     [T, 2].
 
     In LIBERO's own files the observation at index j was made after action j (scripts/create_dataset.py steps,
-    then records), so it is paired here with action j + 1, and the first action and last observation are left
-    out. Replayed files record before they step and are taken as they are; they are told apart by the
-    attribute `problem_info`, which only LIBERO writes.
+    then records). Here it is paired with action j + 1, and the first action and last observation are left out.
+    Replayed files record before they step, so equal indices are paired. Only LIBERO's own files have the attribute
+    `problem_info`.
 
     Args:
         path: a file, or a folder with files.
         cameras: policy camera name to a key of `obs`.
-        observed_after_action: whether observations belong after the action of their index; None to tell by
-            the file. LIBERO's own training pairs equal indices: False.
-        gripper: what 1 means to the gripper, a `Gripper`.
+        observed_after_action: whether an observation was made after the action of its index; None: the file's
+            attributes decide. LIBERO's own training pairs equal indices, which is False.
+        gripper: what 1 means for the gripper, a `Gripper`.
 
     Raises:
         MissingFileError: no such file, or a folder without any.
-        DataError: not HDF5, or of another layout; names the file and the key.
+        DataError: not HDF5, or another layout; the message names the file and the key.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class LiberoDemonstrations(DemonstrationSet):
 
 
 def read_starts(file: Path, state_dim: int) -> list[tuple[np.ndarray, str]]:
-    """Where the demonstrations of a file began: state of the simulation, float64 [state_dim], and scene as MJCF.
+    """First state of each demonstration in a file: simulation state, float64 [state_dim], and scene as MJCF.
 
     Raises:
-        DataError: not HDF5, of another layout, or of a scene whose states have another size.
+        DataError: not HDF5, another layout, or states of another size.
     """
     with _open(file) as content:
         data = _child(content, "data", h5py.Group, file)
@@ -154,7 +154,7 @@ def _open(file: Path) -> h5py.File:
 
 def _child(group: Any, key: str, kind: type, file: Path) -> Any:
     if not isinstance(group, h5py.Group):
-        raise DataError(f"{file}: {group.name} is no group")
+        raise DataError(f"{file}: {group.name} is not a group")
     child = group.get(key)
     if not isinstance(child, kind):
         raise DataError(
@@ -175,7 +175,7 @@ def _array(group: h5py.Group, key: str, shape: tuple[int, ...], file: Path) -> n
 
 
 def _selection(steps: np.ndarray) -> slice | np.ndarray:
-    """Regular steps as a slice, which HDF5 reads many times as fast as a list of indices."""
+    """Regular steps as a slice, which HDF5 reads many times faster than a list of indices."""
     strides = np.unique(np.diff(steps))
     if len(strides) > 1:
         return steps
@@ -193,7 +193,7 @@ def _demo_number(file: Path) -> Any:
 
 
 def _instruction(data: h5py.Group, file: Path) -> str:
-    """The instruction: LIBERO's attribute, or the file's name, which is the task's with `_demo` behind it."""
+    """The instruction: LIBERO's attribute, or the file's name, which is the task's name and `_demo`."""
     if "problem_info" not in data.attrs:
         return instruction_in(file.stem.removesuffix("_demo"))
     try:

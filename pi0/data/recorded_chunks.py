@@ -13,16 +13,16 @@ from pi0.data import DataError, Demonstration, DemonstrationSet, Robot
 from pi0.data.chunks import Chunks
 from pi0.policy.images import to_network_images
 
-# Actions may leave the controller's range by as much as rounding does.
+# Rounding may move actions out of the controller's range by this much.
 RANGE_SLACK = 1e-3
 
 
 class PromptedTask(Protocol):
-    """A task that a data set may show."""
+    """A task whose demonstrations a data set may hold."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """The task's name."""
 
     @property
     def prompt(self) -> str:
@@ -32,10 +32,10 @@ class PromptedTask(Protocol):
 def demonstrations_of_tasks(
     demonstrations: DemonstrationSet, tasks: Sequence[PromptedTask], per_task: int
 ) -> dict[str, list[int]]:
-    """Which demonstrations show which task, told by the instruction: {task name: at most `per_task` indices}.
+    """Find each task's demonstrations by the instruction: {task name: at most `per_task` indices}.
 
     Raises:
-        DataError: none shows some task; lists what is shown.
+        DataError: a task has no demonstration; the message lists the instructions of the set.
     """
     by_prompt: dict[str, list[int]] = {}
     for index, prompt in enumerate(demonstrations.prompts):
@@ -44,7 +44,7 @@ def demonstrations_of_tasks(
     missing = [name for name, indices in found.items() if not indices]
     if missing:
         raise DataError(
-            f"no demonstration of {', '.join(missing)}; the data set shows: {'; '.join(sorted(by_prompt))}"
+            f"no demonstration of {', '.join(missing)}; the data set has: {'; '.join(sorted(by_prompt))}"
         )
     return found
 
@@ -58,16 +58,18 @@ def load_chunks(
     frame_every: int,
     image_size: int,
 ) -> Chunks:
-    """The chunks of some demonstrations, all in memory; images are brought to `image_size` first.
+    """The chunks of some demonstrations, all in memory; images are resized to `image_size` first.
 
     Args:
-        robot: what states and actions must look like.
+        demonstrations: the set.
+        indices: the demonstrations to load.
+        robot: sizes and range that states and actions must have.
         chunk: actions in a chunk.
         frame_every: control steps from one observation to the next.
-        image_size: pixels a side; other sizes are resized as the network's input is (`pi0.policy.images`).
+        image_size: pixels a side; other sizes are resized like the network's input (`pi0.policy.images`).
 
     Raises:
-        DataError: states or actions that are not the robot's, and what reading raises.
+        DataError: states or actions do not fit the robot, or a file cannot be read.
     """
     return Chunks.cat(
         [_chunks(demonstrations, index, robot, chunk, frame_every, image_size) for index in indices]
@@ -88,15 +90,17 @@ def stream_chunks(
 ) -> Iterator[Chunks]:
     """Endless batches of chunks in random order, for data that does not fit into memory.
 
-    Each round takes every demonstration once, in random order; batches are drawn without replacement from
+    Each round reads every demonstration once, in random order. Batches are drawn without replacement from
     `chunks_in_memory` chunks, which are filled up when half of them are used.
 
     Args:
-        generator: of the order; the same seed gives the same batches.
-        robot, chunk, frame_every, image_size: as of `load_chunks`.
+        demonstrations, indices, robot, chunk, frame_every, image_size: as for `load_chunks`.
+        batch_size: chunks in a batch.
+        generator: random generator of the order; the same seed gives the same batches.
+        chunks_in_memory: chunks from which batches are drawn.
 
     Raises:
-        DataError: as `load_chunks`; and there is no demonstration.
+        DataError: as `load_chunks`, or there is no demonstration.
     """
     if not indices:
         raise DataError("no demonstration to draw batches from")
@@ -152,7 +156,7 @@ def _check(demonstration: Demonstration, index: int, robot: Robot) -> None:
 
 
 def _resized(frames: Tensor, size: int) -> Tensor:
-    """Frames uint8 [N, h, w, 3] to uint8 [N, size, size, 3]: what the network will see of them."""
+    """Frames uint8 [N, h, w, 3] to uint8 [N, size, size, 3], resized like the network's input."""
     if frames.shape[1:3] == (size, size):
         return frames
     pixels = (to_network_images(frames, size) + 1) * 127.5

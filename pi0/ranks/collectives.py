@@ -1,6 +1,6 @@
-"""What the ranks of a distributed run tell each other.
+"""Communication between the ranks of a distributed run.
 
-Everything here works in a single process too, as rank 0 of 1.
+Everything here also works in a single process, as rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# DistributedDataParallel warns of 1x1 convolutions, whose few numbers are then copied.
+# DistributedDataParallel warns about 1x1 convolutions; the copies it makes of their gradients are small.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are."""
+    """This process's rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -34,7 +34,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` as rank 0 works it out; the others only learn the result, or what it raised."""
+    """Call `function(*arguments)` on rank 0 only; every rank returns its result, or raises its error."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return function(*arguments)
@@ -51,7 +51,7 @@ def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean of a tensor over ranks; takes part in no gradient."""
+    """Mean of a tensor over ranks, without gradient."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return value
@@ -68,7 +68,7 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Put the mean over ranks in place of each gradient; all ranks must have one for the same parameters."""
+    """Replace each gradient by its mean over ranks; the same parameters must have gradients on all ranks."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return

@@ -1,8 +1,7 @@
-"""FSDP2: a module whose weights, gradients and optimizer state are cut over the ranks (Zhao et al. 2023).
+"""FSDP2: shard a module's weights, gradients and optimizer state over the ranks (Zhao et al. 2023).
 
-For a module that does not fit one GPU together with its gradients and its optimizer state. Each of its blocks is
-put together just before it runs. What is written to checkpoints is whole, so that any number of ranks, with shards
-or without, can go on from it.
+It serves a module that does not fit one GPU together with its gradients and optimizer state. Each block is gathered
+just before it runs. Checkpoints hold whole tensors, so any number of ranks, with or without shards, can resume.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from torch.utils._pytree import tree_map_only
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
 
-# Of outputs that are views: nothing is done to them in place.
+# The warning is about outputs that are views; nothing here changes them in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def shard(module: Module, blocks: Iterable[nn.Module]) -> Module:
-    """Cut a module's weights over all ranks, in place; needs ranks (torchrun).
+    """Shard a module's weights over all ranks, in place; it needs ranks (torchrun).
 
     Args:
+        module: the module.
         blocks: parts of it that run one after another; each is whole only while it runs.
     """
     device = next(module.parameters()).device
@@ -40,17 +40,17 @@ def shard(module: Module, blocks: Iterable[nn.Module]) -> Module:
 
 
 def whole(tree: T) -> T:
-    """The same tensor, or nest of dictionaries and lists, with every shard made whole.
+    """The same tensor, or nest of dictionaries and lists, with whole tensors in place of shards.
 
-    To be called by all ranks together where there are shards.
+    With shards, all ranks must call it together.
     """
     return tree_map_only(DTensor, DTensor.full_tensor, tree)
 
 
 def whole_on_rank_zero(tree: T) -> T:
-    """The same nest with every shard whole on rank 0, in the CPU's memory; on other ranks it holds nothing of use.
+    """The same nest with whole tensors on rank 0, in the CPU's memory, and empty tensors on other ranks.
 
-    To be called by all ranks together. Shards are made whole one after another, since no device has room for all.
+    All ranks must call it together. Tensors are gathered one after another, since no device has room for all.
     """
 
     def gather(shard: DTensor) -> Tensor:
@@ -61,25 +61,25 @@ def whole_on_rank_zero(tree: T) -> T:
 
 
 def weights_are_finite(module: torch.nn.Module) -> bool:
-    """Whether the weights that are trained are numbers, and small enough that the sum of their squares is one.
+    """Whether the trained weights, and the sum of their squares, are finite.
 
-    To be called by all ranks together where there are shards.
+    With shards, all ranks must call it together.
     """
     trained = [parameter.detach() for parameter in module.parameters() if parameter.requires_grad]
     return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(trained))))
 
 
 def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, cut as `example` is; the tensor itself where that is whole."""
+    """This rank's shard of a whole tensor, cut like `example`; the tensor itself if `example` is whole."""
     if not isinstance(example, DTensor):
         return tensor
-    # Every rank has the same whole tensor: nothing needs to be sent.
+    # Every rank has the same whole tensor, so nothing must be sent.
     tensor = tensor.to(example.device)
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """`module.load_state_dict` of whole tensors, the module being sharded or not; frozen weights may be left out."""
+    """`module.load_state_dict` of whole tensors, for a sharded module or not; frozen weights may be missing."""
     own = module.state_dict()
     frozen = {name: own[name] for name, p in module.named_parameters() if not p.requires_grad}
     given = {name: cut_like(t, own[name]) if name in own else t for name, t in weights.items()}
@@ -87,14 +87,14 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of whole tensors, its parameters being sharded or not."""
+    """`optimizer.load_state_dict` of whole tensors, for sharded parameters or not."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def own(number: int, value: Any) -> Any:
         of_the_weight = isinstance(value, Tensor) and value.shape == parameters[number].shape
         return cut_like(value, parameters[number]) if of_the_weight else value  # such as the count of steps
 
-    # Cut before they are handed over: the optimizer moves what it is given to the device.
+    # Cut them first: the optimizer moves all that it gets to the device.
     moments = {
         number: {name: own(number, value) for name, value in values.items()}
         for number, values in state["state"].items()

@@ -1,4 +1,4 @@
-"""How the ranks of a distributed run meet, and how they notice that one of them is gone."""
+"""How the ranks of a distributed run meet, and how they notice that one of them has died."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from pi0.base.errors import InputError
 from pi0.ranks.collectives import rank_and_world_size
 
 BEAT_S = 1.0  # time from one sign of life to the next
-SILENCE_S = 30.0  # a rank that gives none for so long is taken for dead
-STORE_LIMIT = datetime.timedelta(seconds=30)  # for the launcher to answer
-MEET_S = 120.0  # for all ranks to come to a meeting; a host may be slow to load the program
-# A rank may wait for the rollouts of others; that one has died is noticed by its silence, not by this limit.
+SILENCE_S = 30.0  # without a sign of life for so long, a rank counts as dead
+STORE_LIMIT = datetime.timedelta(seconds=30)  # time in which the launcher must answer
+MEET_S = 120.0  # time in which all ranks must come to a meeting; a host may be slow to load the program
+# A rank may wait for the rollouts of others. A dead rank is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
 
 
 def exit_with(error: Exception) -> NoReturn:
-    """End this rank with the error's message; what all ranks refuse alike, one of each host says."""
+    """End this rank with the error's message; if several ranks have the same one, one rank of each host prints it."""
     if _first_to_say(str(error)):
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
-        time.sleep(BEAT_S)  # torchrun stops all ranks when one has ended: the first may still be speaking
+        time.sleep(BEAT_S)  # torchrun stops all ranks when one has ended: the first may still be printing
     sys.exit(1)
 
 
 def join_ranks() -> None:
-    """Become one of the ranks that torchrun has started; ends this process where another one does not come."""
+    """Become one of the ranks that torchrun has started; if another one is missing, this process ends."""
     try:
         _meet("start", "")
     except InputError as error:
@@ -48,20 +48,20 @@ def join_ranks() -> None:
 
 
 class RankWatch:
-    """Notices ranks that have died, on this host or another, and ends this process rather than let it wait.
+    """Notices ranks that have died, on any host, and ends this process instead of letting it wait.
 
-    Each rank gives a sign of life every second through the key-value store of the rendezvous. Torchrun stops
-    the ranks beside one that has died, but says which only in a long report, and on other hosts nobody
-    notices: their ranks wait in a collective until its time limit.
+    Each rank gives a sign of life every second through the key-value store of the rendezvous. Torchrun alone
+    stops the ranks on the host of a dead rank, but names it only in a long report. Ranks on other hosts would wait
+    in a collective until its time limit.
     """
 
     def __init__(self, silence_s: float):
         self.rank, self.world_size = rank_and_world_size()
         self._silence_s = silence_s
         self.stop_asked = False  # by any rank
-        # A connection of its own: one that waits in a collective's set-up would hold up the signs of life.
+        # The watch has its own connection: one that waits in a collective's set-up would delay the signs of life.
         self._store = _connect()
-        self._beat("0")  # nobody looks for a sign of life before everybody has given one
+        self._beat("0")  # all ranks give a sign of life before any rank looks for one
         who = [socket.gethostname(), os.getpid(), _machine()]
         brought = [json.loads(other) for other in _meet("watch", json.dumps(who))]
         self._peers: list[tuple[str, int]] = [(host, process) for host, process, _ in brought]
@@ -69,7 +69,7 @@ class RankWatch:
         self._beside_rank_0 = [machine == brought[0][-1] for *_, machine in brought]
         self._stopped = threading.Event()
         self._ending = threading.Lock()
-        self._answered = time.monotonic()  # the launcher, last
+        self._answered = time.monotonic()  # when the launcher last answered
         self._threads = [
             threading.Thread(target=watch, name="rank watch", daemon=True)
             for watch in (self._watch, self._watch_launcher)
@@ -78,22 +78,22 @@ class RankWatch:
             thread.start()
 
     def stop(self, finished: bool) -> None:
-        """Stop watching; the others may wait no longer for a rank that has not `finished`."""
+        """Stop watching; if this rank has not `finished`, the others will count it as dead."""
         self._stopped.set()
         for thread in self._threads:
-            thread.join(BEAT_S + self._silence_s)  # the launcher may be gone without a word
+            thread.join(BEAT_S + self._silence_s)  # the launcher may have disappeared silently
         if finished and not any(thread.is_alive() for thread in self._threads):
             with contextlib.suppress(RuntimeError):  # the store ends with the first host's launcher
                 self._beat("finished")
 
     def ask_to_stop(self) -> None:
-        """Let every rank know, within a second, that the run was asked to stop."""
+        """Tell every rank, within a second, that the run shall stop."""
         if not self.stop_asked:
             self._store.set("stop", "1")
             self.stop_asked = True
 
     def dead(self) -> str | None:
-        """One line about a rank on this host whose process is gone, None while all live."""
+        """One line that names a dead rank of this host; None while all are alive."""
         for rank, (host, process) in enumerate(self._peers):
             if (
                 rank != self.rank
@@ -124,17 +124,17 @@ class RankWatch:
                     self._end(death)
                 self._answered = time.monotonic()
             except RuntimeError:
-                time.sleep(BEAT_S)  # a rank that was killed with it takes a moment to be gone
+                time.sleep(BEAT_S)  # a rank that was killed with the launcher takes a moment to end
                 self._end(f"{self._launcher()} is gone")
 
     def _watch_launcher(self) -> None:
-        # By a clock of our own: where the launcher's host is cut off, asking it for anything takes for ever.
+        # This thread only reads the clock: if the launcher's host is cut off, a request to it never returns.
         while not self._stopped.wait(BEAT_S):
             if time.monotonic() - self._answered > self._silence_s:
                 self._end(f"{self._launcher()} has been silent for {self._silence_s:.0f} s")
 
     def _launcher(self) -> str:
-        """What names the launcher of rank 0, whose store connects the ranks, and the ranks that may be gone with it."""
+        """Name the launcher of rank 0, whose store connects the ranks, and its ranks that may have died with it."""
         beside = [
             f"rank {rank} (process {process} on {host})"
             for rank, (host, process) in enumerate(self._peers)
@@ -149,7 +149,7 @@ class RankWatch:
         self._store.set(f"sign of life/{self.rank}", sign)
 
     def _has_finished(self, rank: int) -> bool:
-        """As far as the launcher can tell."""
+        """Whether a rank has reported that it finished; False if the launcher does not answer."""
         with contextlib.suppress(RuntimeError):
             return self._sign(rank) == "finished"
         return False
@@ -158,20 +158,20 @@ class RankWatch:
         return self._store.get(f"sign of life/{rank}").decode()
 
     def _end(self, cause: str) -> NoReturn:
-        """End this process from whatever thread; its rollout workers end when their pipes close."""
-        # The watching thread, a failed collective and a signal may all come here: the first one speaks.
+        """End this process from any thread; its rollout workers end when their pipes close."""
+        # The watching thread, a failed collective and a signal may all come here: only the first prints.
         if self._ending.acquire(blocking=False):
             print(f"error: {cause}; rank {self.rank} ends", file=sys.stderr, flush=True)
-        time.sleep(0.5)  # whoever copies the output to a log file is a thread of this process
+        time.sleep(0.5)  # a thread of this process copies the output to a log file and needs time
         os._exit(1)
 
 
 @contextlib.contextmanager
 def watched_ranks(silence_s: float = SILENCE_S) -> Iterator[RankWatch | None]:
-    """While this lasts, the death of a rank ends the others within a minute, each with a line that names it.
+    """In this context the death of a rank ends the others within a minute, each with a line that names it.
 
     Args:
-        silence_s: time without a sign of life after which a rank is taken for dead.
+        silence_s: without a sign of life for so many seconds, a rank counts as dead.
     """
     if rank_and_world_size()[1] == 1:
         yield None
@@ -179,7 +179,7 @@ def watched_ranks(silence_s: float = SILENCE_S) -> Iterator[RankWatch | None]:
     watch = RankWatch(silence_s)
 
     def terminated(number: int, _: object) -> NoReturn:
-        # Torchrun sends this to the ranks beside one that has failed.
+        # Torchrun sends SIGTERM to the other ranks when one has failed.
         if death := watch.dead():
             watch._end(death)
         sys.exit(128 + number)
@@ -189,7 +189,7 @@ def watched_ranks(silence_s: float = SILENCE_S) -> Iterator[RankWatch | None]:
         yield watch
         finished = True
     except RuntimeError:
-        # A collective fails at once when the other side's connection closes, before its process is gone.
+        # A collective fails as soon as the other side's connection closes, which is before its process has ended.
         time.sleep(2 * BEAT_S)
         if death := watch.dead():
             watch._end(death)
@@ -200,7 +200,7 @@ def watched_ranks(silence_s: float = SILENCE_S) -> Iterator[RankWatch | None]:
 
 
 def backend() -> str:
-    """Which library carries the collectives: NCCL between GPUs, gloo for everything else."""
+    """Libraries for the collectives: NCCL between GPUs, gloo for everything else."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -216,12 +216,12 @@ def _connect() -> dist.TCPStore:
 
 
 def _meet(place: str, message: str) -> list[str]:
-    """What each rank has brought to a meeting, by rank, when all have come; the same `place` only once in a run.
+    """Wait for all ranks at `place` and return their messages, by rank; each `place` can be used once in a run.
 
-    Through the launcher's store and not by a collective: a rank may have ended before it, which nobody watches yet.
+    It uses the launcher's store, not a collective: a rank may already have ended, and nothing watches it yet.
 
     Raises:
-        InputError: a rank has not come within `MEET_S`, or the launcher is gone.
+        InputError: a rank has not come within `MEET_S`, or the launcher has ended.
     """
     started, missing = time.monotonic(), list(range(int(os.environ["WORLD_SIZE"])))
     entry = f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -232,37 +232,37 @@ def _meet(place: str, message: str) -> list[str]:
             if time.monotonic() - started > MEET_S:
                 raise InputError(
                     f"rank {missing[0]} has not come to the ranks' {place} within {MEET_S:.0f} s: it has ended before, "
-                    "and said why on its own host, or its host is very slow"
+                    "and its own host printed why, or its host is very slow"
                 )
             time.sleep(0.1)
         return [store.get(f"{entry}/{rank}").decode() for rank in range(int(os.environ["WORLD_SIZE"]))]
     except RuntimeError as error:
         raise InputError(
             f"the launcher on {os.environ['MASTER_ADDR']} that connects the ranks was gone before all had come to the "
-            f"ranks' {place}: what ended there is said on that host"
+            f"ranks' {place}: the output of that host names the cause"
         ) from error
 
 
 def _first_to_say(message: str) -> bool:
-    """Whether no other rank of this host has asked this before about the same message."""
+    """Whether this is the first rank of its host with this message."""
     if rank_and_world_size()[1] == 1:
         return True
     try:
         return _connect().add(f"said/{socket.gethostname()}/{message}", 1) == 1
-    except RuntimeError:  # nobody can tell
+    except RuntimeError:  # the store does not answer, so every rank prints
         return True
 
 
 def _machine() -> str:
-    """What tells processes apart whose ids mean the same: hosts and containers may share a name."""
+    """Name of the process table in which this process's id is valid: hosts and containers may share a host name."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _is_alive(process: int) -> bool:
-    """Whether a process of this host still runs; one that nobody has reaped yet does not."""
+    """Whether a process of this host still runs; a zombie does not."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (FileNotFoundError, ProcessLookupError):  # the second where it ends meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # the second if it ends meanwhile
         return False
