@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_none_once_it_was_passed_over(store):
     store.newest_valid()
     assert not store.has(2)
     assert store.resume_point(1) == str(store.folder / "step-000001")
-    assert store.resume_point(3) == f"{store.folder}/step-000001; 2 iterations after it are to be done again"
+    assert store.resume_point(3) == f"{store.folder}/step-000001; 2 iterations after it must be repeated"
     save(store, 2)
     assert store.has(2)
 

@@ -127,7 +127,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(s
     content[-1] ^= 1
     damaged.write_bytes(content)
     output = finish(start(killed, "--resume"))
-    assert f"passed over {newest}: training.safetensors: its checksum differs" in output
+    assert f"skipped {newest}: training.safetensors: its checksum differs" in output
     assert_same(killed, straight[0])
 
 
@@ -139,7 +139,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
     output, _ = (process := start(killed, "--resume")).communicate(timeout=300)
     assert process.returncode == 1
     assert "error: no checkpoint in" in output
-    assert "verifies; start anew, without --resume" in output
+    assert "is valid; start anew, without --resume" in output
     assert (run_of(killed) / "metrics.jsonl").read_text() == lines != ""
 
 
@@ -151,7 +151,7 @@ def test_what_weights_and_states_mean_cannot_change_in_between(tmp_path, changed
     run_dir = new_run_dir(str(tmp_path), "run", config)
     (run_dir / "checkpoints").mkdir()
     assert newest_run(str(tmp_path), "run", config, fixed_keys(Config)) == run_dir
-    with pytest.raises(OutputError, match=r"cannot go on with other settings \(\S+ was None and is '"):
+    with pytest.raises(OutputError, match=r"cannot be resumed with other settings \(\S+ was None and is '"):
         newest_run(str(tmp_path), "run", config | changed, fixed_keys(Config))
 
 

@@ -44,7 +44,7 @@ def test_fixed_keys_are_those_of_the_trainers_own_schema(stopped, tmp_path, caps
     with pytest.raises(OutputError) as caught:
         resumed(tmp_path, heads=4, every=6)
     assert str(caught.value) == (
-        f"{stopped} cannot go on with other settings (critic.heads was 2 and is 4); set them back, or start a new run "
+        f"{stopped} cannot be resumed with other settings (critic.heads was 2 and is 4); restore them, or start a new run "
         f"with policy_path = {stopped / 'policy'}"
     )
 

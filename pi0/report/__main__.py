@@ -2,7 +2,7 @@
 
     python -m pi0.report outputs/ript-20260102-030405
 
-Writes report.html, one page that needs nothing else to be looked at, and plots/*.png into the run's folder.
+It writes report.html, one self-contained page, and plots/*.png into the run's folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pi0.report.html_report import write_html_report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read a run's folder, write the page, print where it is."""
+    """Read a run's folder, write the page, print its path."""
     parser = argparse.ArgumentParser(
         prog="python -m pi0.report",
         description=__doc__,
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     declaration = None
-    if not (options.run_dir / FILE).exists():  # a run of before metrics were declared, which was RIPT's
+    if not (options.run_dir / FILE).exists():  # an old run without declared metrics is RIPT's
         from pi0.ript.metrics import METRICS  # loads torch, which takes seconds
 
         declaration = METRICS

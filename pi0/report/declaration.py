@@ -1,4 +1,4 @@
-"""What a trainer records: each metric is declared once, with its unit, how ranks merge it and where it is shown."""
+"""Metrics of a trainer. Each is declared once: its unit, how ranks merge it and where it is shown."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Curve:
 
     Attributes:
         plot: name of the plot.
-        axis: label of the y axis. Curves of a plot that name the same axis share it; axes lie below each other.
-        label: in the legend; empty where the axis says enough.
+        axis: label of the y axis. Curves of a plot with the same axis share it; axes lie below each other.
+        label: name in the legend; empty if the axis is clear enough.
         style: "line"; "area", on top of the areas declared before it; "band", a distribution's mean, deviation and
             range; "success", rates of counts by task with their intervals.
-        part: of a metric that is a dictionary, the value that is shown.
-        scale: what values are multiplied with.
-        less: a metric that is subtracted.
-        color: a name in `pi0.report.figures.COLORS`; empty for the plot's next.
-        span: ends of the axis; an upper end of None fits what is shown.
-        limit: key of the configuration whose value is drawn across, and its label.
+        part: key of the value that is shown, for a metric that is a dictionary.
+        scale: factor of the values.
+        less: name of a metric that is subtracted.
+        color: a name in `pi0.report.figures.COLORS`; empty takes the plot's next.
+        span: ends of the axis; an upper end of None fits the values.
+        limit: key of the configuration whose value is drawn as a horizontal line, and the line's label.
     """
 
     plot: str
@@ -53,20 +53,20 @@ class Metric:
 
     Attributes:
         name: its keys joined by `/`: "loss", "phases/update". A dictionary may be declared as one metric.
-        unit: of the value; of a list of counts, what they are.
+        unit: unit of the value; for a list of counts, what it counts.
         meaning: one line.
-        merge: how the values of several ranks become one. "first" takes rank 0's, "sum" joins lists as well, "max" takes
-            the greatest, "by task" adds the counts of each task, "distribution" gives that of all values together;
-            another metric's name takes the value of the rank where that one is greatest.
+        merge: how the values of several ranks become one. "first" takes rank 0's, "sum" also joins lists, "max" takes
+            the greatest, "by task" adds the counts of each task, "distribution" merges all values. The name of another
+            metric takes the value of the rank where that metric is greatest.
         curves: where plots show it.
         column: title in the table of steps; empty for no column.
-        format: of the number as text, in `format`'s language, or "duration" for seconds.
-        tile: title of a tile at the head of the page that sums up the latest steps.
-        trouble: of a list of lines, what stands before each on the page, and what the page says if there are none.
-        note: sentence below the table of tasks where the sum over steps is not 0; `{}` is that sum with its unit.
-        flat: of counts by task, their names in WandB and TensorBoard, where `/*` is the task. The first two are
-            successes and trials if there is a `rate`; without `/*` they name the metrics with the counts of all tasks.
-        rate: name of successes by trials in WandB and TensorBoard.
+        format: format of the number, a specification of Python's `format`, or "duration" for seconds.
+        tile: title of a tile at the top of the page that summarises the latest steps.
+        trouble: for a list of lines: the text before each line on the page, and the text if there are none.
+        note: sentence below the table of tasks if the sum over steps is not 0; `{}` is that sum with its unit.
+        flat: for counts by task: their names in WandB and TensorBoard, where `/*` is the task. With a `rate` the first
+            two are successes and trials. Without `/*` they name the metrics with the counts of all tasks.
+        rate: name of the success rate in WandB and TensorBoard.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Metric:
         return self._named("")
 
     def numbers(self, counts: Sequence[float], task: str) -> dict[str, float]:
-        """Counts of a task ("/NAME") or of all ("") under their flat names, with their rate if there was a trial."""
+        """Counts of a task ("/NAME") or of all ("") by their flat names, with their rate if there was a trial."""
         flat = dict(zip(self._named(task), counts, strict=True))
         return flat | ({self.rate + task: counts[0] / counts[1]} if self.rate and counts[1] else {})
 
@@ -98,7 +98,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of the page: its file's name, its title, and a label for evaluations if it shows them."""
+    """A plot of the page: file name, title, and a label for evaluations if it shows them."""
 
     name: str
     title: str
@@ -110,11 +110,12 @@ class Declaration:
     """Everything that a trainer's runs record, and how their page shows it.
 
     Attributes:
-        plots: in the page's order; the first is the learning curve.
+        plots: plots in the page's order; the first is the learning curve.
+        metrics: all metrics.
         planned: key of the configuration with the number of training steps.
 
     Raises:
-        ValueError: two metrics have the same name, or one names what is not declared.
+        ValueError: two metrics have the same name, or a metric names a plot or a merge that is not declared.
     """
 
     plots: tuple[Plot, ...]
@@ -126,7 +127,7 @@ class Declaration:
         for metric in self.metrics:
             if self._metric[metric.name] is not metric or metric.merge not in merges:
                 raise ValueError(
-                    f"{metric.name} is declared twice, or merged by {metric.merge}, which is not known"
+                    f"{metric.name} is declared twice, or merged by {metric.merge}, which is unknown"
                 )
             if any(curve.plot not in plots for curve in metric.curves):
                 raise ValueError(f"{metric.name} is shown in a plot that is not declared")
@@ -137,11 +138,11 @@ class Declaration:
 
     @property
     def success(self) -> Metric | None:
-        """Counts by task of what succeeded in training; None for a trainer that has none."""
+        """The metric with successes in training by task; None for a trainer without one."""
         return next((metric for metric in self.metrics if metric.rate), None)
 
     def undeclared(self, metrics: Mapping[str, Any], prefix: str = "") -> list[str]:
-        """Names in a step's metrics that are not declared."""
+        """Names of a step's metrics that are not declared."""
         names = []
         for name, value in ((prefix + key, value) for key, value in metrics.items()):
             if name not in self._metric:
@@ -149,10 +150,10 @@ class Declaration:
         return names
 
     def merge(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Metrics of several ranks as one.
+        """Merge the metrics of several ranks.
 
         Raises:
-            ValueError: one of them is not declared.
+            ValueError: a metric is not declared.
         """
         if names := self.undeclared(parts[0]):
             raise ValueError(f"not declared, so it is unknown how ranks merge it: {', '.join(names)}")
@@ -170,9 +171,9 @@ class Declaration:
         return {name: merged([part[name] for part in parts], name) for name in parts[0]}
 
     def flatten(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The numbers for WandB and TensorBoard: nested names joined by `/`, lists counted.
+        """The numbers for WandB and TensorBoard: nested names are joined by `/`, lists are counted.
 
-        A number that is not declared is among them, so that a long run loses nothing by it; tests find it with
+        Numbers that are not declared are included, so that a long run does not lose them; tests find them with
         `undeclared`.
         """
         flat: dict[str, float] = {}
@@ -187,7 +188,7 @@ class Declaration:
         return flat
 
     def write(self, run_dir: Path) -> None:
-        """Keep the declaration in a run's folder.
+        """Write the declaration into a run's folder.
 
         Raises:
             OSError: the disk refuses.
@@ -199,10 +200,10 @@ class Declaration:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Declaration:
-        """What `write` wrote.
+        """The declaration that `write` wrote.
 
         Raises:
-            TypeError, KeyError, ValueError: it is something else.
+            TypeError, KeyError, ValueError: `content` is something else.
         """
         metrics = [
             Metric(**_tuples(item | {"curves": [Curve(**_tuples(curve)) for curve in item["curves"]]}))

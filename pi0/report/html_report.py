@@ -14,20 +14,21 @@ from pi0.report.record import RunRecord, read_run
 def write_html_report(run_dir: Path, declaration: Declaration | None = None) -> Path:
     """Write report.html and plots/*.png into a run's folder, each file whole or not at all.
 
-    Needs nothing but the folder, so it can be called after every few steps and on a run that another process is
-    writing. The page loads nothing from outside: plots are SVG in it, videos are in it up to
-    `EMBEDDED_VIDEO_BYTES` and linked by relative path beyond that.
+    It needs only the folder, so it can be called every few steps, and on a run of another process. The page loads
+    nothing from outside: it holds plots as SVG, and videos up to `EMBEDDED_VIDEO_BYTES`; other videos are linked by
+    relative path.
 
     Args:
         run_dir: the folder.
-        declaration: of the run's metrics, kept in the folder for later reports; None for the one kept there.
+        declaration: declaration of the run's metrics; it is written into the folder for later reports. None: the one
+            in the folder.
 
     Returns the path of report.html.
 
     Raises:
         MissingFileError: `run_dir` is not a run's folder, or its metrics were never declared.
         RunRecordError: a file in it is damaged.
-        OSError: it cannot be written.
+        OSError: a file cannot be written.
     """
     record = _read(run_dir, declaration)
     pictures = draw_pictures(record)
@@ -41,7 +42,7 @@ def write_html_report(run_dir: Path, declaration: Declaration | None = None) -> 
 
 
 def write_learning_curve(run_dir: Path, declaration: Declaration | None = None) -> Path | None:
-    """Write learning_curve.png, the report's first plot, into a run's folder; None where there is nothing to draw.
+    """Write learning_curve.png, the report's first plot, into a run's folder; None if there is nothing to draw.
 
     Arguments and errors are those of `write_html_report`.
     """

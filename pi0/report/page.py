@@ -1,4 +1,4 @@
-"""The page about a run, as HTML: every section a function of the run's record."""
+"""The page about a run, as HTML: each section is a function of the run's record."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pi0.report.declaration import Metric
 from pi0.report.plots import Picture
 from pi0.report.record import Row, RunRecord, evaluation_counts, value
 
-EMBEDDED_VIDEO_BYTES = 12 * 2**20  # of all videos in the page; a phone still opens it
+EMBEDDED_VIDEO_BYTES = 12 * 2**20  # all videos in the page together; a phone still opens it
 LATEST_STEPS = 20  # rows of the table of steps
-RECENT_STEPS = 5  # steps whose success, or other number, counts as the present one
+RECENT_STEPS = 5  # steps whose mean is shown as the current value
 CSS = Path(__file__).with_suffix(".css")
 
-# The policy lets the browser load nothing from anywhere and run no script, whatever a name may hold.
+# The content security policy lets the browser load nothing and run no script, whatever a name may hold.
 PAGE = Template("""\
 <!DOCTYPE html>
 <html lang="en">
@@ -98,7 +98,7 @@ def _seconds_left(record: RunRecord) -> float | None:
 
 
 def _headline(record: RunRecord) -> str:
-    """Success before and after, or where the run stands."""
+    """Success before and after, or the latest values of a run in progress."""
     tiles = [
         _success_tile(f"Success, {label}", *evaluation_counts(score))
         for label, _, score in record.first_and_last
@@ -133,7 +133,7 @@ def _success_tile(title: str, successes: int, n: int) -> str:
 
 
 def _latest_tile(record: RunRecord, metric: Metric) -> str:
-    """A metric's mean in the latest steps, and its range in all."""
+    """A metric's mean in the latest steps, and its range in all steps."""
     recent = record.steps[-RECENT_STEPS:]
     title = f"{metric.tile}, last {_count(len(recent), 'step')}"
     if metric.rate:
@@ -153,7 +153,7 @@ def _latest_tile(record: RunRecord, metric: Metric) -> str:
 
 
 def _number(found: Any, part: str = "mean") -> Any:
-    """A metric's number: of a list its length, of a distribution `part`, or the mean if it has no such part."""
+    """A metric's number: a list's length; a distribution's `part`, or its mean if it has no such part."""
     if isinstance(found, dict):
         return found.get(part, found.get("mean"))
     return len(found) if isinstance(found, list) else found
@@ -164,7 +164,7 @@ def _text(metric: Metric, number: float) -> str:
 
 
 def _rate(successes: int, n: int) -> str:
-    """A rate for a narrow cell: count and rate on a line, the interval below."""
+    """A rate for a narrow cell: count and rate on one line, the interval below."""
     if not n:
         return ""
     low, high = wilson_interval(successes, n)
@@ -190,7 +190,7 @@ def _tasks_table(record: RunRecord) -> str:
     practised = [record.steps, recent] if record.steps and record.declaration.success else []
     if practised:
         head += ["practice, all steps", f"practice, last {_count(len(recent), 'step')}"]
-    # Of many evaluations, all are in the learning curve; a column each would hide the first and the last.
+    # The learning curve has all evaluations; here many columns would hide the first and the last.
     scores = record.evaluations if len(record.evaluations) <= 3 else record.first_and_last
     head += [f"evaluation, {label}" for label, _, _ in scores]
     rows = []
@@ -209,7 +209,7 @@ def _tasks_table(record: RunRecord) -> str:
 
 
 def _steps_table(record: RunRecord) -> str:
-    """The latest steps, newest first; columns that no step has are left out."""
+    """The latest steps, newest first, without empty columns."""
     latest = record.steps[: -LATEST_STEPS - 1 : -1]
     columns = {
         metric.column: [_cell(record, row, metric) for row in latest]
@@ -232,7 +232,7 @@ def _cell(record: RunRecord, row: Row, metric: Metric) -> str:
 
 
 def _troubles(record: RunRecord) -> str:
-    """Lost workers, failed rollouts, broken episodes and unreadable lines; says so where there were none."""
+    """Lost workers, failed rollouts, broken episodes and unreadable lines, or a sentence that there were none."""
     watched = [(metric.name, *metric.trouble) for metric in record.declaration.metrics if metric.trouble]
     lines = [
         f"step {row['step']}: {what}{line}"
@@ -257,7 +257,7 @@ def _troubles(record: RunRecord) -> str:
 
 
 def _videos(run_dir: Path) -> str:
-    """The run's own films first, then those in its folders; embedded while there is room."""
+    """The run's own videos first, then those in its folders; they are embedded while there is room."""
     paths = sorted(run_dir.rglob("*.mp4"), key=lambda path: (len(path.relative_to(run_dir).parts), path))
     room, films, links = EMBEDDED_VIDEO_BYTES, [], []
     for path in paths:
@@ -265,7 +265,7 @@ def _videos(run_dir: Path) -> str:
         content = path.read_bytes() if path.stat().st_size <= room else None
         if content is None:
             links.append(f'<li><a href="{escape(quote(name))}">{escape(name)}</a></li>')
-        elif b"moov" in content:  # the index, which is written last: without it a film is still being made
+        elif b"moov" in content:  # the index is written last: a video without it is not finished
             room -= len(content)
             data = base64.b64encode(content).decode()
             films.append(
@@ -276,12 +276,12 @@ def _videos(run_dir: Path) -> str:
         return ""
     section = f'<div class="cards">{"".join(films)}</div>'
     if links:
-        section += f"<p>Beside this page, too big to be in it:</p><ul>{''.join(links)}</ul>"
+        section += f"<p>Too big for this page, but in the same folder:</p><ul>{''.join(links)}</ul>"
     return _card("Videos", section, "wide")
 
 
 def _protocol(record: RunRecord) -> str:
-    """How the scores were taken, and on what machine."""
+    """How the scores were measured, and on which machine."""
     rows = [list(pair) for pair in _flat(record.protocol)]
     rows += [[f"machine.{name}", value] for name, value in _flat(record.results.get("machine", {}))]
     rows += [[name, str(record.results[name])] for name in ("command", "date") if name in record.results]
@@ -311,7 +311,7 @@ def _card(title: str, content: str, kind: str = "") -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "", total: bool = False) -> str:
-    """A table with a head and a leading header cell a row; `total` marks the last row."""
+    """A table with a header row, and a header cell in each row; `total` marks the last row."""
     rows = list(rows)
     lines = []
     for number, (first, *others) in enumerate(rows):

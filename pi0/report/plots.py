@@ -1,4 +1,4 @@
-"""The pictures of a run: what its declaration shows over training steps, and success by task."""
+"""The plots of a run: declared metrics over training steps, and success by task."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 MAX_ERROR_BARS = 20  # a line with a band is clearer for more
 MAX_OVERLAID_TASKS = 3  # more curves with intervals in one plot hide each other
-MAX_TASK_PANELS = 20  # what more would show is in the page's table
+MAX_TASK_PANELS = 20  # the page's table has the other tasks
 PANEL_POINTS = 25
-# Heights in inches: of an only axis; of several, one with much on it and one with a line; what is around them; and of
-# the legend of success, which names tasks.
+# Heights in inches: a single axis; one of several axes, with much on it or with a line; the space around them; and the
+# legend of success, which names tasks.
 ONLY, TALL, LOW, AROUND, TASKS = 2.2, 1.9, 1.15, 0.5, 0.6
 
 
@@ -78,7 +78,7 @@ def draw_pictures(record: RunRecord) -> list[Picture]:
 
 
 def draw_learning_curve(record: RunRecord) -> Picture | None:
-    """The first of the declared plots; None where the run has no data for it."""
+    """The first of the declared plots; None if the run has no data for it."""
     plot = record.declaration.plots[0]
     return _draw(record, plot.name, plot.title, partial(_draw_plot, plot=plot))
 
@@ -86,14 +86,14 @@ def draw_learning_curve(record: RunRecord) -> Picture | None:
 def _draw(record: RunRecord, name: str, title: str, draw: Drawing) -> Picture | None:
     import matplotlib
 
-    # The salt keeps the ids of one picture apart from another's on the same page.
+    # The salt makes the ids of a picture unique on the page.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         drawn = draw(record)
         return Picture(name, title, *render(*drawn)) if drawn else None
 
 
 def _draw_plot(record: RunRecord, plot: Plot) -> tuple[Figure, str] | None:
-    """The curves that are declared for a plot and that the run has data for; axes lie below each other."""
+    """The declared curves of a plot for which the run has data; axes lie below each other."""
     axes_of: dict[str, list[tuple[Metric, Curve]]] = {}
     for metric in record.declaration.metrics:
         for curve in metric.curves:
@@ -122,7 +122,7 @@ def _draw_plot(record: RunRecord, plot: Plot) -> tuple[Figure, str] | None:
 
 
 def _path(metric: Metric, curve: Curve) -> str:
-    """Name of the number that a curve shows; of a band, the one in its middle."""
+    """Name of the number that a curve shows; for a band, of its middle."""
     part = "mean" if curve.style == "band" else curve.part
     return f"{metric.name}/{part}" if part else metric.name
 
@@ -140,7 +140,7 @@ def _is_tall(shown: list[tuple[Metric, Curve]]) -> bool:
 def _draw_curves(
     axes: Axes, record: RunRecord, shown: list[tuple[Metric, Curve]], colors: Iterator[str]
 ) -> str:
-    """Lines, bands and stacked areas on an axis; returns them in words."""
+    """Draw lines, bands and stacked areas on an axis; return a description of them."""
     rows = [row for row in record.steps if any(_has(record, row, *each) for each in shown)]
     x, chunks = pooled(rows)
     areas: dict[str, tuple[np.ndarray, str]] = {}
@@ -177,7 +177,7 @@ def _fill(
 
 
 def _in_words(rows: list[Row], shown: list[tuple[Metric, Curve]]) -> str:
-    """An axis for those who do not see it: the last value and the range of lines and bands, totals of areas."""
+    """Describe an axis in words: last value and range of lines and bands, totals of areas."""
     lines, totals = [], {}
     for metric, curve in shown:
         path = _path(metric, curve)
@@ -206,7 +206,7 @@ def _short(number: float) -> str:
 
 
 def _draw_success(axes: Axes, record: RunRecord, shown: list[tuple[Metric, Curve]], evaluations: str) -> str:
-    """Success in training, of few tasks each, of many in all, and every evaluation; returns it in words."""
+    """Draw success in training, by task if they are few, and every evaluation; return a description."""
     words = ["Success against training steps."]
     practised = _practised(record)
     together = len(practised) > MAX_OVERLAID_TASKS
@@ -275,12 +275,12 @@ def draw_success_by_task(record: RunRecord) -> tuple[Figure, str] | None:
 
 
 def _practised(record: RunRecord) -> list[str]:
-    """Tasks that have been tried in training."""
+    """Tasks that the run has tried in training."""
     return [name for name in record.tasks if record.success_counts(record.steps, name)[1]]
 
 
 def draw_practice_by_task(record: RunRecord) -> tuple[Figure, str] | None:
-    """A panel for each task, where the tasks are too many for one plot."""
+    """A panel for each task, if the tasks are too many for one plot."""
     practised = _practised(record)
     if len(practised) <= MAX_OVERLAID_TASKS:
         return None

@@ -1,4 +1,4 @@
-"""What a run's folder says, finished or still in progress: configuration, steps, evaluations, results."""
+"""Reads the folder of a run, finished or in progress: configuration, steps, evaluations, results."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ Row = dict[str, Any]  # a step's metrics or an evaluation's score; absent and nu
 
 
 class RunRecordError(InputError, ValueError):
-    """A file in a run's folder cannot be read as what it should be."""
+    """A file in a run's folder is damaged."""
 
 
 @dataclass
 class RunRecord:
-    """A run as its folder describes it at one moment.
+    """The content of a run's folder at one moment.
 
     Attributes:
-        steps: metrics of each training step, by step; a step that was run again after a resume counts once,
-            as it went the last time.
+        run_dir: the folder.
+        config: configuration of the run, with its text in `config_text`.
+        steps: metrics of each training step, by step. If a step was run again after a resume, only the last one counts.
         evaluations: (label, place, score) in order: before training, the periodic ones, after. `place` is the
             number of training steps done before it, as far as recorded.
         results: results.json; empty while the run is in progress.
+        protocol: protocol of the evaluations.
+        unreadable: numbers of the lines of metrics.jsonl that hold no metrics, without an unfinished last line.
         declaration: what the metrics are, and where they are shown.
-        unreadable: numbers of the lines of metrics.jsonl that are no metrics, the unfinished last one left out.
     """
 
     run_dir: Path
@@ -51,7 +53,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether results.json is there, which a run writes at its end."""
+        """Whether results.json exists; a run writes it at its end."""
         return bool(self.results)
 
     @property
@@ -61,29 +63,29 @@ class RunRecord:
 
     @property
     def steps_planned(self) -> int | None:
-        """Training steps in all, if the configuration says it."""
+        """Number of all training steps, if the configuration has it."""
         planned = self.setting(self.declaration.planned)
         return planned if isinstance(planned, int) else None
 
     @property
     def first_and_last(self) -> list[tuple[str, float, Row]]:
-        """The first and the last of the evaluations, if there are as many."""
+        """The first and the last evaluation; fewer if there are fewer."""
         return self.evaluations if len(self.evaluations) < 3 else [self.evaluations[0], self.evaluations[-1]]
 
     def setting(self, key: str) -> Any:
-        """A value of the configuration by its dotted key; None if it is not there."""
+        """A value of the configuration by its dotted key; None if it is missing."""
         return look_up(self.config, key.split("."))
 
     @property
     def tasks(self) -> list[str]:
-        """Names of all tasks that were scored or practised, in the order of the scores."""
+        """Names of all tasks that were evaluated or practised, in the order of the evaluations."""
         scored = [name for _, _, score in self.evaluations for name in score.get("tasks", {})]
         success = self.declaration.success
         practised = [name for row in self.steps for name in row.get(success.name, {})] if success else []
         return list(dict.fromkeys(scored + practised))
 
     def success_counts(self, rows: Sequence[Row], task: str | None = None) -> tuple[int, int]:
-        """Successes and trials in training, of one task or of all, summed over steps."""
+        """Successes and trials in training, of one task or of all, as sums over steps."""
         success = self.declaration.success
         if success is None:
             return 0, 0
@@ -104,10 +106,10 @@ def read_run(run_dir: str | Path, declaration: Declaration | None = None) -> Run
 
     Args:
         run_dir: the folder.
-        declaration: of the run's metrics; None for the one in the folder.
+        declaration: declaration of the run's metrics; None for the one in the folder.
 
     Raises:
-        MissingFileError: there is no such folder, or it is not a run's, or it holds no declaration and none is given.
+        MissingFileError: there is no such folder, it is not a run's, or it holds no declaration and none is given.
         RunRecordError: a file in it is damaged. A half-written last line of metrics.jsonl is not damage.
     """
     run_dir = Path(run_dir)
@@ -146,26 +148,26 @@ def read_run(run_dir: str | Path, declaration: Declaration | None = None) -> Run
 
 
 def look_up(content: Any, keys: Sequence[str]) -> Any:
-    """A value in nested dictionaries; None if it is not there."""
+    """A value in nested dictionaries; None if it is missing."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content
 
 
 def value(row: Row, name: str) -> Any:
-    """A metric of a step by its declared name, as "phases/update"; None if it is not there."""
+    """A metric of a step by its declared name, such as "phases/update"; None if it is missing."""
     return look_up(row, name.split("/"))
 
 
 def evaluation_counts(score: Row, task: str | None = None) -> tuple[int, int]:
-    """Successes and episodes of an evaluation, of one task or of all; (0, 0) for a task that was not scored."""
+    """Successes and episodes of an evaluation, of one task or of all; (0, 0) for a task that was not evaluated."""
     cell = score if task is None else score.get("tasks", {}).get(task, {})
     return int(cell.get("successes", 0)), int(cell.get("episodes", 0))
 
 
 def _read_declaration(path: Path) -> Declaration:
     if not path.exists():
-        raise MissingFileError(f"{path} is not there, which says what the run's metrics are; restore it")
+        raise MissingFileError(f"{path} is missing, which declares the run's metrics; restore it")
     content = _read_json(path, dict)
     try:
         return Declaration.from_dict(content)
@@ -185,7 +187,7 @@ def _read_config(path: Path) -> tuple[str, Row]:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    """A JSON file's content, nulls left out; an empty `kind` if there is no such file."""
+    """A JSON file's content without nulls; an empty `kind` if there is no such file."""
     if not path.exists():
         return kind()
     try:
@@ -220,7 +222,7 @@ def _latest_of_each_step(rows: Sequence[Row]) -> list[Row]:
 
 
 def _as_today(row: Row, listed: Sequence[str]) -> Row:
-    """A step with lists where earlier runs only counted what failed."""
+    """Convert a step of an old run, which only counted failures, to lists of failures."""
     counted = {name: row[name] for name in listed if isinstance(row.get(name), int)}
     return row | {name: count * ["cause not recorded"] for name, count in counted.items()}
 

@@ -1,14 +1,14 @@
-"""A folder of training checkpoints that outlives kills, power cuts and full disks.
+"""A folder of training checkpoints that survives kills, power cuts and full disks.
 
     step-000012/manifest.json     size and SHA-256 of every file, the step, its score, facts
-    step-000012/...               what the caller wrote
+    step-000012/...               the caller's files
     .step-000012.tmp              being written
     .step-000012.replaced         the step's earlier checkpoint, until the new one has taken its place
     .step-000012.pruned           being deleted
 
-A checkpoint takes its name in one rename, after all of it has reached the disk, and loses it in one rename
-before any of it is deleted. One run at a time writes to a folder; hidden folders that `begin` finds there are
-an earlier, dead run's and are cleared away. Reading changes nothing, so every rank may read at any time.
+A checkpoint gets its name in one rename, after all of it has reached the disk. It loses the name in one rename,
+before any of it is deleted. One run at a time writes to a folder. Hidden folders that `begin` finds belong to an
+earlier, dead run and are removed. Reading changes nothing, so every rank may read at any time.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ _HIDDEN = re.compile(r"\.(step-\d{6,})\.(tmp|replaced|pruned)")
 class CheckpointStore:
     """The checkpoints of one run.
 
-    With many ranks, rank 0 calls `begin`, every rank then writes its own files into `temporary(step)`, and when
-    all have (a barrier before and after) rank 0 calls `seal`. A caller that could not write calls `abandon`.
+    Rank 0 calls `begin`. Then every rank writes its own files into `temporary(step)`, with a barrier before and
+    after. Then rank 0 calls `seal`, or `abandon` if a rank could not write.
 
     Args:
-        folder: made when the first checkpoint begins.
-        keep: how many of the newest checkpoints stay; the one being written comes on top.
-        keep_best: so does the one with the best score.
+        folder: the folder; it is made when the first checkpoint begins.
+        keep: how many of the newest checkpoints stay, beside the one being written.
+        keep_best: keep the checkpoint with the best score as well.
         every: steps from one checkpoint to the next.
-        last: the step with which the run ends, None where that is not known.
+        last: the last step of the run; None if it is unknown.
+
+    Raises:
+        CheckpointError: `keep` is below 1.
     """
 
     def __init__(
@@ -58,27 +61,28 @@ class CheckpointStore:
         self.every = every
         self.last = last
         self._damaged: set[Path] = set()
-        self._last: int | None = None  # step of what `newest_valid` found
+        self._last: int | None = None  # step of the checkpoint that `newest_valid` found
 
     def is_due(self, step: int, score: float | None = None, asked: bool = False) -> bool:
-        """Whether a checkpoint is to be made after `step`.
+        """Whether a checkpoint must be made after `step`.
 
         Args:
-            score: of this step, as for `seal`: it may be the best.
-            asked: somebody asks for one.
+            step: iterations done.
+            score: score of this step, as for `seal`; it may be the best.
+            asked: somebody has requested a checkpoint.
         """
         regular = step % self.every == 0 or step == self.last
         return asked or regular or (self.keep_best and score is not None)
 
     def temporary(self, step: int) -> Path:
-        """Where the files of the checkpoint that is being written go; makes nothing."""
+        """Folder for the files of the checkpoint that is being written; it is not made here."""
         return self._path(step, "tmp")
 
     def begin(self, step: int) -> Path:
-        """Clear away what a kill left behind and make an empty `temporary(step)`.
+        """Remove what a kill left behind and make an empty `temporary(step)`.
 
         Raises:
-            CheckpointError: the disk refuses; earlier checkpoints are as they were.
+            CheckpointError: the disk refuses; earlier checkpoints are unchanged.
         """
         with self._refusals_named(step):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,27 +91,28 @@ class CheckpointStore:
         return self.temporary(step)
 
     def abandon(self, step: int) -> None:
-        """Remove `temporary(step)`, to give its room back; what cannot be removed now is the next `begin`'s."""
+        """Remove `temporary(step)` to free its space; what cannot be removed now, the next `begin` removes."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def seal(self, step: int, score: float | None = None, facts: dict | None = None) -> Path:
-        """Turn `temporary(step)` into a checkpoint, in place of an earlier one of the step; prune.
+        """Turn `temporary(step)` into a checkpoint, replace an earlier one of the step, and prune.
 
-        The newest `keep` stay, the one with the best score (of equals the newest) and this one. Damaged ones that
-        `newest_valid` passed over are counted among none of them and go, and so do later steps: a run that comes by
-        here again has left them.
+        The newest `keep` stay, and the one with the best score (the newest of equal ones), and this one. Damaged
+        ones that `newest_valid` skipped are removed and not counted. Later steps are removed too: the run has
+        returned to an earlier step.
 
         Args:
+            step: iterations done.
             score: higher is better; None never counts as best.
             facts: anything that JSON can hold, for `facts`.
 
         Raises:
-            CheckpointError: the disk refuses; earlier checkpoints are as they were, `temporary(step)` is gone. Or
-                the message says that this checkpoint is saved and another could not be removed.
+            CheckpointError: the disk refuses; earlier checkpoints are unchanged and `temporary(step)` is removed. Or
+                this checkpoint is saved but another could not be removed; the message tells which.
         """
         temporary, final, replaced = self.temporary(step), self._path(step), self._path(step, "replaced")
         if not temporary.is_dir():
-            raise CheckpointError(f"{temporary} is not there; call begin({step}) before seal({step})")
+            raise CheckpointError(f"{temporary} does not exist; call begin({step}) before seal({step})")
         if score is not None and not math.isfinite(score):
             raise CheckpointError(f"score of step {step} is {score}; give a finite number, or None for none")
         with self._refusals_named(step):
@@ -117,7 +122,7 @@ class CheckpointStore:
                 for name in _files(temporary)
             }
             content = {"format": _FORMAT, "step": step, "score": score, "facts": facts or {}, "files": files}
-            content = json.loads(json.dumps(content))  # as it will be read: keys are strings
+            content = json.loads(json.dumps(content))  # as it will be read back: keys are strings
             content["sha256"] = _sha256_of_json(content)
             (temporary / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
             for path in [*temporary.rglob("*"), temporary]:
@@ -138,20 +143,20 @@ class CheckpointStore:
         return final
 
     def resume_point(self, step: int) -> str:
-        """Where a run that has done `step` iterations would go on from, in words, with what is to be done again."""
+        """Describe where a run that has done `step` iterations would resume, and what it must repeat."""
         checkpoints = self._sound()
         if not checkpoints:
             return "the start, since there is no checkpoint"
         lost = step - max(checkpoints)
-        again = f"; {lost} iterations after it are to be done again" if lost > 0 else ""
+        again = f"; {lost} iterations after it must be repeated" if lost > 0 else ""
         return f"{checkpoints[max(checkpoints)]}{again}"
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of `step` that `newest_valid` has not passed over; does not verify it."""
+        """Whether there is a checkpoint of `step` that `newest_valid` has not skipped; it is not verified here."""
         return step in self._sound()
 
     def newest_valid(self) -> tuple[Path | None, list[tuple[Path, str]]]:
-        """The newest checkpoint that verifies, or None; and newer ones that do not, with the reason, newest first."""
+        """The newest valid checkpoint, or None; and the newer damaged ones with their faults, newest first."""
         damaged: list[tuple[Path, str]] = []
         newest = self._last = None
         for step, path in sorted(self._checkpoints().items(), reverse=True):
@@ -164,7 +169,9 @@ class CheckpointStore:
         return newest, damaged
 
     def drop_last(self) -> None:
-        """Remove what `newest_valid` found last, which leads nowhere, and what is newer; unless no earlier one verifies.
+        """Remove the checkpoint that `newest_valid` last found, and newer ones, if an earlier one is valid.
+
+        A run does so if it fails again after that checkpoint.
 
         Raises:
             OSError: the disk refuses.
@@ -177,7 +184,7 @@ class CheckpointStore:
                 self._remove(checkpoints[step])
 
     def verify(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, or None; reads all of it."""
+        """The fault of a checkpoint, or None if it is valid; reads all of it."""
         try:
             written = _read_manifest(path)["files"]
             found = set(_files(path)) - {MANIFEST}
@@ -199,7 +206,7 @@ class CheckpointStore:
         return None
 
     def facts(self, path: Path) -> dict:
-        """What was given to `seal`.
+        """The facts that were given to `seal`.
 
         Raises:
             CheckpointError: the checkpoint's manifest is missing or damaged.
@@ -215,11 +222,11 @@ class CheckpointStore:
         return self.folder / (f".step-{step:06d}.{state}" if state else f"step-{step:06d}")
 
     def _checkpoints(self) -> dict[int, Path]:
-        """By step; where a kill came between the two renames of a replacement, what was about to be replaced."""
+        """Checkpoints by step. After a kill between the two renames of `seal`, the old one still counts."""
         if not self.folder.is_dir():
             return {}
         found = {}
-        for path in sorted(self.folder.iterdir()):  # hidden names come first, and give way
+        for path in sorted(self.folder.iterdir()):  # hidden names come first, so that others replace them
             match = _CHECKPOINT.fullmatch(path.name)
             if match and path.is_dir():
                 found[int(match[1] or match[2])] = path
@@ -236,7 +243,7 @@ class CheckpointStore:
             try:
                 score = _read_manifest(checkpoints[step])["score"]
             except CheckpointError:
-                continue  # one without a readable score is not the best
+                continue  # a checkpoint without a readable score cannot be the best
             if score is not None:
                 scores.append((score, step))
         best = {max(scores)[1]} if scores else set()
@@ -267,7 +274,7 @@ class CheckpointStore:
             self.abandon(step)
             raise CheckpointError(
                 f"checkpoint of step {step} is not saved: {error}; make room in {self.folder} or make it "
-                "writable. Earlier checkpoints are as they were"
+                "writable. Earlier checkpoints are unchanged"
             ) from error
 
 
@@ -276,13 +283,13 @@ def save_state(path: Path, state: dict) -> None:
 
     Raises:
         CheckpointError: the disk refuses; nothing is left at `path`.
-        TypeError: `load_state` could not read it, because of a class that it does not trust.
+        TypeError: the state holds a class that `load_state` does not trust.
     """
     try:
         with path.open("wb") as stream:
             torch.save(state, stream)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError about file positions, with the disk's own words beneath.
+        # torch reports a failed write as a RuntimeError about file positions; its context is the disk's error.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         path.unlink(missing_ok=True)
         raise CheckpointError(
@@ -295,10 +302,10 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def load_state(path: Path) -> dict:
-    """Read what `save_state` wrote, with tensors on the CPU; runs no code from the file.
+    """Read what `save_state` wrote, with tensors on the CPU; no code from the file is run.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or one that holds something else.
+        CheckpointError: the file is missing, damaged or holds something else.
     """
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -313,7 +320,7 @@ def load_state(path: Path) -> dict:
 
 
 def _read_manifest(checkpoint: Path) -> dict:
-    """Raises CheckpointError with the bare reason."""
+    """Read and check a manifest; raises CheckpointError with only the reason."""
     try:
         content = json.loads((checkpoint / MANIFEST).read_text())
     except FileNotFoundError as error:

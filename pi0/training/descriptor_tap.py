@@ -1,4 +1,4 @@
-"""Listening in on a file descriptor: what is written to it goes where it went before, and to a listener."""
+"""A tap on a file descriptor: what is written to it still reaches its old target, and a listener too."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import threading
 import tty
 from pathlib import Path
 
-# A process that waits until the one that is tapped has ended, and passes on what nobody has read: the last words of one
-# that was killed or has crashed. Arguments: descriptors of what is tapped, of the console, and of a pipe that says where
-# the log file is and closes with the tapped process; whether to echo.
+# A process that waits for the end of the tapped process and passes on what nobody has read: the last output of a process
+# that was killed or has crashed. Arguments: descriptors of the tap, of the console, and of a pipe that gives the path of
+# the log file and closes with the tapped process; whether to echo.
 HEIR = """
 import os, select, sys
 tapped, console, told, echo = map(int, sys.argv[1:])
@@ -44,15 +44,15 @@ while select.select([tapped], [], [], 0)[0]:
 
 
 class DescriptorTap:
-    """Passes on what is written to a file descriptor, and tells `heard` of it.
+    """Passes on what is written to a file descriptor, and also gives it to `heard`.
 
-    It works below Python's streams, so libraries, tracebacks and child processes are heard too. Where the
-    descriptor is a terminal, its writers still see one. What is written last before a crash is passed on by another
-    process (`HEIR`), and the crash says where in the program it was (`faulthandler`).
+    It works below Python's streams, so it also gets the output of libraries and child processes, and tracebacks. If
+    the descriptor is a terminal, its writers still see one. After a crash another process (`HEIR`) passes on the last
+    output, and `faulthandler` prints where in the program the crash was.
 
     Args:
         descriptor: 1 for standard output, 2 for standard error.
-        echo: whether it still reaches where it went before.
+        echo: whether the output still reaches its old target.
     """
 
     def __init__(self, descriptor: int, echo: bool = True):
@@ -77,7 +77,7 @@ class DescriptorTap:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl+C is not for it
+            start_new_session=True,  # so that Ctrl+C does not reach it
         )
         os.close(told)
         self._end = threading.Event()
@@ -85,32 +85,32 @@ class DescriptorTap:
         self._thread.start()
 
     def leave_to(self, path: Path) -> None:
-        """Where last words are to go that `heard` is not told of: the end of the file at `path`."""
+        """After a crash, append the last output, which `heard` does not get, to the file at `path`."""
         os.write(self._tell, os.fsencode(path.resolve()))
 
     def heard(self, data: bytes) -> None:
-        """Called with everything that was written, in order, from a thread of its own."""
+        """Called with everything that was written, in order, from a separate thread."""
         raise NotImplementedError
 
     def say(self, data: bytes) -> None:
-        """Write to where the descriptor went before, unless it is gone or the disk behind it is full."""
+        """Write to the descriptor's old target, unless that is closed or its disk is full."""
         with contextlib.suppress(OSError):
             os.write(self._console, data)
 
     def restore(self) -> None:
-        """Put the descriptor back as it was; what was written until now is still passed on."""
+        """Restore the descriptor; what was written until now is still passed on."""
         os.dup2(self._console, self._descriptor)
         self._end.set()
         self._thread.join()
 
     def _pass_on(self) -> None:
         while True:
-            ended = self._end.is_set()  # asked first: what came before the end is still to be read
+            ended = self._end.is_set()  # checked first: output before the end must still be read
             ready, _, _ = select.select([self._reader], [], [], 0.0 if ended else 0.05)
             if ready:
                 try:
                     data = os.read(self._reader, 65536)
-                except OSError:  # how a terminal says that its last writer is gone
+                except OSError:  # a terminal reports so that its last writer has closed it
                     return
                 if not data:
                     return

@@ -1,4 +1,4 @@
-"""The flow-matching loss of action chunks, and the augmentation of what the policy sees of them."""
+"""The flow-matching loss of action chunks, and the augmentation of their observations."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pi0.data.chunks import Chunks
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to what the policy sees in training; on few scenes it else learns them by heart.
+    """Random changes to the observations in training; without them the policy would memorise few scenes.
 
     Attributes:
-        shift: images move by up to this many pixels each way, edges repeated (Yarats et al. 2021).
-        state_noise: standard deviation of noise on the state, in units of its own standard deviation.
+        shift: images move by up to this many pixels in each direction, with repeated edges (Yarats et al. 2021).
+        state_noise: standard deviation of noise on the state, in units of the state's standard deviation.
     """
 
     shift: int = 4
     state_noise: float = 0.03
 
     def images(self, frames: Tensor, generator: torch.Generator) -> Tensor:
-        """Each of uint8 [N, h, w, 3] shifted by its own amount."""
+        """Shift each of the images uint8 [N, h, w, 3] by its own random amount."""
         if self.shift == 0:
             return frames
         count, height, width, _ = frames.shape
@@ -51,10 +51,13 @@ def flow_loss(
     """Flow-matching loss of each chunk, float [N]: mean over its valid actions, their 7 features and `samples` draws.
 
     Args:
-        samples: noise and time draws on each observation, which is encoded once for all of them.
+        policy: the policy.
+        chunks: N chunks.
+        samples: draws of noise and time for each observation, which is encoded once for all of them.
         generator: source of all randomness, on the CPU.
+        augmentation: random changes to the observations; None: none.
         condition: optimality of each chunk, int [N] (`pi0.model.network`), None for unconditional.
-        model: what is called for the loss where it is not the policy itself: its distributed wrapper.
+        model: distributed wrapper of the policy, called for the loss; None: the policy itself.
     """
     frames, state_noise = chunks.images, None
     if augmentation is not None:
@@ -77,9 +80,9 @@ def flow_loss(
 
 
 def _hold_last(actions: Tensor, valid: Tensor) -> Tensor:
-    """Actions [N, C, 7] with those that never happened replaced by the last that did.
+    """Actions [N, C, 7] in which the last valid action of each chunk replaces the invalid ones.
 
-    Actions of a chunk attend to each other, so even uncounted ones would be seen by those that count.
+    Actions of a chunk attend to each other, so invalid ones would influence the valid ones.
     """
     last = (valid.sum(1, keepdim=True) - 1).clamp(min=0)  # [N, 1]
     index = torch.arange(actions.shape[1]).minimum(last)  # [N, C]

@@ -1,4 +1,4 @@
-"""Signals as questions that are asked where a run can stop."""
+"""Signals as requests that a run checks where it can stop."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import time
 from pi0.ranks.collectives import largest
 from pi0.ranks.watch import RankWatch
 
-REPEAT_S = 1.0  # a signal that comes sooner after the first is the same request
+REPEAT_S = 1.0  # a signal that comes sooner after the first belongs to the same request
 
 
 class Interrupted(Exception):
-    """The unit of work at hand was abandoned because the run was asked to stop."""
+    """The current unit of work was abandoned because somebody asked the run to stop."""
 
 
 class Interrupts:
-    """What this process, or any rank of the run, was asked for.
+    """Requests to this process, or to any rank of the run.
 
-    SIGINT or SIGTERM asks to stop; one more, a second or longer after the first, ends the process at once. (What
-    comes within the second is the same request: a launcher passes it on, too.) SIGUSR1 asks for a checkpoint.
+    SIGINT or SIGTERM asks to stop. Another one, a second or more after the first, ends the process at once. (One
+    within the second belongs to the same request, since a launcher passes it on as well.) SIGUSR1 asks for a
+    checkpoint.
 
     Args:
-        watch: through which ranks hear of each other's requests, None in a single process.
+        watch: passes requests between ranks; None in a single process.
     """
 
     def __init__(self, watch: RankWatch | None = None):
@@ -36,16 +37,16 @@ class Interrupts:
         self._checkpoints_taken = 0
 
     def install(self) -> None:
-        """Hear the signals from now on.
+        """Receive the signals, in a thread.
 
-        In a thread: Python runs handlers between two of its own instructions, and the main thread may be waiting in a
-        collective for ranks that would go on for long because nobody tells them.
+        Python runs handlers only between its own instructions. The main thread may be waiting in a collective, for
+        ranks that would continue for long because the request does not reach them.
         """
         heard, told = socket.socketpair()
         told.setblocking(False)
         signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: None)  # so that it is told and does nothing else
+            signal.signal(number, lambda *_: None)  # so that it only writes to the socket
         # The thread holds both ends, which would otherwise close with this call.
         threading.Thread(target=self._hear, args=(heard, told), name="signals", daemon=True).start()
 
@@ -61,7 +62,7 @@ class Interrupts:
         return asked > taken
 
     def check(self) -> None:
-        """Raise `Interrupted` where the run was asked to stop; for places without collectives."""
+        """Raise `Interrupted` if somebody asked the run to stop; for places without collectives."""
         if self.stop_asked:
             raise Interrupted
 
@@ -69,7 +70,8 @@ class Interrupts:
         """Raise `Interrupted` on all ranks if any has `abandoned` its work or was asked to stop; a collective.
 
         Args:
-            patience_s: how long after the request, or after this rank has noticed it, the work may still go on.
+            abandoned: this rank has abandoned its work.
+            patience_s: how long the work may continue after this rank has noticed the request, seconds.
         """
         if self.stop_asked and self._noticed_at is None:
             self._noticed_at = time.monotonic()
@@ -92,6 +94,6 @@ class Interrupts:
             return
         self._asked_at = now
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after a checkpoint; once more stops at once\n".encode())
+        os.write(2, f"\n{name}: stopping after a checkpoint; a second one stops at once\n".encode())
         if self._watch is not None:
             self._watch.ask_to_stop()

@@ -1,4 +1,4 @@
-"""A log file of what reaches the console."""
+"""A log file of the console's output."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from pathlib import Path
 
 
 class LogFile:
-    """Whole lines, as they stood when they ended: a progress bar that redraws its line leaves only its last state.
+    """A log of whole lines in their final state: a progress bar that redraws its line leaves only its last state.
 
-    What is written before the file is opened is kept for it. A disk that refuses ends the file, never the run.
+    What is written before the file is opened is kept for it. If the disk refuses, the file ends, but never the run.
     Threads may write at the same time.
     """
 
     def __init__(self) -> None:
         self._file: int | None = None
-        # Lines that the file does not have yet; None when it has ended.
+        # Lines that the file does not have yet; None after it has ended.
         self._kept: list[bytes] | None = []
-        self._line = b""  # not ended yet
+        self._line = b""  # the unfinished line
         self._lock = threading.Lock()
 
     def open(self, path: Path) -> bytes:
-        """Append to the file at `path` from now on, with what was written before; what `write` returns."""
+        """Append to the file at `path`, first what was written before; returns what `write` returns."""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         return self.write(b"")
 
     def write(self, data: bytes) -> bytes:
-        """Write the lines that end with `data`; what the console is to be told: nothing, or why the file ends here."""
+        """Write the lines that `data` completes; returns text for the console: nothing, or why the file ends here."""
         with self._lock:
             *lines, self._line = (self._line + data).split(b"\n")
-            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]  # the last may be half of an end
+            # The last byte may be the first half of "\r\n".
+            self._line = self._line[self._line.rfind(b"\r", 0, -1) + 1 :]
             if self._kept is None:
                 return b""
             shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
@@ -45,5 +46,5 @@ class LogFile:
         return b""
 
     def end_line(self) -> None:
-        """Write what has no end yet as a line."""
+        """Write the unfinished line."""
         self.write(b"\n" if self._line else b"")

@@ -1,4 +1,4 @@
-"""The machine that a program runs on, as it is recorded beside measurements."""
+"""The machine that a program runs on, for the record beside measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """What times depend on: processor, cores, GPU (None without one), versions of torch and Python."""
+    """Processor, cores, GPU (None without one) and versions of torch and Python, on which times depend."""
     import torch
 
     return {

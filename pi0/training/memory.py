@@ -1,4 +1,4 @@
-"""How much memory a run takes."""
+"""The memory that a run uses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pi0.ranks.collectives import gather
 from pi0.report.declaration import Curve, Metric
 
 RELEASE_EVERY = 10  # iterations
-# Of mallopt(3): from which size on each piece is a mapping of its own, and how much may be free at the heap's end.
+# Parameters of mallopt(3): size from which malloc maps each piece separately, and how much may be free at the heap's end.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # that all versions take
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # the largest that all versions accept
 
-# What `memory_use` gives, for a trainer that records it as "memory" and has a plot of that name.
+# Metrics of `memory_use`, for a trainer that records them as "memory" and has a plot of that name.
 METRICS = tuple(
     Metric(
         f"memory/{name}",
@@ -42,7 +42,7 @@ METRICS = tuple(
 
 
 def resident_mb(process: int | str = "self") -> float:
-    """Resident memory of a process, MB; 0 for one that is gone."""
+    """Resident memory of a process, MB; 0 if the process has ended."""
     try:
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     except (FileNotFoundError, ProcessLookupError):
@@ -51,31 +51,31 @@ def resident_mb(process: int | str = "self") -> float:
 
 
 def release() -> None:
-    """Collect garbage, and give the system back what malloc keeps of it, which otherwise grows step by step.
+    """Collect garbage, and return the memory that malloc keeps to the system; else it would grow step by step.
 
-    From then on until the next call malloc keeps what is freed: the next minibatch needs it again, and a page that the
-    system takes back and gives anew costs time (`benchmarks/stage13_parts.py`).
+    Until the next call malloc keeps freed memory: the next minibatch needs it again, and returning a page and getting
+    it back costs time (`benchmarks/stage13_parts.py`).
     """
     gc.collect()
     if not gc.get_freeze_count():
-        gc.freeze()  # what imports have made stays, and need not be looked through each time
+        gc.freeze()  # objects made by imports stay, and need not be examined each time
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim"):  # not glibc
         return
-    # Both or none: the first sets malloc's own choice aside, which without the second gives back even more.
+    # Both or none: the first alone turns off malloc's own thresholds, and then even more memory is returned.
     if libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD):
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     libc.malloc_trim(0)
 
 
 def memory_use(workers: Iterable[int]) -> dict[str, Any]:
-    """Memory now, MB; a collective, the same for all ranks.
+    """Memory now, in MB; a collective that returns the same on all ranks.
 
     Args:
-        workers: ids of this rank's rollout workers.
+        workers: process ids of this rank's rollout workers.
     Returns:
-        Of rank 0: `rss_mb` of the process, `workers_mb` of all its workers together, `worker_mb` of each by its
-        number, `gpu_mb` at most since the last call (None without a GPU). `other_ranks`: the same of each, by rank.
+        For rank 0: `rss_mb` of the process, `workers_mb` of all its workers together, `worker_mb` of each by its
+        number, `gpu_mb` at most since the last call (None without a GPU). `other_ranks`: the same for each, by rank.
     """
     first, *others = gather(_memory_of_this_rank(workers))
     return {**first, "other_ranks": {str(rank): use for rank, use in enumerate(others, 1)}}
@@ -91,15 +91,15 @@ def _memory_of_this_rank(workers: Iterable[int]) -> dict[str, Any]:
 
 
 def growth(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each rank's memory, and its GPU's, that is at a new high, more than half above the third step's.
+    """A line for each rank whose memory, or GPU memory, is at a new high, more than 50% above the third step's.
 
     Args:
-        history: rows of steps, each with `memory_use` under "memory"; the first two steps allocate what stays.
+        history: rows of steps, each with `memory_use` as "memory"; the first two allocate memory that stays.
     """
     lines = []
     ranks = {"0", *(rank for row in history[-1:] for rank in row["memory"]["other_ranks"])}
     for rank in sorted(ranks, key=int):
-        # A run that goes on with another number of ranks, or from an earlier version's metrics, has not always had it.
+        # A run resumed with another number of ranks, or with an earlier version's metrics, lacks it in some steps.
         uses = {
             row["step"]: {"0": row["memory"], **row["memory"].get("other_ranks", {})} for row in history[2:]
         }

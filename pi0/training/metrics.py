@@ -1,6 +1,6 @@
 """Metrics of a training step as a line of metrics.jsonl, in TensorBoard and in WandB.
 
-What the metrics are, a trainer declares (`pi0.report.declaration`).
+A trainer declares its metrics (`pi0.report.declaration`).
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ def append_line(path: Path, metrics: Mapping[str, Any]) -> None:
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if file.write(line) != len(line):
-            file.truncate(size)  # the next line would be joined to the half of this one
+            file.truncate(size)  # else the next line would continue this half
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def rewrite_metrics(run_dir: Path, history: Sequence[Mapping[str, Any]], evaluations: Sequence[Any]) -> None:
-    """Make metrics.jsonl and metrics.json hold what a run has behind it that goes on from a checkpoint."""
+    """Write metrics.jsonl and metrics.json of a resumed run as they were at its checkpoint."""
     write_whole(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     if evaluations or (run_dir / "metrics.json").exists():
         write_whole(run_dir / "metrics.json", json.dumps(evaluations, indent=1))
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a JSON-lines file; 0 where there is none."""
+    """Lines of a JSON-lines file; 0 if there is none."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def start_wandb(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) -> wandb.Run | None:
-    """Start or continue a WandB run: offline where online fails, none where that fails too, which is printed."""
+    """Start or continue a WandB run: offline if online fails, none if that fails too. Failures are printed."""
     for mode in dict.fromkeys([settings.wandb_mode, "offline"]) if settings.use_wandb else []:
         try:
             run = wandb.init(
@@ -61,24 +61,24 @@ def start_wandb(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) 
                 mode=mode,
                 dir=run_dir,
                 config=config,
-                # No question is waited for, and the console is in our own log.
+                # WandB must not wait for input; the run's own log has the console's output.
                 settings=wandb.Settings(console="off", init_timeout=20, login_timeout=1, silent=True),
             )
         except (wandb.Error, OSError) as error:
             print(f"WandB {mode} is not available: {error}")
         else:
             upload = f"; upload it with: wandb sync {Path(run.dir).parent}" if mode == "offline" else ""
-            run.define_metric("*", step_metric="step")  # which returns to an earlier one when a run does
+            run.define_metric("*", step_metric="step")  # a resumed run may return to an earlier step
             print(f"WandB initialised: {mode} run {run.id}{upload}")
             return run
     return None
 
 
 def finish_wandb(run: wandb.Run, scores: Mapping[str, Sequence[bool]]) -> None:
-    """End a WandB run with success rates and their counts in its summary; what fails is said.
+    """End a WandB run with success rates and their counts in its summary; a failure is printed.
 
     Args:
-        run: that goes on.
+        run: the WandB run.
         scores: outcomes of episodes by name, e.g. "before" and "after".
     """
     try:
@@ -91,10 +91,10 @@ def finish_wandb(run: wandb.Run, scores: Mapping[str, Sequence[bool]]) -> None:
 
 
 class TensorBoard:
-    """An event file, written within the call: a disk that is full is an OSError here and no thread that hangs.
+    """An event file, written within the call: a full disk raises OSError here instead of blocking a thread.
 
     Args:
-        folder: of the file, made with the first numbers.
+        folder: folder of the file, made with the first numbers.
     """
 
     def __init__(self, folder: Path):
@@ -102,7 +102,11 @@ class TensorBoard:
         self._writer: EventsWriter | None = None
 
     def add(self, numbers: Mapping[str, float], step: int) -> None:
-        """Write the numbers of a step."""
+        """Write the numbers of a step.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         if self._writer is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(self._folder / "events"))

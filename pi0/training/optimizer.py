@@ -1,4 +1,4 @@
-"""The optimizer of a module's weights and the schedule of its learning rate, as configured."""
+"""The configured optimizer of a module's weights, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pi0.training.settings import OptimizerConfig
 
 
 def make_optimizer(module: nn.Module, lr: float, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer over the weights of a module that are trained (`requires_grad`)."""
+    """An optimizer of a module's trained weights (`requires_grad`)."""
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if optimizer.type == "sgd":
         return torch.optim.SGD(
@@ -26,6 +26,6 @@ def make_schedule(
 ) -> torch.optim.lr_scheduler.LinearLR:
     """A learning rate that falls in equal steps to `final_share` of itself in the last of `iterations`.
 
-    `step()` is to be called after each iteration that has learned; those that had nothing to learn from do not count.
+    Call `step()` after each iteration that has learned; iterations without an update do not count.
     """
     return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, final_share, max(1, iterations - 1))

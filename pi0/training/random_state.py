@@ -1,4 +1,4 @@
-"""Everything random in this process: seeded, saved and put back."""
+"""The random states of this process: seeding, saving and restoring them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pi0.training.state import Place
 
 
 def set_seed(seed: int) -> None:
-    """Seed every global source of randomness in this process, and let denormal numbers be zero.
+    """Seed every global source of randomness in this process, and flush denormal numbers to zero.
 
-    Denormal numbers, such as an optimizer's running means on their way to zero, make updates on a CPU several times
+    Denormal numbers, such as running means of an optimizer that decay to zero, make updates on a CPU several times
     slower.
     """
     random.seed(seed)
@@ -26,10 +26,10 @@ def set_seed(seed: int) -> None:
 def random_states() -> dict:
     """State of Python's and NumPy's global generators and of torch's on the CPU and every CUDA device.
 
-    Generators that the program made for itself are not among them.
+    It does not include generators that the program has made.
 
     Returns:
-        Only dictionaries, lists, tensors, numbers and strings, so that `torch.load(weights_only=True)` reads it.
+        Only dictionaries, lists, tensors, numbers and strings, which `torch.load(weights_only=True)` reads.
     """
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
@@ -43,16 +43,16 @@ def random_states() -> dict:
 
 
 def restore_random_states(states: dict) -> None:
-    """Put back what `random_states` returned; the next draws are those that followed it.
+    """Restore what `random_states` returned; the next draws are those that followed that call.
 
     Raises:
-        CheckpointError: it was taken with another number of CUDA devices; nothing has been put back.
+        CheckpointError: the number of CUDA devices was different; nothing has been restored.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(states["cuda"]) != devices:
         raise CheckpointError(
             f"the random states are of {len(states['cuda'])} CUDA devices and this process sees {devices}; "
-            "resume with as many (CUDA_VISIBLE_DEVICES)"
+            "resume with the same number (CUDA_VISIBLE_DEVICES)"
         )
     python, numpy = states["python"], states["numpy"]
     random.setstate((python["version"], tuple(python["words"]), *(python["gauss"] or [None])))
@@ -71,19 +71,19 @@ class GlobalStreams:
         return random_states()
 
     def load_state_dict(self, state: dict) -> None:
-        """Put them back."""
+        """Restore them."""
         restore_random_states(state)
 
     def join_state_dicts(self, states: list[dict], place: Place) -> None:
-        """With another number of ranks the streams start from the run's seed, as they have done already."""
+        """With another number of ranks, keep the streams as they started from the run's seed."""
 
 
 class OwnStream:
-    """A generator of this rank's own, as a part of a checkpoint.
+    """This rank's own generator, as a part of a checkpoint.
 
     Args:
-        generator: on the CPU.
-        seed: of the run.
+        generator: a generator on the CPU.
+        seed: the run's seed.
     """
 
     def __init__(self, generator: torch.Generator, seed: int):
@@ -91,17 +91,17 @@ class OwnStream:
         self._seed = seed
 
     def start(self, rank: int, offset: int = 0) -> None:
-        """Begin the stream of a rank; another `offset` begins another one."""
+        """Start the stream of a rank; another `offset` starts another stream."""
         self._generator.manual_seed(self._seed + 1_000_003 * rank + offset)
 
     def state_dict(self) -> torch.Tensor:
-        """Where the generator is."""
+        """The generator's state."""
         return self._generator.get_state()
 
     def load_state_dict(self, state: torch.Tensor) -> None:
-        """Put it back there."""
+        """Restore the generator's state."""
         self._generator.set_state(state)
 
     def join_state_dicts(self, states: list[torch.Tensor], place: Place) -> None:
-        """With another number of ranks each begins a stream of its own, told apart by the iteration."""
+        """With another number of ranks, each starts its own new stream, which depends on the iteration."""
         self.start(place.rank, 7_919 * place.step)

@@ -1,4 +1,4 @@
-"""When updates go wrong: how often in a row, and how often a run may go back to a checkpoint."""
+"""Recovery from bad updates: how many in a row, and how often a run may return to a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ class Recovery:
     """Counts gradients that are not finite, and the returns to a checkpoint that they lead to.
 
     Args:
-        max_bad_updates: gradients in a row that are not finite after which the run goes back to a checkpoint.
-        max_rollbacks: such returns for the same step after which the run ends.
+        max_bad_updates: after so many gradients in a row that are not finite, the run returns to a checkpoint.
+        max_rollbacks: how often the run may return because of the same step; then it ends.
 
     Attributes:
-        bad_in_a_row: gradients since the last one that was finite.
+        bad_in_a_row: gradients since the last finite one.
         rollbacks: returns to a checkpoint in the whole run.
-        in_a_row: returns since the run last came further than where it went wrong.
+        in_a_row: returns since the run last got beyond the step that failed.
     """
 
     def __init__(self, max_bad_updates: int, max_rollbacks: int):
@@ -24,14 +24,14 @@ class Recovery:
         self.bad_in_a_row = 0
         self.rollbacks = 0
         self.in_a_row = 0
-        self._furthest = -1  # step at which the run went wrong
+        self._furthest = -1  # latest step that failed
 
     def count_gradient(self, finite: bool) -> None:
         """Count a gradient."""
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
 
     def check(self) -> None:
-        """Raise FloatingPointError where too many gradients in a row were not finite."""
+        """Raise FloatingPointError if too many gradients in a row were not finite."""
         if self.bad_in_a_row >= self._max_bad_updates:
             raise FloatingPointError(f"{self.bad_in_a_row} gradients in a row are not finite")
 
@@ -39,9 +39,10 @@ class Recovery:
         """Count a return to a checkpoint.
 
         Args:
-            step: at which the run went wrong.
+            step: the step that failed.
+            error: why it failed.
         Raises:
-            InputError: there were as many for this step as there may be.
+            InputError: the run has already returned `max_rollbacks` times for this step.
         """
         self.rollbacks += 1
         self.in_a_row = self.in_a_row + 1 if step <= self._furthest else 1
@@ -54,7 +55,7 @@ class Recovery:
 
     @property
     def offset(self) -> int:
-        """What is added to the seed of the noise, so that it is other noise than the last time."""
+        """Number to add to the seed, so that the noise differs from the last attempt's."""
         return 15_485_863 * self.in_a_row + 7_919 * self._furthest
 
     def facts(self) -> dict[str, int]:

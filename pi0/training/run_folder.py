@@ -1,7 +1,7 @@
-"""The folder of a run: named after the run and the time, found again to resume it, written by one process.
+"""The folder of a run: its name holds the run's name and time, `--resume` finds it, one process writes to it.
 
-It holds config.yaml, the settings with which the run was last started. Configurations of any trainer will do:
-they come as nested plain values, with the names of their fixed keys (`pi0.base.typed_yaml.fixed_keys`).
+It holds config.yaml, the settings with which the run was last started. They are nested plain values, with the names
+of their fixed keys (`pi0.base.typed_yaml.fixed_keys`), so any trainer can use this module.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
 
 
 def newest_run(output_dir: str, name: str, config: dict[str, Any], fixed: Collection[str]) -> Path:
-    """The newest of `output_dir/name-DATE-TIME` with checkpoints; prints where its configuration differed.
+    """The newest `output_dir/name-DATE-TIME` with checkpoints; prints how its configuration differed.
 
-    If none has checkpoints, the newest that was about to make one.
+    If none has a checkpoint, it is the newest with an empty folder of checkpoints.
 
     Args:
         output_dir, name: as for `new_run_dir`.
-        config: what the run is to be resumed with.
-        fixed: dotted names of the keys that must be as the run began.
+        config: configuration for the resumed run.
+        fixed: dotted names of the keys that must keep their values.
     Raises:
-        OutputError: there is none, or a fixed key differs.
+        OutputError: there is no such folder, or a fixed key differs.
     """
     runs = sorted(
         path.parent
@@ -66,7 +66,7 @@ def newest_run(output_dir: str, name: str, config: dict[str, Any], fixed: Collec
     if changed := [difference for difference in differences if difference[0] in fixed]:
         changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
         raise OutputError(
-            f"{runs[-1]} cannot go on with other settings ({changes}); set them back, or start a new run with "
+            f"{runs[-1]} cannot be resumed with other settings ({changes}); restore them, or start a new run with "
             f"policy_path = {runs[-1] / 'policy'}"
         )
     for key, was, now in differences:
@@ -75,7 +75,7 @@ def newest_run(output_dir: str, name: str, config: dict[str, Any], fixed: Collec
 
 
 def take_run(run_dir: Path, config: dict[str, Any]) -> None:
-    """Keep other processes from writing to a run's folder while this one lives; note what it runs with.
+    """Lock a run's folder for this process until it ends, and write its configuration into the folder.
 
     Raises:
         OutputError: another process has taken it, or the folder cannot be written.
@@ -101,7 +101,7 @@ def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """Each key of `now` whose value differs: dotted name, earlier value (None where it lacks), value now."""
+    """Each key of `now` whose value differs: dotted name, earlier value (None if missing), current value."""
     if isinstance(now, dict):
         sections = earlier if isinstance(earlier, dict) else {}
         return [

@@ -1,4 +1,4 @@
-"""What keeps a run from losing its work: checkpoints by all ranks together, and the way back to them."""
+"""Protects a run's work: checkpoints by all ranks together, and the return to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pi0.training.state import TrainingState
 
 
 class SafetySettings(Protocol):
-    """What a configuration says of checkpoints and recovery."""
+    """Settings of checkpoints and recovery."""
 
     num_train_steps: int
     save_freq: int
@@ -31,14 +31,14 @@ class SafetySettings(Protocol):
 
 @dataclass(frozen=True)
 class Safeguards:
-    """A run's state, its checkpoints, and what can happen to it. All methods are called by all ranks together.
+    """A run's state, its checkpoints, and recovery from failures. All ranks call each method together, except `note`.
 
     Attributes:
         run_dir: the run's folder.
         store: its checkpoints.
-        state: what a checkpoint is made of.
-        recovery: what went wrong in updates.
-        interrupts: whether the run was asked to stop, or for a checkpoint.
+        state: what a checkpoint holds.
+        recovery: failures of updates.
+        interrupts: requests to stop, or for a checkpoint.
     """
 
     run_dir: Path
@@ -49,7 +49,7 @@ class Safeguards:
 
     @classmethod
     def of(cls, run_dir: Path, settings: SafetySettings, interrupts: Interrupts) -> Self:
-        """Safeguards of a run as configured."""
+        """The safeguards that `settings` describe."""
         store = CheckpointStore(
             run_dir / "checkpoints",
             keep=settings.keep_checkpoints,
@@ -57,29 +57,29 @@ class Safeguards:
             every=settings.save_freq,
             last=settings.num_train_steps,
         )
-        on_rank_zero(store.folder.mkdir, 0o755, True, True)  # what marks a run that can be resumed
+        on_rank_zero(store.folder.mkdir, 0o755, True, True)  # this folder marks a run that can be resumed
         recovery = Recovery(settings.max_bad_updates, settings.max_rollbacks)
         return cls(run_dir, store, TrainingState(), recovery, interrupts)
 
     def find(self) -> Path | None:
-        """The newest checkpoint that verifies, saying which were passed over and why; None where there is none.
+        """The newest valid checkpoint, or None if there is none; prints which damaged ones were skipped and why.
 
         Raises:
-            InputError: there are some, and none verifies.
+            InputError: there are checkpoints, but none is valid.
         """
         newest, damaged = on_rank_zero(self.store.newest_valid)
         for path, reason in damaged:
-            print(f"passed over {path}: {reason}")
+            print(f"skipped {path}: {reason}")
         if newest is None and damaged:
             raise InputError(
-                f"no checkpoint in {self.store.folder} verifies; start a new run, without --resume"
+                f"no checkpoint in {self.store.folder} is valid; start a new run, without --resume"
             )
         if newest is None:
             print(f"no checkpoint in {self.store.folder}: starting from the beginning")
         return newest
 
     def write(self) -> str | None:
-        """Make a checkpoint of the last finished iteration; why it could not be made, or None."""
+        """Make a checkpoint of the last finished iteration; returns the reason of a failure, or None."""
         step = self.state.step
         if problem := on_rank_zero(attempt, self.store.begin, step):
             return problem
@@ -90,13 +90,13 @@ class Safeguards:
         return on_rank_zero(attempt, self.store.seal, step, self.state.score, self.state.facts)
 
     def read(self, checkpoint: Path) -> None:
-        """Become what the run was when the checkpoint was written, and say so."""
+        """Restore the run's state from a checkpoint, and print it."""
         shared_out = self.state.read(checkpoint, *rank_and_world_size())
         done = f"{self.state.step} iterations done" + (f"; {shared_out}" if shared_out else "")
         print(f"continuing from {checkpoint}, {done}")
 
     def begin(self, checkpoint: Path | None) -> None:
-        """Continue from a checkpoint, or begin; all parts of the state are there."""
+        """Resume from a checkpoint, or begin a run; all parts of the state must be present."""
         if checkpoint is None:
             self.state.begin()
         else:
@@ -105,18 +105,16 @@ class Safeguards:
         self._rewrite_metrics()
 
     def roll_back(self, error: FloatingPointError, noise: OwnStream) -> None:
-        """Return to the last good checkpoint, from which the run continues with other noise.
+        """Return to the last good checkpoint; the run continues from there with other noise.
 
         Raises:
-            InputError: there is none, or the run has returned too often for the same step.
+            InputError: there is no checkpoint, or the run has returned too often for the same step.
         """
         step = self.state.step
         self.recovery.count_rollback(step, error)
         print(f"step {step}: {error}; back to the last good checkpoint, with other noise")
         if self.recovery.in_a_row > 1:
-            on_rank_zero(
-                report_failure, "a checkpoint that leads nowhere is not removed", self.store.drop_last
-            )
+            on_rank_zero(report_failure, "a checkpoint that fails again is not removed", self.store.drop_last)
         if (newest := self.find()) is None:
             raise InputError(f"step {step}: {error}, and there is no checkpoint") from error
         self.read(newest)
@@ -125,11 +123,11 @@ class Safeguards:
         self._rewrite_metrics()
 
     def note(self, name: str, number: int) -> None:
-        """Write down a number that a resumed run needs although no checkpoint can be made; by this rank alone."""
+        """Write a number for the resumed run when no checkpoint can be made; this rank alone calls it."""
         write_json(self.run_dir / f"{name}.json", number)
 
     def noted(self, name: str, default: int) -> int:
-        """What was written down, by whatever rank."""
+        """The number that `note` wrote, on any rank."""
         file = self.run_dir / f"{name}.json"
         return int(json.loads(file.read_text())) if file.exists() else default
 

@@ -1,6 +1,6 @@
-"""Settings of any trainer: the sections that all have, and how a configuration is read and checked.
+"""Settings of any trainer: common sections, and how a configuration is read and checked.
 
-A trainer's own configuration is a dataclass of keys and sections (`pi0.base.typed_yaml`), these among them.
+A trainer's own configuration is a dataclass of keys and sections (`pi0.base.typed_yaml`); it includes these.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ class OptimizerConfig:
     beta2: float = key(0.95, "decay of the squared gradient's running mean", low=0, high=0.99999, fixed=True)
     final_lr_share: float = key(
         1.0,
-        "share of the learning rate left in the end, reached in equal steps, one for each iteration that "
+        "share of the learning rate that is left at the end; it falls in equal steps, one for each iteration that "
         "learns; 1: constant",
         low=0,
         high=1,
@@ -40,13 +40,13 @@ class LoggingConfig:
 
     use_wandb: bool = key(True, "log to Weights & Biases", before=False)
     wandb_project: str = key("ript-pi0", "WandB project")
-    wandb_entity: str | None = key(None, "WandB user or team; null: the key's own")
+    wandb_entity: str | None = key(None, "WandB user or team; null: the owner of the API key")
     wandb_mode: Literal["offline", "online", "disabled"] = key(
         "offline",
-        "offline writes a run that `wandb sync` uploads later; online needs a key and a network",
+        "offline writes a run that `wandb sync` uploads later; online needs an API key and a network",
         before="disabled",
     )
-    wandb_run_id: str | None = key(None, "run to go on with; null: a new one")
+    wandb_run_id: str | None = key(None, "WandB run to continue; null: a new one")
     log_freq: int = key(
         5,
         "iterations from one report.html, and one periodic evaluation, to the next",
@@ -57,7 +57,7 @@ class LoggingConfig:
 
 @dataclass(kw_only=True)
 class FeaturesConfig:
-    """What is made besides the policy."""
+    """Outputs besides the policy."""
 
     save_video: bool = key(True, "save videos of rollouts before and after training")
 
@@ -72,14 +72,14 @@ def read_config(
     running: int | None = None,
     version: str = "version {}",
 ) -> Schema:
-    """Read a YAML file, put `overrides` ("training.seed=3") over it and check the whole.
+    """Read a YAML file, apply `overrides` ("training.seed=3") and check the result.
 
     Args:
         schema, path, overrides, profiles, running, version: as for `pi0.base.typed_yaml.load`.
-        conflicts: what is wrong between keys whose values are each fit, a line each.
+        conflicts: returns conflicts between keys whose values are each valid, a line each.
     Raises:
-        ConfigError: the file cannot be read, or a value is unknown, duplicate, missing, unfit, refused or in
-            conflict; the message has one line for each thing that is wrong.
+        ConfigError: the file cannot be read, a key is unknown, duplicate, missing or refused, a value is invalid, or
+            keys conflict; the message has one line for each mistake.
     """
     config = typed_yaml.load(schema, path, overrides, profiles, running=running, version=version)
     if problems := conflicts(config):
@@ -88,6 +88,6 @@ def read_config(
 
 
 def check_config(config: Schema, conflicts: Callable[[Schema], list[str]]) -> None:
-    """Check a configuration that code has made; raises `ConfigError` as `read_config` does."""
+    """Check a configuration that code has made; raises `ConfigError` like `read_config`."""
     if problems := typed_yaml.unfit_values(config) or conflicts(config):
         raise ConfigError("\n".join(problems))

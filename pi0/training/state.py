@@ -1,11 +1,11 @@
-"""What a run is between two iterations, as named parts, and as files of a checkpoint.
+"""The state of a run between two iterations, as named parts, and as files of a checkpoint.
 
-A part has a state. What is the same on all ranks (weights, optimizer) is a shared part with a file or folder of its
-own; what each rank has for itself (random streams, its place among the data) is one of its own parts:
+A shared part is the same on all ranks (weights, optimizer) and has its own file or folder. An own part differs
+between ranks (random streams, the rank's place in the data):
 
     NAME.safetensors      the trained weights of a module (`Weights`)
     NAME.pt               other states (`States`)
-    NAME/                 what saves itself as a folder (such as `pi0.policy.saved_policy.SavedPolicy`)
+    NAME/                 a part that is saved as a folder (such as `pi0.policy.saved_policy.SavedPolicy`)
     run.json              iterations done, metrics, evaluations, facts
     rank0.pt ...          each rank's own parts
 """
@@ -31,7 +31,7 @@ from pi0.training.checkpoint_store import load_state, save_state
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank of a resumed run stands: its rank, of how many, after how many iterations."""
+    """A rank of a resumed run: its number, the number of ranks, and the iterations done."""
 
     rank: int
     world_size: int
@@ -39,36 +39,37 @@ class Place:
 
 
 class OwnPart(Protocol):
-    """A part of which each rank has its own."""
+    """A part that each rank has for itself."""
 
     def state_dict(self) -> Any:
-        """Its state: nothing that changes later, and only what `torch.load(weights_only=True)` reads."""
+        """Its state: a copy that does not change later, and that `torch.load(weights_only=True)` can read."""
 
     def load_state_dict(self, state: Any) -> None:
         """Continue from `state_dict()`."""
 
     def join_state_dicts(self, states: list[Any], place: Place) -> None:
-        """Continue from the states of all ranks of before, by rank, where there are now more or fewer of them."""
+        """Continue from the states of all earlier ranks, by rank, when the number of ranks has changed."""
 
 
 class SharedPart(Protocol):
     """A part that is the same on all ranks."""
 
     def whole_state(self) -> Any:
-        """Its state, whole on rank 0; called by all ranks together."""
+        """Its state, whole on rank 0; all ranks call it together."""
 
     def write(self, folder: Path, name: str, state: Any) -> None:
-        """Write a whole state as the file or folder `name` in `folder`; rank 0 alone does so."""
+        """Write a whole state as the file or folder `name` in `folder`; only rank 0 calls it."""
 
     def read(self, folder: Path, name: str) -> None:
-        """Continue from what `write` wrote; every rank does so."""
+        """Continue from what `write` wrote; every rank calls it."""
 
 
 class Weights:
-    """The weights of a module that are trained, as NAME.safetensors; sharded or not, the file is whole.
+    """The trained weights of a module, as NAME.safetensors; the file is whole, also for a sharded module.
 
     Args:
-        mend: what a user can do where the file lacks weights that the module trains.
+        module: the module.
+        mend: advice to the user if the file lacks weights that the module trains.
     """
 
     def __init__(self, module: nn.Module, mend: str):
@@ -83,11 +84,11 @@ class Weights:
         return whole_on_rank_zero({name: tensor for name, tensor in states if name not in frozen})
 
     def write(self, folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Write them."""
+        """Write the weights."""
         write_tensors(folder / f"{name}.safetensors", state)
 
     def read(self, folder: Path, name: str) -> None:
-        """Put them into the module.
+        """Load the weights into the module.
 
         Raises:
             CheckpointError: the file lacks weights that the module trains.
@@ -96,7 +97,7 @@ class Weights:
         trained = {key for key, parameter in self._module.named_parameters() if parameter.requires_grad}
         if missing := sorted(trained - weights.keys()):
             raise CheckpointError(
-                f"{folder}: {name}.safetensors has no {missing[0]} and {len(missing) - 1} others that this run "
+                f"{folder}: {name}.safetensors lacks {missing[0]} and {len(missing) - 1} others that this run "
                 f"trains; {self._mend}"
             )
         load_weights(self._module, weights)
@@ -106,7 +107,7 @@ class States:
     """States of an optimizer, a schedule and the like, as NAME.pt.
 
     Args:
-        parts: by name, what has `state_dict` and `load_state_dict`; an optimizer may be of a sharded module.
+        parts: objects with `state_dict` and `load_state_dict`, by name; an optimizer may belong to a sharded module.
     """
 
     def __init__(self, **parts: Any):
@@ -117,11 +118,11 @@ class States:
         return whole_on_rank_zero({name: part.state_dict() for name, part in self._parts.items()})
 
     def write(self, folder: Path, name: str, state: dict[str, Any]) -> None:
-        """Write them."""
+        """Write the states."""
         save_state(folder / f"{name}.pt", state)
 
     def read(self, folder: Path, name: str) -> None:
-        """Put them back."""
+        """Restore the states."""
         states = load_state(folder / f"{name}.pt")
         for key, part in self._parts.items():
             if isinstance(part, torch.optim.Optimizer):
@@ -132,12 +133,12 @@ class States:
 
 @dataclass(frozen=True)
 class FinishedIteration:
-    """The end of an iteration, of which a checkpoint can be made until an update moves the weights.
+    """The end of an iteration. A checkpoint of it can be made until an update changes the weights.
 
     Attributes:
         step: iterations done.
-        own: the states of this rank's own parts then. They move on during rollouts; shared parts change in updates
-            alone and need no copy.
+        own: the states of this rank's own parts at that time. They change during rollouts; shared parts change only
+            in updates and need no copy.
     """
 
     step: int
@@ -148,13 +149,13 @@ class TrainingState:
     """The parts of a run, and what it has done.
 
     Attributes:
-        shared, own: parts by name; may be added later, as they are made.
+        shared, own: parts by name; they may be added when they are made.
         step: iterations done.
         history: metrics of each iteration.
-        evaluations: scores of the policy in between, each with its `step` and `success_rate`.
-        facts: what a resumed run needs to know besides, JSON only.
-        last: the last finished iteration; None before the first was begun.
-        weights_moved: an update has begun since then: there is nothing whole to save.
+        evaluations: scores of the policy during training, each with its `step` and `success_rate`.
+        facts: other values that a resumed run needs, JSON only.
+        last: the last finished iteration; None before the first has begun.
+        weights_moved: an update has begun since then, so there is nothing whole to save.
     """
 
     def __init__(self) -> None:
@@ -174,26 +175,26 @@ class TrainingState:
 
     @property
     def score(self) -> float | None:
-        """Success rate after `step` iterations, if it was evaluated then."""
+        """Success rate after `step` iterations, if the policy was evaluated then."""
         return {entry["step"]: entry["success_rate"] for entry in self.evaluations}.get(self.step)
 
     def begin(self) -> None:
-        """All parts are there and whole, as after `step` iterations."""
+        """Note that all parts are present and whole, as after `step` iterations."""
         self.last = FinishedIteration(self.step, {name: part.state_dict() for name, part in self.own.items()})
         self.weights_moved = False
 
     def begin_update(self) -> None:
-        """The weights are about to move."""
+        """Note that an update begins to change the weights."""
         self.weights_moved = True
 
     def finish_iteration(self, metrics: dict) -> None:
-        """An iteration is done, and all parts are whole."""
+        """Note that an iteration is done and all parts are whole."""
         self.history.append(metrics)
         self.step += 1
         self.begin()
 
     def write(self, folder: Path, rank: int, world_size: int) -> None:
-        """Write this rank's files, and on rank 0 the shared ones, into `folder`; called by all ranks together.
+        """Write this rank's files, and on rank 0 the shared ones, into `folder`; all ranks call it together.
 
         Raises:
             CheckpointError, OSError: the disk refuses.
@@ -209,12 +210,12 @@ class TrainingState:
         write_json(folder / "run.json", {**run, "world_size": world_size})
 
     def read(self, folder: Path, rank: int, world_size: int) -> str | None:
-        """Become what was written to `folder`; says what had to be shared out again for another number of ranks.
+        """Restore what was written to `folder`; returns what had to be distributed again for another number of ranks.
 
         `history` and `evaluations` stay the same lists, with other content.
 
         Raises:
-            CheckpointError: a file is damaged or of another run.
+            CheckpointError: a file is damaged or belongs to another run.
         """
         run = json.loads((folder / "run.json").read_text())
         self.step, self.facts = run["step"], run["facts"]
@@ -233,5 +234,5 @@ class TrainingState:
         self.begin()
         return (
             f"written by {run['world_size']} processes, read by {world_size}: states, statistics and replayed "
-            "chunks are shared out again, random streams start from the seed and the step"
+            "chunks are distributed again, random streams start from the seed and the step"
         )
