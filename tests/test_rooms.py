@@ -48,8 +48,7 @@ def imported_modules(file: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if match := re.fullmatch(r"(pi0(?:\.\w+)+):\w+", node.value):
-                found.append((node.lineno, match[1]))
+            found += [(node.lineno, name) for name in re.findall(r"^(pi0(?:\.\w+)+):\w+$", node.value)]
     return [(line, name) for line, name in found if name.partition(".")[0] == "pi0"]
 
 
