@@ -26,9 +26,10 @@ from pi0.libero.assets import resolve_assets
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
 from pi0.libero.init_states import InitStatePool, evaluation_pools
 from pi0.libero.rendering import CAMERAS
-from pi0.libero.rollouts import RolloutPool, WorkerError
+from pi0.libero.rollouts import RolloutPool
 from pi0.libero.suites import find_tasks
-from pi0.libero.worker import VIDEO_CAMERA, VIDEO_SIZE, SharedArrays, Worker, WorkerSpec
+from pi0.libero.worker import VIDEO_CAMERA, VIDEO_SIZE, Worker, WorkerSpec
+from pi0.workers.process import WorkerError
 
 VIDEO_FPS = 20  # control steps a second
 
@@ -77,6 +78,7 @@ def _rollout(
         noise_key=(),
         horizon=horizon or states.task.horizon,
         settle_steps=settle_steps,
+        keep_last=True,
     )
 
 
@@ -91,7 +93,7 @@ class _InProcess:
         self, function: Callable[..., Any], argument_lists: Sequence[tuple]
     ) -> Iterator[tuple[int, Any]]:
         for index, arguments in enumerate(argument_lists):
-            yield index, self._worker.call(function, *arguments)
+            yield index, function(self._worker, *arguments)
 
 
 class LIBEROEnv(gymnasium.Env):
@@ -138,8 +140,8 @@ class LIBEROEnv(gymnasium.Env):
         self.render_mode = render_mode
         (self.task,) = find_tasks(suite, [task])
         spec = _spec(cameras, image_size, render, assets, slots=1)
-        self._arrays = SharedArrays(spec, bytearray(SharedArrays.nbytes(spec)))
-        self._worker = Worker(spec, self._arrays)
+        self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.arrays().items()}
+        self._worker = Worker(spec, self._arrays, np.random.default_rng())
         (self._states,) = evaluation_pools(_InProcess(spec, self._worker), [self.task], fixtures)
         self._settle_steps, self._horizon = settle_steps, horizon
         self.observation_space, self.action_space = _spaces(spec)
@@ -158,7 +160,7 @@ class LIBEROEnv(gymnasium.Env):
         """One control step."""
         if not self._running:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
-        self._arrays.actions[0, 0] = action
+        self._arrays["actions"][0, 0] = action
         progress = self._worker.act(0, 1)
         self._running = not progress.done
         truncated = progress.done and not progress.success
@@ -185,9 +187,9 @@ class LIBEROEnv(gymnasium.Env):
 
     def _observation(self) -> dict[str, Any]:
         images = {
-            camera: self._arrays.images[0, i].copy() for i, camera in enumerate(self._worker.spec.cameras)
+            camera: self._arrays["images"][0, i].copy() for i, camera in enumerate(self._worker.spec.cameras)
         }
-        return {"images": images, "state": self._arrays.states[0].copy()}
+        return {"images": images, "state": self._arrays["states"][0].copy()}
 
     def _info(self, success: bool) -> dict[str, Any]:
         assert self._rollout is not None
@@ -208,7 +210,7 @@ class LIBEROVectorEnv(VectorEnv):
 
     Args:
         num_envs: environments in all.
-        workers: processes they are dealt to.
+        workers: processes that share them.
         Others: as in `LIBEROEnv`.
     """
 
@@ -273,12 +275,12 @@ class LIBEROVectorEnv(VectorEnv):
         return self._observations(), self._infos(np.zeros(self.num_envs, bool))
 
     def step(self, actions: np.ndarray):
-        """One control step of every environment; those whose episode ended in the last step begin anew."""
+        """One control step of every environment; those whose episode ended in the step before start another."""
         if not self._randoms:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
         for i in range(self.num_envs):
             worker, slot = self._place(i)
-            self._pool.arrays[worker].actions[slot, 0] = actions[i]
+            self._pool.arrays[worker]["actions"][slot, 0] = actions[i]
         commands = {i: self._start(i, None) if self._ended[i] else 1 for i in range(self.num_envs)}
         done, success = self._advance(commands)
         self._ended = done
@@ -314,8 +316,8 @@ class LIBEROVectorEnv(VectorEnv):
         return done, success
 
     def _observations(self) -> dict[str, Any]:
-        images = np.concatenate([arrays.images for arrays in self._pool.arrays])[: self.num_envs]
-        states = np.concatenate([arrays.states for arrays in self._pool.arrays])[: self.num_envs]
+        images = np.concatenate([arrays["images"] for arrays in self._pool.arrays])[: self.num_envs]
+        states = np.concatenate([arrays["states"] for arrays in self._pool.arrays])[: self.num_envs]
         return {
             "images": {camera: images[:, i].copy() for i, camera in enumerate(self._pool.spec.cameras)},
             "state": states,
