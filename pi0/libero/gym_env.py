@@ -146,14 +146,14 @@ class LIBEROEnv(gymnasium.Env):
         self._settle_steps, self._horizon = settle_steps, horizon
         self.observation_space, self.action_space = _spaces(spec)
         self._rollout: Rollout | None = None
-        self._running = False
+        self._running = self._moved = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Start at a recorded initial state: `options["init_state"]`, or one drawn with `seed`."""
         super().reset(seed=seed)
         self._rollout = _rollout(self._states, self.np_random, options, self._settle_steps, self._horizon)
         self._worker.start(0, self._rollout)
-        self._running = True
+        self._running, self._moved = True, False
         return self._observation(), self._info(success=False)
 
     def step(self, action: np.ndarray):
@@ -162,7 +162,7 @@ class LIBEROEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
         self._arrays["actions"][0, 0] = action
         progress = self._worker.act(0, 1)
-        self._running = not progress.done
+        self._running, self._moved = not progress.done, True
         truncated = progress.done and not progress.success
         return (
             self._observation(),
@@ -177,6 +177,10 @@ class LIBEROEnv(gymnasium.Env):
         if self.render_mode is None or self._rollout is None:
             return None
         sim, renderer = self._worker.open(self.task)
+        if (
+            not self._moved
+        ):  # a worker remembers how episodes begin, and may have left the scene where another ended
+            sim.reset(self._rollout.init, self._rollout.settle_steps)
         frame = np.empty((VIDEO_SIZE, VIDEO_SIZE, 3), np.uint8)
         renderer.render(sim.data, VIDEO_CAMERA, frame)
         return frame
