@@ -257,6 +257,7 @@ class LIBEROVectorEnv(VectorEnv):
         self._randoms: list[np.random.Generator] = []
         self._init_states = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)
+        self._running = False  # until the first reset, and after a worker was lost with its episodes
 
     @property
     def instruction(self) -> str:
@@ -280,7 +281,7 @@ class LIBEROVectorEnv(VectorEnv):
 
     def step(self, actions: np.ndarray):
         """One control step of every environment; those whose episode ended in the step before start another."""
-        if not self._randoms:
+        if not self._running:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
         for i in range(self.num_envs):
             worker, slot = self._place(i)
@@ -311,12 +312,14 @@ class LIBEROVectorEnv(VectorEnv):
             worker, slot = self._place(i)
             by_worker[worker].append((slot, command))
         done, success = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        self._running = False
         for worker, answers in enumerate(self._pool.advance(by_worker)):
             for progress in answers:
                 if progress.failure:
                     raise WorkerError(f"worker {worker}: {progress.failure}")
                 i = worker * self._pool.spec.slots + progress.slot
                 done[i], success[i] = progress.done, progress.success
+        self._running = True
         return done, success
 
     def _observations(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Worker:
     Attributes:
         spec: what it was made from.
         arrays: `spec.arrays()`, shared with the trainer.
-        random: a stream that no other worker draws from. Rollouts do not: their noise comes from their keys.
+        random: a stream that no other worker of its pool draws from. Rollouts do not: their noise comes from their keys.
     """
 
     def __init__(self, spec: WorkerSpec, arrays: dict[str, np.ndarray], random: np.random.Generator):
