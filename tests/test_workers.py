@@ -408,6 +408,9 @@ with pool.answers() as answers:
         time.sleep(0.1)
 
 
+pytestmark = pytest.mark.engine
+
+
 def test_by_default_there_is_a_worker_on_each_core(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     assert 1 <= usable_cores() <= cores
