@@ -25,6 +25,7 @@ from pi0.libero.suites import find_tasks
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
 from pi0.training.checkpoint_store import CheckpointStore
 from tests.support.episodes import make_episode, states_of
+from tests.support.programs import children_of
 from tests.support.stage_13_runs import (
     CHECKPOINT,
     SCRIPT,
@@ -335,8 +336,7 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
     time.sleep(1.0)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid, arguments in children_of(process.pid).items() if "worker" in arguments]
     os.kill(workers[0], signal.SIGKILL)
     output = finish(process)
     assert "SIGKILL" in output
