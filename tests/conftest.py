@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many test processes as cores
 
 import pytest
 
+from tests.support import programs
 from tests.support.boundary import COSTS, Boundary
 from tests.support.stage_13_runs import finish, outcome, start
 
@@ -13,6 +14,7 @@ from tests.support.stage_13_runs import finish, outcome, start
 LONGEST = ("test_production_stage", "test_resume", "test_stages", "test_dataset_stage", "test_distributed")
 
 BOUNDARY = Boundary()
+programs.install()
 
 
 def pytest_collection_modifyitems(items):
@@ -39,6 +41,12 @@ def pytest_runtest_call(item):
 @pytest.fixture
 def boundary():
     return BOUNDARY
+
+
+@pytest.fixture
+def fresh_python(monkeypatch):
+    """Start Python for real where it is otherwise forked (`tests/support/programs.py`)."""
+    monkeypatch.setattr(programs.Program, "fresh", True)
 
 
 @pytest.fixture(scope="module")

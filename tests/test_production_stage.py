@@ -27,6 +27,7 @@ from pi0.ript.rollout_stats import RolloutStats, SamplerState
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.state import Place
 from tests.support.episodes import make_episode, states_of
+from tests.support.programs import children_of
 from tests.support.stage_13_runs import (
     CHECKPOINT,
     SCRIPT,
@@ -344,8 +345,7 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
     time.sleep(1.0)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid, arguments in children_of(process.pid).items() if "worker" in arguments]
     os.kill(workers[0], signal.SIGKILL)
     output = finish(process)
     assert "SIGKILL" in output
