@@ -540,7 +540,7 @@ def run_targets(words: list[str], folder: Path) -> list[Outcome]:
     arguments = f"ARGS={shlex.join(more)}"
     before = [interrupted_quickstart(arguments, folder)] if target == "resume" else []
     after = make(target, arguments)
-    assert not before or "going on from" in after.output
+    assert not before or "continuing from" in after.output
     return [*before, after]
 
 
@@ -560,7 +560,7 @@ def interrupted_quickstart(arguments: str, folder: Path) -> Outcome:
         output.seek(0)
         said = output.read()
     assert "SIGINT: stopping after a checkpoint" in said, said[-3000:]
-    return Outcome(0 if "stopped; --resume goes on from" in said else 1, said)
+    return Outcome(0 if "stopped; --resume continues from" in said else 1, said)
 
 
 def outside_make() -> dict[str, str]:

@@ -69,7 +69,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tm
     output = finish(process, timeout=30)
     assert time.monotonic() - asked < 30
     assert f"{number.name}: stopping after a checkpoint" in output
-    assert "stopped; --resume goes on from" in output
+    assert "stopped; --resume continues from" in output
     assert no_process_has(tmp_path)
     finish(start(tmp_path, "--resume"))
     assert_same(tmp_path, straight[0])
@@ -84,7 +84,7 @@ def test_two_processes_stop_together_when_one_is_asked(tmp_path):
     os.kill(second, signal.SIGTERM)
     output = finish(process, timeout=30)
     assert time.monotonic() - asked < 30
-    assert "stopped; --resume goes on from" in output
+    assert "stopped; --resume continues from" in output
     assert no_process_has(tmp_path)
 
 
@@ -96,7 +96,7 @@ def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_goes_on_later(strai
     process.send_signal(signal.SIGINT)  # its ranks are in sessions of their own, and it tells them
     output, _ = process.communicate(timeout=30)
     assert time.monotonic() - asked < 30
-    assert "stopped; --resume goes on from" in output
+    assert "stopped; --resume continues from" in output
     wait_until_nothing_has(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))
     assert_same(tmp_path, straight_of_two)
@@ -169,7 +169,7 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     saved = steps_saved(tmp_path)
     assert saved[0] == 0
     assert saved[1] in (1, 2)
-    assert f"stopped; --resume goes on from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
+    assert f"stopped; --resume continues from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
     finish(start(tmp_path, "--resume"))
     assert_same(tmp_path, straight[0])
 
@@ -192,7 +192,7 @@ def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(t
     process.send_signal(signal.SIGTERM)
     output = finish(process, timeout=30)
     assert time.monotonic() - asked >= 8.0
-    assert re.search(r"goes on from .*/step-000000; 1 iterations after it are to be done again", output)
+    assert re.search(r"continues from .*/step-000000; 1 iterations after it are to be done again", output)
     assert steps_saved(tmp_path) == [0]
 
 
@@ -393,7 +393,7 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
             tmp_path, *FOUR_UPDATES, script=("tests/support/spoilt_weights.py", "4", "1e12"), env=with_path()
         )
     )
-    assert re.findall(r"going on from .*/step-00000(\d)", output) == ["1", "0"]
+    assert re.findall(r"continuing from .*/step-00000(\d)", output) == ["1", "0"]
     first, again = re.findall(r"iteration 0: .* loss (\S+)", output)
     assert first != again, "the update's noise is drawn anew"
     rows = outcome(tmp_path)["rows"]
@@ -419,7 +419,7 @@ def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_re
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "back to the last good checkpoint" in output
-    assert "again and again; start anew with a lower algo.lr" in output
+    assert "again and again; start a new run with a lower algo.lr" in output
     assert "Traceback" not in output
     newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
     weights = load_file(newest / "training.safetensors")
@@ -542,7 +542,7 @@ def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_m
     process = start(tmp_path, *settings, processes=2, script=short, env=with_path())
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    line = "error: step 0: memory ran out on rank 1; --resume goes on with minibatches in 2 passes"
+    line = "error: step 0: memory ran out on rank 1; --resume continues with minibatches in 2 passes"
     assert line in output
     output = finish(start(tmp_path, "--resume", *settings, processes=2))
     newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()

@@ -56,11 +56,11 @@ def killed(killed_run, tmp_path):
 @pytest.mark.runs
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
     output = finish(start(killed, "--resume"))
-    assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
+    assert re.search(r"continuing from .*step-00000[12], [12] iterations done", output)
     assert_same(killed, straight[0])
     lines = (run_of(killed) / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
-    assert seconds == sorted(seconds), "time goes on from where the run stopped"
+    assert seconds == sorted(seconds), "time continues from where the run stopped"
 
 
 @pytest.mark.runs
@@ -139,7 +139,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
     output, _ = (process := start(killed, "--resume")).communicate(timeout=300)
     assert process.returncode == 1
     assert "error: no checkpoint in" in output
-    assert "verifies; start anew, without --resume" in output
+    assert "verifies; start a new run, without --resume" in output
     assert (run_of(killed) / "metrics.jsonl").read_text() == lines != ""
 
 
