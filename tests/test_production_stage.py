@@ -169,7 +169,9 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     saved = steps_saved(tmp_path)
     assert saved[0] == 0
     assert saved[1] in (1, 2)
-    assert f"stopped; --resume continues from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
+    assert (
+        f"stopped; --resume continues from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
+    )
     finish(start(tmp_path, "--resume"))
     assert_same(tmp_path, straight[0])
 
