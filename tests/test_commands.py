@@ -56,7 +56,6 @@ MENTION = re.compile(rf"`({START}[^`]*|make(?:\s[^`]*)?)`")
 
 # Commands that stand for several, and one of those.
 SPELT_OUT = {
-    "python -m pi0.NAME --help": "python -m pi0.evaluate --help",
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
