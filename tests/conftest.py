@@ -1,6 +1,9 @@
 """What costs how much, which files go first, and runs that several files compare others with."""
 
+import fcntl
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many test processes as cores: one thread for each
 
@@ -49,18 +52,41 @@ def fresh_python(monkeypatch):
     monkeypatch.setattr(programs.Program, "fresh", True)
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A run without interruption."""
-    folder = tmp_path_factory.mktemp("straight")
-    output = finish(start(folder))
-    assert any("loss" in row for row in outcome(folder)["rows"]), "a run that learns nothing proves nothing"
-    return folder, output
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: a folder that `make(folder)` has filled, in one of the test processes for all of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, filled = shared / name, shared / f"{name}.filled"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not filled.exists():
+                make(folder)
+                filled.touch()
+        return folder
+
+    return folder_of
 
 
-@pytest.fixture(scope="module")
-def straight_of_two(tmp_path_factory):
-    """The same of two processes."""
-    folder = tmp_path_factory.mktemp("straight_of_two")
-    finish(start(folder, processes=2))
-    return folder
+@pytest.fixture(scope="session")
+def straight(once):
+    """A run without interruption: its folder, and what it printed."""
+
+    def make(folder: Path) -> None:
+        output = finish(start(folder))
+        assert any("loss" in row for row in outcome(folder)["rows"]), (
+            "a run that learns nothing proves nothing"
+        )
+        (folder / "output").write_text(output)
+
+    folder = once("straight", make)
+    return folder, (folder / "output").read_text()
+
+
+@pytest.fixture(scope="session")
+def straight_of_two(once):
+    """The same of two processes: its folder."""
+    return once("straight_of_two", lambda folder: finish(start(folder, processes=2)))

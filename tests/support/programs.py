@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -68,6 +69,9 @@ class Program(_RealPopen):
         environment = {
             os.fsdecode(k): os.fsdecode(v) for k, v in (os.environ if env is None else env).items()
         }
+        unbuffered = words[1:2] == ["-u"]
+        if unbuffered:
+            del words[1]
         forkable = words[:1] == [sys.executable] and (words[1:2] in (["-m"], ["-c"]) or words[1][0] != "-")
         if Program.fresh or not forkable or preexec_fn or executable or not server().suits(environment):
             return super()._execute_child(
@@ -78,6 +82,7 @@ class Program(_RealPopen):
         sys.audit("subprocess.Popen", executable, args, cwd, env)
         job = {
             "words": words[1:],
+            "unbuffered": unbuffered,
             "folder": os.path.abspath(cwd or os.getcwd()),
             "environment": environment,
             "new_session": start_new_session,
@@ -279,6 +284,9 @@ def _become(job: dict, descriptors: list[int], set_by_imports: dict[str, str]) -
     np.random.seed()
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = given + [path for path in sys.path[1:] if path not in _environment.get("PYTHONPATH", "")]
+    if job["unbuffered"]:
+        raw = io.FileIO(1, "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(raw, sys.__stdout__.encoding, write_through=True)
     words = job["words"]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
