@@ -14,7 +14,14 @@ from tests.support.boundary import COSTS, Boundary
 from tests.support.stage_13_runs import finish, outcome, start
 
 # Those that start many processes, so that neither of two test processes is left with one at the end.
-LONGEST = ("test_production_stage", "test_resume", "test_stages", "test_dataset_stage", "test_distributed")
+LONGEST = (
+    "test_production_stage",
+    "test_commands",
+    "test_resume",
+    "test_dataset_stage",
+    "test_distributed",
+    "test_stages",
+)
 
 BOUNDARY = Boundary()
 programs.install()
@@ -47,9 +54,10 @@ def boundary():
 
 
 @pytest.fixture
-def fresh_python(monkeypatch):
+def fresh_python():
     """Start Python for real where it is otherwise forked (`tests/support/programs.py`)."""
-    monkeypatch.setattr(programs.Program, "fresh", True)
+    with programs.fresh_python():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ fixture `fresh_python`: what an interpreter does at its start, what is imported 
 depends on the seed of `hash`, which all programs of one server share.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,16 @@ class Program(_RealPopen):
             finally:
                 self._waitpid_lock.release()
         return self.returncode
+
+
+@contextlib.contextmanager
+def fresh_python() -> Iterator[None]:
+    """Meanwhile Python is started for real."""
+    before, Program.fresh = Program.fresh, True
+    try:
+        yield
+    finally:
+        Program.fresh = before
 
 
 def install() -> None:
