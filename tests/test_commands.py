@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import tokenize
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,7 @@ WAYS = {
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(f"--iterations 3 --turns 2 --override {LEARNS}"),
     "benchmarks/stages.py": here(STAGES),
+    "benchmarks/stages.py --iterations": here(STAGES.replace("08 13 two", "13")),
     "benchmarks/stages.py --table": here(),
     "benchmarks/rollouts.py": here(ROLLOUTS),
     "benchmarks/rollouts.py --episodes": here(f"--figures small {ROLLOUTS}"),
@@ -363,40 +365,66 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
 
 
+class MadeBefore(dict):
+    """What `STAND_INS` names, made by documented commands when it is first needed.
+
+    A run of several iterations, a data set, LIBERO's files, measurements.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = getattr(self, name)()
+        return self[name]
+
+    def run(self) -> Path:
+        train = documented_words("python 13_train_production_ready.py --config_path configs/quickstart.yaml")
+        overrides = LEAST.format(out=self.folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
+        self._do(with_overrides(train, shlex.split(overrides)))
+        (results,) = (self.folder / "runs").glob("*/results.json")
+        return results.parent
+
+    def demonstrations(self) -> Path:
+        record = documented_words(
+            "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
+        )
+        folder = self.folder / "demonstrations"
+        words = [str(folder) if word == "demonstrations" else word for word in record]
+        more = CLONED.format(out=self.folder / "warmstart") + " --demonstrations 1 --frame-every 9"
+        self._do([*words, *shlex.split(more)])
+        return folder
+
+    def libero_files(self) -> Path:
+        folder = self.folder / "libero_spatial"
+        folder.mkdir()
+        (recorded,) = open_demonstrations(self["demonstrations"])
+        (task,) = find_tasks("libero_spatial", [3])
+        write_hdf5(folder / f"{task.name}_demo.hdf5", {"demo_0": recorded}, instruction=task.prompt)
+        return folder
+
+    def measured(self) -> Path:
+        folder = self.folder / "measured"
+        measurements = {"stages": STAGES, "rollouts": f"--figures small {ROLLOUTS}", "learning": LEARNED}
+        for script, least in measurements.items():
+            self._do([f"benchmarks/{script}.py", *shlex.split(least.format(out=folder))])
+        return folder
+
+    def _do(self, words: list[str]) -> None:
+        outcome = python(words)
+        assert outcome.code == 0, outcome.output[-3000:]
+
+
+def documented_words(text: str) -> list[str]:
+    """Of a command that is documented as it stands here, what comes after `python`."""
+    assert text in [command.text for command in COMMANDS]
+    return shlex.split(text)[1:]
+
+
 @pytest.fixture(scope="module")
 def made_before(tmp_path_factory):
-    """What `STAND_INS` names, made by documented commands: a run of several iterations, a data set, measurements."""
-    folder = tmp_path_factory.mktemp("made")
-    texts = [command.text for command in COMMANDS]
-    train = "python 13_train_production_ready.py --config_path configs/quickstart.yaml"
-    record = "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
-    assert train in texts
-    assert record in texts
-    overrides = LEAST.format(out=folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
-    outcome = python(with_overrides(shlex.split(train)[1:], shlex.split(overrides)))
-    assert outcome.code == 0, outcome.output[-3000:]
-    (results,) = (folder / "runs").glob("*/results.json")
-    demonstrations = folder / "demonstrations"
-    words = [str(demonstrations) if word == "demonstrations" else word for word in shlex.split(record)[1:]]
-    more = CLONED.format(out=folder / "warmstart") + " --demonstrations 1 --frame-every 9"
-    outcome = python([*words, *shlex.split(more)])
-    assert outcome.code == 0, outcome.output[-3000:]
-    libero_files = folder / "libero_spatial"
-    libero_files.mkdir()
-    (recorded,) = open_demonstrations(demonstrations)
-    (task,) = find_tasks("libero_spatial", [3])
-    write_hdf5(libero_files / f"{task.name}_demo.hdf5", {"demo_0": recorded}, instruction=task.prompt)
-    measurements = {"stages": STAGES, "rollouts": f"--figures small {ROLLOUTS}", "learning": LEARNED}
-    for script, least in measurements.items():
-        words = shlex.split(least.format(out=folder / "measured"))
-        outcome = python([f"benchmarks/{script}.py", *words])
-        assert outcome.code == 0, outcome.output[-3000:]
-    return {
-        "run": results.parent,
-        "demonstrations": demonstrations,
-        "libero_files": libero_files,
-        "measured": folder / "measured",
-    }
+    return MadeBefore(tmp_path_factory.mktemp("made"))
 
 
 # Commands.
@@ -473,26 +501,49 @@ def check_arguments(command: Command) -> None:
     assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
 
 
-@pytest.mark.runs
-@pytest.mark.parametrize(
-    "command",
-    [
+# Another course than without them.
+MODES = ("--resume", "--dataset", "--help", "--nnodes=2")
+
+
+def mode(command: Command) -> tuple[str, ...]:
+    """What a run of the command shows: its program, started so, on one of its courses. Benchmarks have one."""
+    if command.program.startswith("benchmarks/"):
+        return (command.program,)
+    starter = command.words[0] if command.words[0] in ("torchrun", "make") else "python"
+    course = [word for word in command.arguments[:1] if word.isalpha()]
+    return (starter, command.program, *course, *(flag for flag in MODES if flag in command.words))
+
+
+def processes(command: Command) -> int:
+    return max([1, *(int(word.partition("=")[2]) for word in command.words if "--nproc_per_node=" in word)])
+
+
+def runs_of_commands() -> Iterator:
+    """Every command that is run here: of each mode one always, and the others where there is time."""
+    commands = [
         command
         for command in COMMANDS
         if command.way and command.way.run and (command.arguments or not command.mention)
-    ],
-    ids=lambda command: command.text,
-)
+    ]
+    for command in commands:
+        alike = [other for other in commands if mode(other) == mode(command)]
+        # tests/test_distributed.py has two hosts that train.
+        always = command is min(alike, key=processes) and "--nnodes=2" not in command.words
+        marks = pytest.mark.runs if always else pytest.mark.soak
+        yield pytest.param(command, marks=marks, id=command.text)
+
+
+@pytest.mark.parametrize("command", list(runs_of_commands()))
 def test_it_runs(made_before, command, tmp_path):
     way, words = command.way, command.words
     if words[0] == "make" and Path(sys.prefix).resolve() != (REPO_ROOT / ".venv").resolve():
         pytest.skip("would set up .venv, which is not what runs the tests")
     if words[0] not in ("torchrun", "make"):
         words = words[1:]
-    places = {"out": tmp_path, "port": free_port(), **made_before}
-    words = [STAND_INS.get(word, word).format(**places) for word in words]
-    words = with_overrides(words, shlex.split(way.overrides.format(**places)))
-    words += shlex.split(way.more.format(**places))
+    places = ChainMap({"out": tmp_path, "port": free_port()}, made_before)
+    words = [STAND_INS.get(word, word).format_map(places) for word in words]
+    words = with_overrides(words, shlex.split(way.overrides.format_map(places)))
+    words += shlex.split(way.more.format_map(places))
     if way.copied:
         script = tmp_path / command.program
         script.parent.mkdir()

@@ -309,6 +309,7 @@ def test_a_rank_that_is_silent_is_taken_for_dead():
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     settings = [*SMALL, f"output_dir={tmp_path}", "policy_path=/nowhere"]
     run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)
@@ -383,6 +384,7 @@ def test_a_rank_that_ends_before_it_meets_the_others_is_named_by_them(tmp_path, 
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("fresh_python")
 def test_a_launcher_that_answers_no_more_is_noticed():
     # As one whose host is cut off: its connections stay open.
     hosts = two_hosts(free_port(), "tests/support/rank_silent.py", "4", "launcher")
@@ -412,6 +414,7 @@ def rank_under(launcher: int) -> int:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.usefixtures("fresh_python")
 def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path, rank):
     hosts = two_hosts(free_port(), *long_run(tmp_path))
     wait_for_ranks(tmp_path, 2)

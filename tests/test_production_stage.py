@@ -264,6 +264,7 @@ def no_process_has(folder: Path) -> bool:
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("fresh_python")
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last_checkpoint(
     straight, tmp_path
 ):
@@ -511,6 +512,7 @@ print("passes", adapter.passes, "loss", loss)
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(CHECKPOINT), "700000000"],
@@ -522,6 +524,7 @@ def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -601,6 +604,7 @@ print(before - resident_mb())
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_free_memory_is_given_back():
     done = subprocess.run([sys.executable, "-c", HOLDS_FREE_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
@@ -624,6 +628,7 @@ print(faults() - before)
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_between_releases_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", KEEPS_FREED_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
@@ -631,6 +636,7 @@ def test_between_releases_freed_memory_is_kept():
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("fresh_python")
 def test_a_run_whose_memory_grows_says_so(tmp_path):
     script = ("tests/support/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
     few = [

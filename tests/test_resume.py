@@ -22,6 +22,7 @@ from pi0.ript.config import Config
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.run_folder import new_run_dir, newest_run, take_run
 from tests.support.browser import browser_check
+from tests.support.programs import fresh_python
 from tests.support.stage_13_runs import (
     CHECKPOINT,
     STEPS,
@@ -38,9 +39,10 @@ from tests.support.stage_13_runs import (
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory):
-    """A run that was killed after its first iteration."""
+    """A run that was killed after its first iteration; its Python is not that of the run which it is compared with."""
     folder = tmp_path_factory.mktemp("killed")
-    process = start(folder)
+    with fresh_python():
+        process = start(folder)
     wait_until(lambda: 1 in steps_saved(folder), process)
     process.kill()
     process.communicate()
@@ -96,6 +98,7 @@ def test_chromium_shows_the_report_of_a_run(straight, tmp_path):
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
     kill_after_a_step(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))

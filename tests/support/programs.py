@@ -10,10 +10,12 @@ fixture `fresh_python`: what an interpreter does at its start, what is imported 
 depends on the seed of `hash`, which all programs of one server share.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +71,9 @@ class Program(_RealPopen):
         environment = {
             os.fsdecode(k): os.fsdecode(v) for k, v in (os.environ if env is None else env).items()
         }
+        unbuffered = words[1:2] == ["-u"]
+        if unbuffered:
+            del words[1]
         forkable = words[:1] == [sys.executable] and (words[1:2] in (["-m"], ["-c"]) or words[1][0] != "-")
         if Program.fresh or not forkable or preexec_fn or executable or not server().suits(environment):
             return super()._execute_child(
@@ -78,6 +84,7 @@ class Program(_RealPopen):
         sys.audit("subprocess.Popen", executable, args, cwd, env)
         job = {
             "words": words[1:],
+            "unbuffered": unbuffered,
             "folder": os.path.abspath(cwd or os.getcwd()),
             "environment": environment,
             "new_session": start_new_session,
@@ -111,6 +118,16 @@ class Program(_RealPopen):
             finally:
                 self._waitpid_lock.release()
         return self.returncode
+
+
+@contextlib.contextmanager
+def fresh_python() -> Iterator[None]:
+    """Meanwhile Python is started for real."""
+    before, Program.fresh = Program.fresh, True
+    try:
+        yield
+    finally:
+        Program.fresh = before
 
 
 def install() -> None:
@@ -279,6 +296,9 @@ def _become(job: dict, descriptors: list[int], set_by_imports: dict[str, str]) -
     np.random.seed()
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = given + [path for path in sys.path[1:] if path not in _environment.get("PYTHONPATH", "")]
+    if job["unbuffered"]:
+        raw = io.FileIO(1, "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(raw, sys.__stdout__.encoding, write_through=True)
     words = job["words"]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
