@@ -117,7 +117,7 @@ class TaskAwareSampler(Sampler[list[int]]):
         self.pools = pools
         self.group_size = group_size
         self.turns = TaskTurns([pool.task for pool in pools])
-        own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without what evens out the ranks
+        own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without those that pad the shares
         self.rings = [Ring([i for i in own if dataset.starts[i][0] is pool]) for pool in pools]
         if not all(ring.states for ring in self.rings):
             raise ConfigError(

@@ -12,7 +12,7 @@ evaluation.periodic_episodes episodes.
 In the run's folder: train_rank0.log, metrics.jsonl (docs/metrics.md), report.html and plots/, wandb/, tensorboard/.
 Besides: rollout_stats.json, metrics.json (evaluations), final_training_results.json.
 
-Ctrl+C stops after a checkpoint, `kill -USR1` of a rank makes one; --resume goes on, to the bit, from the newest one that verifies.
+Ctrl+C stops after a checkpoint, `kill -USR1` of a rank makes one; --resume continues, to the bit, from the newest one that verifies.
 
     python 13_train_production_ready.py --config_path configs/quickstart.yaml
     python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume
@@ -127,7 +127,7 @@ class TaskAwareSampler(Sampler[list[int]]):
         self.pools = pools
         self.group_size = group_size
         self.turns = TaskTurns([pool.task for pool in pools])
-        own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without what evens out the ranks
+        own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without those that pad the shares
         self.rings = [Ring([i for i in own if dataset.starts[i][0] is pool]) for pool in pools]
         if not all(ring.states for ring in self.rings):
             raise ConfigError(
@@ -272,7 +272,7 @@ def setup_signal_handlers(watch: RankWatch | None) -> Interrupts:
 def save_checkpoint(safe: Safeguards) -> None:
     """Write what the run was after its last iteration; a disk that refuses is reported, and training continues."""
     step = safe.state.step
-    if safe.recovery.bad_in_a_row:  # maybe it is the weights that are spoilt
+    if safe.recovery.bad_in_a_row:  # maybe the weights are spoilt
         print(f"no checkpoint of step {step}: the last gradient was not finite")
     elif problem := safe.write():
         print(f"step {step}: {problem}")
@@ -393,7 +393,7 @@ def update_policy(
     """Several epochs over the collected chunks, `gradient_accumulation_steps` minibatches an optimizer step."""
     algo, adapter, policy = config.algo, learner.adapter, learner.policy
     sharded = isinstance(policy, FSDPModule)
-    # Before a stop an update is finished if there is time, unless nothing but itself is lost with it.
+    # A stop lets the update finish if there is time, unless the update is all that would be lost.
     patience_s = 0.0 if on_rank_zero(safe.store.has, safe.state.step) else 10.0
     safe.state.begin_update()
     policy.train()
@@ -415,7 +415,7 @@ def update_policy(
                     if not sharded:
                         average_gradients(policy)
                     norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), algo.grad_norm_clip))
-                    finite = bool(torch.isfinite(norm))  # on all ranks, whichever had a loss that is not
+                    finite = bool(torch.isfinite(norm))  # the same on all ranks, as the gradient is
                     safe.recovery.count_gradient(finite)
                     if finite:
                         norms.append(norm.item())
@@ -519,7 +519,7 @@ def train(
     interrupts = setup_signal_handlers(watch)
     set_seed(config.training.seed)
     policy = load_policy(config)
-    broadcast_weights(policy)  # of another file of that name, maybe, on another host
+    broadcast_weights(policy)  # another host may have another file of that name
     place = (config.output_dir, config.exp_name, to_dict(config))
     open_run = (newest_run, *place, fixed_keys(Config)) if resume else (new_run_dir, *place)
     run_dir = on_rank_zero(*open_run)
@@ -559,7 +559,7 @@ def train(
         protocol = (write_json, run_dir / "protocol.json", before.protocol)
         on_rank_zero(report_failure, "protocol.json not written", *protocol)
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
-        scored, evaluations = state.score, state.evaluations  # no score, too, where a stop came before it
+        scored, evaluations = state.score, state.evaluations  # None also if a stop came before the score
         evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
         if state.step == 0 or state.score != scored:
             save_checkpoint(safe)

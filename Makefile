@@ -1,5 +1,5 @@
 # `make` lists the targets. PYTHON picks the interpreter that makes .venv, TORCH the build: auto, cpu or cuda.
-# ARGS is handed on to training and to pytest, for example ARGS="--override training.seed=1" or ARGS="-k model".
+# ARGS goes to training and to pytest, for example ARGS="--override training.seed=1" or ARGS="-k model".
 PYTHON ?= $(firstword $(shell command -v python3.11 2>/dev/null) $(shell command -v python3 2>/dev/null))
 TORCH ?= auto
 NO_PYTHON = no python3.11 on the path: install Python 3.11 (Debian: apt-get install python3.11-venv)
@@ -13,10 +13,10 @@ PYTEST = .venv/bin/python -m pytest
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup:  ## make .venv from requirements.lock, and the software-GL libraries; quick when they are there
+setup:  ## install .venv from requirements.lock, and the software-GL libraries; quick if they are there
 	@$(SET_UP)
 
-# Chromium, a few hundred MB, is for soak alone: its tests open the report in it.
+# Only soak needs Chromium (a few hundred MB): its tests open the report in it.
 setup-browser:
 	@$(SET_UP) --browser
 
@@ -24,15 +24,15 @@ check: setup  ## lint, check types, run the tests that start no process and simu
 	$(LINT)
 	$(PYTEST) -m "not engine and not runs and not soak" $(ARGS)
 
-test: setup  ## check, and the tests of the engine, of whole runs and of documented commands; CI runs it
+test: setup  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
 	$(LINT)
 	$(PYTEST) $(ARGS)
 
-soak: setup-browser  ## what takes long: many kills, hosts that die, every documented command, the report in a browser
+soak: setup-browser  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
 	$(PYTEST) -m soak $(ARGS)
 
 quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table, curve, video and report at the end
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml $(ARGS)
 
-resume: setup  ## go on with a quickstart that was interrupted
+resume: setup  ## resume an interrupted quickstart
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)

@@ -33,7 +33,7 @@ from pi0.libero.environments import Environments
 from pi0.libero.rendering import Renderer
 from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import TaskSim
-from pi0.libero.worker import SharedArrays, Worker, WorkerSpec
+from pi0.libero.worker import Worker, WorkerSpec
 from pi0.model.config import Pi0Config
 from pi0.policy.acting import ActingPolicy
 
@@ -107,8 +107,8 @@ def profile(assets: str, count: int) -> str:
     spec = WorkerSpec(
         resolve_assets(assets), policy.config.cameras, 64, "fast", slots=4, chunk=horizon, max_open_tasks=1
     )
-    arrays = SharedArrays(spec, bytearray(SharedArrays.nbytes(spec)))
-    worker = Worker(spec, arrays)
+    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.arrays().items()}
+    worker = Worker(spec, arrays, np.random.default_rng(0))
     with runner(assets, **SETTINGS | {"workers": 1}) as environments:
         states = environments.evaluation_states()[0]
         rollouts = [environments.rollout(states, index, (1, 0, index)) for index in range(min(count, 50))]
@@ -131,9 +131,9 @@ def profile(assets: str, count: int) -> str:
             chunk = 0
             while slots:
                 noise = np.stack([acting.noise((0, slot, chunk)) for slot in range(spec.slots)])
-                images = {camera: arrays.images[:, i] for i, camera in enumerate(spec.cameras)}
+                images = {camera: arrays["images"][:, i] for i, camera in enumerate(spec.cameras)}
                 prompts = [states.task.prompt] * spec.slots
-                arrays.actions[:] = acting.act(images, arrays.states, prompts, noise)
+                arrays["actions"][:] = acting.act(images, arrays["states"], prompts, noise)
                 for answer in worker.advance([(slot, horizon) for slot in slots]):
                     control_steps += answer.executed
                     if answer.done:

@@ -413,7 +413,7 @@ def measure_memory(side: str, options: argparse.Namespace) -> float:
             with environments:
                 our_rollouts(environments, acting, 8)
                 environments_a_process = environments.pool.spec.slots
-                totals.append(sum(pss(worker.process.pid) for worker in environments.pool._workers))
+                totals.append(sum(map(pss, environments.pool.processes)))
     return (totals[1] - totals[0]) / environments_a_process
 
 

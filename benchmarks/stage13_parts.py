@@ -125,7 +125,7 @@ def main() -> None:
     stage["distributed_collect_batches"] = clock.iteration(stage["distributed_collect_batches"])
     stage["update_policy"] = clock.update(update := stage["update_policy"])
     for owner, name, part in (
-        (TrainingState, "of_rank", "copy of this rank's state"),
+        (TrainingState, "begin", "copy of this rank's state"),
         (PI0Policy, "save_pretrained", "policy"),
         (training_state, "write_tensors", "other weights"),
         (checkpoint_store, "_sha256", "checksums"),
@@ -152,9 +152,9 @@ def main() -> None:
             *options.override,
         ]
         stage["main"]()
-    config, adapter, optimizer, average, batch, generator, *rest = clock.last_update
-    few = batch[torch.randperm(len(batch), generator=generator)[:CHUNKS]]
-    shared = (config, adapter, optimizer, average, few, generator)
+    config, learner, batch, *rest = clock.last_update
+    few = batch[torch.randperm(len(batch), generator=learner.generator)[:CHUNKS]]
+    shared = (config, learner, few)
     kinds = {
         "stage 12": lambda: before["update_policy"](*shared),
         "stage 13": lambda: update(*shared, *rest),

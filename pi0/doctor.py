@@ -285,7 +285,7 @@ def check_output(folder: Path) -> Iterator[Finding]:
 
 def check_memory_and_cores(workers: int | None) -> Iterator[Finding]:
     """Whether the simulating processes and the trainer have room."""
-    from pi0.libero.rollouts import usable_cores
+    from pi0.workers.pool import usable_cores
 
     cores = usable_cores()
     workers = workers or cores

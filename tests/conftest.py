@@ -1,18 +1,30 @@
 """What costs how much, which files go first, and runs that several files compare others with."""
 
+import fcntl
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many test processes as cores: one thread for each
 
 import pytest
 
+from tests.support import programs
 from tests.support.boundary import COSTS, Boundary
 from tests.support.stage_13_runs import finish, outcome, start
 
 # Those that start many processes, so that neither of two test processes is left with one at the end.
-LONGEST = ("test_production_stage", "test_resume", "test_stages", "test_dataset_stage", "test_distributed")
+LONGEST = (
+    "test_production_stage",
+    "test_commands",
+    "test_resume",
+    "test_dataset_stage",
+    "test_distributed",
+    "test_stages",
+)
 
 BOUNDARY = Boundary()
+programs.install()
 
 
 def pytest_collection_modifyitems(items):
@@ -41,18 +53,48 @@ def boundary():
     return BOUNDARY
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """A run without interruption."""
-    folder = tmp_path_factory.mktemp("straight")
-    output = finish(start(folder))
-    assert any("loss" in row for row in outcome(folder)["rows"]), "a run that learns nothing proves nothing"
-    return folder, output
+@pytest.fixture
+def fresh_python():
+    """Start Python for real where it is otherwise forked (`tests/support/programs.py`)."""
+    with programs.fresh_python():
+        yield
 
 
-@pytest.fixture(scope="module")
-def straight_of_two(tmp_path_factory):
-    """The same of two processes."""
-    folder = tmp_path_factory.mktemp("straight_of_two")
-    finish(start(folder, processes=2))
-    return folder
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """`once(name, make)`: a folder that `make(folder)` has filled, in one of the test processes for all of them."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, filled = shared / name, shared / f"{name}.filled"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not filled.exists():
+                make(folder)
+                filled.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def straight(once):
+    """A run without interruption: its folder, and what it printed."""
+
+    def make(folder: Path) -> None:
+        output = finish(start(folder))
+        assert any("loss" in row for row in outcome(folder)["rows"]), (
+            "a run that learns nothing proves nothing"
+        )
+        (folder / "output").write_text(output)
+
+    folder = once("straight", make)
+    return folder, (folder / "output").read_text()
+
+
+@pytest.fixture(scope="session")
+def straight_of_two(once):
+    """The same of two processes: its folder."""
+    return once("straight_of_two", lambda folder: finish(start(folder, processes=2)))

@@ -11,15 +11,11 @@ those that another test runs as they stand, and those of which even the least ta
 A command of a program that has no entry in `WAYS` fails until it has one.
 """
 
-import argparse
 import ast
-import gc
-import importlib
 import io
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -27,6 +23,7 @@ import subprocess
 import sys
 import time
 import tokenize
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +35,6 @@ from safetensors.torch import load_file, save_file
 
 from pi0.base.paths import REPO_ROOT
 from pi0.data import open_demonstrations
-from pi0.libero.libero_import import prepare_libero
 from pi0.libero.suites import find_tasks
 from tests.support.ranks import free_port
 from tests.support.recordings import write_hdf5
@@ -61,7 +57,6 @@ MENTION = re.compile(rf"`({START}[^`]*|make(?:\s[^`]*)?)`")
 
 # Commands that stand for several, and one of those.
 SPELT_OUT = {
-    "python -m pi0.NAME --help": "python -m pi0.evaluate --help",
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
@@ -204,6 +199,7 @@ WAYS = {
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(f"--iterations 3 --turns 2 --override {LEARNS}"),
     "benchmarks/stages.py": here(STAGES),
+    "benchmarks/stages.py --iterations": here(STAGES.replace("08 13 two", "13")),
     "benchmarks/stages.py --table": here(),
     "benchmarks/rollouts.py": here(ROLLOUTS),
     "benchmarks/rollouts.py --episodes": here(f"--figures small {ROLLOUTS}"),
@@ -241,8 +237,10 @@ class Command:
 
     @property
     def file(self) -> Path:
-        name = self.program
-        return REPO_ROOT / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+        if self.program.endswith(".py"):
+            return REPO_ROOT / self.program
+        module = REPO_ROOT / self.program.replace(".", "/")
+        return module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
 
     @property
     def way(self) -> Way | None:
@@ -347,124 +345,19 @@ class Outcome(NamedTuple):
     output: str
 
 
-class Programs:
-    """Runs programs as Python would, in processes forked from one that has made their imports.
-
-    Imports take 5 seconds for most programs, far more than what is asked of them here.
-    """
-
-    # What several of them import.
-    IMPORTED = (
-        "pi0.doctor", "pi0.evaluate", "pi0.warmstart", "pi0.report.html_report", "pi0.libero.gym_env",
-        "torch.distributed.fsdp", "torch.distributed.run", "wandb",
+def python(words: list[str], seconds: int = 500) -> Outcome:
+    """`python words`."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=REPO_ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", check=False, timeout=seconds,
     )  # fmt: skip
-
-    def __init__(self, folder: Path):
-        self.output = folder / "output"
-        start = "import sys; sys.path.insert(0, 'tests'); import test_commands; test_commands.serve()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start],
-            cwd=REPO_ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, words: list[str], seconds: int = 500) -> Outcome:
-        """`python words`."""
-        return self._ask(words, seconds, only_read=False)
-
-    def read_arguments(self, words: list[str]) -> Outcome:
-        """`python words` until the arguments are read and what they name was looked up."""
-        return self._ask(words, 60, only_read=True)
-
-    def _ask(self, words: list[str], seconds: int, only_read: bool) -> Outcome:
-        job = {"words": words, "seconds": seconds, "only_read": only_read, "output": str(self.output)}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return Outcome(code, self.output.read_text(encoding="utf-8", errors="replace"))
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait(timeout=30)
+    return Outcome(done.returncode, done.stdout)
 
 
-def serve() -> None:
-    """Do the jobs that `Programs` asks for, one after another."""
-    for name in Programs.IMPORTED:
-        importlib.import_module(name)
-    prepare_libero()
-    gc.freeze()  # else every child would copy what its collector looks at
-    for line in sys.stdin:
-        job = json.loads(line)
-        if (child := os.fork()) == 0:
-            with open(job["output"], "wb") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            signal.alarm(job["seconds"])
-            become(job["words"], job["only_read"])
-            return
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def become(words: list[str], only_read: bool) -> None:
-    """Go on as `python words`."""
-    if words[0] == "torchrun":
-        from torch.distributed.run import parse_args
-
-        options = parse_args(words[1:])
-        words = [options.training_script, *options.training_script_args]
-    if only_read:
-        argparse.ArgumentParser.parse_args = read_and_end(argparse.ArgumentParser.parse_args)
-    # In place of two folders, of the tests and of `python -c`, the one that Python would search first.
-    if words[0] == "-m":
-        sys.argv, sys.path[:2] = words[1:], [os.getcwd()]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv, sys.path[:2] = words, [str(Path(words[0]).resolve().parent)]
-        runpy.run_path(words[0], run_name="__main__")
-
-
-def read_and_end(parse_args):
-    """`ArgumentParser.parse_args` that ends the program once it has done its work."""
-
-    def parse_and_end(parser, *arguments):
-        look_up(vars(parse_args(parser, *arguments)))
-        os._exit(0)  # taking down all that was imported would take a second
-
-    return parse_and_end
-
-
-def look_up(options: dict) -> None:
-    """Find what the arguments name; raises `InputError` or `AssertionError`."""
-    from pi0.libero.suites import find_tasks, suite_tasks
-    from pi0.ript.config import check_evaluation, load_config
-
-    if options.get("config_path"):
-        config = load_config(options["config_path"], options["override"])
-        check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
-        assert is_there(config.policy_path), config.policy_path
-    if "policy_path" in options:
-        assert is_there(options["policy_path"]), options["policy_path"]
-    if "tasks" in options and "suite" in options:
-        find_tasks(options["suite"], options["tasks"])
-    for suite in options.get("suites", []):
-        suite_tasks(suite)
-
-
-def is_there(checkpoint: str) -> bool:
-    """Whether a checkpoint is there, or stands for one that a user has come by or has trained."""
-    return checkpoint in STAND_INS or Path(checkpoint).is_dir()
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    programs = Programs(tmp_path_factory.mktemp("programs"))
-    yield programs
-    programs.close()
+def read_arguments(words: list[str]) -> Outcome:
+    """`python words`, or from `torchrun` on, until the arguments are read and what they name was looked up."""
+    return python(["tests/support/read_arguments.py", json.dumps(list(STAND_INS)), *words], 60)
 
 
 def environment() -> dict[str, str]:
@@ -472,40 +365,66 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def made_before(programs, tmp_path_factory):
-    """What `STAND_INS` names, made by documented commands: a run of several iterations, a data set, measurements."""
-    folder = tmp_path_factory.mktemp("made")
-    texts = [command.text for command in COMMANDS]
-    train = "python 13_train_production_ready.py --config_path configs/quickstart.yaml"
-    record = "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
-    assert train in texts
-    assert record in texts
-    overrides = LEAST.format(out=folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
-    outcome = programs.run(with_overrides(shlex.split(train)[1:], shlex.split(overrides)))
-    assert outcome.code == 0, outcome.output[-3000:]
-    (results,) = (folder / "runs").glob("*/results.json")
-    demonstrations = folder / "demonstrations"
-    words = [str(demonstrations) if word == "demonstrations" else word for word in shlex.split(record)[1:]]
-    more = CLONED.format(out=folder / "warmstart") + " --demonstrations 1 --frame-every 9"
-    outcome = programs.run([*words, *shlex.split(more)])
-    assert outcome.code == 0, outcome.output[-3000:]
-    libero_files = folder / "libero_spatial"
-    libero_files.mkdir()
-    (recorded,) = open_demonstrations(demonstrations)
-    (task,) = find_tasks("libero_spatial", [3])
-    write_hdf5(libero_files / f"{task.name}_demo.hdf5", {"demo_0": recorded}, instruction=task.prompt)
-    measurements = {"stages": STAGES, "rollouts": f"--figures small {ROLLOUTS}", "learning": LEARNED}
-    for script, least in measurements.items():
-        words = shlex.split(least.format(out=folder / "measured"))
-        outcome = programs.run([f"benchmarks/{script}.py", *words])
+class MadeBefore(dict):
+    """What `STAND_INS` names, made by documented commands when it is first needed.
+
+    A run of several iterations, a data set, LIBERO's files, measurements.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = getattr(self, name)()
+        return self[name]
+
+    def run(self) -> Path:
+        train = documented_words("python 13_train_production_ready.py --config_path configs/quickstart.yaml")
+        overrides = LEAST.format(out=self.folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
+        self._do(with_overrides(train, shlex.split(overrides)))
+        (results,) = (self.folder / "runs").glob("*/results.json")
+        return results.parent
+
+    def demonstrations(self) -> Path:
+        record = documented_words(
+            "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
+        )
+        folder = self.folder / "demonstrations"
+        words = [str(folder) if word == "demonstrations" else word for word in record]
+        more = CLONED.format(out=self.folder / "warmstart") + " --demonstrations 1 --frame-every 9"
+        self._do([*words, *shlex.split(more)])
+        return folder
+
+    def libero_files(self) -> Path:
+        folder = self.folder / "libero_spatial"
+        folder.mkdir()
+        (recorded,) = open_demonstrations(self["demonstrations"])
+        (task,) = find_tasks("libero_spatial", [3])
+        write_hdf5(folder / f"{task.name}_demo.hdf5", {"demo_0": recorded}, instruction=task.prompt)
+        return folder
+
+    def measured(self) -> Path:
+        folder = self.folder / "measured"
+        measurements = {"stages": STAGES, "rollouts": f"--figures small {ROLLOUTS}", "learning": LEARNED}
+        for script, least in measurements.items():
+            self._do([f"benchmarks/{script}.py", *shlex.split(least.format(out=folder))])
+        return folder
+
+    def _do(self, words: list[str]) -> None:
+        outcome = python(words)
         assert outcome.code == 0, outcome.output[-3000:]
-    return {
-        "run": results.parent,
-        "demonstrations": demonstrations,
-        "libero_files": libero_files,
-        "measured": folder / "measured",
-    }
+
+
+def documented_words(text: str) -> list[str]:
+    """Of a command that is documented as it stands here, what comes after `python`."""
+    assert text in [command.text for command in COMMANDS]
+    return shlex.split(text)[1:]
+
+
+@pytest.fixture(scope="module")
+def made_before(tmp_path_factory):
+    return MadeBefore(tmp_path_factory.mktemp("made"))
 
 
 # Commands.
@@ -542,12 +461,12 @@ def test_it_is_known_how_to_try_it(command):
 
 @pytest.mark.runs
 @each_command
-def test_its_program_takes_the_arguments_as_they_stand(programs, command):
+def test_its_program_takes_the_arguments_as_they_stand(command):
     if command.program == "make":
         for recipe in recipes(command):
-            check_arguments(programs, recipe)
+            check_arguments(recipe)
     else:
-        check_arguments(programs, command)
+        check_arguments(command)
 
 
 def recipes(command: Command) -> list[Command]:
@@ -570,7 +489,7 @@ def make(*words: str) -> Outcome:
     return Outcome(done.returncode, done.stdout)
 
 
-def check_arguments(programs: Programs, command: Command) -> None:
+def check_arguments(command: Command) -> None:
     assert command.file.is_file(), f"{command.place}: there is no {command.program}"
     if command.mention and not command.arguments:
         return
@@ -578,30 +497,53 @@ def check_arguments(programs: Programs, command: Command) -> None:
         assert command.arguments == [], f"{command.place}: {command.program} takes no arguments"
         return
     launcher, *words = command.words
-    outcome = programs.read_arguments(command.words if launcher == "torchrun" else words)
+    outcome = read_arguments(command.words if launcher == "torchrun" else words)
     assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
 
 
-@pytest.mark.runs
-@pytest.mark.parametrize(
-    "command",
-    [
+# Another course than without them.
+MODES = ("--resume", "--dataset", "--help", "--nnodes=2")
+
+
+def mode(command: Command) -> tuple[str, ...]:
+    """What a run of the command shows: its program, started so, on one of its courses. Benchmarks have one."""
+    if command.program.startswith("benchmarks/"):
+        return (command.program,)
+    starter = command.words[0] if command.words[0] in ("torchrun", "make") else "python"
+    course = [word for word in command.arguments[:1] if word.isalpha()]
+    return (starter, command.program, *course, *(flag for flag in MODES if flag in command.words))
+
+
+def processes(command: Command) -> int:
+    return max([1, *(int(word.partition("=")[2]) for word in command.words if "--nproc_per_node=" in word)])
+
+
+def runs_of_commands() -> Iterator:
+    """Every command that is run here: of each mode one always, and the others where there is time."""
+    commands = [
         command
         for command in COMMANDS
         if command.way and command.way.run and (command.arguments or not command.mention)
-    ],
-    ids=lambda command: command.text,
-)
-def test_it_runs(programs, made_before, command, tmp_path):
+    ]
+    for command in commands:
+        alike = [other for other in commands if mode(other) == mode(command)]
+        # tests/test_distributed.py has two hosts that train.
+        always = command is min(alike, key=processes) and "--nnodes=2" not in command.words
+        marks = pytest.mark.runs if always else pytest.mark.soak
+        yield pytest.param(command, marks=marks, id=command.text)
+
+
+@pytest.mark.parametrize("command", list(runs_of_commands()))
+def test_it_runs(made_before, command, tmp_path):
     way, words = command.way, command.words
     if words[0] == "make" and Path(sys.prefix).resolve() != (REPO_ROOT / ".venv").resolve():
         pytest.skip("would set up .venv, which is not what runs the tests")
     if words[0] not in ("torchrun", "make"):
         words = words[1:]
-    places = {"out": tmp_path, "port": free_port(), **made_before}
-    words = [STAND_INS.get(word, word).format(**places) for word in words]
-    words = with_overrides(words, shlex.split(way.overrides.format(**places)))
-    words += shlex.split(way.more.format(**places))
+    places = ChainMap({"out": tmp_path, "port": free_port()}, made_before)
+    words = [STAND_INS.get(word, word).format_map(places) for word in words]
+    words = with_overrides(words, shlex.split(way.overrides.format_map(places)))
+    words += shlex.split(way.more.format_map(places))
     if way.copied:
         script = tmp_path / command.program
         script.parent.mkdir()
@@ -610,13 +552,13 @@ def test_it_runs(programs, made_before, command, tmp_path):
         words[words.index(command.program)] = str(script)
     if "--resume" in words:
         first = [word for word in words if word != "--resume"]
-        assert programs.run(first).code == 0
+        assert python(first).code == 0
     if words[0] == "make":
         outcomes = run_targets(words, tmp_path)
     elif words[0] == "torchrun":
         outcomes = run_hosts(words, 2 if "--nnodes=2" in words else 1, tmp_path)
     else:
-        outcomes = [programs.run(words)]
+        outcomes = [python(words)]
     for outcome in outcomes:
         assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
         assert "Traceback" not in outcome.output
@@ -648,7 +590,7 @@ def run_targets(words: list[str], folder: Path) -> list[Outcome]:
     arguments = f"ARGS={shlex.join(more)}"
     before = [interrupted_quickstart(arguments, folder)] if target == "resume" else []
     after = make(target, arguments)
-    assert not before or "going on from" in after.output
+    assert not before or "continuing from" in after.output
     return [*before, after]
 
 
@@ -668,7 +610,7 @@ def interrupted_quickstart(arguments: str, folder: Path) -> Outcome:
         output.seek(0)
         said = output.read()
     assert "SIGINT: stopping after a checkpoint" in said, said[-3000:]
-    return Outcome(0 if "stopped; --resume goes on from" in said else 1, said)
+    return Outcome(0 if "stopped; --resume continues from" in said else 1, said)
 
 
 def outside_make() -> dict[str, str]:
@@ -728,7 +670,7 @@ WITH_PYTHON = [
 
 @pytest.mark.runs
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.relative_to(REPO_ROOT))
-def test_python_in_a_document_runs(programs, made_before, path, tmp_path):
+def test_python_in_a_document_runs(made_before, path, tmp_path):
     parts = tmp_path / "CHECKPOINT"
     parts.mkdir()
     for number in (1, 2):
@@ -741,7 +683,7 @@ def test_python_in_a_document_runs(programs, made_before, path, tmp_path):
         code = code.replace(name, repr(str(place)) + ")" * name.endswith(")"))
     script = tmp_path / "blocks.py"
     script.write_text(code, encoding="utf-8")
-    outcome = programs.run([str(script)])
+    outcome = python([str(script)])
     assert outcome.code == 0, outcome.output[-3000:]
     assert "Traceback" not in outcome.output
     if "LeRobotWriter" in code:

@@ -388,6 +388,14 @@ def reads_of(source: str) -> set[tuple[str, str]]:
     return reads
 
 
+def is_read(name: str, reads: set[tuple[str, str]]) -> bool:
+    """Whether a key is among what is read; what any trainer may use reads a section by the name `settings`."""
+    owner, _, leaf = f"config.{name}".rpartition(".")
+    if leaf in ("task_name", "task_names_to_use"):  # `TaskConfig.chosen` reads these two
+        return ("task", "chosen") in reads
+    return bool({(owner.rpartition(".")[2], leaf), ("settings", leaf)} & reads)
+
+
 def test_every_count_has_a_unit():
     counts = [each for each in describe_keys() if each.type in (int, int | None)]
     assert [each.name for each in counts if not each.unit] == ["training.seed", "evaluation.seed"]
@@ -417,14 +425,7 @@ def test_a_key_is_read_from_the_stage_on_that_it_names_and_in_no_earlier_one():
     assert sorted(reads) == list(range(8, 14))
     first, expected = {}, {}
     for description in describe_keys():
-        owner, _, leaf = f"config.{description.name}".rpartition(".")
-        # `TaskConfig.chosen` reads these two.
-        read = (
-            ("task", "chosen")
-            if leaf in ("task_name", "task_names_to_use")
-            else (owner.rpartition(".")[2], leaf)
-        )
-        stages = [stage for stage in sorted(reads) if read in reads[stage]]
+        stages = [stage for stage in sorted(reads) if is_read(description.name, reads[stage])]
         assert stages == list(range(stages[0], 14)), f"{description.name} is read in {stages} alone"
         first[description.name] = stages[0]
         expected[description.name] = description.since or 8
@@ -437,13 +438,4 @@ def test_every_key_is_read_somewhere():
     scripts = [path for path in ROOT.glob("*.py") if re.match(r"\d\d_", path.name)]
     sources = [path for path in [*scripts, *ROOT.glob("pi0/**/*.py")] if path not in others]
     reads = set().union(*(reads_of(path.read_text()) for path in sources))
-    # Both are read together, by the schema's own property.
-    named = {"task.task_name", "task.task_names_to_use"} if ("task", "chosen") in reads else set()
-    unread = []
-    for description in describe_keys():
-        if description.name in named:
-            continue
-        section, _, leaf = f"config.{description.name}".rpartition(".")
-        if (section.rpartition(".")[2], leaf) not in reads:
-            unread.append(description.name)
-    assert not unread
+    assert [each.name for each in describe_keys() if not is_read(each.name, reads)] == []

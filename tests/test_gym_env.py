@@ -1,5 +1,9 @@
 """The engine behind Gymnasium's interfaces: its checker passes, and both faces give the engine's numbers."""
 
+import dataclasses
+import os
+import signal
+
 import gymnasium
 import numpy as np
 import pytest
@@ -7,8 +11,11 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import pi0.libero.gym_env  # noqa: F401 registers the environments
+from pi0.libero.episodes import Rollout
 from pi0.libero.experts import PickAndPlace
 from pi0.libero.gym_env import LIBEROEnv, LIBEROVectorEnv
+from pi0.libero.rollouts import RolloutPool
+from pi0.workers.process import WorkerError
 
 pytestmark = pytest.mark.engine
 
@@ -36,24 +43,98 @@ def test_gymnasiums_own_checker_passes():
     env.close()
 
 
-def test_an_expert_ends_an_episode_with_reward_one(env):
+class Script:
+    """A policy that repeats actions, float32 [steps, 7], whatever it sees."""
+
+    shares_first_look = False
+
+    def __init__(self, actions: np.ndarray, replan_steps: int):
+        self.actions = np.concatenate([actions, np.zeros((10, 7), np.float32)])
+        self.replan_steps = replan_steps
+
+    def noise(self, key):
+        first = key[-1] * self.replan_steps
+        return self.actions[first : first + 10]
+
+    def act(self, images, states, prompts, noise):
+        return noise
+
+
+@pytest.fixture(scope="module")
+def expert_episode(env):
+    """What an expert does from state 5 until the task is solved: actions [steps, 7], and every answer of `step`."""
+    env.reset(options={"init_state": 5})
+    sim, _ = env._worker.open(env.task)
+    expert, actions, answers = PickAndPlace(sim), [], []
+    while not answers or not any(answers[-1][2:4]):
+        actions.append(expert.action().astype(np.float32))
+        answers.append(env.step(actions[-1]))
+    return np.array(actions), answers
+
+
+@pytest.fixture(scope="module")
+def pool(env):
+    spec = dataclasses.replace(env._worker.spec, slots=2, chunk=10)
+    pool = RolloutPool(spec, workers=1)
+    yield pool
+    pool.close()
+
+
+def test_an_expert_ends_an_episode_with_reward_one(env, expert_episode):
     observation, info = env.reset(options={"init_state": 5})
     assert env.observation_space.contains(observation)
     assert info["init_state"] == 5
     assert info["instruction"].startswith("pick up the black bowl on the cookie box")
-    sim, _ = env._worker.open(env.task)
-    expert, rewards = PickAndPlace(sim), []
-    for _ in range(300):
-        observation, reward, terminated, truncated, info = env.step(expert.action().astype(np.float32))
-        rewards.append(reward)
-        if terminated or truncated:
-            break
+    for action in expert_episode[0]:
+        _, _, terminated, truncated, info = env.step(action)
     assert terminated
     assert not truncated
     assert info["success"]
-    assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(np.zeros(7, np.float32))
+    rewards = [answer[1] for answer in expert_episode[1]]
+    assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
+
+
+@pytest.mark.parametrize("end", ["success", "horizon"])
+def test_episodes_end_with_the_observation_that_the_environment_shows(env, pool, expert_episode, end):
+    actions, answers = expert_episode
+    steps = len(actions) if end == "success" else len(actions) - 3
+    cut_off = []  # success within a chunk, whose last action is never carried out, and with its last action
+    for replan_steps in (7, 9, 10):
+        rollout = Rollout(
+            env.task,
+            env._states.states[5],
+            init_index=5,
+            noise_key=(),
+            horizon=300 if end == "success" else steps,
+            settle_steps=2,
+            keep_last=True,
+        )
+        ((_, episode),) = pool.run(Script(actions, replan_steps), [rollout], replan_steps)
+        assert episode.steps == steps
+        assert (episode.terminated, episode.truncated) == (end == "success", end == "horizon")
+        assert same({"images": episode.last.images, "state": episode.last.state}, answers[steps - 1][0])
+        for look, step in enumerate(range(replan_steps, steps, replan_steps), start=1):
+            assert np.array_equal(episode.states[look], answers[step - 1][0]["state"])
+        cut_off.append(episode.executed[-1] < replan_steps)
+    assert any(cut_off)
+    assert end == "horizon" or not all(cut_off)
+
+
+def test_a_drawn_frame_shows_the_episode_that_was_begun():
+    env = LIBEROEnv(**SETTINGS, horizon=30, render_mode="rgb_array")
+    env.reset(options={"init_state": 5})
+    first = env.render()
+    for _ in range(20):
+        env.step(np.array([1, 0, -1, 0, 0, 0, 1], np.float32))
+    later = env.render()
+    assert not np.array_equal(later, first)
+    env.reset(options={"init_state": 5})
+    assert np.array_equal(env.render(), first)
+    env.step(np.array([1, 0, -1, 0, 0, 0, 1], np.float32))
+    assert not np.array_equal(env.render(), first)
+    env.close()
 
 
 def test_the_horizon_truncates():
@@ -111,3 +192,16 @@ def test_environments_in_a_vector_are_single_environments(env, workers):
         observation, info = env.reset()
         assert info["init_state"] == next_infos["init_state"][i]
         assert np.array_equal(after["state"][i], observation["state"])
+
+
+def test_a_vector_whose_worker_is_lost_says_so_and_can_be_reset():
+    envs = LIBEROVectorEnv(2, **SETTINGS, workers=2, horizon=4)
+    first, _ = envs.reset(seed=7)
+    os.kill(envs._pool.processes[0], signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"worker 0 ended \(SIGKILL\)"):
+        envs.step(np.zeros((2, 7), np.float32))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        envs.step(np.zeros((2, 7), np.float32))
+    assert same(envs.reset(seed=7)[0], first)
+    assert not envs.step(np.zeros((2, 7), np.float32))[3].any()
+    envs.close()

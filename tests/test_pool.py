@@ -3,20 +3,24 @@
 import dataclasses
 import operator
 import os
-import pickle
 import signal
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from pi0.libero import gl
 from pi0.libero import rollouts as rollouts_module
-from pi0.libero.rollouts import WorkerError, usable_cores
+from pi0.libero.rendering import Renderer
 from pi0.libero.settings import TaskConfig
+from pi0.libero.suites import suite_tasks
+from pi0.libero.worker import Worker
 from pi0.model.config import Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.workers.process import WorkerError
 from tests.support import worker_calls
 
 pytestmark = pytest.mark.engine
@@ -58,9 +62,9 @@ class SharingPolicy(NoisePolicy):
         return super().act(images, states, prompts, noise)
 
 
-def make_runner(workers: int, **changes) -> LIBEROEnvRunner:
+def make_runner(workers: int, tasks=(3,), **changes) -> LIBEROEnvRunner:
     task = TaskConfig(
-        task_names_to_use=[3],
+        task_names_to_use=list(tasks),
         image_size=32,
         max_episode_length=35,
         settle_steps=2,
@@ -201,7 +205,7 @@ def test_debug_variables_write_what_happened_and_what_the_policy_saw(runner, epi
 @pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.6])
 def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
     jobs = rollouts(runner, 10)
-    victim, before = runner.pool._workers[0].process.pid, len(runner.pool.losses)
+    victim, before = runner.pool.processes[0], len(runner.pool.losses)
     timer = threading.Timer(delay_s, os.kill, (victim, signal.SIGKILL))
     timer.start()
     assert_same(run(runner, jobs), episodes)
@@ -217,7 +221,7 @@ def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
 
 def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monkeypatch):
     monkeypatch.setattr(runner.pool, "limit_s", 25.0)
-    os.kill(runner.pool._workers[1].process.pid, signal.SIGSTOP)
+    os.kill(runner.pool.processes[1], signal.SIGSTOP)
     before = len(runner.pool.losses)
     assert_same(run(runner, rollouts(runner, 10)), episodes)
     (loss,) = runner.pool.losses[before:]
@@ -225,28 +229,14 @@ def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monke
     assert loss.work
 
 
-class SomethingElse:
-    """What no worker should answer."""
-
-
-@pytest.mark.parametrize(
-    "garbage", [None, [SomethingElse()], b"not a pickle"], ids=["none", "other", "bytes"]
-)
+@pytest.mark.parametrize("garbage", worker_calls.GARBAGE)
 def test_a_worker_that_answers_garbage_is_replaced_and_changes_no_result(runner, episodes, garbage):
-    worker, before = runner.pool._workers[0], len(runner.pool.losses)
-    receive, connection = worker.receive, worker.connection
-
-    def receive_garbage():
-        receive()  # its real answer is lost
-        if isinstance(garbage, bytes):
-            return pickle.loads(garbage)
-        return garbage
-
-    worker.receive = receive_garbage
+    process, before = runner.pool.processes[0], len(runner.pool.losses)
+    list(runner.pool.call(worker_calls.answer_with_garbage, [(garbage,)]))  # the first of the two workers
     assert_same(run(runner, rollouts(runner, 10)), episodes)
-    assert connection.closed
+    assert not Path(f"/proc/{process}").exists()
     (loss,) = runner.pool.losses[before:]
-    assert "sent" in loss.cause
+    assert loss.cause.startswith("sent something else than progress (")
 
 
 BREAK = ("act", operator.attrgetter("anything"))  # acting then raises an error that is no simulation's
@@ -263,19 +253,12 @@ def test_a_worker_that_fails_is_replaced_and_changes_no_result(runner, episodes)
 def test_when_nothing_is_ever_finished_the_run_ends_with_the_cause(monkeypatch):
     monkeypatch.setattr(rollouts_module, "FRUITLESS_LOSSES", 1)
     with make_runner(2) as runner:
-        monkeypatch.setattr(runner.pool, "_replace", lambda worker: worker)  # the next is no better
+        monkeypatch.setattr(runner.pool, "_replace", lambda number: None)  # the next is no better
         list(runner.pool.call(setattr, [BREAK, BREAK]))
         with pytest.raises(
             WorkerError, match=r"3 losses without a finished rollout: worker . failed .*TypeError"
         ):
             run(runner, rollouts(runner, 10))
-
-
-def test_by_default_there_is_a_worker_on_each_core(monkeypatch):
-    cores = len(os.sched_getaffinity(0))
-    assert 1 <= usable_cores() <= cores
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * cores))
-    assert usable_cores() == 1
 
 
 def test_a_broken_simulation_fails_its_own_rollout_only(runner, episodes):
@@ -292,27 +275,6 @@ def test_a_half_consumed_run_leaves_the_pool_usable(runner, episodes):
     assert_same(run(runner, rollouts(runner, 3)), episodes[:3])
 
 
-def test_an_error_in_a_called_function_names_it(runner):
-    with pytest.raises(WorkerError, match="AttributeError.*no_such_thing"):
-        list(runner.pool.call(getattr, [("no_such_thing",)]))
-    assert list(runner.pool.call(getattr, [("spec",)])) == [(0, runner.pool.spec)]
-
-
-def test_a_call_whose_worker_is_killed_is_made_again(runner, tmp_path):
-    before = len(runner.pool.losses)
-    calls = [(str(tmp_path / str(number)),) for number in range(4)]
-    done = sorted(runner.pool.call(worker_calls.die_the_first_time, calls))
-    assert done == [(number, path) for number, (path,) in enumerate(calls)]
-    losses = [str(loss).partition(" ended ")[2] for loss in runner.pool.losses[before:]]
-    assert losses == ["(SIGKILL) while it ran die_the_first_time"] * 4
-
-
-def test_a_call_that_ends_every_worker_ends_with_the_cause(runner):
-    with pytest.raises(WorkerError, match=r"ended \(SIGKILL\) while it ran die, 3 times"):
-        list(runner.pool.call(worker_calls.die, [()]))
-    assert list(runner.pool.call(getattr, [("spec",)])) == [(0, runner.pool.spec)]
-
-
 def test_a_worker_that_ends_within_an_answer_is_replaced_and_changes_no_result(runner, episodes):
     before = len(runner.pool.losses)
     list(runner.pool.call(worker_calls.die_within_the_next_answer, [()]))  # the first of the two workers
@@ -321,10 +283,89 @@ def test_a_worker_that_ends_within_an_answer_is_replaced_and_changes_no_result(r
     assert loss.cause == "ended (SIGKILL)"
 
 
-def test_workers_end_with_the_pool():
+def test_a_worker_ends_well_with_its_scenes_and_its_opengl():
     with make_runner(1) as runner:
-        process = runner.pool._workers[0].process
-    assert process.returncode == 0
+        run(runner, rollouts(runner, 1))
+        (worker,) = runner.pool._workers
+    assert worker._process.returncode == 0
+
+
+def test_workers_say_which_scenes_they_have_open():
+    def opened(pool) -> list[list[int]]:
+        return [sorted(task.index for task in tasks) for tasks in pool.open_tasks()]
+
+    tasks = suite_tasks("libero_spatial")
+    with make_runner(2, tasks=[3, 4, 5], max_open_tasks=2) as three:
+        assert opened(three.pool) == [[], []]
+        list(three.pool.call(worker_calls.open_task, [(tasks[3],)]))  # the first of the two workers
+        assert opened(three.pool) == [[3], []]
+        assert three.pool.open_tasks()[0] == {tasks[3]}
+        for task in (4, 5):
+            list(three.pool.call(worker_calls.open_task, [(tasks[task],)]))
+        assert opened(three.pool) == [[4, 5], []], "the one unused for longest was closed"
+        with pytest.raises(WorkerError, match="this one opens its scene and fails"):
+            list(three.pool.call(worker_calls.open_task_and_fail, [(tasks[3],)]))
+        assert opened(three.pool) == [[3, 5], []]
+        os.kill(three.pool.processes[0], signal.SIGKILL)
+        assert list(three.pool.call(worker_calls.do_nothing, [()])) == [(0, None)]
+        assert opened(three.pool) == [[], []], "the new worker has opened nothing"
+        pools = three.evaluation_states()
+        run(three, [three.rollout(pools[index % 2], index, (index,), max_steps=10) for index in range(8)])
+        assert opened(three.pool) == [[3, 4], [3, 4]]
+        seen = dict(three.pool.call(worker_calls.open_tasks, [(), ()]))
+        assert [sorted(seen[number]) for number in (0, 1)] == opened(three.pool)
+    assert three.pool.open_tasks() == []
+
+
+# The last observation ------------------------------------------------------------------------------------
+
+
+def test_an_episode_that_keeps_its_last_observation_is_the_same_otherwise(runner, episodes):
+    jobs = [dataclasses.replace(job, keep_last=True) for job in rollouts(runner, 10)]
+    kept = run(runner, jobs)
+    assert_same(kept, episodes)
+    for ours, other in zip(kept, episodes, strict=True):
+        assert other.last is None
+        assert ours.last.state.shape == (8,)
+        assert ours.last.state.dtype == np.float32
+        assert {camera: image.shape for camera, image in ours.last.images.items()} == dict.fromkeys(
+            CAMERAS, (32, 32, 3)
+        )
+        assert not np.array_equal(ours.last.state, ours.states[-1])
+    assert kept[0].outline().last is None
+
+
+def test_an_episode_says_what_ended_it(runner):
+    jobs = [dataclasses.replace(job, keep_last=True) for job in rollouts(runner, 2)]
+    jobs[1].init.state[1] = np.nan
+    truncated, broken = run(runner, jobs)
+    assert (truncated.terminated, truncated.truncated) == (False, True)
+    assert (broken.terminated, broken.truncated, broken.last) == (False, False, None)
+    solved = dataclasses.replace(truncated, success=True)
+    assert (solved.terminated, solved.truncated) == (True, False)
+
+
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_the_last_observation_is_drawn_for_those_who_ask_alone(runner, monkeypatch, keep_last):
+    gl.select_backend()
+    spec = runner.pool.spec
+    arrays = {name: np.zeros(*entry) for name, entry in spec.arrays().items()}
+    worker = Worker(spec, arrays, np.random.default_rng(0))
+    drawn = []
+    render = Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda self, *rest: drawn.append(rest[1]) or render(self, *rest))
+    (job,) = rollouts(runner, 1)  # 35 steps: chunks of 10, 10, 10 and 5
+    worker.start(0, dataclasses.replace(job, keep_last=keep_last))
+    assert drawn == list(CAMERAS)
+    for chunk in range(4):
+        arrays["images"][0], arrays["states"][0] = 7, 7
+        drawn.clear()
+        progress = worker.act(0, 10)
+        assert progress.done == (chunk == 3)
+        looked = keep_last or chunk < 3
+        assert drawn == list(CAMERAS) * looked
+        assert (arrays["states"][0] != 7).any() == looked
+    worker.close()
 
 
 def test_the_policy_looks_again_after_five_actions_of_a_chunk(runner, monkeypatch):

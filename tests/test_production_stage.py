@@ -27,6 +27,7 @@ from pi0.ript.rollout_stats import RolloutStats, SamplerState
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.state import Place
 from tests.support.episodes import make_episode, states_of
+from tests.support.programs import children_of
 from tests.support.stage_13_runs import (
     CHECKPOINT,
     SCRIPT,
@@ -68,7 +69,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tm
     output = finish(process, timeout=30)
     assert time.monotonic() - asked < 30
     assert f"{number.name}: stopping after a checkpoint" in output
-    assert "stopped; --resume goes on from" in output
+    assert "stopped; --resume continues from" in output
     assert no_process_has(tmp_path)
     finish(start(tmp_path, "--resume"))
     assert_same(tmp_path, straight[0])
@@ -83,7 +84,7 @@ def test_two_processes_stop_together_when_one_is_asked(tmp_path):
     os.kill(second, signal.SIGTERM)
     output = finish(process, timeout=30)
     assert time.monotonic() - asked < 30
-    assert "stopped; --resume goes on from" in output
+    assert "stopped; --resume continues from" in output
     assert no_process_has(tmp_path)
 
 
@@ -95,7 +96,7 @@ def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_goes_on_later(strai
     process.send_signal(signal.SIGINT)  # its ranks are in sessions of their own, and it tells them
     output, _ = process.communicate(timeout=30)
     assert time.monotonic() - asked < 30
-    assert "stopped; --resume goes on from" in output
+    assert "stopped; --resume continues from" in output
     wait_until_nothing_has(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))
     assert_same(tmp_path, straight_of_two)
@@ -168,7 +169,9 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     saved = steps_saved(tmp_path)
     assert saved[0] == 0
     assert saved[1] in (1, 2)
-    assert f"stopped; --resume goes on from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
+    assert (
+        f"stopped; --resume continues from {run_of(tmp_path) / 'checkpoints'}/step-00000{saved[1]}" in output
+    )
     finish(start(tmp_path, "--resume"))
     assert_same(tmp_path, straight[0])
 
@@ -191,7 +194,7 @@ def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(t
     process.send_signal(signal.SIGTERM)
     output = finish(process, timeout=30)
     assert time.monotonic() - asked >= 8.0
-    assert re.search(r"goes on from .*/step-000000; 1 iterations after it are to be done again", output)
+    assert re.search(r"continues from .*/step-000000; 1 iterations after it must be repeated", output)
     assert steps_saved(tmp_path) == [0]
 
 
@@ -261,6 +264,7 @@ def no_process_has(folder: Path) -> bool:
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("fresh_python")
 def test_twenty_kills_at_random_moments_lose_nothing_but_the_work_since_the_last_checkpoint(
     straight, tmp_path
 ):
@@ -344,8 +348,7 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     process = start(tmp_path)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
     time.sleep(1.0)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(pid) for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid, arguments in children_of(process.pid).items() if "worker" in arguments]
     os.kill(workers[0], signal.SIGKILL)
     output = finish(process)
     assert "SIGKILL" in output
@@ -393,7 +396,7 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
             tmp_path, *FOUR_UPDATES, script=("tests/support/spoilt_weights.py", "4", "1e12"), env=with_path()
         )
     )
-    assert re.findall(r"going on from .*/step-00000(\d)", output) == ["1", "0"]
+    assert re.findall(r"continuing from .*/step-00000(\d)", output) == ["1", "0"]
     first, again = re.findall(r"iteration 0: .* loss (\S+)", output)
     assert first != again, "the update's noise is drawn anew"
     rows = outcome(tmp_path)["rows"]
@@ -419,7 +422,7 @@ def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_re
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "back to the last good checkpoint" in output
-    assert "again and again; start anew with a lower algo.lr" in output
+    assert "again and again; start a new run with a lower algo.lr" in output
     assert "Traceback" not in output
     newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
     weights = load_file(newest / "training.safetensors")
@@ -509,6 +512,7 @@ print("passes", adapter.passes, "loss", loss)
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, str(CHECKPOINT), "700000000"],
@@ -520,6 +524,7 @@ def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
@@ -542,7 +547,7 @@ def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_m
     process = start(tmp_path, *settings, processes=2, script=short, env=with_path())
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    line = "error: step 0: memory ran out on rank 1; --resume goes on with minibatches in 2 passes"
+    line = "error: step 0: memory ran out on rank 1; --resume continues with minibatches in 2 passes"
     assert line in output
     output = finish(start(tmp_path, "--resume", *settings, processes=2))
     newest, _ = CheckpointStore(run_of(tmp_path) / "checkpoints", 2).newest_valid()
@@ -599,6 +604,7 @@ print(before - resident_mb())
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_free_memory_is_given_back():
     done = subprocess.run([sys.executable, "-c", HOLDS_FREE_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
@@ -622,6 +628,7 @@ print(faults() - before)
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_between_releases_freed_memory_is_kept():
     done = subprocess.run([sys.executable, "-c", KEEPS_FREED_MEMORY], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
@@ -629,6 +636,7 @@ def test_between_releases_freed_memory_is_kept():
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("fresh_python")
 def test_a_run_whose_memory_grows_says_so(tmp_path):
     script = ("tests/support/leaking_memory.py", "3", "3000")  # twice what trainer and worker take
     few = [

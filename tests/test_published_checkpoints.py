@@ -668,6 +668,7 @@ print((status("VmHWM") - before) / weights, weights / 1e6)
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_loading_takes_a_tenth_more_memory_than_the_weights(tmp_path):
     small = write_openpi(tmp_path / "small", weights())
     large = write_openpi(tmp_path / "large", weights(width=768, mlp=6144, vocab=20_000))

@@ -22,6 +22,7 @@ from pi0.ript.config import Config
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.run_folder import new_run_dir, newest_run, take_run
 from tests.support.browser import browser_check
+from tests.support.programs import fresh_python
 from tests.support.stage_13_runs import (
     CHECKPOINT,
     STEPS,
@@ -38,9 +39,10 @@ from tests.support.stage_13_runs import (
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory):
-    """A run that was killed after its first iteration."""
+    """A run that was killed after its first iteration; its Python is not that of the run which it is compared with."""
     folder = tmp_path_factory.mktemp("killed")
-    process = start(folder)
+    with fresh_python():
+        process = start(folder)
     wait_until(lambda: 1 in steps_saved(folder), process)
     process.kill()
     process.communicate()
@@ -56,11 +58,11 @@ def killed(killed_run, tmp_path):
 @pytest.mark.runs
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
     output = finish(start(killed, "--resume"))
-    assert re.search(r"going on from .*step-00000[12], [12] iterations done", output)
+    assert re.search(r"continuing from .*step-00000[12], [12] iterations done", output)
     assert_same(killed, straight[0])
     lines = (run_of(killed) / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
-    assert seconds == sorted(seconds), "time goes on from where the run stopped"
+    assert seconds == sorted(seconds), "time continues from where the run stopped"
 
 
 @pytest.mark.runs
@@ -96,6 +98,7 @@ def test_chromium_shows_the_report_of_a_run(straight, tmp_path):
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
     kill_after_a_step(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))
@@ -139,7 +142,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
     output, _ = (process := start(killed, "--resume")).communicate(timeout=300)
     assert process.returncode == 1
     assert "error: no checkpoint in" in output
-    assert "is valid; start anew, without --resume" in output
+    assert "is valid; start a new run, without --resume" in output
     assert (run_of(killed) / "metrics.jsonl").read_text() == lines != ""
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pi0 import evaluate, norm_stats, warmstart
-from pi0.libero.settings import EvaluationConfig, TaskConfig, range_of, task_conflicts, task_of_command
+from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_conflicts, task_of_command
 
 EVALUATE = ["--policy_path", "a"]
 OUTPUT = ["--output", "a"]
@@ -68,7 +68,7 @@ def test_a_number_out_of_range_is_refused_with_the_options_name(capsys, parse, a
 
 def test_a_number_in_range_is_taken_and_a_word_is_no_number(capsys):
     assert range_of(TaskConfig, "settle_steps")("0") == 0
-    assert range_of(EvaluationConfig, "seed")(str(2**31 - 1)) == 2**31 - 1
+    assert range_of(ScoreConfig, "seed")(str(2**31 - 1)) == 2**31 - 1
     with pytest.raises(SystemExit):
         evaluate.parse_arguments([*EVALUATE, "--workers", "all"])
     assert "argument --workers: invalid int value: 'all'" in capsys.readouterr().err

@@ -213,6 +213,7 @@ def test_a_run_leaves_results_a_picture_a_video_and_a_policy_that_loads(runs, st
     PI0Policy.from_pretrained(run_dir / "policy")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_records_nothing_that_is_not_declared(runs, stage):
     _, run_dir = runs[stage]
@@ -283,6 +284,7 @@ def test_a_policy_is_loaded_as_configured(stage_08, tmp_path):
     assert policy.norm_stats.state.mean[0] == pytest.approx(plain.norm_stats.state.mean[0] + 0.5)
 
 
+@pytest.mark.runs
 def test_stage_08_runs_with_the_settings_in_it(tmp_path):
     (tmp_path / "checkpoints").symlink_to(REPO_ROOT / "checkpoints")
     done = run_script(str(REPO_ROOT / STAGES[0]), cwd=tmp_path)

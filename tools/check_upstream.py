@@ -28,10 +28,16 @@ from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
-from published_files import (
+from safetensors.torch import load_model
+
+from pi0 import PI0Policy
+from pi0.policy import lerobot_files
+from pi0.policy.normalization import add_state, normalize, unnormalize
+from pi0.policy.tokenizer import clean_prompt, state_prompt
+from tests.support.published_files import (
     ACTIONS,
     EXPERT,
     HEAD_DIM,
@@ -43,11 +49,6 @@ from published_files import (
     weights,
     write_openpi,
 )
-from safetensors.torch import load_model
-
-from pi0 import PI0Policy, lerobot_files
-from pi0.policy.normalization import add_state, normalize, unnormalize
-from pi0.policy.tokenizer import clean_prompt, state_prompt
 
 VOCAB = 257_152  # LeRobot builds no other
 TOLERANCE = 1e-4

@@ -34,8 +34,8 @@ with contextlib.suppress(Exception):
 with contextlib.suppress(Exception):
     importlib.import_module("pi0.libero.libero_import").prepare_libero()
 for name in (
-    "torch._dynamo torch.distributed.run torch.distributed.fsdp pi0.libero.worker pi0.libero.controller "
-    "libero.libero.envs.problems scipy.linalg h5py pyarrow.parquet av matplotlib.pyplot "
+    "torch._dynamo torch.distributed.run torch.distributed.fsdp pi0.workers.serve pi0.libero.worker "
+    "pi0.libero.controller libero.libero.envs.problems scipy.linalg h5py pyarrow.parquet av matplotlib.pyplot "
     "matplotlib.backends.backend_agg pytest xdist.plugin"
 ).split():
     with contextlib.suppress(Exception):

@@ -27,6 +27,7 @@ class Rollout:
         horizon: control steps allowed, settle steps not counted.
         settle_steps: control steps before the policy sees its first observation.
         record: draw a frame of the agent's view for a video every this many control steps (0: no video).
+        keep_last: the episode keeps what is seen after its last action, which is drawn for that alone.
     """
 
     task: Task
@@ -36,6 +37,7 @@ class Rollout:
     horizon: int
     settle_steps: int
     record: int = 0
+    keep_last: bool = False
 
     @property
     def beginning(self) -> tuple:
@@ -45,6 +47,19 @@ class Rollout:
 
     def __str__(self) -> str:
         return f"{self.task.suite} task {self.task.index} state {self.init_index}"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees at one moment.
+
+    Attributes:
+        images: camera name to uint8 [height, width, 3], upright.
+        state: float32 [8].
+    """
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
 
 
 @dataclass
@@ -59,6 +74,7 @@ class Episode:
         success: LIBERO's goal held after the last step.
         failure: what broke the rollout (simulation or worker), else None; such an episode teaches nothing.
         video: uint8 frames [height, width, 3], empty unless `Rollout.record`.
+        last: what was seen after the last action; None unless `Rollout.keep_last`, and where the rollout broke.
     """
 
     rollout: Rollout
@@ -69,6 +85,7 @@ class Episode:
     success: bool
     failure: str | None = None
     video: list[np.ndarray] = field(default_factory=list)
+    last: Observation | None = None
 
     @property
     def prompt(self) -> str:
@@ -80,6 +97,16 @@ class Episode:
         """Control steps carried out."""
         return int(self.executed.sum())
 
+    @property
+    def terminated(self) -> bool:
+        """Whether it ended by success."""
+        return self.success and self.failure is None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the horizon ended it, with the task unsolved."""
+        return not self.success and self.failure is None
+
     def outline(self) -> Episode:
         """The episode without what the policy saw and did: enough for a score, little to send."""
-        return replace(self, images={}, states=self.states[:0], actions=self.actions[:0], video=[])
+        return replace(self, images={}, states=self.states[:0], actions=self.actions[:0], video=[], last=None)

@@ -26,9 +26,10 @@ from pi0.libero.assets import resolve_assets
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
 from pi0.libero.init_states import InitStatePool, evaluation_pools
 from pi0.libero.rendering import CAMERAS
-from pi0.libero.rollouts import RolloutPool, WorkerError
+from pi0.libero.rollouts import RolloutPool
 from pi0.libero.suites import find_tasks
-from pi0.libero.worker import VIDEO_CAMERA, VIDEO_SIZE, SharedArrays, Worker, WorkerSpec
+from pi0.libero.worker import VIDEO_CAMERA, VIDEO_SIZE, Worker, WorkerSpec
+from pi0.workers.process import WorkerError
 
 VIDEO_FPS = 20  # control steps a second
 
@@ -77,6 +78,7 @@ def _rollout(
         noise_key=(),
         horizon=horizon or states.task.horizon,
         settle_steps=settle_steps,
+        keep_last=True,
     )
 
 
@@ -91,7 +93,7 @@ class _InProcess:
         self, function: Callable[..., Any], argument_lists: Sequence[tuple]
     ) -> Iterator[tuple[int, Any]]:
         for index, arguments in enumerate(argument_lists):
-            yield index, self._worker.call(function, *arguments)
+            yield index, function(self._worker, *arguments)
 
 
 class LIBEROEnv(gymnasium.Env):
@@ -138,29 +140,29 @@ class LIBEROEnv(gymnasium.Env):
         self.render_mode = render_mode
         (self.task,) = find_tasks(suite, [task])
         spec = _spec(cameras, image_size, render, assets, slots=1)
-        self._arrays = SharedArrays(spec, bytearray(SharedArrays.nbytes(spec)))
-        self._worker = Worker(spec, self._arrays)
+        self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.arrays().items()}
+        self._worker = Worker(spec, self._arrays, np.random.default_rng())
         (self._states,) = evaluation_pools(_InProcess(spec, self._worker), [self.task], fixtures)
         self._settle_steps, self._horizon = settle_steps, horizon
         self.observation_space, self.action_space = _spaces(spec)
         self._rollout: Rollout | None = None
-        self._running = False
+        self._running = self._moved = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         """Start at a recorded initial state: `options["init_state"]`, or one drawn with `seed`."""
         super().reset(seed=seed)
         self._rollout = _rollout(self._states, self.np_random, options, self._settle_steps, self._horizon)
         self._worker.start(0, self._rollout)
-        self._running = True
+        self._running, self._moved = True, False
         return self._observation(), self._info(success=False)
 
     def step(self, action: np.ndarray):
         """One control step."""
         if not self._running:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
-        self._arrays.actions[0, 0] = action
+        self._arrays["actions"][0, 0] = action
         progress = self._worker.act(0, 1)
-        self._running = not progress.done
+        self._running, self._moved = not progress.done, True
         truncated = progress.done and not progress.success
         return (
             self._observation(),
@@ -175,6 +177,10 @@ class LIBEROEnv(gymnasium.Env):
         if self.render_mode is None or self._rollout is None:
             return None
         sim, renderer = self._worker.open(self.task)
+        if (
+            not self._moved
+        ):  # a worker remembers how episodes begin, and may have left the scene where another ended
+            sim.reset(self._rollout.init, self._rollout.settle_steps)
         frame = np.empty((VIDEO_SIZE, VIDEO_SIZE, 3), np.uint8)
         renderer.render(sim.data, VIDEO_CAMERA, frame)
         return frame
@@ -185,9 +191,9 @@ class LIBEROEnv(gymnasium.Env):
 
     def _observation(self) -> dict[str, Any]:
         images = {
-            camera: self._arrays.images[0, i].copy() for i, camera in enumerate(self._worker.spec.cameras)
+            camera: self._arrays["images"][0, i].copy() for i, camera in enumerate(self._worker.spec.cameras)
         }
-        return {"images": images, "state": self._arrays.states[0].copy()}
+        return {"images": images, "state": self._arrays["states"][0].copy()}
 
     def _info(self, success: bool) -> dict[str, Any]:
         assert self._rollout is not None
@@ -208,7 +214,7 @@ class LIBEROVectorEnv(VectorEnv):
 
     Args:
         num_envs: environments in all.
-        workers: processes they are dealt to.
+        workers: processes that share them.
         Others: as in `LIBEROEnv`.
     """
 
@@ -251,6 +257,7 @@ class LIBEROVectorEnv(VectorEnv):
         self._randoms: list[np.random.Generator] = []
         self._init_states = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)
+        self._running = False  # until the first reset, and after a worker was lost with its episodes
 
     @property
     def instruction(self) -> str:
@@ -273,12 +280,12 @@ class LIBEROVectorEnv(VectorEnv):
         return self._observations(), self._infos(np.zeros(self.num_envs, bool))
 
     def step(self, actions: np.ndarray):
-        """One control step of every environment; those whose episode ended in the last step begin anew."""
-        if not self._randoms:
+        """One control step of every environment; those whose episode ended in the step before start another."""
+        if not self._running:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
         for i in range(self.num_envs):
             worker, slot = self._place(i)
-            self._pool.arrays[worker].actions[slot, 0] = actions[i]
+            self._pool.arrays[worker]["actions"][slot, 0] = actions[i]
         commands = {i: self._start(i, None) if self._ended[i] else 1 for i in range(self.num_envs)}
         done, success = self._advance(commands)
         self._ended = done
@@ -305,17 +312,19 @@ class LIBEROVectorEnv(VectorEnv):
             worker, slot = self._place(i)
             by_worker[worker].append((slot, command))
         done, success = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        self._running = False
         for worker, answers in enumerate(self._pool.advance(by_worker)):
             for progress in answers:
                 if progress.failure:
                     raise WorkerError(f"worker {worker}: {progress.failure}")
                 i = worker * self._pool.spec.slots + progress.slot
                 done[i], success[i] = progress.done, progress.success
+        self._running = True
         return done, success
 
     def _observations(self) -> dict[str, Any]:
-        images = np.concatenate([arrays.images for arrays in self._pool.arrays])[: self.num_envs]
-        states = np.concatenate([arrays.states for arrays in self._pool.arrays])[: self.num_envs]
+        images = np.concatenate([arrays["images"] for arrays in self._pool.arrays])[: self.num_envs]
+        states = np.concatenate([arrays["states"] for arrays in self._pool.arrays])[: self.num_envs]
         return {
             "images": {camera: images[:, i].copy() for i, camera in enumerate(self._pool.spec.cameras)},
             "state": states,

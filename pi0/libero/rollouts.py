@@ -1,4 +1,4 @@
-"""Rollout workers and the loop that keeps them all busy with one policy.
+"""Rollouts in worker processes, and the loop that keeps all workers busy with one policy.
 
 Each worker keeps several rollouts going; their observations make one batch of constant shape, so a
 rollout's actions depend on its own observation and noise only, not on which others happened to be ready.
@@ -8,33 +8,23 @@ are run again from their start, which gives the same result.
 
 from __future__ import annotations
 
-import logging
-import mmap
-import os
-import pickle
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from pi0.libero import gl
-from pi0.libero.episodes import Episode, Rollout
-from pi0.libero.worker import Progress, SharedArrays, WorkerSpec
+from pi0.libero.episodes import Episode, Observation, Rollout
+from pi0.libero.suites import Task
+from pi0.libero.worker import Progress, WorkerSpec
+from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool
+from pi0.workers.process import WorkerError
 
-logger = logging.getLogger(__name__)
-
-CHECK_S = 1.0  # longest time from one call of `RolloutPool.check` to the next
-ATTEMPTS = 3  # times a rollout or a call is given to a worker before it counts as failed
 FRUITLESS_LOSSES = 9  # of each worker in a run that finishes nothing: it is not the rollouts
+CALL_LIMIT = 20  # a call (drawing states, a demonstration) may take so many times as long as a chunk
 
 
 class Policy(Protocol):
@@ -60,29 +50,6 @@ class Policy(Protocol):
         """What the network is given for observations as `act` takes them, by name; `images/...` in [-1, 1]."""
 
 
-def usable_cores() -> int:
-    """Cores for this process's workers: those it may run on, less what other ranks of this machine use."""
-    cores = len(os.sched_getaffinity(0))
-    try:  # a container's share, in microseconds of CPU time and of wall time
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period))) if quota != "max" else cores
-    except (OSError, ValueError):
-        pass  # no such limit here
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A worker that was replaced, why, and what it was doing (which was run again)."""
-
-    worker: int
-    cause: str
-    work: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"worker {self.worker} {self.cause} while it ran {', '.join(self.work) or 'nothing'}"
-
-
 @dataclass
 class Phases:
     """Where the time of running rollouts went, seconds of wall time.
@@ -105,75 +72,20 @@ class Phases:
         )
 
 
-class WorkerError(RuntimeError):
-    """A worker process could not do what it was asked."""
-
-
-class _Process:
-    """A worker process, its socket and its shared memory."""
-
-    def __init__(self, spec: WorkerSpec, number: int):
-        self.number = number
-        ours, theirs = socket.socketpair()
-        memory = os.memfd_create(f"pi0-worker-{number}")
-        os.ftruncate(memory, SharedArrays.nbytes(spec))
-        self._memory = mmap.mmap(memory, SharedArrays.nbytes(spec))
-        self.arrays = SharedArrays(spec, self._memory)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pi0.libero.worker", str(theirs.fileno()), str(memory)],
-            pass_fds=[theirs.fileno(), memory],
-            stdin=subprocess.DEVNULL,
-            # One thread each, Mesa's software renderer included: the processes are the parallelism. A process
-            # group each: Ctrl+C is for the trainer, which then closes the socket.
-            env={
-                "LP_NUM_THREADS": "0",
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-                "PYTHONPATH": _pythonpath(),
-            },
-            process_group=0,
-        )
-        theirs.close()
-        os.close(memory)
-        self.connection = Connection(ours.detach())
-        self.deadline = float("inf")
-        self.connection.send(spec)
-
-    def send(self, method: str, arguments: tuple, limit_s: float) -> None:
-        self.deadline = time.monotonic() + limit_s
-        try:
-            self.connection.send((method, arguments))
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # its end of the socket reads as closed, which is where a dead worker is noticed
-
-    def receive(self) -> Any:
-        """Its answer; raises EOFError or OSError where it ended before or within it."""
-        self.deadline = float("inf")
-        answer, error, trace = self.connection.recv()
-        if error is not None:
-            logger.error("worker %d:\n%s", self.number, trace)
-            raise WorkerError(f"worker {self.number}: {error}")
-        return answer
-
-    def stop(self, timeout: float = 5.0) -> None:
-        self.connection.close()
-        try:
-            self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-class RolloutPool:
+class RolloutPool(WorkerPool):
     """Worker processes that run rollouts.
 
-    Args:
+    Attributes:
         spec: what each worker is made from.
-        workers: number of processes; None for `usable_cores`.
-        limit_s: seconds after which a worker that has not answered is taken for hung.
+        phases: where the time of the latest `run` went.
+
+    Args:
+        workers: number of processes; None for one on each core there is.
+        limit_s: seconds after which a worker that has not answered counts as hung.
         check: called every second or sooner while workers are waited for; what it raises ends `run` or `call`.
     """
+
+    spec: WorkerSpec
 
     def __init__(
         self,
@@ -183,13 +95,32 @@ class RolloutPool:
         check: Callable[[], None] = lambda: None,
     ):
         gl.select_backend()
-        self.spec = spec
-        self.limit_s = limit_s
-        self.check = check
-        self.losses: list[Loss] = []
         self.phases = Phases()
-        self._first_looks: dict[tuple, _FirstLook] = {}
-        self._workers = [_Process(spec, number) for number in range(workers or usable_cores())]
+        super().__init__(
+            "pi0.libero.worker:in_own_process",
+            spec,
+            spec.arrays(),
+            workers,
+            streams=np.random.SeedSequence(0),
+            limit_s=limit_s,
+            check=check,
+            environment={
+                "LP_NUM_THREADS": "0"
+            },  # Mesa's software renderer: the processes are the parallelism
+        )
+
+    def open_tasks(self) -> list[frozenset[Task]]:
+        """Tasks whose scenes each worker had open when it answered last; a replaced worker has none."""
+        return [tasks or frozenset() for tasks in self.reports]
+
+    def call(
+        self,
+        function: str | Callable[..., Any],
+        argument_lists: Sequence[tuple],
+        limit_s: float | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """As `WorkerPool.call`, with a longer limit by default."""
+        return super().call(function, argument_lists, limit_s or CALL_LIMIT * self.limit_s)
 
     def run(
         self,
@@ -215,123 +146,43 @@ class RolloutPool:
             raise ValueError(
                 f"replan_steps is {replan_steps}, the policy's chunks have 1 to {self.spec.chunk} actions"
             )
-        self._first_looks = _first_looks(rollouts) if policy.shares_first_look else {}
-        waiting = deque((index, _Recording(rollout)) for index, rollout in enumerate(rollouts))
-        running: dict[int, dict[int, tuple[int, _Recording]]] = {
-            worker.number: {} for worker in self._workers
-        }
-        attempts = [1] * len(rollouts)
-        fruitless = 0  # losses since a rollout was finished
-        workers = self._workers if num_envs is None else self._workers[:num_envs]
-        # Few rollouts are dealt evenly, so that all workers have some.
-        slots_used = min(self.spec.slots, -(-len(rollouts) // len(workers)))
+        workers = len(self.arrays) if num_envs is None else min(num_envs, len(self.arrays))
+        # A few rollouts are shared out evenly, so that all workers have some.
+        slots = min(self.spec.slots, -(-len(rollouts) // workers))
         if num_envs is not None:
-            slots_used = min(slots_used, num_envs // len(workers))
+            slots = min(slots, num_envs // workers)
         self.phases, waited = Phases(), 0.0
+        schedule = _Schedule(self, policy, rollouts, replan_steps, slots)
+        fruitless = 0  # losses since a rollout was finished
         try:
-            for worker in workers:
-                self._refill(worker, running[worker.number], waiting, [], slots_used, replan_steps)
-            while any(running.values()):
-                self.check()
+            with self.answers() as answers:
+                for number in range(workers):
+                    schedule.go_on(number)
                 started = time.perf_counter()
-                for worker, answers in self._answers(running):
+                for number, outcome in answers:
                     waited += time.perf_counter() - started
-                    slots = running[worker.number]
-                    if isinstance(answers, str):
-                        rollouts_lost = tuple(str(recording.rollout) for _, recording in slots.values())
-                        self.losses.append(Loss(worker.number, answers, rollouts_lost))
+                    if isinstance(
+                        outcome, WorkerError
+                    ):  # of memory, OpenGL, MuJoCo: its simulations are useless
+                        outcome = self.lose(number, f"failed ({outcome})")
+                    elif not isinstance(outcome, Loss) and not schedule.expects(number, outcome):
+                        outcome = self.lose(number, f"sent something else than progress ({outcome!r:.80})")
+                    if isinstance(outcome, Loss):
                         fruitless += 1
-                        if fruitless > FRUITLESS_LOSSES * len(workers):
-                            raise WorkerError(
-                                f"{fruitless} losses without a finished rollout: {self.losses[-1]}"
-                            )
-                        logger.warning("%s; that runs again", self.losses[-1])
-                        for index, recording in slots.values():
-                            attempts[index] += 1
-                            if attempts[index] <= ATTEMPTS:
-                                waiting.appendleft((index, _Recording(recording.rollout)))
-                            else:
-                                yield (
-                                    index,
-                                    recording.episode(False, f"gave up after {ATTEMPTS} workers were lost"),
-                                )
-                        slots.clear()
-                        worker = self._replace(worker)
-                        self._refill(worker, slots, waiting, [], slots_used, replan_steps)
-                        started = time.perf_counter()
-                        continue
-                    self.phases.render += sum(answer.render_s for answer in answers)
-                    self.phases.physics += sum(answer.busy_s - answer.render_s for answer in answers)
-                    fruitless = 0 if any(answer.done for answer in answers) else fruitless
-                    yield from self._finish(answers, slots)
-                    commands = self._act(policy, worker, slots, replan_steps)
-                    self._refill(worker, slots, waiting, commands, slots_used, replan_steps)
+                        if fruitless > FRUITLESS_LOSSES * workers:
+                            raise WorkerError(f"{fruitless} losses without a finished rollout: {outcome}")
+                        yield from schedule.restart(number)
+                    else:
+                        self.phases.render += sum(progress.render_s for progress in outcome)
+                        self.phases.physics += sum(
+                            progress.busy_s - progress.render_s for progress in outcome
+                        )
+                        fruitless = 0 if any(progress.done for progress in outcome) else fruitless
+                        yield from schedule.finish(number, outcome)
+                    schedule.go_on(number)
                     started = time.perf_counter()
         finally:
             self._share_out(waited)
-            # Abandoned half way (an interrupt, an error): what the workers still answer is of no use.
-            for worker in self._workers:
-                if running[worker.number]:
-                    self._replace(worker)
-
-    def call(
-        self, function: Callable[..., Any], argument_lists: Sequence[tuple]
-    ) -> Iterator[tuple[int, Any]]:
-        """Run `function(worker, *arguments)` for each arguments, spread over the workers.
-
-        Where a worker is lost, another one takes its place and its call.
-
-        Yields:
-            (index into `argument_lists`, result), in order of completion.
-        Raises:
-            WorkerError: the function raised, or workers were lost in it time and again.
-        """
-        waiting = deque(range(len(argument_lists)))
-        attempts = [0] * len(argument_lists)
-        busy: dict[int, int] = {}
-
-        def start_next(worker: _Process) -> None:
-            if waiting:
-                index = busy[worker.number] = waiting.popleft()
-                attempts[index] += 1
-                worker.send("call", (function, *argument_lists[index]), 20 * self.limit_s)
-
-        for worker in self._workers:
-            start_next(worker)
-        try:
-            while busy:
-                self.check()
-                waited_for = [worker for worker in self._workers if worker.number in busy]
-                ready = wait([worker.connection for worker in waited_for], CHECK_S)
-                for worker in waited_for:
-                    cause = None
-                    if worker.connection in ready:
-                        try:
-                            result = worker.receive()
-                        except (EOFError, OSError):
-                            cause = f"ended ({_exit(worker.process)})"
-                        except WorkerError:
-                            del busy[worker.number]
-                            raise
-                    elif time.monotonic() >= worker.deadline:
-                        cause = f"hung for {20 * self.limit_s:.0f} s"
-                    else:
-                        continue
-                    index = busy.pop(worker.number)
-                    if cause is None:
-                        yield index, result
-                    else:
-                        self.losses.append(Loss(worker.number, cause, (function.__name__,)))
-                        worker = self._replace(worker)
-                        if attempts[index] == ATTEMPTS:
-                            raise WorkerError(f"{self.losses[-1]}, {ATTEMPTS} times")
-                        logger.warning("%s; that runs again", self.losses[-1])
-                        waiting.appendleft(index)
-                    start_next(worker)
-        finally:
-            for worker in self._workers:
-                if worker.number in busy:  # lost, or what it still answers is of no use
-                    self._replace(worker)
 
     def advance(self, commands: Sequence[list[tuple[int, Rollout | int]]]) -> list[list[Progress]]:
         """One round in lock-step, for callers that bring their own loop; actions are in `arrays` before, and
@@ -342,142 +193,131 @@ class RolloutPool:
         Raises:
             WorkerError: a worker raised, ended or hung.
         """
-        for worker, work in zip(self._workers, commands, strict=True):
-            worker.send("advance", (work,), self.limit_s)
-        answers = []
-        for worker in self._workers:
-            if not worker.connection.poll(max(0.0, worker.deadline - time.monotonic())):
-                self._replace(worker)
-                raise WorkerError(f"worker {worker.number} hung for {self.limit_s:.0f} s")
-            try:
-                answers.append(worker.receive())
-            except (EOFError, OSError):
-                self._replace(worker)
-                raise WorkerError(f"worker {worker.number} ended ({_exit(worker.process)})") from None
-        return answers
-
-    @property
-    def arrays(self) -> list[SharedArrays]:
-        """Observations and actions of each worker's slots, shared with it."""
-        return [worker.arrays for worker in self._workers]
-
-    @property
-    def processes(self) -> list[int]:
-        """Process ids of the workers."""
-        return [worker.process.pid for worker in self._workers]
-
-    def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            worker.stop()
-        self._workers = []
-
-    # Internals -----------------------------------------------------------------------------------
+        progress: dict[int, list[Progress]] = {}
+        with self.answers() as answers:
+            for number, work in zip(range(len(self.arrays)), commands, strict=True):
+                self.send(number, "advance", (work,))
+            for number, outcome in answers:
+                if isinstance(outcome, WorkerError):
+                    raise outcome
+                if isinstance(outcome, Loss):
+                    raise WorkerError(f"worker {number} {outcome.cause}")
+                progress[number] = outcome
+        return [progress[number] for number in range(len(commands))]
 
     def _share_out(self, waited: float) -> None:
         """Attribute the trainer's waiting to what the workers did meanwhile (see `Phases`)."""
-        busy = (self.phases.render + self.phases.physics) / len(self._workers)
-        share = min(1.0, waited / busy) / len(self._workers) if busy else 0.0
+        busy = (self.phases.render + self.phases.physics) / len(self.arrays)
+        share = min(1.0, waited / busy) / len(self.arrays) if busy else 0.0
         self.phases.render *= share
         self.phases.physics *= share
         self.phases.wait = max(0.0, waited - busy)
 
-    def _answers(self, running: dict[int, dict]) -> Iterator[tuple[_Process, list[Progress] | str]]:
-        """Whoever has answered, with the answer; for a worker that is lost, what became of it."""
-        busy = [worker for worker in self._workers if running[worker.number]]
-        patience = min(worker.deadline for worker in busy) - time.monotonic()
-        ready = wait([worker.connection for worker in busy], timeout=min(CHECK_S, max(0.0, patience)))
-        for worker in busy:
-            if worker.connection in ready:
-                try:
-                    answers = worker.receive()
-                except (EOFError, OSError):
-                    yield worker, f"ended ({_exit(worker.process)})"
-                except WorkerError as error:  # of memory, OpenGL, MuJoCo: its simulations are of no use
-                    yield worker, f"failed ({error})"
-                except (pickle.UnpicklingError, ValueError, TypeError) as error:
-                    yield worker, f"sent what cannot be read ({error})"
-                else:
-                    sound = _is_sound(answers, running[worker.number])
-                    yield worker, answers if sound else f"sent something else than progress ({answers!r:.80})"
-            elif time.monotonic() >= worker.deadline:
-                yield worker, f"hung for {self.limit_s:.0f} s"
 
-    def _finish(
-        self, answers: list[Progress], slots: dict[int, tuple[int, _Recording]]
-    ) -> Iterator[tuple[int, Episode]]:
-        for progress in answers:
-            index, recording = slots[progress.slot]
+class _Schedule:
+    """The rollouts of one `RolloutPool.run`: which of them wait, and which each worker has in which slot."""
+
+    def __init__(
+        self, pool: RolloutPool, policy: Policy, rollouts: Sequence[Rollout], replan_steps: int, slots: int
+    ):
+        self._pool = pool
+        self._policy = policy
+        self._replan_steps = replan_steps
+        self._slots = slots
+        self._first_looks = _first_looks(rollouts) if policy.shares_first_look else {}
+        self._waiting = deque(_Recording(index, rollout) for index, rollout in enumerate(rollouts))
+        self._running: list[dict[int, _Recording]] = [{} for _ in pool.arrays]
+
+    def expects(self, number: int, answer: Any) -> bool:
+        """Whether an answer is about running slots and nothing else."""
+        running = self._running[number]
+        return isinstance(answer, list) and all(isinstance(a, Progress) and a.slot in running for a in answer)
+
+    def finish(self, number: int, answer: list[Progress]) -> Iterator[tuple[int, Episode]]:
+        """Note what a worker has done; episodes that are complete."""
+        running = self._running[number]
+        for progress in answer:
+            recording = running[progress.slot]
             if progress.executed:
                 recording.executed.append(progress.executed)
             if progress.done:
-                del slots[progress.slot]
-                yield index, recording.episode(progress.success, progress.failure, progress.video)
+                del running[progress.slot]
+                keep = recording.rollout.keep_last and progress.failure is None
+                last = self._seen(number, progress.slot) if keep else None
+                yield (
+                    recording.index,
+                    recording.episode(progress.success, progress.failure, progress.video, last),
+                )
 
-    def _act(
-        self, policy: Policy, worker: _Process, slots: dict[int, tuple[int, _Recording]], replan_steps: int
-    ) -> list[tuple[int, Rollout | int]]:
+    def restart(self, number: int) -> Iterator[tuple[int, Episode]]:
+        """What a lost worker had waits again; episodes that are given up, since it has happened too often."""
+        running, self._running[number] = self._running[number], {}
+        for recording in running.values():
+            if recording.attempt < ATTEMPTS:
+                self._waiting.appendleft(
+                    _Recording(recording.index, recording.rollout, recording.attempt + 1)
+                )
+            else:
+                failure = f"gave up after {ATTEMPTS} workers were lost"
+                yield recording.index, recording.episode(False, failure)
+
+    def go_on(self, number: int) -> None:
+        """Send a worker the actions of what runs there, and what is to start in its free slots."""
+        commands = [*self._act(number), *self._start(number)]
+        if commands:
+            work = tuple(str(recording.rollout) for recording in self._running[number].values())
+            self._pool.send(number, "advance", (commands,), work=work)
+
+    def _act(self, number: int) -> list[tuple[int, Rollout | int]]:
         """Choose actions for every running slot of a worker, in one batch of constant shape."""
-        if not slots:
+        running, policy, spec = self._running[number], self._policy, self._pool.spec
+        if not running:
             return []
-        arrays = worker.arrays
-        images = {camera: arrays.images[:, index] for index, camera in enumerate(self.spec.cameras)}
+        arrays = self._pool.arrays[number]
+        seen = {slot: self._seen(number, slot) for slot in running}
         started = time.perf_counter()
-        for slot, (_, recording) in slots.items():
+        for slot, recording in running.items():
             look = self._first_look(recording)
             if look is not None and not look.chunks:
-                seen = {camera: frames[slot] for camera, frames in images.items()}
-                look.take(policy, seen, arrays.states[slot])
-        noise, prompts = np.zeros(0), [""] * self.spec.slots
-        for slot, (_, recording) in slots.items():
+                look.take(policy, seen[slot])
+        noise, prompts = np.zeros(0), [""] * spec.slots
+        for slot, recording in running.items():
             drawn = policy.noise((*recording.rollout.noise_key, len(recording.actions)))
-            noise = noise if noise.size else np.zeros((self.spec.slots, *drawn.shape), np.float32)
+            noise = noise if noise.size else np.zeros((spec.slots, *drawn.shape), np.float32)
             noise[slot] = drawn
             prompts[slot] = recording.rollout.task.prompt
-        if any(self._first_look(recording) is None for _, recording in slots.values()):
-            arrays.actions[:] = policy.act(images, arrays.states, prompts, noise)[:, : self.spec.chunk]
-        self.phases.inference += time.perf_counter() - started
-        for slot, (_, recording) in slots.items():
+        if any(self._first_look(recording) is None for recording in running.values()):
+            images = {camera: arrays["images"][:, index] for index, camera in enumerate(spec.cameras)}
+            arrays["actions"][:] = policy.act(images, arrays["states"], prompts, noise)[:, : spec.chunk]
+        self._pool.phases.inference += time.perf_counter() - started
+        for slot, recording in running.items():
             look = self._first_look(recording)
             if look is not None:
-                arrays.actions[slot] = look.chunk(recording.rollout)[: self.spec.chunk]
-            seen = {camera: frames[slot] for camera, frames in images.items()}
-            recording.add(seen, arrays.states[slot], arrays.actions[slot])
-        return [(slot, replan_steps) for slot in slots]
+                arrays["actions"][slot] = look.chunk(recording.rollout)[: spec.chunk]
+            recording.add(seen[slot], arrays["actions"][slot])
+        return [(slot, self._replan_steps) for slot in running]
+
+    def _start(self, number: int) -> Iterator[tuple[int, Rollout | int]]:
+        """Fill the free slots of a worker with what waits."""
+        running, actions = self._running[number], self._pool.arrays[number]["actions"]
+        for slot in range(self._slots):
+            if slot not in running and self._waiting:
+                recording = running[slot] = self._waiting.popleft()
+                yield slot, recording.rollout
+                look = self._first_look(recording)
+                if look is not None and look.chunks:  # nothing to wait for
+                    actions[slot] = look.chunk(recording.rollout)[: self._pool.spec.chunk]
+                    recording.add(look.seen, actions[slot])
+                    yield slot, self._replan_steps
+
+    def _seen(self, number: int, slot: int) -> Observation:
+        arrays, cameras = self._pool.arrays[number], self._pool.spec.cameras
+        images = {camera: arrays["images"][slot, index].copy() for index, camera in enumerate(cameras)}
+        return Observation(images, arrays["states"][slot].copy())
 
     def _first_look(self, recording: _Recording) -> _FirstLook | None:
         """What a rollout that has yet to act shares with others."""
         return None if recording.actions else self._first_looks.get(recording.rollout.beginning)
-
-    def _refill(
-        self,
-        worker: _Process,
-        slots: dict,
-        waiting: deque,
-        commands: list[tuple[int, Rollout | int]],
-        slots_used: int,
-        replan_steps: int,
-    ) -> None:
-        """Give the worker its next commands: go on with what runs, start what waits in the free slots."""
-        for slot in range(slots_used):
-            if slot not in slots and waiting:
-                slots[slot] = waiting.popleft()
-                recording = slots[slot][1]
-                commands.append((slot, recording.rollout))
-                look = self._first_look(recording)
-                if look is not None and look.chunks:  # nothing to wait for
-                    worker.arrays.actions[slot] = look.chunk(recording.rollout)[: self.spec.chunk]
-                    recording.add(look.images, look.state, worker.arrays.actions[slot])
-                    commands.append((slot, replan_steps))
-        if commands:
-            worker.send("advance", (commands,), self.limit_s)
-
-    def _replace(self, worker: _Process) -> _Process:
-        worker.process.kill()
-        worker.stop()
-        fresh = _Process(self.spec, worker.number)
-        self._workers[worker.number] = fresh
-        return fresh
 
 
 class _FirstLook:
@@ -488,16 +328,15 @@ class _FirstLook:
 
     def __init__(self, rollouts: list[Rollout]):
         self._rollouts = rollouts
-        self.images: dict[str, np.ndarray] = {}
-        self.state = np.zeros(0)
+        self.seen = Observation({}, np.zeros(0))
         self.chunks: dict[tuple[int, ...], np.ndarray] = {}
 
-    def take(self, policy: Policy, images: dict[str, np.ndarray], state: np.ndarray) -> None:
-        self.images, self.state = {camera: frame.copy() for camera, frame in images.items()}, state.copy()
+    def take(self, policy: Policy, seen: Observation) -> None:
+        self.seen = seen
         keys = [rollout.noise_key for rollout in self._rollouts]
         noise = np.stack([policy.noise((*key, 0)) for key in keys])[:, None]
-        one = {camera: frame[None] for camera, frame in self.images.items()}
-        chunks = policy.act(one, self.state[None], [self._rollouts[0].task.prompt], noise)[:, 0]
+        one = {camera: frame[None] for camera, frame in seen.images.items()}
+        chunks = policy.act(one, seen.state[None], [self._rollouts[0].task.prompt], noise)[:, 0]
         self.chunks = dict(zip(keys, chunks, strict=True))
 
     def chunk(self, rollout: Rollout) -> np.ndarray:
@@ -505,7 +344,7 @@ class _FirstLook:
 
 
 def _first_looks(rollouts: Sequence[Rollout]) -> dict[tuple, _FirstLook]:
-    """Of all rollouts that begin like another one, by their beginning."""
+    """For all rollouts that begin like another one, by their beginning."""
     alike: dict[tuple, list[Rollout]] = {}
     for rollout in rollouts:
         alike.setdefault(rollout.beginning, []).append(rollout)
@@ -513,47 +352,39 @@ def _first_looks(rollouts: Sequence[Rollout]) -> dict[tuple, _FirstLook]:
 
 
 class _Recording:
-    """An episode while it runs."""
+    """An episode while it runs: `rollouts[index]` of a run, for the `attempt`-th time."""
 
-    def __init__(self, rollout: Rollout):
+    def __init__(self, index: int, rollout: Rollout, attempt: int = 1):
+        self.index = index
         self.rollout = rollout
-        self.images: dict[str, list[np.ndarray]] = {}
-        self.states: list[np.ndarray] = []
+        self.attempt = attempt
+        self.seen: list[Observation] = []
         self.actions: list[np.ndarray] = []
         self.executed: list[int] = []
 
-    def add(self, images: dict[str, np.ndarray], state: np.ndarray, actions: np.ndarray) -> None:
+    def add(self, seen: Observation, actions: np.ndarray) -> None:
         """Note an observation and the actions chosen for it."""
-        for camera, frame in images.items():
-            self.images.setdefault(camera, []).append(frame.copy())
-        self.states.append(state.copy())
+        self.seen.append(seen)
         self.actions.append(actions.copy())
 
-    def episode(self, success: bool, failure: str | None, video: list[np.ndarray] | None = None) -> Episode:
+    def episode(
+        self,
+        success: bool,
+        failure: str | None,
+        video: list[np.ndarray] | None = None,
+        last: Observation | None = None,
+    ) -> Episode:
         length = len(self.executed)
+        seen = self.seen[:length]
+        cameras = self.seen[0].images if self.seen else ()
         return Episode(
             rollout=self.rollout,
-            images={camera: np.array(frames[:length]) for camera, frames in self.images.items()},
-            states=np.array(self.states[:length]),
+            images={camera: np.array([each.images[camera] for each in seen]) for camera in cameras},
+            states=np.array([each.state for each in seen]),
             actions=np.array(self.actions[:length]),
             executed=np.array(self.executed, dtype=np.int64),
             success=success,
             failure=failure,
             video=video or [],
+            last=last,
         )
-
-
-def _is_sound(answers: Any, slots: dict[int, Any]) -> bool:
-    """Whether an answer is about running slots and nothing else."""
-    return isinstance(answers, list) and all(isinstance(a, Progress) and a.slot in slots for a in answers)
-
-
-def _pythonpath() -> str:
-    """Where this package is, first, so that a worker finds the same one whatever its directory."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-
-
-def _exit(process: subprocess.Popen) -> str:
-    code = process.wait()
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

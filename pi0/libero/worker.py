@@ -1,22 +1,15 @@
-"""A rollout worker: a process with its own simulator, told what to do over a socket.
+"""What a rollout worker does: it holds scenes and runs the rollouts of its slots, a chunk of actions at a time.
 
-`python -m pi0.libero.worker FD_SOCKET FD_MEMORY`, started by `pi0.libero.rollouts` and by nobody else.
-Observations and actions pass through shared memory, everything else through the socket. The worker ends
-when the socket closes, so none outlives its trainer.
+`pi0.libero.rollouts` runs it in processes of its own (`pi0.workers`); observations and actions pass through shared
+arrays, everything else through the answers of its methods.
 """
 
 from __future__ import annotations
 
 import gc
-import mmap
-import sys
 import time
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +19,7 @@ from pi0.libero.libero_import import leave_out_wrappers
 from pi0.libero.rendering import Renderer
 from pi0.libero.stepping import Snapshot, TaskSim
 from pi0.libero.suites import Task
+from pi0.workers.arrays import ArrayTable
 
 VIDEO_SIZE = 256
 VIDEO_CAMERA = "agentview"
@@ -49,36 +43,20 @@ class WorkerSpec:
     chunk: int
     max_open_tasks: int
 
-
-class SharedArrays:
-    """The arrays a worker shares with the trainer, laid out in one anonymous block of memory."""
-
-    def __init__(self, spec: WorkerSpec, memory: Any):
-        size = spec.image_size
-        shapes = {
-            "images": ((spec.slots, len(spec.cameras), size, size, 3), np.uint8),
-            "states": ((spec.slots, STATE_DIM), np.float32),
-            "actions": ((spec.slots, spec.chunk, ACTION_DIM), np.float32),
+    def arrays(self) -> ArrayTable:
+        """What a worker shares with the trainer: observations and actions of its slots."""
+        size = self.image_size
+        return {
+            "images": ((self.slots, len(self.cameras), size, size, 3), np.uint8),
+            "states": ((self.slots, STATE_DIM), np.float32),
+            "actions": ((self.slots, self.chunk, ACTION_DIM), np.float32),
         }
-        offset = 0
-        for name, (shape, dtype) in shapes.items():
-            setattr(self, name, np.ndarray(shape, dtype, buffer=memory, offset=offset))
-            offset += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
-
-    images: np.ndarray
-    states: np.ndarray
-    actions: np.ndarray
-
-    @staticmethod
-    def nbytes(spec: WorkerSpec) -> int:
-        """Size of the block, bytes."""
-        pixels = spec.slots * len(spec.cameras) * spec.image_size**2 * 3
-        return pixels + 4 * spec.slots * (STATE_DIM + spec.chunk * ACTION_DIM) + 3 * 64
 
 
 @dataclass
 class Progress:
-    """What a worker says of a slot after working on it: the observation is in shared memory unless done.
+    """What a worker says of a slot after working on it. The observation is in the shared arrays, unless the rollout
+    is done and did not ask for its last one.
 
     `render_s` of its `busy_s` seconds went into drawing frames, the others into physics.
     """
@@ -111,11 +89,18 @@ class _Slot:
 
 
 class Worker:
-    """Open scenes and running rollouts of one worker process."""
+    """Open scenes and running rollouts.
 
-    def __init__(self, spec: WorkerSpec, arrays: SharedArrays):
+    Attributes:
+        spec: what it was made from.
+        arrays: `spec.arrays()`, shared with the trainer.
+        random: a stream that no other worker of its pool draws from. Rollouts do not: their noise comes from their keys.
+    """
+
+    def __init__(self, spec: WorkerSpec, arrays: dict[str, np.ndarray], random: np.random.Generator):
         self.spec = spec
         self.arrays = arrays
+        self.random = random
         self._open: OrderedDict[Task, tuple[TaskSim, Renderer]] = OrderedDict()
         self._slots: dict[int, _Slot] = {}
         # The rollouts of a group begin alike: they settle once, and are drawn once.
@@ -138,6 +123,10 @@ class Worker:
         self._open.move_to_end(task)
         return self._open[task]
 
+    def report(self) -> frozenset[Task]:
+        """Tasks whose scenes are open."""
+        return frozenset(self._open)
+
     def close(self) -> None:
         """Close every open scene."""
         while self._open:
@@ -152,7 +141,7 @@ class Worker:
         key = rollout.beginning
         if key in self._starts and not rollout.record:  # a film needs the simulator there
             begun = self._starts[key]
-            self.arrays.states[slot], self.arrays.images[slot] = begun.state, begun.images
+            self.arrays["states"][slot], self.arrays["images"][slot] = begun.state, begun.images
             self._slots[slot] = _Slot(rollout, begun.snapshot)
         else:
             sim, renderer = self.open(rollout.task)
@@ -162,7 +151,9 @@ class Worker:
             if rollout.record:
                 self._film(self._slots[slot], sim, renderer)
             self._starts[key] = _Start(
-                self._slots[slot].snapshot, self.arrays.states[slot].copy(), self.arrays.images[slot].copy()
+                self._slots[slot].snapshot,
+                self.arrays["states"][slot].copy(),
+                self.arrays["images"][slot].copy(),
             )
         self._starts.move_to_end(key)
         while len(self._starts) > self.spec.slots:
@@ -175,35 +166,38 @@ class Worker:
         rollout = running.rollout
         sim, renderer = self.open(rollout.task)
         sim.restore(running.snapshot)
-        actions = np.array(self.arrays.actions[slot], dtype=np.float64)
+        actions = np.array(self.arrays["actions"][slot], dtype=np.float64)
         count = min(count, rollout.horizon - running.steps)
-        done = False
-        for index in range(count):
-            last = index == count - 1
+        # Nobody looks at the horizon, unless asked to.
+        observed = count if rollout.keep_last or running.steps + count < rollout.horizon else 0
 
-            def look(last: bool = last) -> None:
-                if last:
-                    self._observe(slot, sim, renderer)
+        def look() -> None:
+            self._observe(slot, sim, renderer)
 
-            done = sim.step(actions[index], look)
+        for executed in range(1, count + 1):
+            succeeded = sim.step(actions[executed - 1], look if executed == observed else None)
             running.steps += 1
-            if rollout.record and (running.steps % rollout.record == 0 or done):
+            if rollout.record and (running.steps % rollout.record == 0 or succeeded):
                 self._film(running, sim, renderer)
-            if done:
+            if succeeded:
                 break
-        executed = index + 1
-        done = done or running.steps >= rollout.horizon
-        if done:
-            del self._slots[slot]
-            return Progress(slot, executed, True, sim.success, video=running.video)
-        running.snapshot = sim.snapshot()
-        return Progress(slot, executed, False, False)
+        if not succeeded and running.steps < rollout.horizon:
+            running.snapshot = sim.snapshot()
+            return Progress(slot, executed, False, False)
+        if rollout.keep_last and executed != observed:
+            # Only now is it known that this step was the last, and it is measured before its end: step there again.
+            sim.restore(running.snapshot)
+            for action in actions[: executed - 1]:
+                sim.step(action)
+            sim.step(actions[executed - 1], look)
+        del self._slots[slot]
+        return Progress(slot, executed, True, sim.success, video=running.video)
 
     def _observe(self, slot: int, sim: TaskSim, renderer: Renderer) -> None:
-        self.arrays.states[slot] = sim.proprioception()
+        self.arrays["states"][slot] = sim.proprioception()
         started = time.perf_counter()
         for index, camera in enumerate(self.spec.cameras):
-            renderer.render(sim.data, camera, self.arrays.images[slot, index])
+            renderer.render(sim.data, camera, self.arrays["images"][slot, index])
         self._render_s += time.perf_counter() - started
 
     def _film(self, running: _Slot, sim: TaskSim, renderer: Renderer) -> None:
@@ -236,34 +230,8 @@ class Worker:
             progress[-1].render_s = self._render_s
         return progress
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run `function(worker, *arguments)` here: drawing initial states, recording demonstrations."""
-        return function(self, *arguments)
 
-
-def serve(socket_fd: int, memory_fd: int) -> None:
-    """Answer requests until the trainer closes the socket."""
-    connection = Connection(socket_fd)
-    spec: WorkerSpec = connection.recv()
-    worker = Worker(spec, SharedArrays(spec, mmap.mmap(memory_fd, SharedArrays.nbytes(spec))))
-    try:
-        while True:
-            method, arguments = connection.recv()
-            try:
-                answer = getattr(worker, method)(*arguments)
-            except Exception as error:  # noqa: BLE001 whatever it is, the trainer hears of it and decides
-                connection.send((None, f"{type(error).__name__}: {error}", traceback.format_exc()))
-            else:
-                connection.send((answer, None, None))
-    except (EOFError, ConnectionError):
-        pass  # the trainer has ended, or wants no more
-    finally:
-        worker.close()
-
-
-if __name__ == "__main__":
+def in_own_process(spec: WorkerSpec, arrays: dict[str, np.ndarray], random: np.random.Generator) -> Worker:
+    """A worker for a process that does nothing else."""
     leave_out_wrappers()
-    # The module is also imported by its full name while unpickling; run that one, so that classes agree.
-    from pi0.libero.worker import serve as serve_imported
-
-    serve_imported(int(sys.argv[1]), int(sys.argv[2]))
+    return Worker(spec, arrays, random)

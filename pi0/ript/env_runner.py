@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from pi0.libero.environments import Environments, PolicySpec
@@ -25,7 +24,6 @@ class LIBEROEnvRunner(Environments):
         assigned_tasks: tasks that this rank practises; all of them unless the run is distributed.
         task_cursor: turns taken, counted in assigned tasks.
         current_task: the assigned task whose turn it is.
-        created_envs: by task index, the environments whose scenes are open; at most `max_open_tasks`.
 
     Args:
         task: which tasks and how they are simulated, the section `task` of a configuration.
@@ -39,7 +37,13 @@ class LIBEROEnvRunner(Environments):
         self.assigned_tasks = self.tasks
         self.task_cursor = 0
         self.current_task: Task | None = None
-        self.created_envs: OrderedDict[int, ParallelEnvs] = OrderedDict()
+
+    @property
+    def created_envs(self) -> dict[int, ParallelEnvs]:
+        """By task index, the environments whose scene every worker has open; at most `max_open_tasks`."""
+        open_everywhere = frozenset.intersection(*self.pool.open_tasks() or [frozenset()])
+        count = len(self.pool.processes) * self.pool.spec.slots
+        return {task.index: (self.pool, task.index, count) for task in self.tasks if task in open_everywhere}
 
     def set_current_task_by_cursor(self) -> Task | None:
         """Make the task under the cursor the current one; None when no task is assigned."""
@@ -67,7 +71,6 @@ class LIBEROEnvRunner(Environments):
         if task.index not in self.created_envs:
             workers = len(self.pool.processes)
             list(self.pool.call(_open_scene, [(task,)] * workers))  # one call each, since all are idle
-        self._note_open(task)
         return self.created_envs[task.index]
 
     def run_policy_in_env(
@@ -95,28 +98,6 @@ class LIBEROEnvRunner(Environments):
     def cleanup(self) -> None:
         """Close the environments and end the worker processes."""
         self.close()
-
-    # Which scenes are open: the account below imitates `pi0.libero.worker.Worker.open` ------------
-
-    def run_policy(
-        self,
-        policy: Policy,
-        rollouts: Sequence[Rollout],
-        num_envs: int | None = None,
-        pool: RolloutPool | None = None,
-    ) -> Iterator[tuple[int, Episode]]:
-        """As `Environments.run_policy`; the tasks of finished episodes count as open."""
-        for index, episode in super().run_policy(policy, rollouts, num_envs, pool):
-            self._note_open(episode.rollout.task)
-            yield index, episode
-
-    def _note_open(self, task: Task) -> None:
-        """Note that a task's scene is open; the one unused for longest is closed for it."""
-        envs = self.pool, task.index, len(self.pool.processes) * self.pool.spec.slots
-        self.created_envs[task.index] = envs
-        self.created_envs.move_to_end(task.index)
-        while len(self.created_envs) > self.pool.spec.max_open_tasks:
-            self.created_envs.popitem(last=False)
 
 
 def _open_scene(worker: Worker, task: Task) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.ript.cfg_adapter import PI0_CFG_Adapter
+from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config
-from pi0.ript.cotraining import Cotraining
 from pi0.ript.replay import Replay
 from pi0.ript.rollout_generator import Collection
 from pi0.training.ema import AveragedModule
+
+
+class MoreChunks(Protocol):
+    """Chunks that are learned from beside practice (`pi0.ript.cotraining`)."""
+
+    def draw(self, generator: torch.Generator) -> WeightedChunks:
+        """Those of an iteration, decided by `generator` alone."""
 
 
 def load_policy(config: Config) -> PI0Policy:
@@ -54,7 +61,7 @@ class Learner:
     average: AveragedModule[PI0Policy]
     replay: Replay
     generator: torch.Generator
-    cotraining: Cotraining | None = None
+    cotraining: MoreChunks | None = None
 
     @property
     def policy(self) -> PI0Policy:

@@ -116,7 +116,9 @@ def ranks_of(folder: Path) -> dict[int, int]:
         except (OSError, UnicodeDecodeError):
             continue
         if str(folder) in " ".join(arguments) and "torch.distributed.run" not in arguments:
-            found |= {int(entry[5:]): int(process.name) for entry in environment if entry.startswith("RANK=")}
+            # A forked program shows its rank behind its arguments.
+            entries = [entry for entry in (*arguments, *environment) if entry.startswith("RANK=")]
+            found |= {int(entry[5:]): int(process.name) for entry in entries}
     return found
 
 

@@ -6,7 +6,8 @@ import signal
 import struct
 import sys
 import weakref
-from pathlib import Path
+
+from pi0.libero.worker import Progress
 
 
 def open_tasks(worker) -> list[int]:
@@ -24,16 +25,25 @@ def tasks_in_memory(worker, tasks) -> list[int]:
         gc.enable()
 
 
-def die(_worker) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def open_task(worker, task) -> None:
+    worker.open(task)
 
 
-def die_the_first_time(worker, path: str) -> str:
-    """`path`, which remembers that it is not the first time."""
-    if not Path(path).exists():
-        Path(path).touch()
-        die(worker)
-    return path
+def open_task_and_fail(worker, task) -> None:
+    worker.open(task)
+    raise LookupError("this one opens its scene and fails")
+
+
+def do_nothing(_worker) -> None:
+    pass
+
+
+GARBAGE = {"none": None, "other": ["something else"], "another_slot": [Progress(99, 10, False, False)]}
+
+
+def answer_with_garbage(worker, garbage: str) -> None:
+    """Make the worker's next rollouts answer with what is no answer to them."""
+    worker.advance = lambda _commands: GARBAGE[garbage]
 
 
 def die_within_the_next_answer(worker) -> None:
@@ -41,6 +51,6 @@ def die_within_the_next_answer(worker) -> None:
 
     def advance(_commands) -> None:
         os.write(int(sys.argv[1]), struct.pack("!i", 1000) + b"the first of 1000 bytes")
-        die(worker)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     worker.advance = advance

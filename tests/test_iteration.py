@@ -1,0 +1,228 @@
+"""Stage 13's iteration on collections made up for it: what is learned, what goes wrong, what is resumed."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from pi0.base.errors import InputError
+from pi0.ript.cfg_adapter import OutOfMemory
+from pi0.training import checkpoint_store
+from pi0.training.interrupts import Interrupted
+from tests.support.iteration import Practice
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """What a run of four iterations comes to that nothing disturbs."""
+    practice = Practice(tmp_path_factory.mktemp("straight"))
+    practice.iterate(4)
+    return practice.outcome()
+
+
+def spoil_gradients(practice: Practice, monkeypatch, count: int) -> None:
+    """The next `count` gradients are no numbers."""
+    left = [count]
+    accumulate = practice.learner.adapter.accumulate_gradient
+
+    def accumulate_spoilt(*arguments, **options) -> float:
+        loss = accumulate(*arguments, **options)
+        if left[0] > 0:
+            left[0] -= 1
+            next(p.grad for p in practice.learner.policy.parameters() if p.grad is not None).fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(practice.learner.adapter, "accumulate_gradient", accumulate_spoilt)
+
+
+def steps_saved(practice: Practice) -> list[int]:
+    return sorted(int(path.name[-6:]) for path in practice.safe.store.folder.glob("step-*"))
+
+
+def test_an_iteration_learns_from_its_collection_and_says_what_it_did(straight):
+    rows = straight["rows"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["updates"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert all((row["bad_updates"], row["rollbacks"], row["passes"]) == (0, 0, 1) for row in rows)
+    assert all((row["successes"], row["rollouts"]) == (2, 4) for row in rows)
+    assert straight["weights"] != straight["averaged"]
+
+
+def test_the_same_seed_learns_the_same(straight, tmp_path):
+    again = Practice(tmp_path)
+    again.iterate(4)
+    assert again.outcome() == straight
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_a_resumed_run_learns_what_one_learns_that_was_not_stopped(straight, tmp_path, done):
+    Practice(tmp_path).iterate(done)
+    resumed = Practice(tmp_path, resume=True)
+    assert resumed.state.step == done
+    resumed.iterate(4)
+    assert resumed.outcome() == straight
+
+
+def test_work_after_the_last_checkpoint_is_done_again(straight, tmp_path):
+    practice = Practice(tmp_path, save_freq=2)
+    practice.iterate(3)
+    assert steps_saved(practice) == [0, 2]
+    resumed = Practice(tmp_path, resume=True, save_freq=2)
+    assert resumed.state.step == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    resumed.iterate(4)
+    assert resumed.outcome() == straight
+
+
+def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
+    practice = Practice(tmp_path)
+    spoil_gradients(practice, monkeypatch, 1)
+    practice.iterate(2)
+    assert "1 gradients were not finite and were left out" in capsys.readouterr().out
+    assert [row["bad_updates"] for row in practice.state.history] == [1, 0]
+    assert practice.state.history[-1]["rollbacks"] == 0
+    assert 2 in steps_saved(practice), "what came after it was finite"
+    assert all(row["updates"] > 0 for row in practice.state.history)
+
+
+def test_no_checkpoint_is_made_while_the_last_gradient_was_not_finite(tmp_path, monkeypatch, capsys):
+    practice = Practice(tmp_path, max_bad_updates=100)
+    spoil_gradients(practice, monkeypatch, 100)
+    practice.iterate(1)
+    assert "no checkpoint of step 1: the last gradient was not finite" in capsys.readouterr().out
+    assert steps_saved(practice) == [0]
+
+
+def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_learns_with_other_noise(
+    straight, tmp_path, monkeypatch, capsys
+):
+    practice = Practice(tmp_path)
+    practice.iterate(1)
+    spoil_gradients(practice, monkeypatch, 2)
+    practice.iterate(4)
+    said = capsys.readouterr().out
+    assert "step 1: 2 gradients in a row are not finite; back to the last good checkpoint" in said
+    assert "step-000001, 1 iterations done" in said
+    outcome = practice.outcome()
+    assert [row["rollbacks"] for row in outcome["rows"]] == [0, 1, 1, 1]
+    assert outcome["rows"][0] == straight["rows"][0]
+    assert outcome["rows"][1]["loss"] != straight["rows"][1]["loss"], "the same noise would lead there again"
+    assert len(practice.state.history) == 4
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0], "what the run returned behind is taken back"
+
+
+def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path, monkeypatch, capsys):
+    practice = Practice(tmp_path)
+    practice.iterate(1)
+    # The checkpoint of step 1 is whole and verifies, and its gradients overflow: as of weights that are spoilt.
+    with torch.no_grad():
+        for parameter in practice.learner.policy.parameters():
+            parameter *= 1e12
+    practice.stage.save_checkpoint(practice.safe)
+    practice.iterate(2)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"back to the last good checkpoint", said)) == 2
+    assert "step-000001, 1 iterations done" in said
+    assert "step-000000, 0 iterations done" in said
+    assert practice.state.step == 2
+    assert practice.safe.recovery.rollbacks == 2
+
+
+def test_a_run_that_goes_wrong_again_and_again_ends_with_what_to_do(tmp_path, monkeypatch):
+    practice = Practice(tmp_path)
+    spoil_gradients(practice, monkeypatch, 10_000)
+    with pytest.raises(InputError, match=r"step 0: 2 gradients in a row .*lower algo\.lr"):
+        practice.iterate(1)
+    assert practice.safe.recovery.rollbacks == 3
+
+
+def test_weights_that_are_not_finite_are_noticed_at_the_end_of_an_update(tmp_path, monkeypatch):
+    practice = Practice(tmp_path)
+    step = practice.learner.optimizer.step
+
+    def spoiling_step(*arguments, **options) -> None:
+        step(*arguments, **options)
+        next(p for p in practice.learner.policy.parameters() if p.requires_grad).data[0] = torch.inf
+
+    monkeypatch.setattr(practice.learner.optimizer, "step", spoiling_step)
+    with pytest.raises(FloatingPointError, match=r"not finite"):
+        practice.learn()
+
+
+def test_when_memory_runs_out_where_nothing_can_be_tried_again_a_resumed_run_takes_more_passes(
+    tmp_path, monkeypatch
+):
+    practice = Practice(tmp_path)
+
+    def run_out(*arguments, **options) -> float:
+        raise OutOfMemory(4)
+
+    monkeypatch.setattr(practice.learner.adapter, "accumulate_gradient", run_out)
+    monkeypatch.setattr(practice.stage.dist, "get_rank", lambda: 0)
+    with pytest.raises(
+        InputError, match=r"step 0: memory ran out on rank 0; --resume continues .* in 4 passes"
+    ):
+        practice.learn()
+    resumed = Practice(tmp_path, resume=True)
+    assert resumed.learner.adapter.passes == 4
+    resumed.iterate(1)
+    assert resumed.state.history[0]["passes"] == 4
+    assert Practice(tmp_path, resume=True).learner.adapter.passes == 4
+
+
+def test_a_stop_within_an_update_leaves_nothing_to_save_and_says_what_is_to_be_done_again(
+    tmp_path, monkeypatch, capsys
+):
+    practice = Practice(tmp_path, save_freq=100, save_best=False)
+    with practice.stage.cleanup_on_exit(practice.safe):
+        practice.iterate(1)
+        monkeypatch.setattr(practice.safe.interrupts, "_asked_at", 0.0)
+        monkeypatch.setattr(practice.safe.interrupts, "_noticed_at", -100.0)  # its patience is over
+        practice.iterate(2)
+    assert steps_saved(practice) == [0]
+    said = capsys.readouterr().out
+    assert re.search(r"stopped; --resume .*/step-000000; 1 iterations after it must be repeated", said)
+
+
+def test_a_stop_between_iterations_saves_what_no_checkpoint_has(straight, tmp_path, capsys):
+    practice = Practice(tmp_path, save_freq=100, save_best=False)
+    with practice.stage.cleanup_on_exit(practice.safe):
+        practice.iterate(1)
+        torch.rand(100, generator=practice.learner.generator)  # what was begun since does not count
+        practice.states.smart_sample_group()
+        raise Interrupted
+    assert steps_saved(practice) == [0, 1]
+    assert "step-000001" in capsys.readouterr().out
+    resumed = Practice(tmp_path, resume=True)
+    resumed.iterate(4)
+    assert resumed.outcome() == straight
+
+
+def test_a_disk_that_refuses_costs_the_checkpoint_and_not_the_run(straight, tmp_path, monkeypatch, capsys):
+    practice = Practice(tmp_path)
+    save = checkpoint_store.torch.save
+    full = [True]
+
+    def save_if_there_is_room(*arguments, **options) -> None:
+        if full[0]:
+            raise OSError(28, os.strerror(28))
+        save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint_store.torch, "save", save_if_there_is_room)
+    practice.iterate(2)
+    assert steps_saved(practice) == [0]
+    assert len(re.findall(r"step [12]: .*No space left on device", capsys.readouterr().out)) == 2
+    assert not list(practice.safe.store.folder.glob(".*")), "nothing half-written is left behind"
+    full[0] = False
+    practice.iterate(4)
+    assert practice.outcome() == straight
+    assert steps_saved(practice)[-1] == 4
