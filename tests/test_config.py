@@ -166,7 +166,7 @@ def test_a_value_out_of_range_says_the_range(write, override, complaint):
 
 def test_a_missing_key_says_what_it_is(write):
     (error,) = errors_of(write("exp_name: a\n"))
-    assert error == "run.yaml: policy_path is missing: checkpoint folder of the policy to start from"
+    assert error == "run.yaml: policy_path is missing: policy folder to start from"
 
 
 def test_a_key_given_twice_names_both_lines(write):
@@ -193,7 +193,7 @@ def test_two_ways_to_name_the_tasks_are_a_conflict(write):
 
 def test_data_that_is_no_whole_number_of_groups_is_answered_with_one_that_is(write):
     (error,) = errors_of(write("policy_path: a\nalgo: {rloo_batch_size: 8, data_batch_size: 20}\n"))
-    assert "algo.data_batch_size = 20 is not a whole number of groups" in error and error.endswith("; 24 is")
+    assert "algo.data_batch_size = 20 is not a whole number of groups" in error and error.endswith("; use 24")
 
 
 def test_too_few_attempts_to_collect_the_data_is_an_error(write):
@@ -201,7 +201,7 @@ def test_too_few_attempts_to_collect_the_data_is_an_error(write):
         "policy_path: a\nalgo: {rloo_batch_size: 4, data_batch_size: 20, max_sampling_attempts: 4}\n"
     )
     (error,) = errors_of(path)
-    assert error.endswith("5 attempts are the least")
+    assert error.endswith("use at least 5 attempts")
 
 
 def test_a_missing_file_names_those_that_are_there(tmp_path):

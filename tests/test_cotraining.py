@@ -62,11 +62,11 @@ def test_a_draw_is_decided_by_the_generator_alone_and_weighs_what_was_asked(poli
 
 
 def test_demonstrations_of_other_tasks_or_cameras_are_refused(policy, tmp_path):
-    with pytest.raises(DataError, match=r"no demonstration of pick_up.*shows: make tea"):
+    with pytest.raises(DataError, match=r"no demonstration of pick_up.*has: make tea"):
         load_cotraining(config_of(write(tmp_path / "tea", "make tea")), policy, TASKS)
     one_eyed = PI0Policy(dataclasses.replace(policy.config, cameras=("base_0_rgb",)), policy.norm_stats)
     with pytest.raises(
-        DataError, match="was seen by base_0_rgb, left_wrist_0_rgb; the policy looks through base_0_rgb$"
+        DataError, match="has images of base_0_rgb, left_wrist_0_rgb; the policy uses base_0_rgb$"
     ):
         load_cotraining(config_of(write(tmp_path / "set")), one_eyed, TASKS)
 

@@ -321,7 +321,7 @@ def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):
     assert set(practised) <= set(recorded[40:48]), (
         "of the recorded states that no score uses, the first eight"
     )
-    assert "all 4 groups tried were unanimous: going on to as many other states" in output
+    assert "all 4 groups tried were unanimous: trying as many other states" in output
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["dropped_groups"] for row in rows] == [8, 8]
     assert "nothing to learn from" in output

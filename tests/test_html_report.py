@@ -313,7 +313,7 @@ def test_another_trainers_evaluations_are_in_its_learning_curve_below_its_own_ax
 
 def test_a_run_from_before_declarations_has_its_page_by_the_command_alone(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html", FILE))
-    with pytest.raises(MissingFileError, match=f"{FILE} is not there"):
+    with pytest.raises(MissingFileError, match=f"{FILE} is missing"):
         write_html_report(run_dir)
     assert run_command(str(run_dir)).returncode == 0
     assert Page(run_dir).plots() == Page(finished).plots()

@@ -519,7 +519,7 @@ def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
         cwd=REPO_ROOT, env=with_path(), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "memory ran out: minibatches go through in 2 passes" in done.stdout
+    assert "memory ran out: minibatches are computed in 2 passes" in done.stdout
     assert int(re.search(r"passes (\d+)", done.stdout)[1]) >= 2
 
 
@@ -533,7 +533,7 @@ def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "memory ran out on rank 1: minibatches go through in 2 passes" in done.stdout
+    assert "memory ran out on rank 1: minibatches are computed in 2 passes" in done.stdout
     passes = re.findall(r"rank \d: (\d+) passes, loss", done.stdout)
     assert len(passes) == 2
     assert passes[0] == passes[1]

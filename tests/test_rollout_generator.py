@@ -84,7 +84,7 @@ def test_when_a_whole_budget_was_unanimous_the_groups_come_from_other_states(run
     collection = rollouts.generate_rollouts(StillPolicy(), step=0)
     assert [group.episodes[0].rollout.init_index for group in collection.groups] == [4, 5]
     assert any(collection.advantages)
-    said = "all 4 groups tried were unanimous: going on to as many other states"
+    said = "all 4 groups tried were unanimous: trying as many other states"
     assert said in capsys.readouterr().out
 
 

@@ -1,17 +1,17 @@
 """`PI0_CFG_Adapter`: from episodes and their advantages to a loss.
 
-`weighted`: every executed chunk of an episode is weighted by the episode's advantage. Positive advantages
-pull the flow towards what was done. Negative ones are scaled by `negative_weight` and push away only as long
-as the chunk's loss is below `NEGATIVE_CLIP`: the flow-matching loss has no upper bound, so an unclipped push
-would win over everything else in the end (`tests/test_cfg_adapter.py` shows both).
+`weighted`: the advantage of an episode is the weight of each of its executed chunks. Positive advantages
+pull the flow towards the chunk's actions. Negative ones are scaled by `negative_weight`. They push away only while
+the chunk's loss is below `NEGATIVE_CLIP`: the flow-matching loss has no upper bound, so an unclipped push
+would dominate everything else in the end (`tests/test_cfg_adapter.py` shows both).
 
-`guidance`: classifier-free guidance RL (Frans et al. 2025). The chunk's optimality, advantage above zero or
-not, is a condition of the flow, left out for a share of the chunks so that the unconditional flow is learned
-from the same data. Acting follows v_null + w (v_positive - v_null). Chunks weigh as much as their advantage is
-large, and failures `negative_weight` of that: with equal weights failures, which are longer, make up most of what
-little data an iteration brings, and the weights that both conditions share come to imitate them.
+`guidance`: classifier-free guidance RL (Frans et al. 2025). The chunk's optimality (whether its advantage is above
+zero) is a condition of the flow. A share of the chunks has no condition, so that the unconditional flow is learned
+from the same data. Acting follows v_null + w (v_positive - v_null). The weight of a chunk is the size of its
+advantage, for failures times `negative_weight`. With equal weights, failures, which are longer, would be most of an
+iteration's data, and the weights that both conditions share would learn to imitate them.
 
-Unanimous groups (advantage 0) say nothing about what is better and are left out in both modes.
+Unanimous groups (advantage 0) do not show what is better and are left out in both modes.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ NEGATIVE_CLIP = (
 
 
 class OutOfMemory(Exception):
-    """Memory ran out where this process cannot go on by itself; `passes` may be enough for a minibatch."""
+    """Memory ran out, and this process cannot continue alone; `passes` may be enough for a minibatch."""
 
     def __init__(self, passes: int):
-        super().__init__(f"memory ran out; minibatches may go through in {passes} passes")
+        super().__init__(f"memory ran out; {passes} passes for a minibatch may be enough")
         self.passes = passes
 
 
 @dataclass
 class WeightedChunks:
-    """Chunks with what the loss needs to know of their episodes.
+    """Chunks with the weights and conditions of their loss.
 
     Attributes:
+        chunks: N chunks.
         weights: float32 [N]; the loss is sum(weights * flow loss) / sum(|weights|).
         optimality: int64 [N], `POSITIVE` or `NEGATIVE`.
     """
@@ -69,18 +70,18 @@ class WeightedChunks:
 
     @staticmethod
     def from_state(state: dict) -> WeightedChunks:
-        """What `state_dict` was made from."""
+        """The inverse of `state_dict`."""
         chunks = Chunks(**{name: state[name] for name in ("images", "states", "prompts", "actions", "valid")})
         return WeightedChunks(chunks, state["weights"], state["optimality"])
 
     @staticmethod
     def empty(cameras: Sequence[str], image_size: int, chunk: int) -> WeightedChunks:
-        """No chunks: what a rank has to learn from that collected nothing."""
+        """No chunks: the training data of a rank that collected nothing."""
         none = torch.zeros(0)
         return WeightedChunks(Chunks.empty(cameras, image_size, chunk, ROBOT), none, none.long())
 
     def weightless(self) -> WeightedChunks:
-        """One blank chunk of weight 0 and the same shapes, for a network that cannot take none."""
+        """One blank chunk of weight 0 and the same shapes, for a network that needs at least one."""
         blank = torch.zeros(1)
         return WeightedChunks(self.chunks.blank(), blank, blank.long())
 
@@ -98,15 +99,18 @@ class PI0_CFG_Adapter:
     """The training loss of RIPT for a pi0 policy.
 
     Args:
-        policy: trained in place; needs `config.guidance` in guidance mode.
+        policy: trained in place; it needs `config.guidance` in guidance mode.
         mode: `weighted` or `guidance`.
-        noise_samples: noise and time draws on each chunk.
-        negative_weight: factor on negative advantages, 0 to 1; 0 leaves failures out.
-        condition_dropout: share of chunks that train the unconditional flow (guidance mode).
+        noise_samples: draws of noise and time for each chunk.
+        negative_weight: factor of negative advantages, 0 to 1; 0 leaves failures out.
+        condition_dropout: share of chunks that train the unconditional flow (guidance mode), 0 to 1.
         augmentation: random changes to the observations.
-        mixed_precision: compute the loss in bfloat16 where PyTorch's autocast holds it safe.
-        model: what is called for the loss where it is not the policy itself: its distributed wrapper, which
-            averages gradients over ranks. Every rank then calls it equally often, with few or no chunks too.
+        model: distributed wrapper of the policy, called for the loss; it averages gradients over ranks. Every rank
+            must call it equally often, also with few or no chunks. None: the policy itself.
+        mixed_precision: compute the loss in bfloat16 where PyTorch's autocast considers it safe.
+
+    Raises:
+        ValueError: an unknown mode, or guidance mode and a policy without an optimality condition.
     """
 
     def __init__(
@@ -133,10 +137,10 @@ class PI0_CFG_Adapter:
         self.augmentation = augmentation
         self.model = model or policy
         self.mixed_precision = mixed_precision
-        self.passes = 1  # through which a minibatch goes; more where memory was short
+        self.passes = 1  # passes in which a minibatch is computed; more after memory ran out
 
     def weigh(self, episodes: Sequence[Episode], advantages: Sequence[float]) -> WeightedChunks | None:
-        """The chunks that teach something; None when no episode does."""
+        """The chunks whose weight is not 0; None if there are none."""
         parts = []
         for episode, advantage in zip(episodes, advantages, strict=True):
             weight = self._weight(advantage)
@@ -153,9 +157,9 @@ class PI0_CFG_Adapter:
     def compute_weighted_loss(
         self, episodes: Sequence[Episode], advantages: Sequence[float], generator: torch.Generator
     ) -> Tensor:
-        """Loss of all executed chunks at once, a scalar with gradient; 0 when nothing can be learned.
+        """Loss of all executed chunks at once, a scalar with gradient; 0 if nothing can be learned.
 
-        The stages take its two steps by themselves, `weigh` and, on a minibatch at a time, `minibatch_loss`.
+        The stages do its two steps separately: `weigh`, then `minibatch_loss` for each minibatch.
 
         Args:
             episodes: finished rollouts.
@@ -172,13 +176,13 @@ class PI0_CFG_Adapter:
     ) -> Tensor:
         """Weighted loss of a batch: sum(weights * loss) / sum(|weights|), a scalar with gradient.
 
-        In a distributed run the divisor is the mean over ranks, so that averaging the ranks' gradients gives the
-        gradient of the loss over all their chunks together, however unevenly they are spread.
+        In a distributed run the divisor is the mean over ranks. The mean of the ranks' gradients is then the gradient
+        of the loss over all their chunks, however unevenly the chunks are distributed.
 
         Args:
-            batch: may be empty.
+            batch: chunks; may be empty.
             generator: source of noise, times, condition dropout and augmentation, on the CPU.
-            divisor: where it is known; else the ranks work it out together.
+            divisor: the divisor if it is known; None: the ranks compute it together.
         """
         if len(batch) == 0:
             batch = batch.weightless()
@@ -201,18 +205,18 @@ class PI0_CFG_Adapter:
     ) -> float:
         """Add 1/`steps` of the gradient of `minibatch_loss`; returns the loss.
 
-        Where memory runs out on any rank, all drop the gradients gathered so far, and minibatches go through in
-        twice as many passes from then on. So that no rank waits within a pass for one that has stopped, the model
-        must not synchronise gradients by itself; `average_gradients` does so afterwards.
+        If memory runs out on any rank, all ranks drop the gradients accumulated so far, and from then on a minibatch
+        takes twice as many passes. The model must not synchronise gradients by itself, so that no rank waits within a
+        pass for one that has stopped; `average_gradients` does it afterwards.
 
         Args:
-            batch: may be empty.
+            batch: chunks; may be empty.
             generator: as for `minibatch_loss`.
             steps: minibatches in an optimizer step.
-            retry: False where ranks cannot but wait for each other within a pass (FSDP2).
+            retry: False if ranks must wait for each other within a pass (FSDP2).
         Raises:
-            InputError: passes have a chunk each already.
-            OutOfMemory: there is no `retry`.
+            InputError: memory ran out, and each pass already has only one chunk.
+            OutOfMemory: memory ran out, and `retry` is False.
         """
         divisor = self._divisor(batch)
         while True:
@@ -223,15 +227,15 @@ class PI0_CFG_Adapter:
             self.policy.zero_grad(set_to_none=True)
             self.passes *= 2
             where = f" on rank {short[0]}" if rank_and_world_size()[1] > 1 else ""
-            print(f"memory ran out{where}: minibatches go through in {self.passes} passes")
+            print(f"memory ran out{where}: minibatches are computed in {self.passes} passes")
 
     def _try_in_passes(
         self, batch: WeightedChunks, generator: torch.Generator, steps: int, divisor: Tensor, retry: bool
     ) -> float | None:
-        """Loss of a minibatch whose gradient was added; None where memory ran out and more passes may help."""
+        """Add the gradient of a minibatch and return its loss; None if memory ran out and more passes may help."""
         loss = 0.0
         try:
-            # As many on every rank, however few chunks it has: with shards they run in step.
+            # Every rank makes the same number of passes, however few chunks it has: with shards they run together.
             for index in torch.arange(len(batch)).tensor_split(self.passes):
                 part = batch if self.passes == 1 else batch[index]
                 with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
@@ -259,7 +263,7 @@ class PI0_CFG_Adapter:
     def minibatches(
         batch: WeightedChunks, parts: int, generator: torch.Generator
     ) -> Iterator[WeightedChunks]:
-        """One shuffled pass over `batch` in `parts` of equal size, empty ones where there are too few chunks."""
+        """One shuffled pass over `batch` in `parts` of equal size; with too few chunks some parts are empty."""
         order = torch.randperm(len(batch), generator=generator)
         for index in order.tensor_split(parts):
             yield batch[index]

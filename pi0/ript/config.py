@@ -1,9 +1,9 @@
-"""The one configuration schema of all stages, its profiles, and what must hold between its keys.
+"""The configuration schema of all stages, its profiles, and the conditions between its keys.
 
 A key is one field below: its type, its default and, in `key(...)`, its meaning, unit and range, the first
 stage that reads it (`since`; without it, all stages do), and whether a resumed run must keep its value
 (`fixed`). The fixed keys decide optimizer and schedule, what is practised, and which scores are compared.
-Values come from the defaults here, the profile, the YAML file and the command line's overrides; the later wins.
+Values come from the defaults here, the profile, the YAML file and the command line's overrides; later ones win.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ __all__ = [
     "validate",
 ]
 
-STAGE = "stage {:02d}"  # what a version of this program is called
+STAGE = "stage {:02d}"  # name of a version of this program
 
 
 @dataclass(kw_only=True)
 class AlgoConfig:
-    """Reinforcement interactive post-training."""
+    """RIPT, reinforcement interactive post-training: collecting, learning, co-training."""
 
     mode: Literal["weighted", "guidance"] = key(
         "weighted",
@@ -49,7 +49,7 @@ class AlgoConfig:
     rloo_batch_size: int = key(8, "rollouts whose scores are compared (a group)", unit="rollouts", low=2)
     group_by: Literal["state", "batch"] = key(
         "state",
-        "a group is rollouts of one initial state, or of one task's states, one each",
+        "a group is rollouts of one initial state, or one rollout of each of several states of a task",
         since=12,
         before="batch",
     )
@@ -67,7 +67,7 @@ class AlgoConfig:
     )
     rollout_skip_threshold: int = key(
         2,
-        "visits solved in a row after which a state is passed over for a round",
+        "a state that was solved on so many visits in a row is skipped for a round",
         unit="visits",
         low=1,
         since=12,
@@ -87,53 +87,53 @@ class AlgoConfig:
         False, "control: shuffle advantages inside each group, so that reward teaches nothing"
     )
     max_sampling_attempts: int = key(
-        16, "groups tried in an iteration before it goes on with what there is", unit="groups", low=1
+        16, "most groups tried in an iteration; then it continues with those it has", unit="groups", low=1
     )
     train_init_states: int = key(
         100, "training initial states of each task", unit="states", low=1, fixed=True
     )
     replay_iterations: int = key(
-        4, "iterations whose rollouts are learned from, the current one included", unit="iterations", low=1
+        4, "iterations whose rollouts the policy learns from, with the current one", unit="iterations", low=1
     )
     num_epochs: int = key(2, "passes over the collected chunks in an iteration", unit="epochs", low=1)
     minibatch_size: int = key(64, "action chunks in a forward pass", unit="chunks", low=1)
     gradient_accumulation_steps: int = key(1, "minibatches in an optimizer step", unit="minibatches", low=1)
-    noise_samples: int = key(4, "noise and time draws of the flow loss for a chunk", unit="draws", low=1)
+    noise_samples: int = key(4, "draws of noise and time for a chunk's flow loss", unit="draws", low=1)
     lr: float = key(1e-4, "learning rate", above=0, fixed=True)
     grad_norm_clip: float = key(1.0, "largest gradient norm; longer gradients are shortened to it", above=0)
     negative_weight: float = key(
         0.0,
-        "factor on negative advantages; 0: learn from success alone; above 0 for mode: guidance",
+        "factor of negative advantages; 0: learn only from success; above 0 for mode: guidance",
         low=0,
         high=1,
     )
     ema_decay: float = key(
         0.99,
-        "decay, an optimizer step, of the averaged weights that are scored and saved; 0: none",
+        "decay in an optimizer step of the averaged weights, which are evaluated and saved; 0: no average",
         low=0,
         high=1,
     )
     cotraining_path: str | None = key(
         None,
-        "data set of demonstrations (LeRobot's or LIBERO's HDF5) to learn from as well; null: none",
+        "data set of demonstrations (LeRobot or LIBERO's HDF5) for co-training; null: none",
         since=13,
     )
     cotraining_gripper: Literal["close-is-1", "open-is-1"] | None = key(
         None,
-        "what 1 means to the gripper there; null: to close, and that some action opens it is checked",
+        "what 1 means for the gripper in it; null: close, and the data set must have actions that open it",
         since=13,
     )
     cotraining_chunks: int = key(
-        256, "chunks of them drawn for each iteration, on each rank", unit="chunks", low=1, since=13
+        256, "co-training chunks drawn in an iteration, on each rank", unit="chunks", low=1, since=13
     )
     cotraining_weight: float = key(
-        0.5, "weight of each in the loss; practised chunks weigh as their advantage", above=0, since=13
+        0.5, "weight of each such chunk in the loss, as an advantage", above=0, since=13
     )
     condition_dropout: float = key(
         0.1, "share of chunks that train the unconditional flow (mode: guidance)", low=0, high=1
     )
     guidance_weight: float = key(
-        1.0, "w in v_null + w (v_positive - v_null) when acting (mode: guidance)", low=0
+        1.0, "w in v_null + w (v_positive - v_null) when the policy acts (mode: guidance)", low=0
     )
 
 
@@ -141,27 +141,27 @@ class AlgoConfig:
 class TrainingConfig:
     """Length and reproducibility of a run."""
 
-    num_train_steps: int = key(6, "times to collect and update", unit="iterations", low=0, fixed=True)
-    seed: int = key(0, "seed of everything that is drawn", low=0, high=MAX_SEED - 1, fixed=True)
+    num_train_steps: int = key(6, "iterations: collect, then update", unit="iterations", low=0, fixed=True)
+    seed: int = key(0, "seed of all random numbers", low=0, high=MAX_SEED - 1, fixed=True)
     save_freq: int = key(1, "iterations from one checkpoint to the next", unit="iterations", low=1, since=13)
     save_best: bool = key(
         True, "keep the checkpoint with the best periodic evaluation, however old", since=13, before=False
     )
-    keep_checkpoints: int = key(2, "newest checkpoints that stay", unit="checkpoints", low=1, since=13)
+    keep_checkpoints: int = key(2, "how many of the newest to keep", unit="checkpoints", low=1, since=13)
     max_bad_updates: int = key(
         5,
-        "gradients in a row that are not finite before the last checkpoint is loaded",
+        "after so many gradients in a row that are not finite, the last checkpoint is loaded",
         unit="updates",
         low=1,
         since=13,
     )
     max_rollbacks: int = key(
-        3, "such loads for the same iteration before the run ends", unit="loads", low=0, since=13
+        3, "most such loads for the same iteration; then the run ends", unit="loads", low=0, since=13
     )
     trainable: Literal["as_saved", "all", "without_vision", "expert", "lora"] = key(
         "as_saved",
-        "which weights learn: all, all but the vision tower, the action expert's, low-rank additions; "
-        "as_saved: what the checkpoint's configuration says; a part is trained in float32 whatever dtype is",
+        "which weights are trained: all, all but the vision tower, the action expert's, low-rank additions; "
+        "as_saved: as the policy folder's configuration says; a part is trained in float32, whatever dtype is",
         fixed=True,
     )
     use_mixed_precision: bool = key(
@@ -173,14 +173,14 @@ class TrainingConfig:
         since=13,
     )
     use_fsdp: bool = key(
-        False, "cut weights and optimizer state over the ranks (FSDP2, needs torchrun)", since=13
+        False, "shard weights and optimizer state over the ranks (FSDP2, needs torchrun)", since=13
     )
     optimizer: OptimizerConfig = section(OptimizerConfig)
 
 
 @dataclass(kw_only=True)
 class EvaluationConfig(ScoreConfig):
-    """The scores before, in the middle of and after training, on initial states that are never trained on."""
+    """The scores before, during and after training, on initial states that are never trained on."""
 
     periodic_episodes: int = key(
         0,
@@ -195,7 +195,7 @@ class EvaluationConfig(ScoreConfig):
 class Config:
     """A run of a stage script."""
 
-    policy_path: str = key(MISSING, "checkpoint folder of the policy to start from", fixed=True)
+    policy_path: str = key(MISSING, "policy folder to start from", fixed=True)
     device: str = key("auto", "where the policy runs: cpu, cuda, cuda:1; auto: the GPU if there is one")
     dtype: Literal["float32", "bfloat16"] = key(
         "float32",
@@ -203,15 +203,15 @@ class Config:
         fixed=True,
     )
     compile: bool = key(
-        False, "run the network by torch.compile: faster once the minutes that compiling takes are over"
+        False, "compile the network with torch.compile: it takes minutes, then the network is faster"
     )
     norm_stats_path: str | None = key(
-        None, "normalisation statistics; null: the checkpoint's own", fixed=True
+        None, "normalisation statistics; null: the policy folder's own", fixed=True
     )
     output_dir: str = key("outputs", "folder of all runs")
     exp_name: str = key("ript", "name of this run and of its folder in output_dir")
     profile: Literal["dev", "prod"] | None = key(
-        None, "values to start from; dev: every part once, in a minute; prod: many states and iterations"
+        None, "set of defaults; dev: every part once, in a minute; prod: many states and iterations"
     )
     task: TaskConfig = section(TaskConfig)
     algo: AlgoConfig = section(AlgoConfig)
@@ -222,7 +222,7 @@ class Config:
 
 
 PROFILES: dict[str, dict[str, Any]] = {
-    # Every part exercised once, within a minute.
+    # It runs every part once, within a minute.
     "dev": {
         "task.max_episode_length": 50,
         "algo.rloo_batch_size": 2,
@@ -234,7 +234,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "evaluation.episodes": 2,
         "features.save_video": True,
     },
-    # A result that counts: many states and iterations, narrow intervals.
+    # For real results: many states and iterations, narrow intervals.
     "prod": {
         "algo.train_init_states": 500,
         "algo.max_sampling_attempts": 64,
@@ -246,27 +246,26 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), stage: int | None = None) -> Config:
-    """Read a YAML file, put `overrides` ("training.seed=3") over it and check the whole.
+    """Read a YAML file, apply `overrides` ("training.seed=3") and check the result.
 
     Args:
         path: the YAML file.
-        overrides: the command line's, which win over the file.
-        stage: the running stage, 9 to 13. A key that file or overrides give, and that only later stages
-            read, is refused, unless its value is the default or says what this stage does. None: no key is
-            refused.
+        overrides: those of the command line; they win over the file.
+        stage: the running stage, 9 to 13. A key in the file or the overrides that only later stages read is
+            refused, unless its value is the default or stands for what this stage does. None: no key is refused.
     Raises:
-        ConfigError: the file cannot be read, or a value is unknown, duplicate, missing, unfit or refused.
+        ConfigError: as `pi0.training.settings.read_config`.
     """
     return read_config(Config, path, overrides, PROFILES, _conflicts, running=stage, version=STAGE)
 
 
 def validate(config: Config) -> None:
-    """Check a configuration that code has made; raises `ConfigError` as `load_config` does."""
+    """Check a configuration that code has made; raises `ConfigError` like `load_config`."""
     check_config(config, _conflicts)
 
 
 def check_evaluation(config: Config, tasks: Sequence[object]) -> None:
-    """Refuse more evaluation episodes than the tasks have recorded states; raises `ConfigError`."""
+    """Raise `ConfigError` if there are more evaluation episodes than recorded states of the tasks."""
     each = config.task.held_out_states or RECORDED_STATES
     most = each * len(tasks)
     for name in ("episodes", "periodic_episodes"):
@@ -294,25 +293,25 @@ def help_text() -> str:
 
 
 def _conflicts(config: Config) -> list[str]:
-    """What is wrong between keys that are each fit by themselves."""
+    """Conflicts between keys whose values are each valid."""
     algo = config.algo
     conflicts = task_conflicts(config.task)
     if config.training.use_fsdp and config.dtype != "float32":
         conflicts.append(
-            f"training.use_fsdp = true cuts weights of one type only, and dtype = {show(config.dtype)} mixes two; "
+            f"training.use_fsdp = true shards weights of one type only, but dtype = {show(config.dtype)} mixes two; "
             "use dtype = float32 with training.use_mixed_precision = true"
         )
     if algo.data_batch_size % algo.rloo_batch_size:
         conflicts.append(
             f"algo.data_batch_size = {algo.data_batch_size} is not a whole number of groups of "
             f"algo.rloo_batch_size = {algo.rloo_batch_size}; "
-            f"{(algo.data_batch_size // algo.rloo_batch_size + 1) * algo.rloo_batch_size} is"
+            f"use {(algo.data_batch_size // algo.rloo_batch_size + 1) * algo.rloo_batch_size}"
         )
     elif algo.max_sampling_attempts * algo.rloo_batch_size < algo.data_batch_size:
         conflicts.append(
             f"algo.max_sampling_attempts = {algo.max_sampling_attempts} groups of "
             f"algo.rloo_batch_size = {algo.rloo_batch_size} never make "
             f"algo.data_batch_size = {algo.data_batch_size}; "
-            f"{algo.data_batch_size // algo.rloo_batch_size} attempts are the least"
+            f"use at least {algo.data_batch_size // algo.rloo_batch_size} attempts"
         )
     return conflicts

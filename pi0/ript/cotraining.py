@@ -1,4 +1,4 @@
-"""Demonstrations that are learned from beside practice, so that what they taught is not unlearned."""
+"""Co-training: the policy also learns from demonstrations, so that it does not forget what they taught."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pi0.ript.config import Config
 
 
 class Cotraining:
-    """Chunks of demonstrations, some of which are added to what each iteration collected.
+    """Chunks of demonstrations; each iteration adds some of them to its own chunks.
 
     Args:
-        chunks: to draw from.
-        count: drawn for an iteration, with replacement.
-        weight: of each beside practised chunks, which weigh as much as their advantage.
+        chunks: all chunks.
+        count: chunks drawn in an iteration, with replacement.
+        weight: weight of each; the weight of practised chunks is their advantage.
     """
 
     def __init__(self, chunks: Chunks, count: int, weight: float):
@@ -33,7 +33,7 @@ class Cotraining:
         self._weight = weight
 
     def draw(self, generator: torch.Generator) -> WeightedChunks:
-        """What this iteration learns of them; decided by `generator` alone."""
+        """The chunks of this iteration; only `generator` decides them."""
         index = torch.randint(len(self._chunks), (self._count,), generator=generator)
         weights = torch.full((self._count,), self._weight)
         return WeightedChunks(self._chunks[index], weights, torch.full((self._count,), POSITIVE))
@@ -42,27 +42,27 @@ class Cotraining:
 def find_demonstrations(
     path: str, gripper: str | None, policy: PI0Policy, tasks: Sequence[Task]
 ) -> tuple[DemonstrationSet, list[int]]:
-    """The data set at `path`, and which of its demonstrations are of `tasks`; `gripper` as for opening it.
+    """The data set at `path`, and indices of its demonstrations of `tasks`; `gripper` as in `open_demonstrations`.
 
     Raises:
-        DataError: it cannot be read, or shows other tasks or cameras.
+        DataError: it cannot be read, or has other tasks or cameras.
     """
     recorded = open_demonstrations(path, gripper=gripper)
     cameras = [name for name in policy.config.cameras if name in CAMERAS]
     if set(recorded.cameras) != set(cameras):
         raise DataError(
-            f"algo.cotraining_path = {path!r} was seen by {', '.join(recorded.cameras)}; the policy "
-            f"looks through {', '.join(cameras)}"
+            f"algo.cotraining_path = {path!r} has images of {', '.join(recorded.cameras)}; the policy "
+            f"uses {', '.join(cameras)}"
         )
     by_task = demonstrations_of_tasks(recorded, tasks, len(recorded))
     return recorded, [index for found in by_task.values() for index in found]
 
 
 def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) -> Cotraining | None:
-    """The demonstrations of `tasks` that the configuration asks for, in memory; None where it asks for none.
+    """Load the configured demonstrations of `tasks` into memory; None if the configuration has none.
 
     Raises:
-        DataError: the data set cannot be read, or shows other tasks or cameras.
+        DataError: the data set cannot be read, or has other tasks or cameras.
     """
     algo = config.algo
     if algo.cotraining_path is None:

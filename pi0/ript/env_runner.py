@@ -1,4 +1,4 @@
-"""`LIBEROEnvRunner`: the environments of one rank of RIPT, with its turns of tasks and its open scenes."""
+"""`LIBEROEnvRunner`: the environments of one rank of RIPT, with its task cursor and its open scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pi0.libero.settings import TaskConfig
 from pi0.libero.suites import Task, find_tasks
 from pi0.libero.worker import Worker
 
-# What `LIBEROEnvRunner.create_parallel_envs` gives: the pool, the task's index, how many environments at once.
+# Result of `LIBEROEnvRunner.create_parallel_envs`: the pool, the task's index, the number of environments.
 ParallelEnvs = tuple[RolloutPool, int, int]
 
 
@@ -22,12 +22,12 @@ class LIBEROEnvRunner(Environments):
 
     Attributes:
         assigned_tasks: tasks that this rank practises; all of them unless the run is distributed.
-        task_cursor: turns taken, counted in assigned tasks.
-        current_task: the assigned task whose turn it is.
+        task_cursor: number of turns taken so far.
+        current_task: the assigned task that has its turn.
 
     Args:
         task: which tasks and how they are simulated, the section `task` of a configuration.
-        policy: what the policy sees and how long its chunks are (`PI0Policy.config`).
+        policy: the policy's cameras, image size and chunk length (`PI0Policy.config`).
     Raises:
         InputError: as for `Environments`.
     """
@@ -40,13 +40,13 @@ class LIBEROEnvRunner(Environments):
 
     @property
     def created_envs(self) -> dict[int, ParallelEnvs]:
-        """By task index, the environments whose scene every worker has open; at most `max_open_tasks`."""
+        """By task index, the environments whose scene is open in every worker; at most `max_open_tasks`."""
         open_everywhere = frozenset.intersection(*self.pool.open_tasks() or [frozenset()])
         count = len(self.pool.processes) * self.pool.spec.slots
         return {task.index: (self.pool, task.index, count) for task in self.tasks if task in open_everywhere}
 
     def set_current_task_by_cursor(self) -> Task | None:
-        """Make the task under the cursor the current one; None when no task is assigned."""
+        """Make the task at the cursor the current one; None if no task is assigned."""
         tasks = self.assigned_tasks
         self.current_task = tasks[self.task_cursor % len(tasks)] if tasks else None
         return self.current_task
@@ -58,14 +58,14 @@ class LIBEROEnvRunner(Environments):
     def training_states(
         self, count: int, seed: int, tasks: Sequence[Task] | None = None
     ) -> list[InitStatePool]:
-        """As `Environments.training_states`, of the assigned tasks where none are named."""
+        """As `Environments.training_states`; `tasks` None means the assigned tasks."""
         return super().training_states(count, seed, self.assigned_tasks if tasks is None else tasks)
 
     def create_parallel_envs(self, task_name: str | int) -> ParallelEnvs:
-        """Open a task's scene in every worker, or find it open: (env, env_id, env_num).
+        """Open a task's scene in every worker, if it is not open: (env, env_id, env_num).
 
-        Rollouts open what they need by themselves. If the scene is opened before, the first of them do not wait.
-        Scenes stay open from step to step until `max_open_tasks` others have been used since, or `cleanup`.
+        Rollouts open the scenes that they need. If a scene is opened before, the first of them do not wait. A scene
+        stays open from step to step until `max_open_tasks` other scenes have been used, or until `cleanup`.
         """
         (task,) = find_tasks(self.benchmark_name, [task_name])
         if task.index not in self.created_envs:
@@ -80,7 +80,7 @@ class LIBEROEnvRunner(Environments):
         created_env: ParallelEnvs | None = None,
         num_envs: int | None = None,
     ) -> Iterator[tuple[int, Episode]]:
-        """`run_policy` in `created_env` (`create_parallel_envs`), or in the runner's own pool without one."""
+        """`run_policy` in `created_env` (`create_parallel_envs`), or without one in the runner's own pool."""
         return self.run_policy(policy, rollouts, num_envs, created_env[0] if created_env else None)
 
     def run(

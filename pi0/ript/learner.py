@@ -1,4 +1,4 @@
-"""What learns in a run."""
+"""The learner of a run: policy, loss, optimizer, and the data of updates."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pi0.training.ema import AveragedModule
 
 
 class MoreChunks(Protocol):
-    """Chunks that are learned from beside practice (`pi0.ript.cotraining`)."""
+    """Other chunks for the updates (`pi0.ript.cotraining`)."""
 
     def draw(self, generator: torch.Generator) -> WeightedChunks:
-        """Those of an iteration, decided by `generator` alone."""
+        """The chunks of an iteration; only `generator` decides them."""
 
 
 def load_policy(config: Config) -> PI0Policy:
-    """The policy to improve, as configured, with an optimality condition if guidance needs one.
+    """Load the configured policy, with an optimality condition if guidance needs one.
 
     Raises:
-        CheckpointError, MissingFileError: `policy_path` is no policy folder that fits.
+        CheckpointError, MissingFileError: `policy_path` is not a valid policy folder.
     """
     policy = PI0Policy.from_pretrained(
         config.policy_path,
@@ -43,16 +43,16 @@ def load_policy(config: Config) -> PI0Policy:
 
 @dataclass(frozen=True)
 class Learner:
-    """A policy that learns, and all that its updates need.
+    """A policy in training, and all that its updates need.
 
     Attributes:
         adapter: the loss of the policy.
-        optimizer: of the policy's weights.
-        schedule: of the learning rate; a step for each iteration that has learned.
-        average: the running average of the weights, which acts, is scored and is saved.
+        optimizer: optimizer of the policy's weights.
+        schedule: schedule of the learning rate; it steps after each iteration that has learned.
+        average: the running average of the weights, which acts, is evaluated and is saved.
         replay: the chunks of the last iterations.
-        generator: of augmentation, of the flow's noise and times, and of the order of chunks.
-        cotraining: demonstrations that are learned from beside practice.
+        generator: random generator of augmentation, of the flow's noise and times, and of the order of chunks.
+        cotraining: demonstrations for co-training; None: none.
     """
 
     adapter: PI0_CFG_Adapter
@@ -74,5 +74,5 @@ class Learner:
         return self.schedule.get_last_lr()[0]
 
     def take_in(self, collection: Collection) -> None:
-        """Weigh the chunks of an iteration's episodes by their advantages, and keep those that teach something."""
+        """Weight the chunks of an iteration's episodes by their advantages, and keep those with a weight other than 0."""
         self.replay.add(self.adapter.weigh(collection.episodes, collection.advantages))

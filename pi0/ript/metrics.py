@@ -1,4 +1,4 @@
-"""What RIPT's runs record, and what their report shows.
+"""The metrics that RIPT's runs record, and how their report shows them.
 
 To add a metric, add it here and to docs/metrics.md; a test compares the two.
 """
@@ -85,7 +85,7 @@ LEARNED = (
     Metric("passes", "passes",
            "passes in which a minibatch is computed, doubled each time that memory has run out; 1: at once (stage 13)"),
 )  # fmt: skip
-# Of a step's wall time, from the bottom of the plot up.
+# Parts of a step's wall time, from the bottom of the plot up.
 PHASES = tuple(
     Metric(f"phases/{name}", "s", meaning, merge, (Curve("phases", "seconds a step", name, "area"),))
     for name, meaning, merge in (

@@ -1,4 +1,4 @@
-"""The chunks of the last iterations, which an update learns from."""
+"""The replay buffer: chunks of the last iterations, from which updates learn."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Replay:
     """The chunks of the last iterations.
 
     Args:
-        iterations: how many of the last ones are learned from.
-        nothing: no chunks, of the right shapes: what there is to learn where none taught anything.
+        iterations: how many iterations it keeps.
+        nothing: no chunks, in the right shapes, for a batch without any.
 
     Attributes:
-        parts: the chunks of each, oldest first; None where an iteration taught nothing.
+        parts: the chunks of each iteration, oldest first; None for an iteration without any.
     """
 
     def __init__(self, iterations: int, nothing: WeightedChunks):
@@ -25,7 +25,7 @@ class Replay:
         self.parts: list[WeightedChunks | None] = []
 
     def add(self, chunks: WeightedChunks | None) -> None:
-        """Take in what an iteration collected; the oldest iteration beyond the number leaves."""
+        """Add the chunks of an iteration; the oldest iteration beyond the number is dropped."""
         self.parts = [*self.parts, chunks][-self._iterations :]
 
     def batch(self) -> WeightedChunks:
@@ -41,9 +41,9 @@ class Replay:
         self.parts = [None if part is None else WeightedChunks.from_state(part) for part in state]
 
     def join_state_dicts(self, states: list[list[dict | None]], place: Place) -> None:
-        """Continue with this rank's share of what the ranks of before had."""
+        """Continue with this rank's share of the earlier ranks' chunks."""
         share = states[place.rank :: place.world_size]
-        # From the newest back: a rank that has joined later has fewer.
+        # From the newest back: a rank that joined later has fewer iterations.
         newest_first = itertools.zip_longest(*(state[::-1] for state in share))
         self.parts = [_joined(parts) for parts in newest_first][::-1]
 

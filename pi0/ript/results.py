@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: results.json, a table, a learning curve, a before/after video."""
+"""Results of a run for people: results.json, a table and a learning curve."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def write_report(
     """Write results.json and learning_curve.png into `run_dir` and print the table.
 
     Args:
-        before, after: their scores on the same states and noise.
+        run_dir: the run's folder.
+        config: the run's configuration.
+        before, after: scores before and after training, on the same states and noise.
         history: metrics of each iteration.
         seconds: wall time of the run so far.
     """

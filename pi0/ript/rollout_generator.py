@@ -30,10 +30,10 @@ Start = tuple[InitStatePool, int]
 
 
 class InitStates(Protocol):
-    """A data set of initial states, whose items a loader's batches name."""
+    """A data set of initial states; a loader's batches hold indices of its items."""
 
     def start(self, index: int) -> Start:
-        """Where item `index` starts an episode."""
+        """The start of an episode from item `index`."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Group:
     """Finished rollouts that share a baseline.
 
     Attributes:
-        episodes: of the group's starts, in their order.
+        episodes: episodes of the group's starts, in their order.
         advantages: leave-one-out advantage of each.
     """
 
@@ -50,23 +50,24 @@ class Group:
 
     @property
     def unanimous(self) -> bool:
-        """All rollouts scored the same, so the group says nothing about what is better."""
+        """All rollouts scored the same, so the group does not show what is better."""
         return not any(self.advantages)
 
 
 @dataclass
 class Collection:
-    """What one iteration collected.
+    """The rollouts of one iteration.
 
     Attributes:
         groups: usable groups, in the order in which they were sampled; may be empty.
         dropped: groups left out because they were unanimous (dynamic sampling only), by task:
             [all succeeded, none did].
-        tried: episodes of all groups that ran whole, dropped ones included.
+        tried: episodes of all groups that ran to the end, with the dropped ones.
         failures: rollouts whose simulation broke, one line each; their groups are not used.
+        seconds: wall time of the collection.
         lost_workers: workers that died or hung, one line each; their rollouts were run again.
-        phases: where `seconds` of wall time went.
-        abandoned: the run was asked to stop in the middle; what there is is not whole.
+        phases: how `seconds` divide into phases.
+        abandoned: the run was asked to stop in the middle; the collection is not complete.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -89,7 +90,7 @@ class Collection:
         return [advantage for group in self.groups for advantage in group.advantages]
 
     def metrics(self) -> dict[str, Any]:
-        """What describes the collection, as docs/metrics.md explains it; by task: [successes, rollouts]."""
+        """Metrics of the collection (docs/metrics.md); `tasks` holds [successes, rollouts] by task."""
         tasks: dict[str, list[int]] = {}
         for episode in self.tried:
             counts = tasks.setdefault(episode.rollout.task.name, [0, 0])
@@ -118,7 +119,7 @@ class Collection:
 
 
 def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`Collection.metrics` of several ranks as one: counts add up, the slowest rank sets the time."""
+    """Merge `Collection.metrics` of several ranks: counts are added, the slowest rank sets the time."""
     merged = METRICS.merge(parts)
     tried = merged["groups"] + merged["dropped_groups"]
     merged["dropped_share"] = merged["dropped_groups"] / max(1, tried)
@@ -140,28 +141,29 @@ class RolloutGenerator:
         env_runner: runs the episodes.
         init_state_dataloader: endless; each batch is the states from which a group starts. They share its
             `rollouts_per_env` rollouts evenly: one state, K times, or K states of a task. A batch is a list of
-            starts, or a PyTorch loader's, whose "index" names items of `init_state_dataset`.
-        init_state_dataset: what a PyTorch loader's batches name.
+            starts, or one of a PyTorch loader with indices of `init_state_dataset` in "index".
+        init_state_dataset: the data set of a PyTorch loader.
         rollouts_per_env: rollouts of a group, K.
         num_envs: environments used at once; None for all that the runner has.
         max_steps: control steps an episode may take; None for the runner's own limit.
-        agent_gpus: GPU on which the policy acts, one at most: a rank acts where it learns, and torchrun starts
-            one for each GPU.
-        num_groups: groups wanted in an iteration.
-        max_groups: groups tried at most, unless all were dropped; reached with dynamic sampling or broken
-            simulations.
-        enable_dynamic_sampling: drop unanimous groups and try others in their place.
-        stats: success history of the states, which the loader's sampler consults; None makes one of the next three:
-        rollout_skip_threshold: visits solved in a row after which a state is passed over.
-        enable_rollout_stats_tracking: keep the success history in a file, not in memory alone.
+        agent_gpus: GPU on which the policy acts, at most one: a rank acts on its own GPU, and torchrun starts a rank
+            for each GPU.
+        num_groups: groups to collect in an iteration.
+        max_groups: most groups tried, unless all were dropped; dynamic sampling or broken simulations may reach it.
+        enable_dynamic_sampling: drop unanimous groups and try others instead.
+        stats: success history of the states, which the loader's sampler also uses; None makes one from the next
+            three arguments.
+        rollout_skip_threshold: a state that was solved on so many visits in a row is skipped for a round.
+        enable_rollout_stats_tracking: keep the success history in a file, not only in memory.
         rollout_stats_path: that file, which grows from run to run (`pi0.ript.rollout_stats`).
         use_val_init: `validation_states` draws states for periodic evaluation.
-        shuffle_advantages: give the advantages of a group to its episodes at random: a control that shows
-            whether it is the reward that teaches.
-        seed: of the policy's noise, together with step, task, state and repetition.
+        shuffle_advantages: assign the advantages of a group to its episodes at random: a control that shows
+            whether learning depends on the reward.
+        reward: score of an episode; None: 1 for success, else 0.
+        seed: seed of the policy's noise, together with step, task, state and repetition.
     Raises:
         InputError: several `agent_gpus`.
-        StatsError: the statistics file is there and not one.
+        StatsError: the statistics file exists and is not one.
     """
 
     def __init__(
@@ -211,19 +213,20 @@ class RolloutGenerator:
     def _next_group(self) -> Sequence[Start]:
         batch = next(self._batches)
         if isinstance(batch, dict):
-            assert self._states is not None, "init_state_dataset says what the loader's batches name"
+            assert self._states is not None, "batches with an index need init_state_dataset"
             batch = [self._states.start(int(index)) for index in batch["index"]]
         return list(batch) * (self._rollouts_per_env // len(batch))
 
     def generate_rollouts(self, policy: Policy, step: int, record: int = 0) -> Collection:
         """Collect one iteration's groups with `policy`.
 
-        Always ends: with exactly `num_groups` whole groups, or after `max_groups` tries with fewer; twice as many
-        tries where dynamic sampling has dropped every group. A group with a broken simulation is a failed try:
-        reported, and another one takes its place. A policy that always or never succeeds gives, under dynamic
-        sampling, an empty collection.
+        It always ends: with exactly `num_groups` whole groups, or with fewer after `max_groups` tries, or after twice
+        as many if dynamic sampling has dropped every group. A group with a broken simulation is a failed try: it is
+        reported, and another group replaces it. With dynamic sampling, a policy that always or never succeeds gives
+        an empty collection.
 
         Args:
+            policy: the policy that acts.
             step: number of the iteration; with the seed it decides the noise.
             record: draw a video frame every this many control steps.
         """
@@ -236,23 +239,23 @@ class RolloutGenerator:
                 for episodes in self._run_groups(policy, step, tried, wanted, record):
                     self._add(collection, episodes)
             except Interrupted:
-                # Other ranks may wait for this one: whoever called decides together with them.
+                # Other ranks may wait for this one, so the caller decides together with them.
                 collection.abandoned = True
                 break
             collection.phases += self.env_runner.pool.phases
             tried += wanted
             if tried == limit == self.max_groups and not collection.groups and collection.dropped:
-                print(f"all {tried} groups tried were unanimous: going on to as many other states")
+                print(f"all {tried} groups tried were unanimous: trying as many other states")
                 limit *= 2
         collection.seconds = time.monotonic() - start
         collection.lost_workers = [str(loss) for loss in self.env_runner.pool.losses[losses:]]
         return collection
 
     def describe(self, metrics: dict[str, Any]) -> list[str]:
-        """Lines about what became of the groups of an iteration, of all ranks."""
+        """Lines about the groups of an iteration on all ranks: tried, kept, dropped; and skipped states."""
         lines = []
         tried = metrics["groups"] + metrics["dropped_groups"]
-        if tried:  # none where the run was asked to stop before
+        if tried:  # 0 if the run was asked to stop before
             lines.append(f"batches sampled: {tried} groups tried, {metrics['groups']} kept")
         for name, (solved, failed) in metrics["dropped_by_task"].items():
             lines.append(f"dropped groups of {name}: {solved} all solved, {failed} all failed")
@@ -261,7 +264,7 @@ class RolloutGenerator:
         return lines
 
     def record(self, collection: Collection) -> None:
-        """Add to the statistics how often each state was solved; all its rollouts in an iteration are one visit."""
+        """Add to the statistics how often each state was solved. All its rollouts in an iteration are one visit."""
         visits: dict[str, list[bool]] = {}
         for episode in collection.tried:
             rollout = episode.rollout
@@ -271,11 +274,11 @@ class RolloutGenerator:
         self._save_stats()
 
     def validation_states(self, count: int) -> list[InitStatePool] | None:
-        """`count` states of each task for periodic evaluation; None for LIBERO's recorded ones, or where it is 0."""
+        """`count` states of each task for periodic evaluation; None for LIBERO's recorded ones, or if it is 0."""
         return self.env_runner.validation_states(count) if self.use_val_init and count else None
 
     def cleanup(self) -> None:
-        """Write what statistics could not be written before, close the environments and end their processes."""
+        """Write the statistics that are not written yet, close the environments and end their processes."""
         self._save_stats()
         self.env_runner.cleanup()
 

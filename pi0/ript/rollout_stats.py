@@ -1,4 +1,4 @@
-"""Which initial states succeed how often: the memory that lets practice pass over what is solved."""
+"""Success history of initial states, so that training can skip solved states."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ class StatsError(InputError):
 
 
 def state_name(task: Task, init: InitState) -> str:
-    """What names a state across runs: suite, task and hash of the recorded state, joined by `/`."""
+    """Name of a state in all runs: suite, task and hash of the recorded state, joined by `/`."""
     return f"{task.suite}/{task.index}/{init.name}"
 
 
 class RolloutStats:
     """Success history of initial states.
 
-    A state whose last `skip_threshold` visits were all solved is passed over for a round (`pi0.ript.turns.Streaks`).
+    A state whose last `skip_threshold` visits were all solved is skipped for a round (`pi0.ript.turns.Streaks`).
 
-    What a rank decides depends on the file as it was at the start and on its own visits, never on when other
-    processes write theirs, so that runs can be repeated.
+    A rank's decisions depend on the file at the start and on its own visits, never on the time when other processes
+    write, so that runs can be repeated.
 
-    The file says how many visits each writer has added. One that goes on from a checkpoint and makes visits again adds
-    only those that are new: a killed run counts nothing twice. (Where they come out otherwise, as after a rollback,
-    which learns with other noise, the file keeps what came first.)
+    The file holds how many visits each writer has added. A writer that resumes from a checkpoint and repeats visits
+    adds only the new ones, so a killed run counts nothing twice. (If repeated visits have other outcomes, as after a
+    rollback, which uses other noise, the file keeps the first outcomes.)
 
     Args:
         path: JSON file that grows from run to run; ranks and runs may share it. None keeps all in memory.
-        skip_threshold: visits in a row, all of whose rollouts succeed, that make a state solved.
+        skip_threshold: a state counts as solved after so many visits in a row in which all rollouts succeed.
     Raises:
-        StatsError: the file is there and not one of this kind.
+        StatsError: the file exists and is not one of this kind.
     """
 
     def __init__(self, path: str | Path | None, skip_threshold: int):
         self.path = None if path is None else Path(path)
         self.history: dict[str, list[Visit]] = {}
-        self._writer = secrets.token_hex(8)  # no run or rank has another's
+        self._writer = secrets.token_hex(8)  # unique for each run and rank
         self._visits = 0
-        self._unwritten: list[tuple[str, Visit]] = []  # the last ones
+        self._unwritten: list[tuple[str, Visit]] = []  # the latest visits
         self._streaks = Streaks(skip_threshold)
         if self.path is not None:
             self.history = _read(self.path)["states"]
@@ -61,7 +61,7 @@ class RolloutStats:
                     self._count(name, visit)
 
     def record(self, name: str, successes: int, rollouts: int) -> None:
-        """Remember a visit."""
+        """Record a visit."""
         visit = [int(successes), int(rollouts)]
         self.history.setdefault(name, []).append(visit)
         self._unwritten.append((name, visit))
@@ -69,14 +69,14 @@ class RolloutStats:
         self._count(name, visit)
 
     def pass_over(self, name: str) -> bool:
-        """Whether the state, whose turn it is, is passed over this time."""
+        """Whether the state, which has its turn, is skipped this time."""
         return self._streaks.pass_over(name)
 
     def save(self) -> None:
-        """Add the new visits to the file, whole or not at all, whoever else adds to it at the same time.
+        """Add the new visits to the file, whole or not at all; other processes may add visits at the same time.
 
         Raises:
-            StatsError: it cannot be read or written; the visits are kept for the next time.
+            StatsError: the file cannot be read or written; the visits are kept for the next time.
         """
         if self.path is None or not self._unwritten:
             return
@@ -97,7 +97,7 @@ class RolloutStats:
         self._unwritten = []
 
     def state_dict(self) -> dict:
-        """What decides from here on, for a checkpoint."""
+        """The state for a checkpoint."""
         return {
             "history": {name: list(visits) for name, visits in self.history.items()},
             "writer": self._writer,
@@ -115,7 +115,7 @@ class RolloutStats:
     def join_state_dicts(self, states: list[dict]) -> None:
         """Continue from the states of other ranks, which visited different states, as a new writer of the file.
 
-        What the disk had refused to those ranks is not written any more.
+        Visits that those ranks could not write to the file are not written any more.
         """
         self._unwritten = []
         self._remember(states)
@@ -124,7 +124,9 @@ class RolloutStats:
         self.history, self._streaks.solved_in_a_row = {}, {}
         for state in states:
             for name, visits in state["history"].items():
-                if len(visits) > len(self.history.get(name, [])):  # whoever visited it knows most
+                if len(visits) > len(
+                    self.history.get(name, [])
+                ):  # the rank that visited it has the longest list
                     self.history[name] = list(visits)
                     self._streaks.solved_in_a_row[name] = state["solved_in_a_row"].get(name, 0)
 
@@ -134,12 +136,12 @@ class RolloutStats:
 
 
 class SamplerState:
-    """Where a sampler is and what it remembers, as a part of a checkpoint.
+    """A sampler's position and memory, as a part of a checkpoint.
 
     Args:
-        turns: whose turn it is.
+        turns: turns of the tasks.
         rings: the states of each task.
-        stats: what was solved.
+        stats: success history of the states.
     """
 
     def __init__(self, turns: TaskTurns, rings: Sequence[Ring], stats: RolloutStats):
@@ -160,13 +162,13 @@ class SamplerState:
         self._stats.load_state_dict(state["stats"])
 
     def join_state_dicts(self, states: list[dict], place: Place) -> None:
-        """Continue from the statistics of all ranks of before, which had other states; rings begin again."""
+        """Continue from the statistics of all earlier ranks, which had other states; rings begin again."""
         self._turns.load_state_dict(states[0])
         self._stats.join_state_dicts([state["stats"] for state in states])
 
 
 def _read(path: Path) -> dict:
-    """What the file holds: `states`, name to visits; `writers`, name to number of visits added."""
+    """The file's content: `states`, name to visits; `writers`, name to number of visits added."""
     empty = {"format": FORMAT, "visit": ["successes", "rollouts"], "states": {}, "writers": {}}
     if not path.exists():
         return empty

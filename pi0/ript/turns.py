@@ -1,4 +1,4 @@
-"""Which task practises next, and in which state: turns of tasks, rings of states, streaks of solved visits."""
+"""Which task and state come next: turns of tasks, rings of states, streaks of solved visits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 
 State = TypeVar("State", bound=Hashable)
 
-# A task that always succeeds still practises a tenth as often as one that always fails.
+# A task that always succeeds still gets a tenth as many turns as one that always fails.
 SMALLEST_SHARE = 0.1
 
 
 class TaskTurns:
     """Tasks take turns in proportion to how often they fail.
 
-    Each task collects credit, its share of all failures, until it has the most; its turn costs one. That is as fair
-    as a draw at random and needs no random numbers.
+    Each task collects credit, its share of all failures, until it has the most; a turn costs 1. This is as fair as a
+    random draw and needs no random numbers.
 
     Attributes:
-        credit: of each task; their sum is 0 after each turn.
-        success_rate: of each task when it practised last, 0 to 1; 0.5 before that.
+        credit: credit of each task; the sum is 0 after each turn.
+        success_rate: success rate of each task in its last turn, 0 to 1; 0.5 before the first.
     """
 
     def __init__(self, tasks: Sequence[Task]):
@@ -32,7 +32,7 @@ class TaskTurns:
         self.success_rate = [0.5] * len(tasks)
 
     def next_task(self) -> int:
-        """Position of the task whose turn it is."""
+        """Position of the task that has the next turn."""
         shares = [max(SMALLEST_SHARE, 1.0 - rate) for rate in self.success_rate]
         self.credit = [
             credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
@@ -50,7 +50,7 @@ class TaskTurns:
         self.credit, self.success_rate = list(state["credit"]), list(state["success_rate"])
 
     def record(self, episodes: Sequence[Episode]) -> None:
-        """Remember how often each task has succeeded; a task without episodes keeps its rate."""
+        """Record how often each task has succeeded; a task without episodes keeps its rate."""
         for number, task in enumerate(self._tasks):
             outcomes = [episode.success for episode in episodes if episode.rollout.task == task]
             if outcomes:
@@ -58,11 +58,11 @@ class TaskTurns:
 
 
 class CursorTurns:
-    """The task under a runner's task cursor has its turn until the runner moves on.
+    """The task at a runner's task cursor has its turn until the runner advances the cursor.
 
     Args:
-        env_runner: whose `current_task` practises.
-        tasks: those that may practise.
+        env_runner: the runner; its `current_task` has the turn.
+        tasks: all tasks that may have a turn.
     """
 
     def __init__(self, env_runner: LIBEROEnvRunner, tasks: Sequence[Task]):
@@ -75,15 +75,15 @@ class CursorTurns:
         return self._tasks.index(self._env_runner.current_task)
 
     def record(self, episodes: Sequence[Episode]) -> None:
-        """The cursor takes no notice of what was solved."""
+        """Do nothing: the cursor does not depend on success."""
 
 
 class Ring(Generic[State]):
-    """Initial states of a task, each of which comes up before any comes up again.
+    """Initial states of a task in ring order: all of them come before any is repeated.
 
     Attributes:
-        states: what names each, in the order in which they come up.
-        init_state_cursor: how many have come up so far.
+        states: names of the states, in ring order.
+        init_state_cursor: how many have come so far.
     """
 
     def __init__(self, states: Iterable[State]):
@@ -97,11 +97,11 @@ class Ring(Generic[State]):
         return [self.states[(first + number) % len(self.states)] for number in range(batch_size)]
 
     def get_states_for_envs(self, num_parallel_envs: int, rloo_batch_size: int) -> list[State]:
-        """States for all rollouts of all environments, so that no two start alike while there are enough."""
+        """States for all rollouts of all environments; no two are the same if there are enough states."""
         return self.sample_batch_circular(num_parallel_envs * rloo_batch_size)
 
     def sample_unsolved(self, count: int, pass_over: Callable[[State], bool]) -> tuple[list[State], int]:
-        """The next `count` states that `pass_over` does not refuse, and how many it refused on the way."""
+        """The next `count` states that `pass_over` does not skip, and how many it skipped on the way."""
         chosen: list[State] = []
         skipped = 0
         while len(chosen) < count:
@@ -116,9 +116,9 @@ class Ring(Generic[State]):
 class Streaks:
     """How often in a row each state was solved.
 
-    A state that was solved on each of its last `threshold` visits is passed over when its turn comes next, once. Then
-    it is visited again until it has again been solved so often. So a solved state costs `threshold` of
-    `threshold + 1` rounds at most, and what a policy unlearns is noticed a round later.
+    A state that was solved on each of its last `threshold` visits is skipped at its next turn, once. Then it must be
+    solved on as many visits again. So a solved state takes at most `threshold` of `threshold + 1` rounds, and if the
+    policy forgets it, that is noticed a round later.
     """
 
     def __init__(self, threshold: int):
@@ -126,16 +126,16 @@ class Streaks:
         self.solved_in_a_row: dict[Hashable, int] = {}
 
     def record(self, state: Hashable, solved: bool) -> None:
-        """Remember a visit."""
+        """Record a visit."""
         self.solved_in_a_row[state] = self.solved_in_a_row.get(state, 0) + 1 if solved else 0
 
     def record_episodes(self, episodes: Sequence[Episode]) -> None:
-        """Remember each episode as a visit of its state, named by task and index."""
+        """Record each episode as a visit of its state, named by task and index."""
         for episode in episodes:
             self.record((episode.rollout.task, episode.rollout.init_index), episode.success)
 
     def pass_over(self, state: Hashable) -> bool:
-        """Whether the state, whose turn it is, is passed over this time."""
+        """Whether the state, which has its turn, is skipped this time."""
         if self.solved_in_a_row.get(state, 0) < self.threshold:
             return False
         self.solved_in_a_row[state] = 0

@@ -4,9 +4,9 @@ examples:
     python -m pi0.stages                 the stages, what each adds and how much of the one before survives
     python -m pi0.stages diff 8 9        what stage 09 changes in stage 08
     python -m pi0.stages diff 8 10       two stages at once
-    python -m pi0.stages diff 9 8        the other way round: what to take out of 09
+    python -m pi0.stages diff 9 8        the reverse: what to remove from 09
     python -m pi0.stages pages           write docs/stages again from the scripts and the notes
-    python -m pi0.stages pages --check   only say which pages do not match
+    python -m pi0.stages pages --check   only report which pages do not match
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from pi0.stages import pages as stage_pages
 from pi0.stages.diff import CONTEXT, patch
 from pi0.stages.scripts import Stage, compare, find_stages
 
-# Colours of a terminal by the first characters of a diff's line; the first that fits counts.
+# Terminal colours by the first characters of a diff's line; the first that fits counts.
 COLOURS = {"---": "1", "+++": "1", "@@": "36", "-": "31", "+": "32"}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     description, examples = __doc__.split("\n\n")
     parser = _parser(argparse.ArgumentParser, description, examples, prog="python -m pi0.stages")
     commands = parser.add_subparsers(dest="command", metavar="{list,diff,pages}")
     commands.add_parser("list", help="the stages (also without a command)")
     diff = _parser(
         commands.add_parser,
-        "A unified diff of two stages. Lines with + are new in the second one, lines with - are only in the\n"
-        "first; behind @@ stands the definition that the change is in. Coloured on a terminal, unless\n"
-        "NO_COLOR is set; in a pipe it is a patch.",
+        "A unified diff of two stages. Lines with + are only in the second one, lines with - only in the first.\n"
+        "After @@ is the definition that the change is in. On a terminal it is coloured, unless NO_COLOR is\n"
+        "set; in a pipe it is a patch.",
         "examples:\n    python -m pi0.stages diff 8 9\n    python -m pi0.stages diff 8 10 --context 6\n",
         name="diff",
         help="what differs between two stages",
     )
     diff.add_argument("first", help="number of a stage")
-    diff.add_argument("second", help="number of another one")
+    diff.add_argument("second", help="number of another stage")
     diff.add_argument(
         "--context",
         type=int,
@@ -58,13 +58,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     pages = _parser(
         commands.add_parser,
         "Write docs/stages/NN.md for each stage, and the index, from the scripts and the notes on them,\n"
-        "docs/stages/notes/NN.yaml. The exit status is 1 where notes do not fit the scripts.",
+        "docs/stages/notes/NN.yaml. The exit status is 1 if notes do not fit the scripts.",
         "notes:\n\n" + str(stage_notes.__doc__).partition("\n\n")[2],
         name="pages",
         help="the explained diffs of docs/stages",
     )
     pages.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 where a page does not match"
+        "--check", action="store_true", help="write nothing; exit status 1 if a page does not match"
     )
     return parser.parse_args(arguments)
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = REPO_ROOT) -> int:
 
 
 def find_stage(stages: Sequence[Stage], number: str) -> Stage:
-    """The stage with that number, written as "9" or "09". Raises `InputError` with those that there are."""
+    """The stage with that number, written as "9" or "09". Raises `InputError` that lists the stages."""
     for stage in stages:
         if number.isdecimal() and int(number) == stage.number:
             return stage
@@ -113,7 +113,7 @@ def table(stages: Sequence[Stage], width: int) -> Iterator[str]:
         adds = textwrap.wrap(stage.capability, max(24, width - len(head)))
         yield row + adds[0]
         yield from (" " * len(head) + line for line in adds[1:])
-    yield "added, removed: against the stage before; survive: share of its lines that stand unchanged"
+    yield "added, removed: against the stage before; survive: share of its lines that are unchanged"
 
 
 def coloured(lines: Iterable[str]) -> Iterator[str]:
@@ -149,7 +149,7 @@ def _parser(make, description: str, epilog: str, **options) -> argparse.Argument
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is not an error
     try:
         sys.exit(main())
     except InputError as error:

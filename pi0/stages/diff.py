@@ -1,7 +1,7 @@
-"""What differs between two stage scripts, for reading (`hunks`) and as a unified diff (`patch`).
+"""Differences between two stage scripts, for reading (`hunks`) and as a unified diff (`patch`).
 
-A run of added or removed lines may often be laid a few lines higher or lower with the same result; here it
-begins where a definition begins, as a reader would cut it.
+The same change can often be shown a few lines higher or lower. Here it begins where a definition begins, as a
+reader would expect.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from itertools import pairwise
 from pi0.stages.scripts import DOCSTRING, IMPORTS, Stage, match_lines
 
 CONTEXT = 2  # unchanged lines shown around a change
-SUCCESSION = 0.25  # share of a definition's lines that another must keep to be what became of it
+SUCCESSION = 0.25  # share of a definition's lines that another must keep to count as its successor
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """Changes in one place, with a little of what surrounds them.
+    """Changes in one place, with a few lines around them.
 
     Attributes:
         scope: the definition that they are in.
-        line: number of the first changed line, from 1: in the later script, or in the earlier one where lines
-            are only removed.
-        lines: sign ("+", "-" or " ") and text each; "@@" where unchanged lines are left out.
+        line: number of the first changed line, from 1: in the later script, or in the earlier one if lines are only
+            removed.
+        lines: sign ("+", "-" or " ") and text of each line; "@@" where unchanged lines are left out.
     """
 
     scope: str
@@ -34,23 +34,25 @@ class Hunk:
 
     @property
     def changed(self) -> list[str]:
-        """The added lines, or the removed ones where none is added."""
+        """The added lines, or the removed ones if none is added."""
         added = [line[1:] for line in self.lines if line.startswith("+")]
         return added or [line[1:] for line in self.lines if line.startswith("-")]
 
     @property
     def only_removes(self) -> bool:
-        """Nothing is added."""
+        """Whether no line is added."""
         return not any(line.startswith("+") for line in self.lines)
 
 
 def hunks(before: Stage | None, after: Stage, anchors: Sequence[str] = ()) -> list[Hunk]:
-    """What differs, for reading: each top-level definition apart, the imports together.
+    """Differences for reading: each top-level definition separately, the imports together.
 
-    Without an earlier stage everything is added. Not a patch: blank lines at the ends are left out.
+    Without an earlier stage everything is added. The result is not a patch: blank lines at the ends are left out.
 
     Args:
-        anchors: changes close to each other are one hunk, except where a line with one of these begins another.
+        before: the earlier stage, if any.
+        after: the later stage.
+        anchors: pieces of lines. Changes close to each other are one hunk, but a line with an anchor begins another.
     """
     before = before or Stage(after.path, "")
     became = _successors(before, after)
@@ -76,7 +78,7 @@ def hunks(before: Stage | None, after: Stage, anchors: Sequence[str] = ()) -> li
 
 
 def patch(before: Stage, after: Stage, context: int = CONTEXT) -> Iterator[str]:
-    """The lines of a unified diff, each hunk's header with the definition that it begins in."""
+    """The lines of a unified diff; each hunk's header names the definition where it begins."""
     if before.lines == after.lines:
         return
     yield f"--- {before.path.name}"
@@ -120,7 +122,7 @@ class _Change:
         return self.after_end > self.after
 
     def says(self, before: Stage, after: Stage) -> Sequence[str]:
-        """The added lines, or the removed ones where none is added."""
+        """The added lines, or the removed ones if none is added."""
         return (
             after.lines[self.after : self.after_end]
             if self.added
@@ -176,7 +178,7 @@ def _slide(change: _Change, before: Sequence[str], after: Sequence[str], floor: 
 
 
 def _successors(before: Stage, after: Stage) -> dict[str, str]:
-    """Definitions that are gone, each with the new one that keeps the most of its lines, if it keeps enough."""
+    """Removed definitions, each with the new one that keeps the most of its lines, if it keeps enough."""
     kept: Counter[tuple[str, str]] = Counter()
     for at, there, size in match_lines(before.lines, after.lines).get_matching_blocks():
         for line in range(size):
@@ -195,7 +197,7 @@ def _name(unit: str, became: Mapping[str, str]) -> str:
 
 
 def _split(change: _Change, before: Stage, after: Stage, became: Mapping[str, str]) -> list[_Change]:
-    """The change cut at top-level definitions; what goes comes before what takes its place."""
+    """The change cut at top-level definitions; removed ones come before their replacements."""
     gone = _runs(before.units, change.before, change.before_end)
     pieces = []
     for start, end in _runs(after.units, change.after, change.after_end):

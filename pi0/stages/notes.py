@@ -11,10 +11,10 @@
         anchors: [import argparse]
         minor: true
 
-An anchor must be found in exactly one hunk: in a line that it adds, or in one that it removes where it adds
-none. Every hunk must have exactly one note; a note with several anchors covers several hunks. Changes close to each
-other are one hunk, unless an anchor is in a later one: there another begins. A test is one that fails without the hunk. A minor note needs no reason and no test. The first stage has no earlier one: its hunks
-are its parts.
+An anchor must be in exactly one hunk: in a line that it adds, or in one that it removes if it adds none. Every hunk
+must have exactly one note; a note with several anchors covers several hunks. Changes close to each other are one
+hunk, but a change with an anchor begins another one. A test must fail without the hunk. A minor note needs no
+reason and no test. The first stage has no earlier one: its hunks are its parts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pi0.stages.scripts import Stage
 
 @dataclass(frozen=True)
 class Note:
-    """What is said about one or more hunks; texts are Markdown."""
+    """The text about one or more hunks, in Markdown."""
 
     title: str = key(MISSING, "heading")
     anchors: list[str] = key(MISSING, "for each hunk, a piece of a line that it adds")
@@ -55,12 +55,12 @@ class Notes:
 
 
 def read_notes(path: Path) -> Notes:
-    """Read a notes file. Raises `ConfigError` with a line for each thing that is wrong."""
+    """Read a notes file. Raises `ConfigError` with a line for each mistake."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such file; write the stage's notes; python -m pi0.stages pages --help says how"
+            f"{path}: no such file; write the stage's notes; python -m pi0.stages pages --help shows how"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
@@ -116,8 +116,7 @@ def _wrong_keys(given: dict[Any, Any], known: Sequence[str], required: Sequence[
 def match(notes: Notes, stage: Stage, changes: Sequence[Hunk]) -> list[tuple[Note, list[Hunk]]]:
     """Each note with its hunks, in the order of the script.
 
-    Raises `ConfigError` naming every anchor that is in no hunk or in several, and every hunk that has no note
-    or several.
+    Raises `ConfigError` that names every anchor in no hunk or in several, and every hunk with no note or several.
     """
     problems: list[str] = []
     owners: dict[int, list[Note]] = {number: [] for number in range(len(changes))}
@@ -152,7 +151,7 @@ def match(notes: Notes, stage: Stage, changes: Sequence[Hunk]) -> list[tuple[Not
 
 
 def missing_tests(notes: Notes, root: Path) -> list[str]:
-    """Tests that the notes name and that do not exist, a line each."""
+    """Tests in the notes that do not exist, a line each."""
     problems = []
     for note in notes.notes:
         for test in note.tests:
@@ -179,7 +178,7 @@ def _holds(hunk: Hunk, anchor: str) -> bool:
 
 
 def _distinctive(hunk: Hunk, changes: Sequence[Hunk]) -> str:
-    """The hunk's first changed line that no other hunk has too."""
+    """The hunk's first changed line that no other hunk has."""
     lines = [line.strip() for line in hunk.changed if line.strip()]
     alone = [line for line in lines if sum(_holds(other, line) for other in changes) == 1]
     return (alone or lines)[0]

@@ -19,7 +19,7 @@ _UP = "../../"  # from a page to the repository
 
 
 def render_pages(root: Path) -> tuple[dict[Path, str], list[str]]:
-    """All pages by path, and what is wrong with notes, a line each; a page of wrong notes is left out."""
+    """All pages by path, and the mistakes in notes, a line each; a page with wrong notes is left out."""
     stages = find_stages(root)
     pages = {root / PAGES / "README.md": _index(stages)}
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""Stage scripts: what each adds, what its parts are, and how much of one survives into another."""
+"""Stage scripts: what each adds, its parts, and how much of one survives in another."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stage:
 
     @cached_property
     def tree(self) -> ast.Module:
-        """The parsed source. Raises `InputError` where it is no Python."""
+        """The parsed source. Raises `InputError` if it is not valid Python."""
         try:
             return ast.parse(self.source)
         except SyntaxError as error:
@@ -57,19 +57,19 @@ class Stage:
 
     @property
     def capability(self) -> str:
-        """What the docstring's first line says that the stage adds."""
+        """What the stage adds, from the docstring's first line."""
         first = self.docstring.splitlines()[0]
         return re.sub(r"^Stage \d+: (stage \d+ with )?", "", first).removesuffix(".")
 
     @property
     def commands(self) -> str:
-        """The indented lines of the docstring as they are written there; they run the stage."""
+        """The indented lines of the docstring, as they are written; they run the stage."""
         written = self.lines[: self.units.count(DOCSTRING)]
         return "\n".join(line[4:].replace("\\\\", "\\") for line in written if line.startswith("    "))
 
     @cached_property
     def units(self) -> list[str]:
-        """For every line the top-level part that it belongs to: docstring, imports, a definition's name."""
+        """The top-level part of every line: docstring, imports, or a definition's name."""
         starts: list[tuple[int, str]] = []
         for node in self.tree.body:
             start = _start(node)
@@ -81,7 +81,7 @@ class Stage:
                 name = DOCSTRING
             else:
                 name = re.split(r"[:=]", self.lines[start - 1])[0].strip()
-            while start > 1 and self.lines[start - 2].startswith("#"):  # a comment belongs to what follows
+            while start > 1 and self.lines[start - 2].startswith("#"):  # a comment belongs to the next part
                 start -= 1
             starts.append((start, name))
         units = [DOCSTRING] * len(self.lines)
@@ -90,7 +90,7 @@ class Stage:
         return units
 
     def scope(self, index: int) -> str:
-        """Where line `index`, from 0, stands: "train()", "InitialStateDataset.record()", "imports"."""
+        """The place of line `index`, from 0: "train()", "InitialStateDataset.record()", "imports"."""
         names, function = [], False
         for node in ast.walk(self.tree):  # outer before inner
             if isinstance(node, _Definition) and _start(node) <= index + 1 <= (node.end_lineno or 0):
@@ -102,7 +102,7 @@ class Stage:
 
 
 def find_stages(root: Path = REPO_ROOT) -> list[Stage]:
-    """The stage scripts in `root`, in order. Raises `InputError` where there are none."""
+    """The stage scripts in `root`, in order. Raises `InputError` if there are none."""
     paths = sorted(root.glob("[0-9][0-9]_train_*.py"))
     if not paths:
         raise InputError(f"{root}: no stage scripts (NN_train_*.py) here")
@@ -111,7 +111,7 @@ def find_stages(root: Path = REPO_ROOT) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Lines that two stages share, and how many each has."""
+    """Number of lines that two stages share, and that each has."""
 
     shared: int
     before: int
@@ -119,17 +119,17 @@ class Comparison:
 
     @property
     def added(self) -> int:
-        """Lines of the later stage that the earlier one has not."""
+        """Lines of the later stage that are not in the earlier one."""
         return self.after - self.shared
 
     @property
     def removed(self) -> int:
-        """Lines of the earlier stage that are gone or changed."""
+        """Lines of the earlier stage that are removed or changed."""
         return self.before - self.shared
 
     @property
     def survive(self) -> float:
-        """Share of the earlier stage's lines that stand unchanged in the later one, 0 to 1."""
+        """Share of the earlier stage's lines that are unchanged in the later one, 0 to 1."""
         return self.shared / self.before
 
 
@@ -140,7 +140,7 @@ def compare(before: Stage, after: Stage) -> Comparison:
 
 
 def match_lines(before: Sequence[str], after: Sequence[str]) -> difflib.SequenceMatcher:
-    """The lines that two scripts share; a frequent line counts like any other."""
+    """Match the lines of two scripts; a frequent line counts like any other."""
     return difflib.SequenceMatcher(None, before, after, autojunk=False)
 
 
