@@ -176,7 +176,7 @@ def test_a_stop_saves_what_no_checkpoint_has(straight, tmp_path):
     assert_same(tmp_path, straight[0])
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it in one process
 def test_a_long_update_is_abandoned_after_ten_seconds_and_what_is_lost_is_said(tmp_path):
     # The first iteration makes four updates at most, the second at least four of four seconds.
     few = [
@@ -358,7 +358,7 @@ def test_a_killed_rollout_worker_changes_nothing(straight, tmp_path):
     assert ours["after"] == theirs["after"]
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it in one process
 def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
     output = finish(start(tmp_path, script=("tests/support/spoilt_gradients.py", "1"), env=with_path()))
     assert "1 gradients were not finite and were left out" in output
@@ -370,7 +370,10 @@ def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "processes",
+    [pytest.param(1, marks=pytest.mark.soak), 2],  # tests/test_iteration.py shows one in this process
+)
 def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tmp_path, processes):
     # One update an iteration: the third iteration's is the third in a row.
     few = ["--override", "training.max_bad_updates=3", "algo.num_epochs=1", "algo.minibatch_size=100"]
@@ -388,7 +391,7 @@ def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_on(tm
 FOUR_UPDATES = ["--override", "algo.num_epochs=4", "algo.minibatch_size=100", "training.max_bad_updates=3"]
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it in one process
 def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path):
     # The last update of the first iteration: the checkpoint after it is whole, and its gradients overflow.
     output = finish(
@@ -404,7 +407,7 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
     assert all(row["bad_updates"] == 0 for row in rows)
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it in one process
 def test_weights_that_are_no_numbers_are_in_no_checkpoint(tmp_path):
     output = finish(
         start(
@@ -415,7 +418,7 @@ def test_weights_that_are_no_numbers_are_in_no_checkpoint(tmp_path):
     assert [row["rollbacks"] for row in outcome(tmp_path)["rows"]] == [1] * STEPS
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it in one process
 def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_reported(tmp_path):
     overrides = ["algo.lr=1e30", "training.max_rollbacks=1", "training.max_bad_updates=2"]
     process = start(tmp_path, "--override", *overrides)
