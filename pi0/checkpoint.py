@@ -1,9 +1,9 @@
-"""Checkpoint directories of this project, openpi and LeRobot: say what one is, write it in another layout.
+"""Policy folders of this project, openpi and LeRobot: describe one, or write it in another layout.
 
 examples:
     python -m pi0.checkpoint inspect checkpoints/pi0_tiny_libero_spatial    # what it is, what fits, what is missing
-    python -m pi0.checkpoint convert CHECKPOINT OUTPUT                      # weights that openpi loads
-    python -m pi0.checkpoint convert CHECKPOINT OUTPUT --layout lerobot
+    python -m pi0.checkpoint convert FOLDER OUTPUT                          # weights that openpi loads
+    python -m pi0.checkpoint convert FOLDER OUTPUT --layout lerobot
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LABEL_WIDTH = 13
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     description, examples = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m pi0.checkpoint",
@@ -40,29 +40,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser(
-        "inspect", help="what a checkpoint is, what fits and what is missing; status 1 if it cannot be loaded"
+        "inspect",
+        help="describe a policy folder: what fits, what is missing; status 1 if it cannot be loaded",
     )
-    inspect.add_argument("path", help="a checkpoint directory, or the model.safetensors in it")
+    inspect.add_argument("path", help="a policy folder, or the model.safetensors in it")
     convert = commands.add_parser(
-        "convert", help="write a checkpoint in another layout; low-rank additions are merged into the weights"
+        "convert", help="write a policy in another layout; low-rank additions are merged into the weights"
     )
-    convert.add_argument("path", help="a checkpoint directory")
-    convert.add_argument("output", help="directory to write; must not hold a checkpoint yet")
+    convert.add_argument("path", help="a policy folder")
+    convert.add_argument("output", help="folder to write; it must not hold weights yet")
     convert.add_argument(
         "--layout",
         default="openpi",
         choices=list(WRITABLE),
-        help="openpi: this project's directory, with weights that openpi loads; lerobot: LeRobot's",
+        help="openpi: this project's folder, with weights that openpi loads; lerobot: LeRobot's",
     )
     convert.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of the experts and the vision tower, save what the checkpoint's configuration trains beside "
-        "other frozen parts than adapted ones, which stays float32; default: as they are stored",
+        help="type of the experts and the vision tower; if the configuration freezes parts that have no low-rank "
+        "additions, the trained part stays float32; default: as stored",
     )
     for command in (inspect, convert):
         command.add_argument(
-            "--norm_stats_path", help="a norm_stats.json to use instead of the checkpoint's own statistics"
+            "--norm_stats_path", help="a norm_stats.json to use instead of the folder's own statistics"
         )
     return parser.parse_args(arguments)
 
@@ -86,21 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def convert_checkpoint(
     path: str, output: str, layout: str, dtype: str | None, norm_stats_path: str | None = None
 ) -> None:
-    """Load a checkpoint, write it in another layout and print what was done.
+    """Load a policy folder, write it in another layout and print what was done.
 
-    Low-rank additions become part of the weights, as other programs know no such tensors.
+    Low-rank additions are merged into the weights, since other programs do not know them.
 
     Raises:
-        InputError: a checkpoint that cannot be loaded or written so, or one with an optimality condition, which
-            other programs do not know either and which is no part of any weight.
+        InputError: the policy cannot be loaded or written so; or it has an optimality condition, which other
+            programs do not know and which cannot be merged.
     """
     if (Path(output) / MODEL_FILE).exists():
-        raise InputError(f"{output} holds a {MODEL_FILE} already; name another directory")
+        raise InputError(f"{output} already holds a {MODEL_FILE}; name another folder")
     if read_config(path).guidance:
         raise CheckpointError(
             f"{Path(path) / CONFIG_FILE}: guidance is true; openpi and LeRobot have no place for the optimality "
-            "condition that this policy learned and do not sample under it, so it stays in a directory of this "
-            "project. For other programs train with algo.mode=weighted"
+            "condition that this policy learned, and do not sample with it, so only this project can use it. "
+            "For other programs train with algo.mode=weighted"
         )
     policy = PI0Policy.from_pretrained(
         path, dtype=getattr(torch, dtype) if dtype else None, norm_stats_path=norm_stats_path
@@ -111,25 +112,25 @@ def convert_checkpoint(
         print(f"low-rank additions (rank {ranks[0]} and {ranks[1]}) are merged into the weights")
     policy.save_pretrained(output, layout)
     if isinstance(policy.config.vision, ConvDims):
-        print("only this project loads it: its convolutional tower has no place in openpi's model")
+        print("only this project can load it: a convolutional tower has no place in openpi's model")
     print(f"{output} written")
 
 
 def inspect_checkpoint(
     path: str | Path, norm_stats_path: str | Path | None = None
 ) -> Iterator[tuple[str, str]]:
-    """What a checkpoint is, in pairs of a label and a text of one or more lines.
+    """Describe a policy folder in pairs of a label and a text of one or more lines.
 
-    The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it, given the same
-    `norm_stats_path`. Nothing but the header of the weights and the statistics is read.
+    The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it with the same
+    `norm_stats_path`. Of the weights only the header is read.
 
     Raises:
-        FileNotFoundError: no such directory, or no weights in it.
+        FileNotFoundError: no such folder, or no weights in it.
         CheckpointError: the weights are not a safetensors file.
     """
     path = Path(path)
     if path.is_file() and path.name != MODEL_FILE:
-        raise InputError(f"{path}: the weights of a checkpoint are called {MODEL_FILE}; name its directory")
+        raise InputError(f"{path}: the weights of a policy are called {MODEL_FILE}; name its folder")
     directory = path.parent if path.is_file() else path
     header = read_header(directory)
     kind = "pi0.5" if holds_pi05(header.shapes) else "pi0"
@@ -169,7 +170,7 @@ def _millions(count: int) -> str:
 
 def _config(config: Pi0Config) -> str:
     return (
-        f"chunks of {config.action_horizon} actions of {config.action_dim} features, of which the robot has "
+        f"chunks of {config.action_horizon} actions of {config.action_dim} features; the robot uses "
         f"{config.robot_action_dim}; its state has {config.robot_state_dim}\n"
         f"cameras {', '.join(config.cameras)} at {config.image_size} pixels; prompt of {config.prompt_length} tokens"
     )
@@ -177,7 +178,7 @@ def _config(config: Pi0Config) -> str:
 
 def _statistics(stats: NormStats | None) -> str:
     if stats is None:
-        return "none, and acting needs them: name a norm_stats.json as norm_stats_path"
+        return "none, but acting needs them: name a norm_stats.json as norm_stats_path"
     quantiles = "with" if stats.state.q01 is not None and stats.actions.q01 is not None else "without"
     return f"state of {len(stats.state.mean)}, actions of {len(stats.actions.mean)} features, {quantiles} quantiles"
 

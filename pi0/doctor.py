@@ -1,8 +1,8 @@
 """Checks a machine before a long run: `python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]`.
 
-One line for each finding: `ok`, `note` (a run would work, but see this) or `stop` (a run would not), what was
-found, and the mend. Without a configuration the defaults are checked, and no checkpoint. The exit status is 1
-when something would stop a run.
+Each finding is one line: `ok`, `note` (a run would work, but see this) or `stop` (a run would fail), what was
+found, and the remedy. Without a configuration it checks the defaults, and no policy. The exit status is 1 if
+something would stop a run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from pi0.base.paths import REPO_ROOT
 
-# What needs a package is imported inside the check that needs it: a package may be what is missing.
+# A check imports the packages it needs itself, because a package may be missing.
 if TYPE_CHECKING:
     from pi0 import PI0Policy
     from pi0.libero.suites import Task
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 OK, NOTE, STOP = "ok", "note", "stop"
 GIB = 2**30
-# A run writes checkpoints, videos and logs; below this it may end in the middle.
+# A run writes checkpoints, videos and logs; with less space it may end in the middle.
 DISK_NEEDED_GIB = 2
-# A worker process with one scene of LIBERO's own meshes peaks at 1.1; the trainer is the small policy's.
+# A worker process with one scene of LIBERO's own meshes needs at most 1.1; the trainer is that of the small policy.
 WORKER_GIB, TRAINER_GIB = 1.2, 1.5
-# Pixels a side: published policies look at the first, resized from the second, in which openpi draws LIBERO
+# Pixels a side: the input of published policies, and the frames that openpi draws in LIBERO and resizes to it
 # (examples/libero/main.py: resize_size, and LIBERO_ENV_RESOLUTION, "resolution used to render training data").
 PUBLISHED_INPUT, PUBLISHED_FRAMES = 224, 256
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `mend` is empty for what is fine."""
+    """One line of the report. `mend` is the remedy, empty if none is needed."""
 
     status: str
     subject: str
@@ -53,7 +53,7 @@ class Finding:
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter that the lock file was made for."""
+    """Whether the interpreter is the one of the lock file."""
     version = f"Python {sys.version.split()[0]} ({sys.executable})"
     if sys.version_info[:2] == (3, 11):
         yield Finding(OK, "python", version)
@@ -67,7 +67,7 @@ def locked_versions(lock: Path = REPO_ROOT / "requirements.lock") -> dict[str, s
 
 
 def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
-    """Installed packages against the lock; a local suffix of the version (torch's +cpu) does not matter."""
+    """Installed packages against the lock file; a local suffix of the version (torch's +cpu) does not matter."""
     differing = 0
     for name, version in locked.items():
         try:
@@ -84,7 +84,7 @@ def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
 
 
 def check_gl() -> Iterator[Finding]:
-    """Back ends that draw a frame, tried in processes of their own."""
+    """Back ends that can draw a frame; each is tried in a process of its own."""
     from pi0.libero.gl import BACKENDS, INSTALL_HINT, probe
 
     asked = os.environ.get("MUJOCO_GL", "").lower()
@@ -93,18 +93,18 @@ def check_gl() -> Iterator[Finding]:
         yield Finding(STOP, "gl", f"MUJOCO_GL={asked} draws on a screen only", f"set it to one of {known}")
         return
     outcomes = [probe(backend) for backend in ((asked,) if asked else BACKENDS)]
-    # Where one works the others are only worth knowing about.
+    # If one works, failures of the others are only notes.
     failed = NOTE if any(outcome.works for outcome in outcomes) else STOP
     for outcome in outcomes:
         if outcome.works:
             yield Finding(OK, "gl", f"{outcome.backend} draws frames ({outcome.detail})")
         else:
-            mend = "another one works" if failed == NOTE else INSTALL_HINT
+            mend = "another back end works" if failed == NOTE else INSTALL_HINT
             yield Finding(failed, "gl", f"{outcome.backend} does not draw: {outcome.detail}", mend)
 
 
 def check_gpus() -> Iterator[Finding]:
-    """NVIDIA GPUs, whether torch sees them, and the EGL devices that frames can be drawn on."""
+    """NVIDIA GPUs, whether torch sees them, and the EGL devices that can draw frames."""
     import torch
 
     listing = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
@@ -131,17 +131,17 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def check_assets(configured: str | None) -> Iterator[Finding]:
-    """Which meshes and textures LIBERO would be given."""
+    """The meshes and textures that LIBERO would use."""
     from pi0.libero.assets import AssetsError, resolve_assets
 
     try:
         assets = resolve_assets(configured)
     except AssetsError as error:
-        mend = "correct task.assets or LIBERO_ASSETS, or take them away"
+        mend = "correct task.assets or LIBERO_ASSETS, or remove them"
         yield Finding(STOP, "assets", str(error), mend)
         return
     if assets.source == "standins" and configured != "standins":
-        mend = "for LIBERO's own set task.assets or LIBERO_ASSETS to their folder"
+        mend = "to use LIBERO's own, set task.assets or LIBERO_ASSETS to their folder"
         yield Finding(NOTE, "assets", "none found; built-in stand-ins are used", mend)
     else:
         yield Finding(OK, "assets", f"{assets.source}: {assets.path}")
@@ -191,13 +191,13 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     try:
         size, free = PI0Policy.bytes_of_weights(path, **how), _available_memory()
         if size > free:
-            text = f"{path} takes {size / GIB:.1f} GiB as {config.dtype}, free memory has {free / GIB:.1f}"
+            text = f"{path} takes {size / GIB:.1f} GiB as {config.dtype}, but {free / GIB:.1f} GiB are free"
             lower = config.dtype == "float32" and not config.training.use_fsdp
             yield Finding(STOP, "checkpoint", text, "free memory" + ", or set dtype: bfloat16" * lower)
             return
         policy = PI0Policy.from_pretrained(path, **how)
     except NormStatsError as error:
-        yield Finding(STOP, "norm stats", str(error), "set norm_stats_path to those it learned with")
+        yield Finding(STOP, "norm stats", str(error), "set norm_stats_path to the statistics of its training")
         return
     except (OSError, ValueError) as error:
         keys = "policy_path" if config.norm_stats_path is None else "policy_path or norm_stats_path"
@@ -224,7 +224,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     published = isinstance(network.vision, SiglipDims) and network.image_size == PUBLISHED_INPUT
     learned_from = PUBLISHED_FRAMES if published else network.image_size
     if size < learned_from:
-        text = f"frames are drawn with {size} pixels a side, and the policy learned from {learned_from}"
+        text = f"frames are drawn with {size} pixels a side, but the policy learned from {learned_from}"
         yield Finding(NOTE, "images", text, f"set task.image_size to {learned_from}")
     tasks = find_tasks(config.task.benchmark_name, config.task.chosen)
     algo = config.algo
@@ -236,14 +236,14 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         "state": np.zeros((1, network.robot_state_dim), np.float32),
         "prompt": [tasks[0].prompt],
     }
-    policy.compiled = config.compile  # which may lack a compiler
+    policy.compiled = config.compile  # fails below if there is no compiler
     noise = torch.zeros(1, network.action_horizon, network.action_dim)
     try:
         policy.select_action(observation, noise)
         start = time.perf_counter()
         policy.select_action(observation, noise)
     except (OSError, ValueError, RuntimeError) as error:
-        mend = "take a checkpoint that fits the task"
+        mend = "use a policy that fits the task"
         if config.compile:
             mend = "install what torch.compile needs (apt-get install g++ python3.11-dev), or set compile to false"
         yield Finding(STOP, "checkpoint", f"does not act: {error}", mend)
@@ -259,14 +259,14 @@ def _check_cotraining(
     try:
         _, indices = find_demonstrations(path, gripper, policy, tasks)
     except (OSError, ValueError) as error:
-        return Finding(STOP, "demonstrations", str(error), "correct algo.cotraining_path, or leave it out")
+        return Finding(STOP, "demonstrations", str(error), "correct algo.cotraining_path, or remove it")
     return Finding(OK, "demonstrations", f"{path}: {len(indices)} demonstrations of {len(tasks)} tasks")
 
 
 def check_output(folder: Path) -> Iterator[Finding]:
-    """Whether results can be written, and for how long."""
+    """Whether results can be written, and whether there is enough space."""
     try:
-        # The folder itself is the run's to make.
+        # The run itself makes the folder.
         existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         with tempfile.TemporaryDirectory(dir=existing):
             pass
@@ -284,7 +284,7 @@ def check_output(folder: Path) -> Iterator[Finding]:
 
 
 def check_memory_and_cores(workers: int | None) -> Iterator[Finding]:
-    """Whether the simulating processes and the trainer have room."""
+    """Whether there is enough memory for workers and trainer, and a core for each worker."""
     from pi0.workers.pool import usable_cores
 
     cores = usable_cores()
@@ -303,7 +303,7 @@ def check_memory_and_cores(workers: int | None) -> Iterator[Finding]:
 
 
 def examine(config: "Config | None") -> Iterator[Finding]:
-    """Every check in turn; one that fails in an unforeseen way is a finding too, and the others still run."""
+    """Every check in turn; an unexpected error of a check is a finding too, and the other checks still run."""
     suite, names = (config.task.benchmark_name, config.task.chosen) if config else ("libero_spatial", [])
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", check_python),
@@ -320,20 +320,20 @@ def examine(config: "Config | None") -> Iterator[Finding]:
     for subject, check in checks:
         try:
             yield from check()
-        except Exception as error:  # noqa: BLE001  (it is reported, and the other checks are still wanted)
+        except Exception as error:  # noqa: BLE001  (it is reported, and the other checks must run)
             yield Finding(STOP, subject, f"could not be checked: {type(error).__name__}: {error}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the findings as they come; returns the exit status."""
+    """Print the findings one by one; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m pi0.doctor", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config_path", help="the configuration of the run to come")
+    parser.add_argument("--config_path", help="the configuration of the planned run")
     parser.add_argument(
         "--override", nargs="*", default=[], metavar="KEY=VALUE", help="as for the stage scripts"
     )
     options = parser.parse_args(arguments)
     if options.override and not options.config_path:
-        parser.error("--override changes a configuration: name it with --config_path")
+        parser.error("--override changes a configuration: give it with --config_path")
 
     findings: list[Finding] = []
 
@@ -364,7 +364,7 @@ def _read_config(path: str, overrides: Sequence[str]) -> "Config":
 
 
 def _available_memory() -> int:
-    """Bytes that new processes can take."""
+    """Memory in bytes that new processes can use."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
     if match is None:
         raise RuntimeError("/proc/meminfo has no MemAvailable")
@@ -372,7 +372,7 @@ def _available_memory() -> int:
 
 
 def _output(command: Sequence[str], **environment: str) -> str | None:
-    """Standard output of a command, or None when it is not there, fails or takes half a minute."""
+    """Standard output of a command, or None if it does not exist, fails or takes half a minute."""
     try:
         run = subprocess.run(
             command,

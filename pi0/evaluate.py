@@ -1,8 +1,8 @@
-"""Score a checkpoint on LIBERO tasks.
+"""Evaluate a policy on LIBERO tasks.
 
     python -m pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8 --episodes 50
 
-Prints success per task with 95% intervals and writes them with the protocol as JSON; `--videos` adds films.
+It prints success per task with 95% intervals and writes them with the protocol as JSON; `--videos` adds videos.
 """
 
 from __future__ import annotations
@@ -28,44 +28,48 @@ from pi0.training.machine import machine
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pi0.evaluate",
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--policy_path", required=True, help="checkpoint folder")
-    parser.add_argument("--norm_stats_path", help="normalisation statistics instead of the checkpoint's own")
+    parser.add_argument("--policy_path", required=True, help="policy folder")
+    parser.add_argument(
+        "--norm_stats_path", help="normalisation statistics to use instead of the folder's own"
+    )
     parser.add_argument(
         "--suite", default="libero_spatial", help="libero_spatial, _object, _goal, _10 or _90"
     )
-    parser.add_argument("--tasks", nargs="*", default=[], help="by index or name; none: the whole suite")
+    parser.add_argument(
+        "--tasks", nargs="*", default=[], help="tasks by index or name; none: the whole suite"
+    )
     parser.add_argument(
         "--episodes",
         type=range_of(ScoreConfig, "episodes"),
         default=50,
-        help="in all, dealt evenly over the tasks; at most 50 a task",
+        help="number in all, spread evenly over the tasks; at most 50 a task",
     )
-    parser.add_argument("--seed", type=range_of(ScoreConfig, "seed"), default=0, help="of the policy's noise")
+    parser.add_argument(
+        "--seed", type=range_of(ScoreConfig, "seed"), default=0, help="seed of the policy's noise"
+    )
     parser.add_argument(
         "--guidance_weight", type=float, help="act by classifier-free guidance with this weight"
     )
-    parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; looked for when left out")
+    parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; searched for by default")
     parser.add_argument(
         "--fixtures", default="libero_eval", choices=FIXTURE_MODES, help="placement of cabinet and stove"
     )
-    parser.add_argument(
-        "--render", default="fast", choices=MODES, help="frames: quick, or as LIBERO draws them"
-    )
+    parser.add_argument("--render", default="fast", choices=MODES, help="fast frames, or exactly LIBERO's")
     parser.add_argument(
         "--image_size",
         type=range_of(TaskConfig, "image_size"),
-        help="pixels a side, resized to what the policy was built for, which is the default; openpi's: 256",
+        help="pixels a side of the frames, which are resized to the policy's; default: the policy's; openpi's: 256",
     )
     parser.add_argument(
         "--replan_steps",
         type=range_of(TaskConfig, "replan_steps"),
-        help="actions carried out of each chunk; default: all, at most 10; openpi's: 5",
+        help="actions executed of each chunk; default: all, at most 10; openpi's: 5",
     )
     parser.add_argument(
         "--max_episode_length",
@@ -76,7 +80,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--settle_steps",
         type=range_of(TaskConfig, "settle_steps"),
         default=10,
-        help="control steps before the policy takes over",
+        help="control steps of standing still before the policy acts",
     )
     parser.add_argument(
         "--workers",
@@ -84,13 +88,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="simulator processes; one on each core by default",
     )
     parser.add_argument(
-        "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
+        "--device", default="auto", help="device of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
     )
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the transformers' weights"
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="type of the transformers' weights",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="run the network by torch.compile, which itself takes minutes"
+        "--compile", action="store_true", help="compile the network with torch.compile, which takes minutes"
     )
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
     parser.add_argument("--videos", type=int, default=0, help="episodes of each task to film")
@@ -98,7 +105,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Score, print, write."""
+    """Evaluate, print, write."""
     options = parse_arguments(arguments)
     started = time.monotonic()
     policy = PI0Policy.from_pretrained(

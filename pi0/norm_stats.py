@@ -1,10 +1,10 @@
-"""Compute norm_stats.json from demonstrations: of the scripted experts, or in a data set.
+"""Compute norm_stats.json from demonstrations, of the scripted experts or in a data set.
 
     python -m pi0.norm_stats --suite libero_spatial --tasks 3 8 --output outputs/norm_stats.json
     python -m pi0.norm_stats --dataset demonstrations --output outputs/norm_stats.json
 
-A policy needs the statistics of the data that it was trained on. A data set is LeRobot's or LIBERO's HDF5; its
-images are not read.
+A policy needs the statistics of its training data. A data set is LeRobot's or LIBERO's HDF5; its images are not
+read.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config
 from pi0.policy.normalization import NormStats, subtract_state
 
-IMAGE_SIZE = 16  # pixels; nothing looks at the frames
+IMAGE_SIZE = 16  # pixels; nothing uses the frames
 
 
 def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float = 0.0) -> NormStats:
-    """Mean, deviation and quantiles of states and of the actions that count.
+    """Mean, deviation and quantiles of states and valid actions.
 
-    As openpi (scripts/compute_norm_stats.py) actions are counted once for each chunk that holds them, and
-    relative to its state where the policy learns them so. Unlike there, the repetitions of an episode's last
-    action that fill its last chunks are left out, as they are in training here.
+    As in openpi (scripts/compute_norm_stats.py), an action counts once for each chunk that holds it, relative to
+    the chunk's state if the policy learns it so. openpi also counts the repetitions of an episode's last action
+    that fill its last chunks; here they are left out, as in training.
 
     Args:
         chunks: demonstrations.
         delta_actions: subtract the state first, for a policy with `Pi0Config.delta_actions`.
-        smallest_std: deviations below this are raised to it.
+        smallest_std: smaller deviations are raised to this value.
     """
     actions = subtract_state(chunks.actions, chunks.states) if delta_actions else chunks.actions
     stats = NormStats.of(chunks.states.numpy(), actions[chunks.valid].numpy())
@@ -56,7 +56,7 @@ def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float 
 def chunks_without_images(
     demonstrations: DemonstrationSet, indices: Sequence[int], chunk: int, frame_every: int
 ) -> Chunks:
-    """States and actions of some demonstrations, as `load_chunks` gives them with images."""
+    """States and actions of some demonstrations: the chunks of `load_chunks` without images."""
     parts = []
     for index in indices:
         demonstration = demonstrations.read(index, image_steps=())
@@ -66,18 +66,18 @@ def chunks_without_images(
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pi0.norm_stats",
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--dataset", help="read these demonstrations; left out, the experts give some")
+    parser.add_argument("--dataset", help="read these demonstrations; default: record some of the experts")
     parser.add_argument(
         "--dataset-gripper",
         choices=list(Gripper),
-        help="what 1 means to the gripper of a data set; open-is-1 is IPEC-COMMUNITY's way with LIBERO",
+        help="what 1 means for the gripper of a data set; IPEC-COMMUNITY's LIBERO sets have open-is-1",
     )
     parser.add_argument(
         "--suite",
@@ -85,19 +85,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="libero_spatial, libero_object, or libero_10 with tasks 0, 1, 4, 6, 7",
     )
     parser.add_argument(
-        "--tasks", nargs="+", default=[], help="by index or name; default: the suite's, a data set's all"
+        "--tasks", nargs="+", default=[], help="by index or name; default: all of the suite or the data set"
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--demonstrations", type=int, default=10, help="demonstrations recorded of each task")
     parser.add_argument(
-        "--action-noise", type=float, default=0.15, help="noise while demonstrating; 1 is 5 cm a step"
+        "--action-noise", type=float, default=0.15, help="noise of the demonstrations; 1 is 5 cm a step"
     )
     parser.add_argument("--frame-every", type=int, default=1, help="control steps between kept observations")
     parser.add_argument("--horizon", type=int, default=50, help="actions in a chunk of the policy")
     parser.add_argument(
         "--delta-actions", action="store_true", help="for a policy whose actions are relative to the state"
     )
-    parser.add_argument("--smallest-std", type=float, default=0.0, help="raise smaller deviations to this")
+    parser.add_argument(
+        "--smallest-std", type=float, default=0.0, help="smaller deviations are raised to this"
+    )
     parser.add_argument(
         "--workers",
         type=range_of(TaskConfig, "num_parallel_envs"),
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def record(options: argparse.Namespace) -> tuple[Chunks, int]:
-    """Demonstrations of the scripted experts, and how many there are."""
+    """Record demonstrations of the scripted experts; returns chunks and the number of demonstrations."""
     task = task_of_command(options, image_size=IMAGE_SIZE, replan_steps=options.horizon)
     policy = Pi0Config.preset("pi0_tiny", cameras=tuple(CAMERAS), action_horizon=options.horizon)
     with Environments(task, policy) as environments:

@@ -1,17 +1,17 @@
-"""Make a policy that half-works, from nothing: scripted demonstrations, then behaviour cloning.
+"""Make a policy that half-works, from scratch: scripted demonstrations, then behaviour cloning.
 
     python -m pi0.warmstart --suite libero_spatial --tasks 3 8 --output checkpoints/pi0_tiny_libero_spatial
 
-Experts with privileged state solve the tasks from training states; the tiny pi0 is cloned from what they did
-with the flow-matching loss. Reinforcement learning needs a policy that sometimes succeeds and has something
-left to learn, so cloning stops as soon as success on further training states reaches `--target-success`.
+Experts with privileged state solve the tasks from training states. The tiny pi0 clones their actions with the
+flow-matching loss. Reinforcement learning needs a policy that sometimes succeeds and can still improve, so cloning
+stops when success on other training states reaches `--target-success`.
 
     python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart
     python -m pi0.warmstart --tasks 3 8 --dataset demonstrations --output outputs/warmstart
 
-The first keeps the demonstrations as a LeRobot data set; the second starts from demonstrations in files,
-these or others (`docs/data.md`), and records none. With `--start-from` an existing policy is cloned further: it
-brings its own chunks, cameras and image size.
+The first keeps the demonstrations as a LeRobot data set. The second records none: it uses demonstrations in files,
+these or others (`docs/data.md`). With `--start-from` cloning continues from an existing policy, with its own chunk
+length, cameras and image size.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from pi0.training.machine import machine
 
 MANIFEST = "warmstart.json"
 WARMUP_UPDATES = 100
-# Positions that hardly move in the demonstrations must not be blown up to unit variance.
+# Positions that hardly change in the demonstrations must not be scaled up to unit variance.
 SMALLEST_STD = 0.02
-# A published policy's chunk lasts 2.5 s, too long to go on without looking; `pi0.evaluate` has the same default.
+# A published policy's chunk lasts 2.5 s, too long without a new observation; `pi0.evaluate` has the same default.
 LONGEST_REPLAN = 10
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pi0.warmstart",
         description=__doc__.split("\n\n")[0],
@@ -68,22 +68,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="libero_spatial, libero_object, and tasks 0, 1, 4, 6, 7 of libero_10 have experts",
     )
     parser.add_argument("--tasks", nargs="+", default=["3", "8"], help="tasks by index or name")
-    parser.add_argument("--output", required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--start-from", help="checkpoint to go on from, instead of new weights")
-    parser.add_argument("--norm-stats-path", help="statistics to use instead of that checkpoint's own")
+    parser.add_argument("--output", required=True, help="policy folder to write")
+    parser.add_argument("--start-from", help="policy folder to continue from, instead of new weights")
+    parser.add_argument("--norm-stats-path", help="statistics to use instead of that folder's own")
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=["float32", "bfloat16"],
-        help="of that checkpoint's transformers; new weights are float32",
+        help="type of that policy's transformers; new weights are float32",
     )
     parser.add_argument(
-        "--device", default="auto", help="of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
+        "--device", default="auto", help="device of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
     )
     parser.add_argument(
         "--image-size",
         type=range_of(TaskConfig, "image_size"),
-        help="pixels a side that frames are drawn with; default: what the policy looks at; openpi's: 256",
+        help="pixels a side of the drawn frames; default: the policy's image size; openpi's: 256",
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     source = parser.add_mutually_exclusive_group()
@@ -93,23 +93,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument(
         "--dataset",
         metavar="PATH",
-        help="start from these demonstrations (LeRobot, LIBERO's HDF5); record none",
+        help="use these demonstrations (LeRobot, LIBERO's HDF5); record none",
     )
     parser.add_argument(
         "--dataset-features",
         nargs="+",
         metavar="NAME=FEATURE",
-        help="what a LeRobot data set calls state, actions and each camera, where that cannot be guessed",
+        help="names of state, actions and each camera in a LeRobot data set, if they are not known",
     )
     parser.add_argument(
         "--dataset-images",
         choices=list(Orientation),
-        help="how a LeRobot data set keeps its images; rotated is openpi's and LeRobot's way with LIBERO",
+        help="orientation of images in a LeRobot data set; openpi's and LeRobot's LIBERO sets have rotated",
     )
     parser.add_argument(
         "--dataset-gripper",
         choices=list(Gripper),
-        help="what 1 means to the gripper of a data set; open-is-1 is IPEC-COMMUNITY's way with LIBERO",
+        help="what 1 means for the gripper of a data set; IPEC-COMMUNITY's LIBERO sets have open-is-1",
     )
     parser.add_argument(
         "--dataset-video", action="store_true", help="write images as H.264 video, not as PNG"
@@ -118,10 +118,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--demonstrations",
         type=int,
         default=75,
-        help="demonstrations recorded of each task, or taken at most",
+        help="demonstrations to record of each task, or at most to read",
     )
     parser.add_argument(
-        "--action-noise", type=float, default=0.15, help="noise while demonstrating; 1 is 5 cm a step"
+        "--action-noise", type=float, default=0.15, help="noise of the demonstrations; 1 is 5 cm a step"
     )
     parser.add_argument("--frame-every", type=int, default=3, help="control steps between kept observations")
     parser.add_argument("--max-minutes", type=float, default=20.0, help="cloning stops after this long")
@@ -129,11 +129,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--target-success", type=float, default=0.55, help="success rate at which cloning stops"
     )
     parser.add_argument(
-        "--score-every", type=int, default=400, help="updates between scores on training states"
+        "--score-every", type=int, default=400, help="updates between evaluations on training states"
     )
-    parser.add_argument("--score-episodes", type=int, default=40, help="episodes of such a score")
+    parser.add_argument("--score-episodes", type=int, default=40, help="episodes of such an evaluation")
     parser.add_argument("--batch-size", type=int, default=64, help="observations in an update")
-    parser.add_argument("--noise-samples", type=int, default=2, help="noise draws of the flow loss on each")
+    parser.add_argument("--noise-samples", type=int, default=2, help="noise draws for each observation")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--ema-decay", type=float, default=0.995, help="decay of the averaged weights")
     parser.add_argument(
@@ -144,9 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if not options.start_from and (options.norm_stats_path or options.dtype != "float32"):
-        parser.error(
-            "--norm-stats-path and --dtype are about the checkpoint of --start-from, which is not given"
-        )
+        parser.error("--norm-stats-path and --dtype are about the policy of --start-from, which is not given")
     return options
 
 
@@ -184,18 +182,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_policy(options: argparse.Namespace, device: torch.device) -> PI0Policy:
-    """The policy that cloning goes on from.
+    """Load the policy from which cloning continues.
 
     Raises:
-        CheckpointError: it cannot be loaded, or has no statistics to see and act by.
+        CheckpointError: it cannot be loaded, or has no normalisation statistics.
     """
     policy = PI0Policy.from_pretrained(
         options.start_from, device, getattr(torch, options.dtype), options.norm_stats_path
     )
     if policy.norm_stats is None:
         raise CheckpointError(
-            f"{options.start_from} has no normalisation statistics; name some as --norm-stats-path, "
-            "which python -m pi0.norm_stats computes"
+            f"{options.start_from} has no normalisation statistics; name some as --norm-stats-path; "
+            "python -m pi0.norm_stats computes them"
         )
     return policy
 
@@ -203,7 +201,7 @@ def load_policy(options: argparse.Namespace, device: torch.device) -> PI0Policy:
 def get_demonstrations(
     environments: Environments, config: Pi0Config, options: argparse.Namespace
 ) -> tuple[Chunks, dict]:
-    """Read or record, as the options say; returns the chunks and what they are of, by task name."""
+    """Read or record demonstrations, as the options say; returns the chunks and a summary by task name."""
     if options.dataset:
         return read_demonstrations(environments, config, options)
     record = functools.partial(
@@ -225,7 +223,7 @@ def get_demonstrations(
 def read_demonstrations(
     environments: Environments, config: Pi0Config, options: argparse.Namespace
 ) -> tuple[Chunks, dict]:
-    """The demonstrations that a data set holds of the tasks, as chunks in memory."""
+    """Read a data set's demonstrations of the tasks into memory, as chunks."""
     how: dict[str, Any] = {}
     if options.dataset_features:
         how["names"] = FeatureNames.parse(options.dataset_features)
@@ -260,7 +258,7 @@ def clone(
     environments: Environments,
     options: argparse.Namespace,
 ) -> list[dict]:
-    """Behaviour cloning until the averaged policy, saved with each score, reaches the target; returns the scores."""
+    """Behaviour cloning until the averaged policy reaches the target; it is saved at each score. Returns the scores."""
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
@@ -310,7 +308,7 @@ def clone(
 
 
 def score_on_training_states(environments: Environments, policy: PI0Policy, episodes: int, seed: int) -> int:
-    """Successes on training states that no demonstration started from."""
+    """Successes on training states from which no demonstration started."""
     pools = environments.training_states(math.ceil(episodes / len(environments.tasks)), seed + 1)
     rollouts = []
     for number in range(episodes):

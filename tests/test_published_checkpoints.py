@@ -770,7 +770,7 @@ def test_convert_writes_another_layout(tmp_path, capsys):
     assert torch.equal(
         sampled(PI0Policy.from_pretrained(tmp_path / "out")), sampled(PI0Policy.from_pretrained(directory))
     )
-    with pytest.raises(InputError, match="holds a model.safetensors already"):
+    with pytest.raises(InputError, match="already holds a model.safetensors"):
         main(["convert", str(directory), str(tmp_path / "out")])
 
 
