@@ -201,6 +201,7 @@ def test_a_missing_package_stops_and_another_version_does_not():
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_a_back_end_that_draws_is_enough(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     # EGL finds its drivers through these files; without them it has no device.
@@ -210,6 +211,7 @@ def test_a_back_end_that_draws_is_enough(monkeypatch):
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 def test_no_back_end_that_draws_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/nowhere.json")

@@ -311,6 +311,7 @@ def test_another_trainers_evaluations_are_in_its_learning_curve_below_its_own_ax
     )
 
 
+@pytest.mark.runs
 def test_a_run_from_before_declarations_has_its_page_by_the_command_alone(finished, tmp_path):
     run_dir = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html", FILE))
     with pytest.raises(MissingFileError, match=f"{FILE} is missing"):

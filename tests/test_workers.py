@@ -111,11 +111,14 @@ def test_a_function_is_called_with_the_workers_object(pool):
     assert sorted(results(pool, count_of, [(100,), (100,)])) == sorted(100 + count for count in counts)
 
 
-def test_a_worker_has_one_thread_its_own_group_and_imports_nothing_that_it_does_not_need(pool):
+@pytest.mark.usefixtures("fresh_python")
+def test_a_worker_has_one_thread_its_own_group_and_imports_nothing_that_it_does_not_need(tmp_path):
+    pool = make_pool(tmp_path, 2)
     for index, seen in pool.call("environment", [(), ()]):
         assert seen["variables"]["OMP_NUM_THREADS"] == "1", index
         assert seen["group"] in pool.processes
         assert not {"torch", "mujoco", "scipy"} & set(seen["modules"])
+    pool.close()
 
 
 def test_variables_of_the_environment_are_the_users_first(tmp_path, monkeypatch):
