@@ -82,7 +82,7 @@ def test_frames_are_as_large_as_the_policy_looks_at_and_of_the_cameras_that_libe
 
 
 def test_a_policy_without_a_camera_that_libero_has_is_refused():
-    with pytest.raises(InputError, match="the policy looks through chest; LIBERO has base_0_rgb, left_wrist"):
+    with pytest.raises(InputError, match="the policy's cameras are chest; LIBERO has base_0_rgb, left_wrist"):
         Environments(TASK, Pi0Config.preset("pi0_tiny", cameras=("chest",)))
 
 
@@ -109,7 +109,7 @@ def test_a_runner_of_ript_scores_what_the_engine_scores(result):
 
 
 def test_more_episodes_than_a_task_has_states_are_refused(environments):
-    with pytest.raises(InputError, match="has 50 evaluation states, 51 were asked for; ask for fewer"):
+    with pytest.raises(InputError, match="has 50 evaluation states, but 51 are needed; use fewer episodes"):
         evaluate(environments, Wobbly(), 101, seed=0)
 
 

@@ -1,7 +1,7 @@
-"""Which meshes and textures LIBERO uses, and how to say so in a result.
+"""The meshes and textures that LIBERO uses, and how results describe them.
 
-LIBERO's package holds tasks and initial states, not geometry. The order here is: a configured path (or
-`LIBERO_ASSETS`), the installed package, the model hub when it can be reached, the built-in stand-ins.
+LIBERO's package holds tasks and initial states, but no geometry. This module searches in this order: a configured
+path (or `LIBERO_ASSETS`), the installed package, the model hub if it can be reached, the built-in stand-ins.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _announced: set["Assets"] = set()
 
 
 class AssetsError(InputError, RuntimeError):
-    """A configured assets folder that LIBERO cannot use."""
+    """LIBERO cannot use the configured assets folder."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Assets:
     path: Path
 
     def describe(self) -> dict[str, str]:
-        """Return what a result records about its geometry.
+        """Return the description of the geometry for results.
 
-        Stand-ins have a hash of all they consist of, so that two machines can compare; a folder of LIBERO's
-        own has its path and a hash of the names and sizes in it.
+        Stand-ins have a hash of their content, so that two machines can compare them. A folder of LIBERO's own
+        assets has its path and a hash of the names and sizes in it.
         """
         if self.source == "standins":
             return {"source": self.source, "fingerprint": standins.fingerprint(self.path)}
@@ -101,7 +101,7 @@ def resolve_assets(configured: str | None = None) -> Assets:
 
 
 def use_assets(assets: Assets) -> None:
-    """Make LIBERO build every later environment of this process from `assets`, and say so once."""
+    """Make LIBERO build every later environment of this process from `assets`, and log it once."""
     libero: Any = prepare_libero()
     libero._assets_path_cache = str(assets.path)
     if assets not in _announced:
@@ -143,7 +143,7 @@ def _hub_assets() -> Path | None:
     with locked(folder.with_suffix(".lock")):
         if folder.is_dir() and not _missing_folders(folder):
             return folder
-        # LIBERO's downloader takes a half-finished folder for a finished one, so it gets a fresh one.
+        # LIBERO's downloader treats a half-finished folder as finished, so it gets an empty one.
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="hub_assets."))
         try:
             download_utils.download_assets_from_huggingface(str(temporary))
@@ -152,7 +152,7 @@ def _hub_assets() -> Path | None:
                 raise AssetsError(f"the hub's assets lack {', '.join(missing)}")
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
-        except Exception as error:  # noqa: BLE001 - a failed download ends in the next source
+        except Exception as error:  # noqa: BLE001 - after a failed download the next source is used
             logger.warning("LIBERO assets could not be downloaded from the hub: %s", error)
             shutil.rmtree(temporary, ignore_errors=True)
             return None
@@ -172,6 +172,6 @@ def _reachable(url: str, timeout_s: float) -> bool:
             return
         answered.set()
 
-    # A name lookup has no time-out of its own: leave it behind in a daemon thread.
+    # A name lookup has no time-out, so it stays behind in a daemon thread.
     threading.Thread(target=ask, daemon=True).start()
     return answered.wait(timeout_s)

@@ -1,9 +1,9 @@
 """robosuite's arm controller and Panda gripper, compiled together with MuJoCo's steps.
 
 A control step is 25 sub-steps of 2 ms, each of them MuJoCo's first half step, OSC_POSE, MuJoCo's second half
-step. In Python the controller's small matrices cost as much as the physics; compiled, a tenth of it. Arithmetic
-follows robosuite 1.4.0 (`controllers/osc.py`, `models/grippers/panda_gripper.py`) operation by operation and
-calls its own compiled matrix functions, so that torques agree to the bit (`tests/test_stepping.py`).
+step. In Python the controller's small matrices cost as much as the physics; compiled they cost a tenth of it. The
+arithmetic follows robosuite 1.4.0 (`controllers/osc.py`, `models/grippers/panda_gripper.py`) operation by operation
+and calls its compiled matrix functions, so that torques are the same to the bit (`tests/test_stepping.py`).
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ _full_m = _mujoco_function("mj_fullM", _ADDRESS, _ADDRESS, _ADDRESS)
 
 
 class _Measured(NamedTuple):
-    """What the controller knows of the arm in a sub-step; written in place.
+    """The controller's measurement of the arm in a sub-step; written in place.
 
-    Matrices lie in memory as robosuite's do (its slicing leaves columns contiguous): LAPACK rounds by that order.
+    Matrices have robosuite's memory order (its slicing makes columns contiguous), because LAPACK's rounding depends
+    on it.
     """
 
     pos: np.ndarray  # [3] end effector, m
@@ -56,7 +57,7 @@ class _Measured(NamedTuple):
 
 
 class _Simulation(NamedTuple):
-    """Addresses and arrays of one scene, the arrays being views of MuJoCo's own memory."""
+    """Addresses and arrays of one scene; the arrays are views of MuJoCo's own memory."""
 
     model: int
     data: int
@@ -94,7 +95,7 @@ class ArmController:
     """The arm of one scene: goal, gripper, and control steps.
 
     Attributes:
-        goal_pos, goal_ori: where the end effector is to go, [3] (m) and [3, 3].
+        goal_pos, goal_ori: goal of the end effector, [3] (m) and [3, 3].
         gripper_action: position of the fingers between closed and open, [2] in [-1, 1].
         fresh: nothing has moved since the last reset.
     """
@@ -164,7 +165,7 @@ class ArmController:
         self.reset()
 
     def reset(self) -> None:
-        """What LIBERO's reset leaves behind: the goal of the robot's initial joints, gripper half way."""
+        """Return to the state after LIBERO's reset: the goal of the robot's initial joints, gripper half open."""
         self.goal_pos, self.goal_ori = self._goal_at_reset
         self.gripper_action = np.zeros(2)
         self.fresh = True
@@ -172,21 +173,21 @@ class ArmController:
     def begin(self, action: np.ndarray) -> None:
         """Start a control step: the first half of its first sub-step, and the goal that `action` sets."""
         _measure(self._simulation, self._settings, self._measured)
-        # robosuite's controller skips its first measurement after a reset and acts on the one made at the
-        # robot's initial joints, although the recorded state put the arm elsewhere.
+        # robosuite's controller skips its first measurement after a reset. It uses the one at the robot's initial
+        # joints, although the recorded state has put the arm elsewhere.
         if self.fresh:
             for now, reset in zip(self._measured, self._measured_at_reset, strict=True):
                 now[:] = reset
             self.fresh = False
         clipped = np.clip(action[:6], self._input_min, self._input_max)
         delta = (clipped - self._input_mid) * self._scale + self._output_mid
-        # robosuite keeps the old goal orientation when no rotation is asked for.
+        # robosuite keeps the old goal orientation if the action has no rotation.
         if any(element != 0.0 for element in delta[3:]):
             self.goal_ori = set_goal_orientation(delta[3:], self._measured.ori)
         self.goal_pos = self._measured.pos + delta[:3]
 
     def advance(self, action: np.ndarray, count: int, begun: bool) -> None:
-        """Carry out `count` sub-steps of a control step; `begun`: the first one is half done."""
+        """Execute `count` sub-steps of a control step; `begun`: the first one is half done."""
         self.gripper_action = _advance(
             count,
             begun,
@@ -202,7 +203,7 @@ class ArmController:
 
 @njit(cache=True)
 def _measure(simulation: _Simulation, settings: _Settings, out: _Measured) -> None:
-    """MuJoCo's first half step, and the arm as it is then."""
+    """Do MuJoCo's first half step, and measure the arm."""
     s = simulation
     _step1(s.model, s.data)
     _jac_site(s.model, s.data, s.jac_pos.ctypes.data, s.jac_ori.ctypes.data, s.site)
@@ -233,7 +234,7 @@ def _advance(
     gripper_action: np.ndarray,
     grip: float,
 ) -> np.ndarray:
-    """`count` sub-steps; returns the new position of the gripper's fingers [2]."""
+    """Execute `count` sub-steps; returns the new position of the gripper's fingers [2]."""
     s, c = simulation, settings
     jac = np.empty((len(c.qvel), 6)).T
     wrench = np.empty(6)

@@ -1,11 +1,11 @@
-"""For debugging: every rollout's video, and what the policy saw at each of its looks, written as rollouts finish.
+"""For debugging: every rollout's video and the policy's observations, written when a rollout finishes.
 
 Environment variables switch it on: `PI0_DEBUG_SAVE_VIDEO=true` for videos, `DEBUG_SAVE_PROCESSED=1` for
 observations, `PI0_DEBUG_DIR` for the folder (outputs/debug by default).
 
-A file NAME.npz holds what the environment gave (`images/CAMERA` uint8 [T, h, w, 3], `states`, `prompt`), what the
-network was given for it (`network/...`: `PI0Policy.prepare`), and `actions` and `executed`; NAME.png shows the
-network's images, a camera a row.
+A file NAME.npz holds the environment's observations (`images/CAMERA` uint8 [T, h, w, 3], `states`, `prompt`), the
+network's inputs made of them (`network/...`: `PI0Policy.prepare`), and `actions` and `executed`. NAME.png shows the
+network's images, a row for each camera.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VIDEO_FPS = 10  # real time: 20 control steps a second
 
 
 class DebugOutput:
-    """What the environment variables ask for; does nothing when they ask for nothing."""
+    """Writes what the environment variables ask for; without them it does nothing."""
 
     def __init__(self) -> None:
         self.videos = _is_on("PI0_DEBUG_SAVE_VIDEO")
@@ -38,11 +38,11 @@ class DebugOutput:
         self.folder = Path(os.environ.get("PI0_DEBUG_DIR") or REPO_ROOT / "outputs" / "debug")
 
     def prepare(self, rollout: Rollout) -> Rollout:
-        """The rollout, filmed if videos are wanted."""
+        """The rollout, with recording on if videos are requested."""
         return replace(rollout, record=rollout.record or VIDEO_EVERY) if self.videos else rollout
 
     def save(self, episode: Episode, policy: Policy) -> None:
-        """Write what is wanted of an episode that `policy` has finished, under a name that says which it was."""
+        """Write the requested files of an episode of `policy`; their name identifies the episode."""
         if not (self.videos or self.observations):
             return
         rollout = episode.rollout

@@ -1,4 +1,4 @@
-"""Demonstrations recorded from scripted experts, with a little action noise and clean labels."""
+"""Records demonstrations of scripted experts, with a little action noise and clean labels."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ def record_demonstrations(
     frame_every: int,
     writer: LeRobotWriter | None = None,
 ) -> tuple[Chunks, dict]:
-    """Demonstrations of each task on training states.
+    """Record demonstrations of each task from training states.
 
     Args:
-        environments: their tasks, protocol and workers are used.
-        per_task: demonstrations of each task, failed ones included (only successes are kept).
-        seed: of training states and action noise.
+        environments: its tasks, protocol and workers are used.
+        per_task: attempts for each task (only successes are kept).
+        seed: seed of training states and action noise.
         noise: standard deviation of the smooth noise added to the expert's translation (1 is 5 cm a step).
         frame_every: control steps from one kept observation to the next.
-        writer: takes the demonstrations too, with the images of every control step; the chunks are the same.
+        writer: also gets the demonstrations, with the images of every control step; the chunks are the same.
     Returns:
         The chunks, and a summary {task name: {attempts, successes, mean_steps}}.
+    Raises:
+        RuntimeError: no attempt succeeded.
     """
     pools = environments.training_states(per_task, seed)
     look_every = 1 if writer else frame_every
@@ -50,7 +52,7 @@ def record_demonstrations(
             key = (seed, states.task.index, index)
             jobs.append((states.task, init, key, noise, look_every, environments.settle_steps, horizon))
     chunks: list[Chunks | None] = []
-    early: dict[int, Demonstration | None] = {}  # episodes that ended before one that began earlier
+    early: dict[int, Demonstration | None] = {}  # episodes that ended before an earlier one
     with progress(total=len(jobs), label="demonstrations", unit="episode") as bar:
         for index, result in environments.pool.call(_demonstrate, jobs):
             early[index] = result
@@ -93,7 +95,7 @@ def _demonstrate(
     settle_steps: int,
     horizon: int,
 ) -> Demonstration | None:
-    """Runs in a worker: what the expert saw (images every `look_every` steps), would have done and did.
+    """Runs in a worker: the expert's observations (images every `look_every` steps), its labels, and executed actions.
 
     None if it failed.
     """

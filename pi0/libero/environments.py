@@ -1,4 +1,4 @@
-"""`Environments`: tasks of a LIBERO suite, their initial states, and the workers that run episodes of them."""
+"""`Environments`: tasks of a LIBERO suite, their initial states, and the workers that run their episodes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from pi0.training.interrupts import Interrupts
 
 # First number of a rollout's noise key, so that training and evaluation never share noise.
 TRAINING, EVALUATION = 0, 1
-VALIDATION_SEED = MAX_SEED  # of the validation states; training.seed is smaller
-# What the protocol of a score says of its initial states.
+VALIDATION_SEED = MAX_SEED  # seed of the validation states; training.seed is smaller
+# Descriptions of the initial states in the protocol of a score.
 EVALUATION_STATES = "evaluation: LIBERO's recorded states, from index 0"
 VALIDATION_STATES = (
     f"validation: drawn from LIBERO's placement distribution with seed {VALIDATION_SEED}, from index 0"
@@ -37,15 +37,15 @@ VALIDATION_STATES = (
 
 
 class PolicySpec(Protocol):
-    """What environments must know of a policy (`pi0.model.config.Pi0Config`)."""
+    """What environments must know about a policy (`pi0.model.config.Pi0Config`)."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Names of the cameras that the policy looks through, in its order."""
+        """Names of the policy's cameras, in its order."""
 
     @property
     def image_size(self) -> int:
-        """Width and height of the images that it takes, pixels."""
+        """Width and height of the policy's images, pixels."""
 
     @property
     def action_horizon(self) -> int:
@@ -53,39 +53,39 @@ class PolicySpec(Protocol):
 
 
 class Environments:
-    """Tasks of a suite, their initial states, and worker processes that run episodes of them.
+    """Tasks of a suite, their initial states, and worker processes that run their episodes.
 
     Attributes:
         benchmark_name: the suite.
-        tasks: all tasks of the run, which are scored.
+        tasks: all tasks of the run, which are evaluated.
         cameras: the policy's cameras that LIBERO has; episodes hold their images.
         image_size: pixels a side.
         pool: the worker processes.
-        interrupts: whether the run was asked to stop; nobody asks unless a script installs the handlers.
-        replan_steps: actions of a chunk executed before the policy looks again. openpi's LIBERO script
-            takes 5 (examples/libero/main.py), LeRobot's pi0.5 for LIBERO 10 (docs/source/pi05.mdx:
+        interrupts: requests to stop; there are none unless a script installs the handlers.
+        replan_steps: actions of a chunk executed before the policy observes again. openpi's LIBERO script
+            uses 5 (examples/libero/main.py), LeRobot's pi0.5 for LIBERO 10 (docs/source/pi05.mdx:
             n_action_steps).
-        max_episode_length: control steps that an episode may take, None for the suite's usual horizon.
+        max_episode_length: control steps that an episode may take; None for the suite's usual horizon.
         settle_steps: control steps of standing still before an episode.
         fixtures: placement of fixtures in evaluation, a key of `pi0.libero.init_states.FIXTURE_MODES`.
-        demonstrations: folder of LIBERO's HDF5 files; training states start with those at which they begin.
-        held_out_states: recorded states of each task that only scores use, the first ones; training states
-            are the others. None: scores use all, and training states are drawn.
+        demonstrations: folder of LIBERO's HDF5 files; their first states come first among the training states.
+        held_out_states: how many recorded states of each task, from the first on, only evaluation uses; training
+            uses the others. None: evaluation uses all, and training states are drawn.
 
     Args:
         task: which tasks and how they are simulated, the section `task` of a configuration.
-        policy: what the policy sees and how long its chunks are. Cameras that LIBERO does not have, such as the
+        policy: the policy's cameras, image size and chunk length. Cameras that LIBERO does not have, such as the
             right wrist of published policies, are left out; the policy masks them.
     Raises:
-        InputError: unknown suite or task, no camera that LIBERO has, more `replan_steps` than a chunk has actions,
-            assets that cannot be used.
+        InputError: unknown suite or task, no camera that LIBERO has, more `replan_steps` than actions in a chunk, or
+            unusable assets.
     """
 
     def __init__(self, task: TaskConfig, policy: PolicySpec):
         self.cameras = tuple(name for name in policy.cameras if name in CAMERAS)
         if not self.cameras:
             raise InputError(
-                f"the policy looks through {', '.join(policy.cameras) or 'no camera'}; "
+                f"the policy's cameras are {', '.join(policy.cameras) or 'none'}; "
                 f"LIBERO has {', '.join(CAMERAS)}"
             )
         chunk = policy.action_horizon
@@ -125,10 +125,10 @@ class Environments:
     def training_states(
         self, count: int, seed: int, tasks: Sequence[Task] | None = None
     ) -> list[InitStatePool]:
-        """A pool of `count` training states for each of `tasks`, or of all tasks; fewer where fewer are recorded.
+        """A pool of `count` training states for each of `tasks`, or of all tasks; fewer if fewer are recorded.
 
-        The states at which demonstrations begin come first. The others are recorded states that are not held out
-        or, with `held_out_states` None, states drawn with `seed`.
+        First states of demonstrations come first. The others are recorded states that are not held out or, with
+        `held_out_states` None, states drawn with `seed`.
         """
         chosen = self.tasks if tasks is None else list(tasks)
         if self.held_out_states is None:
@@ -138,11 +138,11 @@ class Environments:
         return with_demonstrated(self.pool, pools, self.demonstrations) if self.demonstrations else pools
 
     def validation_states(self, count: int) -> list[InitStatePool]:
-        """A pool of `count` states for each task, drawn as training states are and never trained on."""
+        """A pool of `count` states for each task, drawn like training states but never trained on."""
         return training_pools(self.pool, self.tasks, count, VALIDATION_SEED)
 
     def evaluation_states(self) -> list[InitStatePool]:
-        """LIBERO's recorded states of each task; only the held-out ones where training uses the others."""
+        """LIBERO's recorded states of each task; only the held-out ones if training uses the others."""
         pools = evaluation_pools(self.pool, self.tasks, self.fixtures)
         if self.held_out_states is not None:
             for pool in pools:
@@ -159,7 +159,7 @@ class Environments:
         record: int = 0,
         max_steps: int | None = None,
     ) -> Rollout:
-        """A rollout from one state of a pool under this protocol, or one that ends after `max_steps`."""
+        """A rollout from one state of a pool, with this protocol; `max_steps` replaces its horizon."""
         return Rollout(
             task=states.task,
             init=states.states[index],
@@ -179,16 +179,18 @@ class Environments:
     ) -> Iterator[tuple[int, Episode]]:
         """Run rollouts in parallel.
 
-        With the environment variables of `pi0.libero.debug`, videos and observations are written too.
+        With the environment variables of `pi0.libero.debug`, videos and observations are also written.
 
         Args:
-            num_envs: rollouts that run at once, at most; None for as many as the workers have slots.
-            pool: workers that run them instead of this object's own.
+            policy: the policy that acts.
+            rollouts: the rollouts to run.
+            num_envs: most rollouts that run at once; None for the number of the workers' slots.
+            pool: workers to use instead of this object's own.
         Yields:
             (index into `rollouts`, finished episode), in order of completion.
         Raises:
             Interrupted: the run was asked to stop.
-            WorkerError: workers are lost time and again.
+            WorkerError: too many workers are lost.
         """
         debug = DebugOutput()
         prepared = [debug.prepare(rollout) for rollout in rollouts]
@@ -197,7 +199,7 @@ class Environments:
             yield index, episode
 
     def protocol(self, **more: object) -> dict:
-        """What a score depends on besides the policy, for JSON; `more` adds entries or replaces them."""
+        """Everything that a score depends on besides the policy, for JSON; `more` adds entries or replaces them."""
         spec = self.pool.spec
         return {
             "suite": self.benchmark_name,

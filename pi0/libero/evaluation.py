@@ -1,4 +1,4 @@
-"""Scores of a policy: episodes on initial states that are never trained on, and what they say."""
+"""Evaluation of a policy: episodes on initial states that are never trained on, and their scores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pi0.training.interrupts import Interrupted
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scored episodes.
+    """Episodes of an evaluation.
 
     Attributes:
-        episodes: in order of task and initial state.
-        protocol: everything the score depends on besides the policy.
+        episodes: episodes in order of task and initial state.
+        protocol: everything that the score depends on besides the policy.
     """
 
     episodes: list[Episode]
@@ -42,7 +42,7 @@ class EvaluationResult:
         return sum(self.outcomes) / len(self.outcomes)
 
     def to_dict(self) -> dict:
-        """Outlines of the episodes and the protocol, for JSON; `restore_result` reads it."""
+        """Outlines of the episodes, and the protocol, for JSON; `restore_result` reads it."""
         outlines = [
             {
                 "task": episode.rollout.task.index,
@@ -56,7 +56,7 @@ class EvaluationResult:
         return {"episodes": outlines, "protocol": self.protocol}
 
     def score(self) -> dict[str, Any]:
-        """An evaluation as numbers: counts, 95% Wilson intervals, per task and in all."""
+        """The evaluation as numbers: counts and 95% Wilson intervals, for each task and for all."""
 
         def rate(outcomes: list[bool]) -> dict[str, Any]:
             low, high = wilson_interval(sum(outcomes), len(outcomes))
@@ -99,27 +99,30 @@ def evaluate(
     label: str = "evaluation",
     initial_states: list[InitStatePool] | None = None,
 ) -> EvaluationResult:
-    """Score a policy on the evaluation states of all tasks, or on other `initial_states`.
+    """Evaluate a policy on the evaluation states of all tasks, or on other `initial_states`.
 
-    Two policies scored with the same `episodes` and `seed` meet the same states and the same noise. In a
-    distributed run all ranks take part, each runs its share, and each gets the whole result.
+    Two policies evaluated with the same `episodes` and `seed` get the same states and the same noise. In a
+    distributed run all ranks call it, each runs its share, and each gets the whole result.
 
     Args:
+        environments: tasks and workers.
+        policy: the policy that acts.
         episodes: number of episodes in all, spread evenly over the tasks; at most 50 a task.
-        seed: of the policy's noise.
-        record: draw a video frame every this many control steps.
-        label: what the progress bar shows.
+        seed: seed of the policy's noise.
+        record: draw a video frame every this many control steps; 0: none.
+        label: text of the progress bar.
+        initial_states: states to use instead of the evaluation states, a pool for each task.
     Raises:
         InputError: more episodes than there are states.
         Interrupted: the run was asked to stop.
     """
-    # Rank 0 alone asks for them: if a stop ended its workers' call, ranks that wait for it would wait for ever.
+    # Only rank 0 makes them: if a request to stop ended its workers' call, ranks that wait for it would wait for ever.
     pools = initial_states or collectives.on_rank_zero(environments.evaluation_states)
     counts = [episodes // len(pools) + (index < episodes % len(pools)) for index in range(len(pools))]
     for states, count in zip(pools, counts, strict=True):
         if count > len(states):
             raise InputError(
-                f"{states.task.name} has {len(states)} evaluation states, {count} were asked for; ask for fewer"
+                f"{states.task.name} has {len(states)} evaluation states, but {count} are needed; use fewer episodes"
             )
     rollouts = [
         environments.rollout(states, index, (EVALUATION, seed, states.task.index, index), record)
@@ -145,7 +148,7 @@ def evaluate(
 
 
 def restore_result(environments: Environments, content: dict) -> EvaluationResult:
-    """The evaluation of recorded states that `EvaluationResult.to_dict` outlined; a collective."""
+    """Restore an evaluation of recorded states from `EvaluationResult.to_dict`; a collective."""
     pools = {pool.task.index: pool for pool in collectives.on_rank_zero(environments.evaluation_states)}
     seed = content["protocol"]["seed"]
     episodes = []

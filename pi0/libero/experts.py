@@ -1,7 +1,7 @@
-"""Scripted experts: solve pick-and-place tasks with privileged state through the policy's own 7-dim actions.
+"""Scripted experts: they solve pick-and-place tasks with privileged state and the policy's own 7-dim actions.
 
-They make the demonstrations from which the tiny policy is warm-started, for `libero_spatial` (bowl onto
-plate), `libero_object` (grocery into basket) and those tasks of `libero_10` that place two things after each other.
+They make the demonstrations for the warm start of the tiny policy, for `libero_spatial` (bowl onto plate),
+`libero_object` (grocery into basket) and those tasks of `libero_10` that place two objects one after the other.
 """
 
 from __future__ import annotations
@@ -19,32 +19,34 @@ TRAVEL_HEIGHT = 0.12  # m above the grasp point while moving sideways
 CLEARANCE = 0.08  # m above the release point while moving sideways
 GAIN = 16.0  # action per metre of position error; 20 would cancel it in one step if the arm followed at once
 REACHED = 0.015  # m
-LOST = 0.05  # m; an object further from where the hand took it has slipped, and is grasped again
+LOST = 0.05  # m; an object that has moved further in the hand has slipped, and is grasped again
 GRIP_STEPS = 12  # the fingers need 8 control steps from open to closed, and some to press
-STALLED = 12  # control steps without coming nearer; something is in the way, and the next phase is as good
+STALLED = 12  # control steps without progress: something is in the way, so the next phase begins
 NEARER = 0.001  # m
 TURN_GAIN = 0.6  # action per radian of orientation error; 2 would cancel it in one step
-HIGH = 0.3  # m; nothing that is in the way of the hand is further above an object
-PALM = 0.03  # m above the middle of the fingertips; nothing fits in between that is taller
+HIGH = 0.3  # m; higher above an object nothing is in the hand's way
+PALM = 0.03  # m from the middle of the fingertips up to the palm; taller things do not fit in between
 FINGER_REACH = 0.02  # m of the fingertips below the middle of the hand
-# Where room is looked for, from the middle of the hand (m), along and across it: for the hand, and for the outer fingertip.
+# Points that must be free, from the middle of the hand (m), along and across it: for the hand, and the outer fingertip.
 HAND_LENGTH, HAND_WIDTH = np.linspace(-0.12, 0.12, 9), np.linspace(-0.04, 0.04, 3)
 FINGER_LENGTH, FINGER_WIDTH = np.linspace(0.04, 0.07, 3), np.linspace(-0.03, 0.03, 5)
-# Directions (rad) in which the side of a round object is looked for; at 90 degrees the hand need not turn.
+# Directions (rad) from which a round object may be grasped; at 90 degrees the hand need not turn.
 SIDES = np.radians([90, -90, 60, 120, 30, 150, -60, -120, -30, -150])
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """How to take an object (m). The fingers open across its side, or along y if it is taken in the middle."""
+    """How to grasp an object (m). The fingers open across its side, or along y if it is grasped in the middle."""
 
-    side: float  # from the middle of the object to the grasp, horizontally
-    height: float  # of the grasp above the object's origin
-    release_height: float  # of the object's origin above the target's
-    middle: float = 0.0  # of the object from its origin, along y; a mug's origin is nearer to its handle
+    side: float  # horizontal distance of the grasp from the object's middle
+    height: float  # height of the grasp above the object's origin
+    release_height: float  # height of the object's origin above the target's at release
+    middle: float = (
+        0.0  # the object's middle from its origin, along y; a mug's origin is nearer to its handle
+    )
 
 
-# The bowl is taken by its rim, 4.5 cm to the side, as are mugs; groceries by their middle.
+# Bowl and mugs are grasped at the rim, groceries in the middle.
 GRASPS = {
     "akita_black_bowl": Grasp(0.045, 0.03, 0.012),
     "alphabet_soup": Grasp(0.0, 0.01, 0.16),
@@ -63,11 +65,11 @@ GRASPS = {
 
 
 class NoExpertError(InputError, ValueError):
-    """No scripted expert knows the task."""
+    """There is no scripted expert for the task."""
 
 
 class _Placement:
-    """One part of a goal: an object that is to be on or in something."""
+    """One part of a goal: an object that must be on or in something."""
 
     def __init__(self, sim: TaskSim, goal: list[str]):
         _, name, target = goal
@@ -81,13 +83,13 @@ class _Placement:
         self._owner = sim.libero.obj_body_id.get(target if region is None else region.parent_name)
 
     def target(self) -> np.ndarray:
-        """Where the object is to be put [3] (m): origin of what is below it, or middle of a region of the table."""
+        """Target position of the object [3] (m): origin of the object below it, or middle of a region of the table."""
         if self._owner is not None:
             return self._sim.data.xpos[self._owner]
         return self._sim.data.site(self._target).xpos
 
     def holds(self) -> bool:
-        """Whether LIBERO sees it there."""
+        """Whether LIBERO's predicate holds."""
         return bool(self._sim.libero._eval_predicate(self._goal))
 
 
@@ -95,9 +97,9 @@ class PickAndPlace:
     """Expert for tasks whose goal is objects on or in others; it places one after the other.
 
     Args:
-        sim: the running task; read, never changed.
+        sim: the running task; it is read, never changed.
     Raises:
-        NoExpertError: the goal is of another kind, or nobody said how to grasp an object.
+        NoExpertError: the goal is of another kind, or the grasp of an object is unknown.
     """
 
     def __init__(self, sim: TaskSim):
@@ -116,7 +118,7 @@ class PickAndPlace:
         self._begin(self._placements[0])
 
     def action(self) -> np.ndarray:
-        """The next action, float64 [7] in [-1, 1]; to be asked for once a control step."""
+        """The next action, float64 [7] in [-1, 1]; call it once a control step."""
         hand = self._sim.data.site_xpos[self._sim.hand_site]
         thing = self._sim.data.xpos[self._now.body]
         target = self._now.target()
@@ -124,7 +126,7 @@ class PickAndPlace:
         grasp_point = thing + self._offset
         if self._phase in (3, 4, 5) and np.linalg.norm(thing - hand - self._held_at) > LOST:
             self._enter(0)
-        # Carrying: keep the object, not the hand, over the target.
+        # While carrying, keep the object, not the hand, over the target.
         release_point = target + (hand - thing) + [0.0, 0.0, self._now.grasp.release_height]
         if self._phase == 0:
             return self._go(hand, grasp_point + up, OPEN, tolerance=0.02)
@@ -145,14 +147,14 @@ class PickAndPlace:
             return self._hold(OPEN)
         if self._phase == 7:
             return self._go(hand, self._lift_to, OPEN, tolerance=0.03)
-        # On to what is not yet placed, which may be the same once more.
+        # Continue with an object that is not yet in place, which may be the same one.
         self._begin(next((place for place in self._placements if not place.holds()), self._now))
         return self._hold(OPEN)
 
     def _begin(self, placement: _Placement) -> None:
         self._now = placement
         self._offset, self._turn = self._choose_side()
-        self._turns |= self._turn != 0.0  # and later back
+        self._turns |= self._turn != 0.0  # the hand must later turn back
         self._enter(0)
 
     def _go(
@@ -180,7 +182,7 @@ class PickAndPlace:
         return np.array(self._sim.data.site_xmat[self._sim.hand_site]).reshape(3, 3)
 
     def _choose_side(self) -> tuple[np.ndarray, float]:
-        """Grasp relative to the object's origin [3], and the turn of the hand (rad) from where it is now."""
+        """Grasp relative to the object's origin [3] (m), and the turn of the hand (rad) from its current direction."""
         grasp = self._now.grasp
         middle = np.array([0.0, grasp.middle, 0.0])
         thing = self._sim.data.xpos[self._now.body] + middle
@@ -193,10 +195,10 @@ class PickAndPlace:
         offset = middle + [grasp.side * np.cos(angle), grasp.side * np.sin(angle), grasp.height]
         return offset, float(
             angle % np.pi - np.pi / 2
-        )  # the fingers are alike: half a turn makes no difference
+        )  # the fingers are alike, so half a turn makes no difference
 
     def _room(self, thing: np.ndarray, angle: float) -> tuple[int, int]:
-        """How little is in the way of the hand, and then of the outer fingertip, coming down on that side."""
+        """How many points are free for the hand, and for the outer fingertip, when it comes down on that side."""
         outwards, across = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0]])
         grasp = thing + self._now.grasp.side * outwards + [0.0, 0.0, self._now.grasp.height]
 

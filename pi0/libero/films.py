@@ -1,4 +1,4 @@
-"""Videos of scored episodes. Rollouts are deterministic: a rollout that is filmed later is the one that was scored."""
+"""Videos of evaluated episodes. Rollouts are deterministic: a rollout recorded later is the evaluated one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def film_episodes(
     A video is `folder`/taskI-stateJ-success.mp4 or ...-failure.mp4.
 
     Args:
-        policy: the one that was scored.
+        environments: tasks and workers.
+        policy: the policy that was evaluated.
+        result: the evaluation.
+        count: states of each task, from the first on.
+        folder: folder for the videos.
     """
     chosen = [
         replace(episode.rollout, record=VIDEO_EVERY)
@@ -47,10 +51,13 @@ def film_before_after(
     before: EvaluationResult,
     after: EvaluationResult,
 ) -> None:
-    """Write before_after.mp4: both policies side by side on a few scored episodes; those that training solved first.
+    """Write before_after.mp4: both policies side by side on a few episodes. Those that training solved come first.
 
     Args:
-        before, after: scores of `policy_before` and `policy_after` on the same states and noise.
+        run_dir: folder for the video.
+        environments: tasks and workers.
+        policy_before, policy_after: the policies.
+        before, after: their evaluations on the same states and noise.
     """
     pairs = list(zip(before.episodes, after.episodes, strict=True))
     pairs.sort(key=lambda pair: pair[0].success - pair[1].success)

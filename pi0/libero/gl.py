@@ -1,4 +1,4 @@
-"""Which OpenGL draws the frames: chosen once, proven by a rendered frame, then handed to every worker."""
+"""The OpenGL back end: chosen once, tested with a rendered frame, then passed to every worker."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ INSTALL_HINT = "install software GL with: apt-get install -y libegl1 libgl1-mesa
 
 
 class GLUnavailableError(InputError, RuntimeError):
-    """No OpenGL back end on this machine draws a frame."""
+    """No OpenGL back end on this machine can draw a frame."""
 
 
 @dataclass(frozen=True)
 class GLProbe:
-    """Outcome of drawing one frame with a back end in a process of its own."""
+    """Result of drawing one frame with a back end in a separate process."""
 
     backend: str
     device: str | None
@@ -37,7 +37,7 @@ def environment(backend: str, device: str | None = None) -> dict[str, str]:
 
 
 def probe(backend: str, device: str | None = None, timeout: float = 60.0) -> GLProbe:
-    """Draw one frame in a subprocess: a broken driver may abort the process that asks."""
+    """Draw one frame in a subprocess, because a broken driver may abort the process."""
     command = [sys.executable, "-c", _PROBE]
     try:
         done = subprocess.run(
@@ -59,14 +59,14 @@ def probe(backend: str, device: str | None = None, timeout: float = 60.0) -> GLP
 
 
 def select_backend() -> str:
-    """The back end to use, and set in this process's environment for every process it starts.
+    """Choose the back end, and set it in this process's environment for every process that it starts.
 
-    `MUJOCO_GL`, when set, is the only candidate; otherwise EGL (on a GPU or in software), then OSMesa. Under
-    torchrun, rank r of a machine draws on EGL's device r where there is one, unless `MUJOCO_EGL_DEVICE_ID` says
-    otherwise. EGL counts all devices, whatever `CUDA_VISIBLE_DEVICES` hides.
+    If `MUJOCO_GL` is set, it is the only candidate; otherwise EGL (on a GPU or in software), then OSMesa. Under
+    torchrun, rank r of a machine draws on EGL's device r if there is one, unless `MUJOCO_EGL_DEVICE_ID` is set. EGL
+    counts all devices, whatever `CUDA_VISIBLE_DEVICES` hides.
 
     Raises:
-        GLUnavailableError: none draws a frame; the message says what each answered and what to install.
+        GLUnavailableError: none can draw a frame; the message gives the error of each and what to install.
     """
     asked = os.environ.get("MUJOCO_GL", "").lower()
     if asked and os.environ.get("PI0_GL_PROVEN") == asked:
@@ -91,12 +91,12 @@ def select_backend() -> str:
 
 
 def renderer() -> str:
-    """What draws the frames, once `select_backend` has chosen: back end and GL's name of it."""
+    """Back end and name of the GL renderer, after `select_backend`."""
     return f"{os.environ.get('PI0_GL_PROVEN')}: {os.environ.get('PI0_GL_RENDERER')}"
 
 
 def _devices(backend: str) -> tuple[str | None, ...]:
-    """EGL devices to try, None being whatever the back end takes."""
+    """EGL devices to try; None means the back end's own choice."""
     rank = os.environ.get("LOCAL_RANK")
     if backend != "egl" or rank is None or "MUJOCO_EGL_DEVICE_ID" in os.environ:
         return (None,)

@@ -1,8 +1,8 @@
-"""The two pools of initial states, which never mix.
+"""The two pools of initial states, which never overlap.
 
-Evaluation: the 50 states a task that LIBERO recorded, as in the benchmark. Training: drawn with a seed
-from LIBERO's own placement distribution, as many as wanted, and kept in a file with their provenance; where there
-are demonstrations, the states at which they began come first.
+Evaluation uses the 50 recorded states of each task, as in LIBERO's benchmark. Training states are drawn with a seed
+from LIBERO's own placement distribution, in any number, and kept in a file with their provenance. If there are
+demonstrations, their first states come first.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from pi0.libero.suites import Task, suite_tasks
 if TYPE_CHECKING:
     from pi0.libero.worker import Worker, WorkerSpec
 
-# How the fixtures (cabinet, stove), which recorded states do not hold, are placed for evaluation.
+# Placement of the fixtures (cabinet, stove) for evaluation; recorded states do not hold it.
 FIXTURE_MODES = {
     "libero_eval": "state i gets the (i+1)-th placement after env.seed(0), as LIBERO's evaluation scripts run",
     "pinned": "every state gets the first placement after env.seed(0)",
 }
 SETTLE_STEPS = 10
 # Standard deviation (rad) of the arm's joints around their initial pose: robosuite's default initialisation
-# noise, which LIBERO's recorded states show too.
+# noise, as in LIBERO's recorded states.
 ARM_NOISE = 0.02
-# m sideways; a drawn state whose objects move further while they drop into place is drawn again.
+# m sideways; if objects move further while they settle, the state is drawn again.
 MAX_SETTLE_MOTION = 0.05
 MAX_DRAWS_PER_STATE = 20
 
@@ -48,12 +48,12 @@ class Caller(Protocol):
 
     @property
     def spec(self) -> WorkerSpec:
-        """What the workers are made from."""
+        """The specification of the workers."""
 
     def call(
         self, function: Callable[..., Any], argument_lists: Sequence[tuple]
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (index, result) of `function(worker, *arguments)` for each arguments, in any order."""
+        """Yield (index, result) of `function(worker, *arguments)` for each item of the list, in any order."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class InitStatePool:
     """Initial states of one task.
 
     Attributes:
+        task: the task.
         kind: `evaluation` or `training`.
-        states: where episodes may start.
-        provenance: what they were made from; drawn ones keep it in their cache file.
+        states: initial states of episodes.
+        provenance: how they were made; drawn states keep it in their cache file.
     """
 
     task: Task
@@ -76,7 +77,7 @@ class InitStatePool:
 
 
 def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[InitStatePool]:
-    """LIBERO's recorded states of each task, all 50, with fixtures placed as `fixtures` says."""
+    """All 50 recorded states of each task, with fixtures placed by `fixtures`, a key of `FIXTURE_MODES`."""
     if fixtures not in FIXTURE_MODES:
         raise ValueError(f"unknown fixture placement {fixtures!r}; use one of {', '.join(FIXTURE_MODES)}")
     recorded = [task.recorded_init_states() for task in tasks]
@@ -108,7 +109,7 @@ def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[Ini
 def recorded_pools(
     pool: Caller, tasks: list[Task], fixtures: str, held_out: int, count: int
 ) -> list[InitStatePool]:
-    """Training states of each task: at most `count` of LIBERO's recorded ones, without the first `held_out`."""
+    """Training states of each task: at most `count` of the recorded ones after the first `held_out`."""
     return [
         InitStatePool(
             states.task,
@@ -121,7 +122,7 @@ def recorded_pools(
 
 
 def training_pools(pool: Caller, tasks: list[Task], count: int, seed: int) -> list[InitStatePool]:
-    """`count` states of each task, drawn with `seed`; the first ones are the same however many are drawn."""
+    """`count` states of each task, drawn with `seed`; the first ones are the same for every `count`."""
     files = [_cache_file("init_states", pool, task, f"seed{seed}-{count}") for task in tasks]
     missing = [index for index, file in enumerate(files) if not file.is_file()]
     for job, (states, rejected) in pool.call(
@@ -151,15 +152,17 @@ def training_pools(pool: Caller, tasks: list[Task], count: int, seed: int) -> li
 
 
 def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Path) -> list[InitStatePool]:
-    """Pools as large as the drawn ones, in which the states at which demonstrations began come first.
+    """Pools as large as the drawn ones, in which the first states of demonstrations come first.
 
     Args:
+        pool: workers that open the scenes.
         drawn: training states of each task.
-        folder: LIBERO's HDF5 files, named as it names them: TASK_demo.hdf5. A task without one keeps its drawn states.
+        folder: folder of LIBERO's HDF5 files, with LIBERO's names: TASK_demo.hdf5. A task without a file keeps its
+            drawn states.
 
     Raises:
-        MissingFileError: no file of any task of the suite.
-        DataError: a file that cannot be read, or of another scene.
+        MissingFileError: there is no file of any task of the suite.
+        DataError: a file cannot be read, or belongs to another scene.
     """
     from pi0.data.libero_hdf5 import read_starts  # large; most runs have no demonstrations
 
@@ -167,7 +170,7 @@ def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Pa
     there = [index for index, file in enumerate(files) if file.is_file()]
     if drawn and not there:
         names = [f"{task.name}_demo.hdf5" for task in suite_tasks(drawn[0].task.suite)]
-        # Of ranks that share the tasks, some may have none with a file.
+        # If ranks share the tasks, some ranks may have no task with a file.
         if not any((Path(folder) / name).is_file() for name in names):
             raise MissingFileError(f"{folder} has no demonstrations of the tasks, such as {files[0].name}")
     pools = list(drawn)
@@ -179,11 +182,11 @@ def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Pa
         index = there[job]
         task, recorded = drawn[index].task, set(map(state_hash, drawn[index].task.recorded_init_states()))
         if isinstance(fixtures, str):
-            raise DataError(f"{files[index]}: {fixtures}; it is of another task than {task.name}")
+            raise DataError(f"{files[index]}: {fixtures}; it belongs to another task than {task.name}")
         states = [
             InitState(state, placement)
             for (state, _), placement in zip(starts[job], fixtures, strict=True)
-            if state_hash(state) not in recorded  # evaluation's are never trained on
+            if state_hash(state) not in recorded  # evaluation states are never trained on
         ]
         provenance = {
             **drawn[index].provenance,
@@ -197,7 +200,7 @@ def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Pa
 
 
 def _fixtures_in(worker: Worker, task: Task, scenes: list[str]) -> list[np.ndarray] | str:
-    """Runs in a worker: placements of the fixtures in each scene, or why there are none."""
+    """Runs in a worker: placements of the fixtures in each scene, or the reason why there are none."""
     sim, _ = worker.open(task)
     try:
         return [sim.fixtures_in(scene) for scene in scenes]
@@ -215,7 +218,7 @@ def _place_fixtures(worker: Worker, task: Task, count: int, mode: str) -> np.nda
 
 
 def _draw_states(worker: Worker, task: Task, count: int, seed: int) -> tuple[list[InitState], int]:
-    """Runs in a worker: the states, and how many draws were rejected because something fell or was solved."""
+    """Runs in a worker: the states, and how many draws were rejected because objects moved or the task was solved."""
     sim, _ = worker.open(task)
     np.random.seed(int.from_bytes(hashlib.sha256(f"{seed} {task.name}".encode()).digest()[:4], "little"))
     states: list[InitState] = []
@@ -227,7 +230,7 @@ def _draw_states(worker: Worker, task: Task, count: int, seed: int) -> tuple[lis
         if len(states) == count:
             return states, draw - count
     raise RuntimeError(
-        f"{task.name}: only {len(states)} of {MAX_DRAWS_PER_STATE * count} drawn states settle, {count} wanted"
+        f"{task.name}: only {len(states)} of {MAX_DRAWS_PER_STATE * count} drawn states settle; {count} are needed"
     )
 
 

@@ -1,8 +1,7 @@
 """Import LIBERO without its questions.
 
-LIBERO's first import asks on standard input where its data shall live, unless a configuration file is
-already there, and its default place for that file is the user's home. This module writes the file into
-the project's cache first.
+Without a configuration file, LIBERO's first import asks on standard input for the folder of its data. The default
+place of that file is the user's home. This module first writes the file into the project's cache.
 """
 
 import importlib
@@ -18,7 +17,7 @@ import yaml
 from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
 
-# What LIBERO brings along (matplotlib, software GL) keeps caches in the home unless told otherwise.
+# Packages that LIBERO imports (matplotlib, software GL) keep caches in the home unless these variables are set.
 HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa", "NUMBA_CACHE_DIR": "numba"}
 
 
@@ -35,10 +34,10 @@ def libero_package_root() -> Path:
 
 
 def prepare_libero() -> ModuleType:
-    """Own LIBERO's configuration directory and return the imported `libero.libero` module.
+    """Set LIBERO's configuration folder and return the imported `libero.libero` module.
 
-    A `LIBERO_CONFIG_PATH` that the user set is respected, and a `config.yaml` already in it is left as it
-    is. Safe to call again and from several processes at once.
+    If the user has set `LIBERO_CONFIG_PATH`, it is used, and an existing `config.yaml` in it is not changed. The
+    function may be called again, and from several processes at once.
     """
     imported = sys.modules.get("libero.libero")
     if imported is not None:
@@ -59,7 +58,7 @@ def prepare_libero() -> ModuleType:
             "assets": str(root / "assets"),
         }
     )
-    # Our own file follows the environment when that moves; a user's file is the user's.
+    # This project's own file is updated when the environment moves; a user's file is never changed.
     stale = folder == ours and config_file.is_file() and config_file.read_text() != wanted
     if stale or not config_file.is_file():
         config_file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +67,10 @@ def prepare_libero() -> ModuleType:
 
 
 def leave_out_wrappers() -> None:
-    """For a process that needs LIBERO's tasks alone: keep its package of environments from importing its wrappers.
+    """Keep LIBERO's package of environments from importing its wrappers, in a process that needs only the tasks.
 
-    They bring matplotlib and gymnasium, a quarter of the time that a worker takes to start. From then on
-    `libero.libero.envs` itself is empty; its other submodules are what they always are.
+    The wrappers import matplotlib and gymnasium, a quarter of a worker's start time. After this call
+    `libero.libero.envs` itself is empty; its other submodules are unchanged.
     """
     prepare_libero()
     spec = importlib.util.find_spec("libero.libero.envs")
@@ -80,7 +79,7 @@ def leave_out_wrappers() -> None:
 
 
 def _quiet_robosuite() -> None:
-    """Drop robosuite's advice to set up a private macro file, which nothing here needs."""
+    """Drop robosuite's advice to set up a private macro file, which is not needed here."""
 
     def is_not_macro_advice(record: logging.LogRecord) -> bool:
         return "macro" not in record.getMessage()

@@ -1,9 +1,9 @@
-"""Frames on demand: only those the policy or a video asks for, all cameras from one simulation state.
+"""Frames on demand: only those that the policy or a video needs, all cameras from one simulation state.
 
-`exact` draws what LIBERO draws (robosuite's off-screen renderer: visual geometry, multisampling,
-reflections), pixel by pixel; only what no pixel can show, because it is out of the camera's view, is left out.
-`fast` draws the robot by its collision hulls and leaves out multisampling, reflections and shadows; on a CPU, where
-frames are bound by the number of vertices, that is most of the time.
+`exact` draws the same pixels as LIBERO (robosuite's off-screen renderer: visual geometry, multisampling,
+reflections). It leaves out only geometry outside the camera's view, which no pixel can show. `fast` draws the robot
+by its collision hulls and leaves out multisampling, reflections and shadows. On a CPU, where the number of vertices
+decides, this saves most of the time.
 """
 
 from __future__ import annotations
@@ -77,16 +77,16 @@ class Renderer:
         out[:] = frame[::-1]  # OpenGL counts rows from the bottom
 
     def close(self) -> None:
-        """Free the GL context; the renderer is of no use afterwards."""
+        """Free the GL context; the renderer cannot be used afterwards."""
         self._mjr.free()
         self._context.free()
 
 
 class _View:
-    """Hides from drawing what lies outside a camera's view; whatever is hidden could have coloured no pixel.
+    """Hides geometry outside a camera's view from drawing; what is hidden could not colour any pixel.
 
-    A geom is kept when the ball around it reaches into the pyramid of view, or when its mirror image in a
-    reflecting face does (MuJoCo mirrors the scene in planes and in the upper faces of boxes).
+    A geom is kept if the ball around it, or the ball's mirror image in a reflecting face, reaches into the pyramid of
+    view (MuJoCo mirrors the scene in planes and in the upper faces of boxes).
     """
 
     def __init__(self, model: mujoco.MjModel):
@@ -130,7 +130,7 @@ def _gl_context(width: int, height: int):
 
 
 def _draw_robot_by_collision_geoms(model: mujoco.MjModel) -> None:
-    """Robot, mount and gripper have visual meshes of 200,000 faces; their collision hulls look alike at 64 pixels."""
+    """Draw robot, mount and gripper by their collision hulls: at 64 pixels they look like the meshes of 200,000 faces."""
     for geom in range(model.ngeom):
         body = model.body(model.geom_bodyid[geom]).name
         if body.startswith(("robot0", "gripper0", "mount0")):

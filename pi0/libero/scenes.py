@@ -1,4 +1,4 @@
-"""Compiled scenes, kept on disk: compiling a task's meshes and textures takes seconds, loading the result does not."""
+"""A disk cache of compiled scenes: compiling a task's meshes and textures takes seconds, loading the result does not."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pi0.base.paths import cache_dir
 
 logger = logging.getLogger(__name__)
 
-# A scene takes 40 to 80 MB, most of it the robot's meshes; the least recently used ones go first.
+# A scene takes 40 to 80 MB, most of it the robot's meshes; the least recently used ones are removed first.
 MAX_CACHE_BYTES = 2_000_000_000
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def compile_scene(xml: str) -> mujoco.MjModel:
-    """What `mujoco.MjModel.from_xml_string` returns, from the cache if it has been compiled before.
+    """The result of `mujoco.MjModel.from_xml_string`, from the cache if it has been compiled before.
 
-    Entries depend on the XML, on path, size and time of every file it names, and on MuJoCo's version. One that
-    is damaged is made again. A cache that cannot be written costs time, nothing else.
+    Entries depend on the XML, on path, size and time of every file that it names, and on MuJoCo's version. A damaged
+    entry is made again. If the cache cannot be written, this only costs time.
     """
     file = cache_dir() / "scenes" / f"{_key(xml)}.mjb"
     model = _load(file)
@@ -48,7 +48,7 @@ def _key(xml: str) -> str:
 
 
 def _load(file: Path) -> mujoco.MjModel | None:
-    """A digest, then MuJoCo's binary format, which MuJoCo itself hardly checks."""
+    """Read a cached file: a digest, then MuJoCo's binary format, which MuJoCo itself hardly checks."""
     try:
         content = file.read_bytes()
     except OSError:
@@ -72,7 +72,7 @@ def _save(file: Path, model: mujoco.MjModel) -> None:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Keep the cache within its bound; other processes may be doing the same."""
+    """Keep the cache within its size limit; other processes may do the same."""
     with contextlib.suppress(FileNotFoundError):
         entries = sorted(((file.stat().st_mtime, file) for file in folder.glob("*.mjb")), reverse=True)
         total = 0

@@ -14,7 +14,7 @@ RECORDED_STATES = 50  # of each task, in every suite
 
 @dataclass(kw_only=True)
 class TaskConfig:
-    """What is practised and how it is simulated."""
+    """The tasks and how they are simulated."""
 
     benchmark_name: Suite = key("libero_spatial", "LIBERO suite", fixed=True)
     task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0, fixed=True)
@@ -26,18 +26,18 @@ class TaskConfig:
     )
     assets: str | None = key(
         None,
-        "folder of LIBERO's meshes and textures, or 'standins'; null: looked for, else stand-ins",
+        "folder of LIBERO's meshes and textures, or 'standins'; null: searched for, else stand-ins",
         fixed=True,
     )
     demonstrations: str | None = key(
         None,
-        "folder of LIBERO's HDF5 demonstrations: practice starts where they did, then in drawn states",
+        "folder of LIBERO's HDF5 demonstrations: practice starts from their first states, then from drawn ones",
         fixed=True,
     )
     held_out_states: int | None = key(
         None,
-        "of LIBERO's 50 recorded states of each task, the first ones that only scores use; practice starts from the "
-        "others. null: scores use all, and practice starts from states drawn as LIBERO draws them",
+        "how many of LIBERO's 50 recorded states of each task only evaluation uses, from the first on; practice starts "
+        "from the others. null: evaluation uses all, and practice starts from states drawn as LIBERO draws them",
         unit="states",
         low=1,
         high=49,
@@ -45,39 +45,39 @@ class TaskConfig:
     )
     fixtures: Literal["libero_eval", "pinned"] = key(
         "libero_eval",
-        "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always its first place",
+        "cabinet and stove: placed as in LIBERO's evaluation after env.seed(0); pinned: always at its first place",
         fixed=True,
     )
     num_parallel_envs: int | None = key(
         None, "worker processes that simulate; null: one on each core", unit="processes", low=1
     )
     rollouts_per_env: int = key(
-        4, "rollouts a worker keeps going at once; the policy acts on them together", unit="rollouts", low=1
+        4, "rollouts that a worker runs at once; the policy acts on them together", unit="rollouts", low=1
     )
     max_open_tasks: int = key(
-        10, "scenes a worker keeps in memory; the one unused for longest is closed first", unit="tasks", low=1
+        10, "scenes that a worker keeps open; the least recently used is closed first", unit="tasks", low=1
     )
     max_episode_length: int | None = key(
         None,
-        "length at which an episode has failed; null: LIBERO's for the suite",
+        "an episode that is not solved in so many steps has failed; null: LIBERO's horizon for the suite",
         unit="control steps",
         low=1,
         fixed=True,
     )
     settle_steps: int = key(
-        10, "steps without motion before the policy takes over", unit="control steps", low=0, fixed=True
+        10, "steps of standing still before the policy acts", unit="control steps", low=0, fixed=True
     )
     replan_steps: int = key(
         10,
-        "actions of a chunk executed before the policy looks again",
+        "actions of a chunk that are executed before the policy observes again",
         unit="control steps",
         low=1,
         fixed=True,
     )
     image_size: int | None = key(
         None,
-        "width and height of a camera image; null: as large as the policy looks at. Published ones look at 224, which "
-        "openpi makes from 256: set 256 for them",
+        "width and height of a camera image; null: the policy's image size. Published policies use 224, which openpi "
+        "makes from 256: set 256 for them",
         unit="pixels",
         low=16,
         fixed=True,
@@ -94,10 +94,10 @@ class TaskConfig:
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    """Scores of a policy, on initial states that are never trained on."""
+    """Evaluation of a policy, on initial states that are never trained on."""
 
     episodes: int = key(
-        100, "episodes over all tasks, before and again after", unit="episodes", low=1, fixed=True
+        100, "episodes over all tasks, the same before and after", unit="episodes", low=1, fixed=True
     )
     seed: int = key(
         0, "seed of the policy's noise, the same before and after", low=0, high=MAX_SEED, fixed=True
@@ -105,7 +105,7 @@ class ScoreConfig:
 
 
 def task_conflicts(task: TaskConfig) -> list[str]:
-    """What is wrong between keys of the section that are each fit by themselves, a line each."""
+    """Conflicts between keys of the section whose values are each valid, a line each."""
     conflicts: list[str] = []
     if task.task_name is not None and task.task_names_to_use:
         conflicts.append(
@@ -115,12 +115,12 @@ def task_conflicts(task: TaskConfig) -> list[str]:
     if task.max_open_tasks < task.rollouts_per_env:
         conflicts.append(
             f"task.max_open_tasks = {task.max_open_tasks} is less than task.rollouts_per_env = "
-            f"{task.rollouts_per_env}, whose tasks may all differ; give it at least as many"
+            f"{task.rollouts_per_env}, whose tasks may all differ; set at least as many"
         )
     return conflicts
 
 
-# Options that commands have in common, by the key of the section that each of them sets.
+# Common options of commands, by the key of the section that each of them sets.
 _OPTIONS = {
     "benchmark_name": "suite",
     "task_names_to_use": "tasks",
@@ -136,10 +136,10 @@ _OPTIONS = {
 
 
 def task_of_command(options: argparse.Namespace, **decided: Any) -> TaskConfig:
-    """The task section that the options of a command describe.
+    """The task section from the options of a command.
 
     Args:
-        options: the command line; a key for which it has no option keeps its default.
+        options: the command line; a key without an option keeps its default.
         decided: keys that the command itself decides; they win over options.
     """
     given = {name: getattr(options, option) for name, option in _OPTIONS.items() if hasattr(options, option)}
@@ -149,7 +149,7 @@ def task_of_command(options: argparse.Namespace, **decided: Any) -> TaskConfig:
 def range_of(section: type, name: str) -> Callable[[str], int]:
     """The `type` of a command's option that sets an integer key of a section.
 
-    Numbers that the YAML schema refuses are refused by `argparse` too, with the option's name.
+    `argparse` then refuses the same numbers as the YAML schema, with the option's name.
     """
 
     def parse(text: str) -> int:
@@ -158,5 +158,5 @@ def range_of(section: type, name: str) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(problems[0].removeprefix(f"{name} = "))
         return value
 
-    parse.__name__ = "int"  # as argparse calls it where the text is no number
+    parse.__name__ = "int"  # argparse prints this name if the text is not a number
     return parse

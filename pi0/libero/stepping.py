@@ -1,4 +1,4 @@
-"""LIBERO's dynamics, goals and proprioception for one task, without the work nobody looks at.
+"""LIBERO's dynamics, goals and proprioception for one task, without unnecessary work.
 
 LIBERO (through robosuite) evaluates the dynamics three times in each of the 25 sub-steps of a control
 step, recomputes every observable in each of them and rebuilds the scene at each reset. Here a sub-step
@@ -32,18 +32,18 @@ _DIVERGED = (
     mujoco.mjtWarning.mjWARN_BADQVEL,
     mujoco.mjtWarning.mjWARN_BADQACC,
 )
-# What LIBERO's evaluation scripts send while objects come to rest: stand still, gripper open.
+# The action of LIBERO's evaluation scripts while objects settle: stand still, gripper open.
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 
 
 @dataclass
 class InitState:
-    """Where an episode starts.
+    """The start of an episode.
 
     Attributes:
         state: float64 [state size], time, qpos, qvel as LIBERO records them.
-        fixtures: float64 [number of fixtures, 7], position and quaternion (w, x, y, z) of cabinet,
-            stove and the like, which live in the model and not in `state`.
+        fixtures: float64 [number of fixtures, 7], position (m) and quaternion (w, x, y, z) of cabinet, stove and the
+            like, which are in the model and not in `state`.
     """
 
     state: np.ndarray
@@ -51,18 +51,18 @@ class InitState:
 
     @property
     def name(self) -> str:
-        """16 hexadecimal digits that name the state (its recorded part) across runs."""
+        """16 hexadecimal digits that identify the state (its recorded part) in all runs."""
         return state_hash(self.state)
 
 
 def state_hash(state: np.ndarray) -> str:
-    """What names an initial state across runs: 16 hexadecimal digits of its recorded part."""
+    """Name of an initial state in all runs: 16 hexadecimal digits of a hash of its recorded part."""
     return hashlib.sha256(np.ascontiguousarray(state, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
 @dataclass
 class Snapshot:
-    """Everything a later `TaskSim.restore` needs to go on to the bit (see `TaskSim.snapshot`)."""
+    """Everything that `TaskSim.restore` needs to continue to the bit (see `TaskSim.snapshot`)."""
 
     physics: np.ndarray
     fixtures: np.ndarray
@@ -75,7 +75,7 @@ class Snapshot:
 
 
 class TaskSim:
-    """One LIBERO task in MuJoCo: reset, control steps, success, proprioception. Draws no images."""
+    """One LIBERO task in MuJoCo: reset, control steps, success, proprioception. It draws no images."""
 
     def __init__(self, task: Task, assets: Assets):
         prepare_libero()
@@ -91,7 +91,7 @@ class TaskSim:
 
         self.task = task
         problem = get_problem_info(task.bddl_file)["problem_name"]
-        # The arguments of LIBERO's ControlEnv, less cameras and renderers.
+        # The arguments of LIBERO's ControlEnv, without cameras and renderers.
         self.libero: Any = _with_cached_scene(TASK_MAPPING[problem])(
             task.bddl_file,
             robots=["Panda"],
@@ -113,7 +113,7 @@ class TaskSim:
         fixtures = self.libero.fixtures_dict.values()
         self._fixture_names = [fixture.root_body for fixture in fixtures]
         self._fixture_bodies = [self.model.body(name).id for name in self._fixture_names]
-        # Placements before the first reset: a rebuilt scene starts from them, so must every draw.
+        # Placements before the first reset: a rebuilt scene starts from them, so every draw must, too.
         self._compiled_fixtures = np.array(
             [_xml_placement(fixture.get_obj()) for fixture in fixtures]
         ).reshape(-1, 7)
@@ -127,10 +127,10 @@ class TaskSim:
     # Reset ---------------------------------------------------------------------------------------
 
     def reset(self, init: InitState, settle_steps: int = 0) -> None:
-        """Start an episode at `init`, as LIBERO's reset followed by `set_init_state` would.
+        """Start an episode at `init`, like LIBERO's reset followed by `set_init_state`.
 
         Args:
-            init: where everything is.
+            init: the initial state.
             settle_steps: control steps with `SETTLE_ACTION` before the episode begins.
         Raises:
             ValueError: the state does not fit this task's model.
@@ -153,11 +153,11 @@ class TaskSim:
             self.step(SETTLE_ACTION)
 
     def draw_init_state(self, resets: int = 1) -> InitState:
-        """A fresh draw from LIBERO's own placement distribution, from NumPy's global random stream.
+        """Draw a state from LIBERO's own placement distribution, with NumPy's global random stream.
 
         Args:
-            resets: how many resets LIBERO would have done by now; its list of joint initialisers (open
-                drawers and the like) grows by one copy with every rebuild, and each copy draws anew.
+            resets: how many resets LIBERO would have done by now. Its list of joint initialisers (open drawers and
+                the like) grows by one copy with every rebuild, and each copy draws again.
         """
         self.libero.object_property_initializers = self._initializers * (resets + 1)
         self._set_fixtures(self._compiled_fixtures)
@@ -197,8 +197,8 @@ class TaskSim:
         Args:
             action: float [7] in [-1, 1]: end-effector translation 3 (5 cm at 1), rotation 3 (0.5 rad at
                 1, axis-angle), gripper (-1 opens, 1 closes).
-            observe: called at the moment at which LIBERO would measure this step's observation (a sub-step
-                or two before the end); images and `proprioception` belong to that moment.
+            observe: called at the moment when LIBERO would measure this step's observation (a sub-step or two
+                before the end); images and `proprioception` must be read there.
         Returns:
             Whether LIBERO's goal holds after the step.
         Raises:
@@ -215,13 +215,13 @@ class TaskSim:
             if measured and observe is not None:
                 observe()
         if any(self.data.warning[warning].number for warning in _DIVERGED):
-            mujoco.mj_resetData(self.model, self.data)  # other episodes use this scene: forget the warning
+            mujoco.mj_resetData(self.model, self.data)  # clears the warning for other episodes of this scene
             raise FloatingPointError(f"simulation of {self.task.name} diverged")
         self.success = self._evaluate()
         return self.success
 
     def proprioception(self) -> np.ndarray:
-        """State the policy sees, float32 [8]: end-effector position 3 (m), axis-angle 3 (rad), gripper 2 (m)."""
+        """The policy's state, float32 [8]: end-effector position 3 (m), axis-angle 3 (rad), gripper 2 (m)."""
         from robosuite.utils.transform_utils import convert_quat
 
         quat = convert_quat(self.data.xquat[self._arm.hand_body], to="xyzw")
@@ -252,7 +252,7 @@ class TaskSim:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this task; the next `step` continues from it to the bit."""
+        """Return to a snapshot of this task; the next `step` continues from it to the bit."""
         mujoco.mj_setState(self.model, self.data, snapshot.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         self._set_fixtures(snapshot.fixtures)
         self._arm.goal_pos, self._arm.goal_ori = snapshot.goal_pos, snapshot.goal_ori
@@ -272,7 +272,7 @@ class TaskSim:
         return success
 
     def _check_contact(self, geoms_1: Any, geoms_2: Any = None) -> bool:
-        """robosuite's `check_contact` by geom id instead of by name, for the two object models LIBERO passes."""
+        """robosuite's `check_contact` by geom id instead of by name, for the two object models that LIBERO passes."""
         contacts = self.data.contact.geom  # [number of contacts, 2]
         first, second = self._geom_mask(geoms_1), self._geom_mask(geoms_2)
         a, b = contacts[:, 0], contacts[:, 1]
@@ -287,7 +287,7 @@ class TaskSim:
 
 
 class _ObservationClock:
-    """When robosuite measures: the arithmetic of its `Observable.update`, rounding included."""
+    """Decides when robosuite measures, with the arithmetic and rounding of its `Observable.update`."""
 
     def __init__(self, timestep: float):
         self._timestep, self._period = timestep, 1.0 / CONTROL_HZ
@@ -298,7 +298,7 @@ class _ObservationClock:
         self.elapsed, self.sampled = self._timestep + self._timestep, True
 
     def tick(self) -> bool:
-        """Advance by a physics step; whether an observation is measured now."""
+        """Advance by a physics step; returns whether an observation is measured now."""
         self.elapsed += self._timestep
         measure = not self.sampled and self._period >= self.elapsed
         self.sampled |= measure
@@ -309,7 +309,7 @@ class _ObservationClock:
 
 
 def _with_cached_scene(environment: type) -> type:
-    """LIBERO's environment class, except that its scene is compiled once on this machine."""
+    """LIBERO's environment class, but with a scene that is compiled only once on this machine."""
     from robosuite.utils.binding_utils import MjSim
 
     def _initialize_sim(self: Any, xml_string: str | None = None) -> None:
@@ -317,7 +317,7 @@ def _with_cached_scene(environment: type) -> type:
         self.sim.forward()
         self.initialize_time(self.control_freq)
 
-    # LIBERO compares the name of the class with the problem's.
+    # LIBERO compares the name of the class with that of the problem.
     return type(environment.__name__, (environment,), {"_initialize_sim": _initialize_sim})
 
 

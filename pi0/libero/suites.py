@@ -1,4 +1,4 @@
-"""LIBERO's suites and tasks, as the installed package lists them."""
+"""LIBERO's suites and tasks, from the installed package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HORIZONS = {
 }
 
 
-# What the pickle of an array is made of.
+# The functions and classes in the pickle of an array.
 _ARRAY_PARTS: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
@@ -54,13 +54,16 @@ class Task:
 
     @property
     def horizon(self) -> int:
-        """Control steps an episode may take, settle steps not counted."""
+        """Control steps that an episode may take, without the settle steps."""
         return HORIZONS[self.suite]
 
     def recorded_init_states(self) -> np.ndarray:
         """LIBERO's recorded initial states, float64 [50, state size]: time, qpos, qvel.
 
-        They are pickles; only files of the installed package are opened, and nothing but arrays is taken from them.
+        They are pickles: only files of the installed package are opened, and only arrays are read from them.
+
+        Raises:
+            ValueError: the file is not one of the installed package.
         """
         package = libero_package_root().resolve()
         file = Path(self.init_states_file).resolve()
@@ -72,7 +75,7 @@ class Task:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Makes NumPy arrays and refuses everything else."""
+    """Reads NumPy arrays and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -92,7 +95,7 @@ def suite_tasks(suite: str) -> list[Task]:
             f"unknown suite {suite!r}{_nearest(suite, list(HORIZONS))}; known: {', '.join(HORIZONS)}"
         )
     root = libero_package_root()
-    # The file itself: importing LIBERO's `benchmark` package would load torch, which simulators do not need.
+    # Only this file is run: importing LIBERO's `benchmark` package would load torch, which simulators do not need.
     names = runpy.run_path(str(root / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][suite]
     return [
         Task(
@@ -108,7 +111,7 @@ def suite_tasks(suite: str) -> list[Task]:
 
 
 def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
-    """The tasks of a suite by index or name; an empty list of names is every task.
+    """The tasks of a suite by index or name; an empty list of names means every task.
 
     Raises:
         UnknownTaskError: unknown suite, name or index, with the nearest known one.
