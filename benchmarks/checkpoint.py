@@ -1,12 +1,12 @@
-"""How much memory and time does a published checkpoint take to load, and to act from once?
+"""How much memory and time does it take to load a published policy, and to act with it once?
 
     python benchmarks/checkpoint.py                          # full size: 7 GB of disk, 9 GB of memory, minutes
     python benchmarks/checkpoint.py --stored float32         # 14 GB of disk and, to write it, of memory
     python benchmarks/checkpoint.py --shrink 8               # widths and vocabulary an eighth: seconds
 
-Writes a checkpoint of the published model's tensors with random weights as openpi's converter writes it, loads it in
-another process and samples one chunk of actions on the CPU. Memory is resident memory of that process; the ratio is
-what loading needed at most, over the weights in their target type.
+It writes a policy folder with the published model's tensors and random weights, as openpi's converter does, loads it
+in another process and samples one chunk of actions on the CPU. Memory is the resident memory of that process. The
+ratio is the most memory that loading needed, divided by the size of the weights in their target type.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main() -> None:
         "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="type to load in"
     )
     parser.add_argument("--steps", type=int, default=10, help="Euler steps of sampling; 0: load only")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the checkpoint lies meanwhile")
-    parser.add_argument("--load", metavar="CHECKPOINT", help="only load this one, and print what it took")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="folder for the temporary files")
+    parser.add_argument("--load", metavar="FOLDER", help="only load this policy, and print time and memory")
     options = parser.parse_args()
     if options.load:
         print(json.dumps(load_and_sample(options.load, getattr(torch, options.dtype), options.steps)))
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def write_checkpoint(directory: Path, shrink: int, dtype: torch.dtype) -> None:
-    """Write what openpi's converter would: random weights, and a configuration without sizes."""
+    """Write a folder like openpi's converter: random weights, and a configuration without sizes."""
     config = shrunk(Pi0Config.preset("pi0"), shrink)
     with torch.device("meta"):
         shapes = {file_name(name): p.shape for name, p in Pi0Network(config).named_parameters()}
@@ -117,7 +117,7 @@ def shrunk(config: Pi0Config, divisor: int) -> Pi0Config:
 
 
 def load_and_sample(path: str, dtype: torch.dtype, steps: int) -> dict[str, float]:
-    """Load a checkpoint and sample one chunk; seconds and bytes of this process."""
+    """Load a policy and sample one chunk; returns seconds and bytes of this process."""
     PI0Policy.from_pretrained(ROOT / "checkpoints" / "pi0_tiny_libero_spatial")  # so that all is imported
     reset_peak()
     before, started = status("VmRSS"), time.monotonic()
@@ -152,7 +152,7 @@ def status(key: str) -> int:
 
 
 def reset_peak() -> None:
-    """Count VmHWM from here."""
+    """Reset VmHWM, the peak of resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,11 +1,11 @@
-"""Is the engine LIBERO to the last bit? Whole episodes of every task beside LIBERO's own environment.
+"""Is the engine the same as LIBERO to the last bit? Whole episodes of every task beside LIBERO's own environment.
 
     python benchmarks/identity.py                                   # 40 tasks on the stand-ins, about 10 minutes
     python benchmarks/identity.py --assets ../libero_assets --suites libero_10 --steps 100
 
-Both sides carry out the same actions from the first recorded state: the scripted expert's where there is one and
+Both sides execute the same actions from the first recorded state: those of the scripted expert, if there is one,
 until it has solved the task, otherwise random ones. State, success and the measured end-effector pose and gripper are
-compared after every control step; one difference in the last bit fails the task.
+compared after every control step. One difference in the last bit fails the task.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--suites", nargs="+", default=list(SUITES))
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
-    parser.add_argument("--tasks", nargs="+", default=[], help="by index or name; default: all of each suite")
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], help="tasks by index or name; default: all of each suite"
+    )
     parser.add_argument("--steps", type=int, help="control steps; the suite's horizon by default")
     options = parser.parse_args()
     tasks = [task for suite in options.suites for task in find_tasks(suite, options.tasks)]
@@ -52,7 +54,7 @@ def main() -> None:
 
 
 def compare(task: Task, assets_name: str, steps: int) -> tuple[int, bool, str | None]:
-    """Control steps compared, whether the goal was ever reached, and where the first difference is."""
+    """Returns the control steps compared, whether the goal was ever reached, and the first difference."""
     assets = resolve_assets(assets_name)
     ours = TaskSim(task, assets)
     use_assets(assets)

@@ -1,16 +1,16 @@
-"""Does it learn, and is it the reward that teaches? Runs the quickstart over seeds, with controls; prints a table.
+"""Does the policy learn, and does it learn from the reward? Runs the quickstart over seeds, with controls.
 
     python benchmarks/learning.py --runs weighted --seeds 0 1 2
     python benchmarks/learning.py --runs weighted guidance shuffled cloning --seeds 0 1 2 --output outputs/learning
-    python benchmarks/learning.py --runs weighted guidance shuffled cloning --seeds 0 --rehearse   # does all get through?
-    python benchmarks/learning.py --table outputs/learning     # the table of what is there
+    python benchmarks/learning.py --runs weighted guidance shuffled cloning --seeds 0 --rehearse   # does everything run?
+    python benchmarks/learning.py --table outputs/learning     # the table of finished runs
 
 | run | what it is |
 |---|---|
-| weighted | configs/quickstart.yaml as it stands |
-| guidance | the same in guidance mode, failures weighing a tenth, scored under several guidance weights |
+| weighted | configs/quickstart.yaml, unchanged |
+| guidance | the same in guidance mode, failures with a tenth of the weight, evaluated with several guidance weights |
 | shuffled | the same with advantages shuffled inside groups |
-| cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same checkpoint |
+| cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same policy |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OVERRIDES: dict[str, list[str]] = {
     "shuffled": ["algo.shuffle_advantages=true"],
 }
 GUIDANCE_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0)
-# A rehearsal: an iteration of the shortest episodes that some of the checkpoint's rollouts solve, others not.
+# A rehearsal: an iteration of the shortest episodes that some of the policy's rollouts solve and others do not.
 SHORT_RUN = (
     "training.num_train_steps=1", "algo.data_batch_size=4", "algo.rloo_batch_size=4", "task.max_episode_length=105",
     "algo.train_init_states=8", "evaluation.episodes=2", "features.save_video=false",
@@ -61,11 +61,11 @@ def main() -> None:
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="do the least of everything; the numbers, in another folder, mean nothing",
+        help="do the least of everything; the numbers mean nothing and are in another folder",
     )
     parser.add_argument("--table", help="only print the table of this folder")
     options = parser.parse_args()
-    if options.rehearse:  # never beside real runs, where these would count as finished
+    if options.rehearse:  # not beside real runs, where these would count as finished
         options.output, options.cloning_minutes = f"{options.output}_rehearsal", 0.0
     if options.table is None:
         for seed in options.seeds:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
-    """Make one run; its results.json ends up in `folder`."""
+    """Make one run; its results.json is then in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     if run == "cloning":
         clone(seed, folder, options)
@@ -105,7 +105,7 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
 
 
 def clone(seed: int, folder: Path, options: argparse.Namespace) -> None:
-    """The control: go on cloning from the same checkpoint, then score on the same states and noise."""
+    """The control: continue cloning from the same policy, then evaluate on the same states and noise."""
     policy, rehearse = folder / "policy", options.rehearse
     call(
         "-m", "pi0.warmstart", "--start-from", CHECKPOINT, "--output", str(policy), "--seed", str(seed + 100),
@@ -120,7 +120,7 @@ def clone(seed: int, folder: Path, options: argparse.Namespace) -> None:
 
 
 def evaluate(policy: Path, output: Path, rehearse: bool, guidance_weight: float | None = None) -> dict:
-    """The quickstart's evaluation of a checkpoint."""
+    """The quickstart's evaluation of a policy."""
     short = SHORT_EVALUATION if rehearse else ()
     guidance = [] if guidance_weight is None else ["--guidance_weight", str(guidance_weight)]
     call(
@@ -131,13 +131,13 @@ def evaluate(policy: Path, output: Path, rehearse: bool, guidance_weight: float 
 
 
 def call(*arguments: str) -> None:
-    """Run a command of this project, showing what it prints."""
+    """Run a command of this project and show its output."""
     print("$ python", *arguments, flush=True)
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 def table(folder: Path) -> str:
-    """Markdown tables of the runs in `folder`: each, all seeds of a kind together, and by guidance weight."""
+    """Markdown tables of the runs in `folder`: each run, all seeds of a kind together, and by guidance weight."""
     lines = ["| run | before | after | change, paired | minutes |", "|---|---|---|---|---|"]
     kinds: dict[str, list[dict]] = {}
     extra = []

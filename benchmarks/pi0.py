@@ -5,9 +5,9 @@
     python benchmarks/pi0.py --device cuda --dtypes bfloat16 --batches 1 8     # full size, on a card of 80 GB
     python benchmarks/pi0.py --tables sampling sharing --compile
 
-Weights and inputs are random: what is measured does not depend on them. Every row is measured in a process of its own, after
-two calls that do not count, and given as median (lowest to highest). Ratios are of neighbours in turns, in one process.
-Memory is the most that was allocated on the GPU, or resident in the process, weights included.
+Weights and inputs are random; the measurements do not depend on them. Every row is measured in a process of its own,
+after two calls that do not count, and is a median (lowest to highest). Ratios compare neighbours that take turns in
+one process. Memory is the most that was allocated on the GPU, or resident in the process, with the weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pi0.training.optimizer import make_optimizer
 from pi0.training.settings import OptimizerConfig
 
 GROUP = 8  # rollouts that begin from one observation
-LEAST_GAIN = 3.0  # of sharing it, at the published proportions
+LEAST_GAIN = 3.0  # goal for sharing its prefix, at the published proportions
 WARM_UP = 2
 TABLES = ("model", "sampling", "sharing", "training")
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--preset", default="pi0", choices=["pi0", "pi05", "pi0_tiny", "pi05_tiny"])
     parser.add_argument("--shrink", type=int, default=1, choices=[1, 2, 4, 8], help="divisor of all widths")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the GPU if there is one")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's choice")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="observations at once")
     parser.add_argument("--steps", nargs="+", type=int, help="Euler steps; default: one, and the preset's")
@@ -90,13 +90,13 @@ def main() -> None:
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What is to be measured, one dictionary for each process."""
+    """The rows to measure, a dictionary for each process."""
     common = {name: getattr(options, name) for name in ("preset", "shrink", "device", "threads", "repeats")}
     steps = options.steps or [1, Pi0Config.preset(options.preset).num_steps]
     passes = [False, True] if options.compile else [False]
     made: list[dict[str, Any]] = []
     for dtype in options.dtypes:
-        if "model" in options.tables and options.preset == "pi0":  # the one whose files can be written here
+        if "model" in options.tables and options.preset == "pi0":  # `write_checkpoint` writes only this one
             made.append({"table": "model", "dtype": dtype})
         if "sampling" in options.tables:
             made += [
@@ -120,14 +120,14 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                 for compiled in passes
                 for trainable in options.trainable
                 for checkpointing in (False, True)
-                # torch.compile decides by itself what to keep for the backward pass.
+                # torch.compile itself decides what to keep for the backward pass.
                 if not (compiled and checkpointing)
             ]
     return [common | row for row in made]
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
-    """One row, in this process."""
+    """Measure one row, in this process."""
     if row["threads"]:
         torch.set_num_threads(row["threads"])
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A file of the published tensors, from disk to the device."""
+    """Load a file of the published tensors from disk to the device."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), row["shrink"], torch.bfloat16)
         PI0Policy.from_pretrained(ROOT / "checkpoints" / "pi0_tiny_libero_spatial")  # so that all is imported
@@ -156,7 +156,7 @@ def load(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def sample(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Action chunks for a batch of observations."""
+    """Sample action chunks for a batch of observations."""
     policy = make_policy(row, device)
     inputs = observations(policy, row["batch"])
     noise = noise_for(policy, row["batch"])
@@ -167,7 +167,7 @@ def sample(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def share(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Chunks of a group that begins from one observation: its prefix run once, or once for each rollout."""
+    """Sample chunks of a group that begins from one observation: the prefix runs once, or once for each rollout."""
     policy = make_policy(row, device)
     once, noise = observations(policy, 1), noise_for(policy, GROUP)
     alike = {name: repeat(value, GROUP) for name, value in once.items()}
@@ -194,7 +194,7 @@ def share(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def train(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Loss, gradients and optimizer step of a batch of chunks."""
+    """Compute loss, gradients and an optimizer step for a batch of chunks."""
     policy = make_policy(row, device)
     policy.choose_trained(row["trainable"])
     policy.train()
@@ -215,7 +215,7 @@ def train(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def make_policy(row: dict[str, Any], device: torch.device) -> PI0Policy:
-    """A policy of the row's size with random weights, made on the device in the type that it runs in."""
+    """A policy of the row's size with random weights, made on the device and in its type."""
     with torch.device("meta"):
         policy = PI0Policy(sized(row))
     low = policy.network.low_precision_parameters() if row["dtype"] == "bfloat16" else set()
@@ -240,7 +240,7 @@ def sized(row: dict[str, Any]) -> Pi0Config:
 
 
 def observations(policy: PI0Policy, count: int) -> dict[str, Any]:
-    """Random inputs of the network; two cameras, and a third that is not there, as LIBERO has them."""
+    """Random inputs of the network, with two cameras and a masked third one, as in LIBERO."""
     config, device = policy.config, policy.device
     pixels = (count, 3, config.image_size, config.image_size)
     return {
@@ -280,13 +280,13 @@ def timed(call: Callable[[], Any], repeats: int, device: torch.device, warm_up: 
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def memory(device: torch.device) -> int:
-    """Most memory in use until now, bytes."""
+    """Peak of memory until now, bytes."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
 
 
@@ -298,13 +298,13 @@ def failure(run: subprocess.CompletedProcess) -> dict[str, Any]:
 
 
 def label(row: dict[str, Any]) -> str:
-    """What a row is, in words."""
+    """Describe a row in words."""
     left_out = ("preset", "shrink", "device", "threads", "repeats", "table")
     return row["table"] + " " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in left_out)
 
 
 def shown(row: dict[str, Any]) -> str:
-    """A row's numbers, in words."""
+    """A row's numbers as text."""
     if "failed" in row:
         return row["failed"]
     text = f"{spread([1000 * s for s in row['seconds']])} ms"
@@ -312,7 +312,7 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Median, and lowest to highest where there are several."""
+    """Median, and lowest to highest if there are several."""
     middle, low, high = (
         f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         for value in (statistics.median(values), min(values), max(values))
@@ -321,7 +321,7 @@ def spread(values: list[float]) -> str:
 
 
 def print_tables(done: list[dict[str, Any]]) -> None:
-    """All rows, as Markdown."""
+    """Print all rows as Markdown."""
     config = sized(done[0])
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Pi0Network(config).parameters())

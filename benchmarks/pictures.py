@@ -1,9 +1,9 @@
-"""Draws the pictures of the docs that show scenes: docs/pictures/standins.png and rendering.png.
+"""Draws two pictures for the docs: docs/pictures/standins.png and rendering.png.
 
     python benchmarks/pictures.py
 
-The first has six tasks drawn with the stand-ins, the agent's view and the wrist camera's. The second has what
-the policy sees with `render: exact` beside `render: fast`, at 64 and at 256 pixels.
+The first shows six tasks with the stand-ins, from the agent's view and the wrist camera. The second shows the
+policy's frames with `render: exact` and `render: fast`, at 64 and at 256 pixels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def scene(suite: str, index: int) -> TaskSim:
 
 
 def draw_standins(file: Path) -> None:
-    """Both cameras of every scene, columns of scenes."""
+    """Draw both cameras of every scene, a column for each scene."""
     figure, axes = plt.subplots(2, len(SCENES), figsize=(2.2 * len(SCENES), 4.8))
     for column, (suite, index) in zip(axes.T, SCENES, strict=True):
         sim = scene(suite, index)
@@ -71,7 +71,7 @@ def draw_standins(file: Path) -> None:
 
 
 def draw_rendering(file: Path) -> None:
-    """Rows: exact and fast. Columns: the cameras at the policy's 64 pixels, and at 256."""
+    """Draw exact and fast frames in two rows, with columns for the cameras at 64 and at 256 pixels."""
     figure, axes = plt.subplots(2, 4, figsize=(10, 5.4))
     for row, mode in zip(axes, ("exact", "fast"), strict=True):
         sim = scene(*TASK)  # a scene each: `fast` changes what is visible in the model

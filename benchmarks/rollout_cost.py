@@ -1,11 +1,11 @@
-"""Where does the time of a rollout go, and how does it grow?
+"""Which parts of a rollout take how much time, and how does the time grow?
 
     python benchmarks/rollout_cost.py                     # both tables, about 8 minutes
     python benchmarks/rollout_cost.py --tables profile
 
-The profile runs episodes of the tiny policy in one process and takes the time of each part; beside it stands
-what MuJoCo alone needs for the same control steps, the limit of any engine around it. Growth is rollouts a
-minute of whole pools: by workers, open tasks, actions a chunk and image size, each against the quickstart's.
+The profile runs episodes of the tiny policy in one process and measures the time of each part. It also gives the time
+that MuJoCo alone needs for the same control steps, which no engine around it can beat. Growth is rollouts a minute of
+whole pools: by workers, open tasks, actions a chunk and image size, each compared with the quickstart's.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def profile(assets: str, count: int) -> str:
 
 
 def mujoco_alone(worker: Worker, task) -> tuple[float, int]:
-    """Seconds and control steps of MuJoCo by itself from where the scene is now; puts everything back."""
+    """Seconds and control steps of MuJoCo alone from the scene's current state, which is restored."""
     sim, _ = worker._open[task]
     state = np.empty(mujoco.mj_stateSize(sim.model, mujoco.mjtState.mjSTATE_INTEGRATION))
     mujoco.mj_getState(sim.model, sim.data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -211,7 +211,7 @@ def runner(assets: str, workers: int, tasks: int, chunk: int, image_size: int) -
 
 
 def rate(assets: str, count: int, **settings: int) -> tuple[float, float]:
-    """Rollouts a minute and control steps a second; scenes are built before. Tasks are mixed."""
+    """Rollouts a minute and control steps a second, with mixed tasks; scenes are built before."""
     acting = ActingPolicy(PI0Policy.from_pretrained(CHECKPOINT))
     with runner(assets, **settings) as environments:
         pools = environments.evaluation_states()

@@ -10,14 +10,14 @@
 | exact | LIBERO's two camera images at 256 pixels | `render: exact`, the same pixels |
 | fast | the same | `render: fast` at 256 pixels |
 | small | the same | `render: fast` at 64 pixels, as the tiny policy sees |
-| loop | `SubprocVectorEnv`, 2 processes, driven as RIPT-VLA drives it: reset, set the state, 10 steps of settling, both cameras at 256 pixels in every step, chunks of 8, in lock-step until all are done | `Environments` with 2 workers, quickstart settings, chunks of 8 |
+| loop | `SubprocVectorEnv`, 2 processes, used as in RIPT-VLA: reset, set the state, 10 settle steps, both cameras at 256 pixels in every step, chunks of 8, in lock-step until all are done | `Environments` with 2 workers, quickstart settings, chunks of 8 |
 | start | imports, building the environment, a reset, one step | the same with a warm cache |
 | workers | | rollouts with 2 workers against 1 |
 | memory | PSS of one more environment of the same task: a process | PSS of one more worker, divided by its 4 rollouts |
 
-In `loop` both sides ask the policy for every chunk; theirs then carries out the actions that ours took, so that
-both run the same episodes to the same end. Each figure is measured in turns, every measurement in a process of
-its own; the ratio is the median over turns, with the lowest and the highest.
+In `loop` both sides ask the policy for every chunk. Theirs then executes the actions that ours took, so that both run
+the same episodes to the same end. Each figure is measured in turns, every measurement in a process of its own. The
+ratio is the median over turns, with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CHUNK = 8
 CAMERA_SIZE = 256
 STEPS = 150  # control steps timed by `step`
 FRAMES = 30  # pairs of images timed by `exact`, `fast` and `small`
-# What is asked of each figure, and hoped for: ours against theirs.
+# Least ratio of each figure, and the aim: ours against theirs.
 GOALS = {
     "step": (2.2, 3.0),
     "exact": (1.3, 2.0),
@@ -82,7 +82,7 @@ def main() -> None:
         "--episodes",
         type=int,
         default=24,
-        help="episodes in `loop`, an even number, as theirs run in pairs; `workers` runs 4 times as many",
+        help="episodes in `loop`, an even number, since theirs run in pairs; `workers` runs 4 times as many",
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--output", default=str(ROOT / "outputs" / "rollouts"))
@@ -99,7 +99,7 @@ def main() -> None:
     if options.table:
         print(table(json.loads(Path(options.table).read_text())))
         return
-    gl.select_backend()  # once, for all that follow: neither side looks for a back end on the clock
+    gl.select_backend()  # once for all, so that no measurement includes the search for a back end
     output = Path(options.output) / f"{Path(options.assets).name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     results = {
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def measure(figure: str, side: str, options: argparse.Namespace) -> float:
-    """One measurement in a process of its own."""
+    """Make one measurement in a process of its own."""
     command = [
         sys.executable, __file__, "--measure", figure, side,
         "--assets", options.assets, "--episodes", str(options.episodes), "--output", options.output,
@@ -160,7 +160,7 @@ def table(results: dict) -> str:
 
 
 def task_and_assets(options: argparse.Namespace):
-    """The benchmark's task; LIBERO set up with the chosen assets."""
+    """The benchmark's task and assets; LIBERO then uses these assets."""
     from pi0.libero.assets import resolve_assets, use_assets
     from pi0.libero.suites import suite_tasks
 
@@ -181,7 +181,7 @@ def their_env(task, **cameras):
 
 
 def begin(env, task):
-    """Put LIBERO's environment at the first recorded state; returns where that is, fixtures included."""
+    """Set LIBERO's environment to the first recorded state; returns that state with its fixtures."""
     from pi0.libero.stepping import InitState
 
     env.seed(0)
@@ -217,7 +217,7 @@ def measure_step(side: str, options: argparse.Namespace) -> float:
 
 
 def measure_frames(side: str, options: argparse.Namespace, mode: str, size: int) -> float:
-    """Milliseconds a frame, both cameras in turn, the arm moving in between; both sides draw the same scene."""
+    """Milliseconds a frame. Both sides draw the same scene with both cameras; the arm moves between frames."""
     from pi0.libero.rendering import CAMERAS, Renderer
     from pi0.libero.stepping import TaskSim
 
@@ -256,7 +256,7 @@ def measure_frames(side: str, options: argparse.Namespace, mode: str, size: int)
 
 
 def measure_start(side: str, options: argparse.Namespace) -> float:
-    """The parent takes the time of the whole process."""
+    """Start one side; the parent measures the time of the whole process."""
     if side == "theirs":
         task, _ = task_and_assets(options)
         env = their_env(task, camera_heights=CAMERA_SIZE, camera_widths=CAMERA_SIZE)
@@ -307,7 +307,7 @@ def runner(options: argparse.Namespace, workers: int):
 
 
 def our_rollouts(environments, acting, count: int):
-    """Episodes from the evaluation states, and the seconds they took; scenes are built before."""
+    """Episodes from the evaluation states, and their time in seconds; scenes are built before."""
     states = environments.evaluation_states()[0]
     rollouts = [environments.rollout(states, index % 50, (1, 0, index)) for index in range(count)]
     list(environments.run_policy(acting, [replace(r, horizon=CHUNK) for r in rollouts[:8]]))
@@ -334,7 +334,7 @@ def their_rollouts(episodes, acting, options: argparse.Namespace) -> float:
     task, _ = task_and_assets(options)
 
     class PlacedEnv(OffScreenRenderEnv):
-        """LIBERO's, with the fixtures where our episode had them."""
+        """LIBERO's environment, with the fixtures placed as in our episode."""
 
         def set_init_state(self, init):
             bodies = [self.env.obj_body_id[name] for name in self.env.fixtures_dict]
@@ -373,7 +373,7 @@ def their_rollouts(episodes, acting, options: argparse.Namespace) -> float:
 
 
 def act_on(acting, observations, task) -> None:
-    """Ask the policy, for its time; the answer is not used (see the module's docstring)."""
+    """Run the policy for its time; the actions are not used (see the module's docstring)."""
     from pi0.libero.rendering import CAMERAS
 
     images = {
@@ -422,7 +422,7 @@ def pss(pid: int) -> float:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1e3
-    raise RuntimeError(f"process {pid} says nothing of its memory")
+    raise RuntimeError(f"/proc/{pid}/smaps_rollup has no Pss")
 
 
 MEASUREMENTS = {

@@ -1,6 +1,6 @@
-"""Does the memory of a run stay flat, and where did its time go? Tables from its metrics.jsonl.
+"""Does the memory of a run stay constant, and which phases took its time? Tables from its metrics.jsonl.
 
-Means, and lowest to highest, of parts of the run:
+The tables have means, and lowest to highest, of parts of the run:
 
     python benchmarks/run_memory.py outputs/RUN             # iterations from the third on, in thirds
     python benchmarks/run_memory.py outputs/RUN --first 3 --parts 2
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="folder of a run of stage 11 or later")
     parser.add_argument("--first", type=int, default=2, help="first iteration that counts")
-    parser.add_argument("--parts", type=int, default=3, help="parts to cut the others in")
+    parser.add_argument("--parts", type=int, default=3, help="number of parts of the other iterations")
     options = parser.parse_args()
     try:
         steps = read_run(options.run, METRICS).steps
@@ -37,7 +37,7 @@ def main() -> None:
     rows = [row for row in steps if "memory" in row]
     size = (len(rows) - options.first) // options.parts
     if options.first < 1 or options.parts < 2 or size < 1:
-        parser.error(f"{len(rows)} iterations cannot be cut so")
+        parser.error(f"{len(rows)} iterations cannot be divided so")
     starts = [options.first + part * size for part in range(options.parts)]
     means = []
     print("Resident memory, MB, means and in brackets lowest to highest:\n")

@@ -1,10 +1,11 @@
-"""Where does the time go that stage 13 takes over stage 12? Each part by itself, in a run of stage 13.
+"""Which parts take the time that stage 13 needs more than stage 12? Each part is measured in a run of stage 13.
 
     python benchmarks/stage13_parts.py                  # about 5 minutes
 
-First a run as benchmarks/stages.py times it: the quickstart at 32 rollouts an iteration, a checkpoint in each; its functions
-are timed from outside. Then updates from what it collected, in the same process: those of stage 12, of stage 13, and of
-stage 13 after memory was given back, which costs most when it is asked for again. They take turns in random order.
+First it makes a run as in benchmarks/stages.py, the quickstart with 32 rollouts and a checkpoint in each iteration, and
+times its functions from outside. Then, in the same process, it makes updates from the collected chunks: those of stage
+12, of stage 13, and of stage 13 after memory was returned to the system. Returned memory costs most when it is needed
+again. They take turns in random order.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from pi0.training.state import TrainingState
 SCRIPTS = ("12_train_with_dataset.py", "13_train_production_ready.py")
 CONFIG = ROOT / "configs/quickstart.yaml"
 ROLLOUTS = 32
-CHUNKS = 96  # of an update of the second table
-# What is timed, and which other part it lies in.
+CHUNKS = 96  # chunks of an update in the second table
+# The parts that are timed, each with the part that contains it.
 PARTS = {
     "checkpoint": "",
     "state of this rank": "checkpoint",
@@ -65,7 +66,7 @@ class Clock:
         self._running: list[str] = []
 
     def timed(self, part: str, function: Callable) -> Callable:
-        """`function`, its time counted for `part`, if that is where it is called: the policy is also saved elsewhere."""
+        """`function` with its time counted for `part`, but only inside the part that contains it."""
 
         @functools.wraps(function)
         def inner(*args: Any, **kwargs: Any) -> Any:
@@ -82,7 +83,7 @@ class Clock:
         return inner
 
     def iteration(self, function: Callable) -> Callable:
-        """`function`, with which an iteration begins."""
+        """`function`, whose call begins an iteration."""
 
         @functools.wraps(function)
         def inner(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=7, help="of the run; the first is not counted")
+    parser.add_argument(
+        "--iterations", type=int, default=7, help="iterations of the run; the first is not counted"
+    )
     parser.add_argument("--turns", type=int, default=40, help="updates of each kind")
     parser.add_argument("--override", nargs="*", default=[], help="further overrides for the run")
     options = parser.parse_args()

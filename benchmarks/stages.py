@@ -4,14 +4,15 @@
     python benchmarks/stages.py --stages 12 13          # these two alone
     python benchmarks/stages.py --table outputs/stages.json
 
-Every stage runs the quickstart's configuration, shortened: the same states, the same noise, so the same episodes and
-updates, with what it adds switched on as a user has it (stage 11 on: WandB offline, TensorBoard, report; stage 12:
-statistics; stage 13: a checkpoint in every iteration). The last is stage 13 on two processes, which share the rollouts.
+Every stage runs a short form of the quickstart's configuration, with the same states and noise, so with the same
+episodes and updates. What a stage adds is switched on as a user has it (from stage 11 on: WandB offline, TensorBoard,
+report; stage 12: statistics; stage 13: a checkpoint in every iteration). The last run is stage 13 on two processes,
+which share the rollouts.
 
-All runs go on at once, but only one at a time: each for a second, the others paused (SIGSTOP) with all that they started.
-So a machine that is now faster, now slower, is so for all alike. An iteration's time is that of its own seconds. When all
-runs are through with an iteration, all begin the next. The first is left out: it opens scenes and imports what optimizers
-need.
+All runs are started together and take turns of a second. The others are paused meanwhile (SIGSTOP) with all processes
+that they started. So a change of the machine's speed affects all alike. An iteration's time is the sum of its own
+turns. When all runs have finished an iteration, all begin the next. The first iteration is not counted: it opens
+scenes and imports modules of the optimizers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pi0.base.files import write_json
 from pi0.ranks.watch import SILENCE_S
 
 CONFIG = "configs/quickstart.yaml"
-ROLLOUTS = 32  # of an iteration, in all processes together
+ROLLOUTS = 32  # rollouts of an iteration, in all processes together
 STAGES = {
     "08": "08_train_with_epochs.py",
     "09": "09_train_with_config.py",
@@ -50,7 +51,7 @@ STAGES = {
     "13": "13_train_production_ready.py",
     "two": "13_train_production_ready.py",
 }
-# Stage 08 has its settings in the file; this is its `train` with others.
+# Stage 08 has its settings in the file; this calls its `train` with others.
 STAGE_08 = """
 import runpy, sys
 from pi0.ript.config import load_config
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def measure(names: list[str], iterations: int, turn: float, overrides: list[str]) -> dict[str, list[float]]:
-    """Seconds of each iteration but the first, by run."""
+    """Seconds of each iteration except the first, by run."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         runs = {}
@@ -154,7 +155,7 @@ class Run:
         self._members = [self._process.pid]
 
     def go_on(self, limit: float) -> tuple[float, bool]:
-        """Until the next iteration ends, for at most so many seconds; how many it took, and whether it ended."""
+        """Run until the next iteration ends, for at most `limit` seconds; returns the seconds, and whether it ended."""
         self._members = family(self._process.pid)
         self._signal(signal.SIGCONT)
         started = time.perf_counter()
@@ -170,11 +171,11 @@ class Run:
         return time.perf_counter() - started, ended
 
     def pause(self) -> None:
-        """Stop it and all that it had started when it was last let go on; looking for more would take its time."""
+        """Pause it and the processes that it had at its last turn; a search for new ones would count as its time."""
         self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
-        """Let it come to its end."""
+        """Let it run to its end."""
         self._members = family(self._process.pid)
         self._signal(signal.SIGCONT)
         self._process.communicate()
@@ -182,8 +183,8 @@ class Run:
             self._fail()
 
     def kill(self) -> None:
-        """Leave nothing behind, paused or not."""
-        if self._process.poll() is None:  # else its number may be another's
+        """Kill all its processes, paused or not."""
+        if self._process.poll() is None:  # else another process may have its id
             self._members = family(self._process.pid)
             self._signal(signal.SIGKILL)
 
@@ -197,7 +198,7 @@ class Run:
 
 
 def family(process: int) -> list[int]:
-    """A process and all that it started, of other sessions too, as WandB's and torchrun's are."""
+    """A process and all its descendants, also those in other sessions, such as WandB's and torchrun's."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():

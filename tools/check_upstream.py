@@ -1,15 +1,15 @@
-"""Do LeRobot and openpi themselves load what we write for them, act the same from it, and do we load what LeRobot writes?
+"""Do LeRobot and openpi load the folders of this project and act the same? Does this project load LeRobot's?
 
-    python tools/check_upstream.py      # with the Python of an environment of LeRobot's ("lerobot[pi]"), or of openpi's
+    python tools/check_upstream.py      # with the Python of an environment of LeRobot ("lerobot[pi]"), or of openpi
 
-Small policies with random weights, pi0 and pi0.5. For LeRobot ours is saved in the layout "lerobot"; LeRobot's own classes
-load the weights (strictly), the configuration and both processors from that folder; both sides sample from the same
-observation and noise. Then LeRobot saves, and we load. For openpi ours is saved as it is by default, and openpi's
-`PI0Pytorch` loads the weights. Prints the largest differences; the exit status is 1 if one is above 1e-4 or a prompt
-differs.
+It checks small policies with random weights, pi0 and pi0.5. For LeRobot this project saves in the layout "lerobot".
+LeRobot's own classes load the weights (strictly), the configuration and both processors from that folder, and both
+sides sample from the same observation and noise. Then LeRobot saves, and this project loads. For openpi this project
+saves in its default layout, and openpi's `PI0Pytorch` loads the weights. The tool prints the largest differences; the
+exit status is 1 if one is above 1e-4 or a prompt differs.
 
-Both build only the published sizes, so their tables of sizes are replaced; and PaliGemma's tokenizer, which has to be
-downloaded, by one that gives tokens of its own. Everything else is theirs. Which of the two is installed is checked.
+Both build only the published sizes, so their tables of sizes are replaced. PaliGemma's tokenizer must be downloaded,
+so it is replaced by one with simple tokens. Everything else is theirs. Whichever of the two is installed is checked.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from tests.support.published_files import (
     write_openpi,
 )
 
-VOCAB = 257_152  # LeRobot builds no other
+VOCAB = 257_152  # the only size that LeRobot builds
 TOLERANCE = 1e-4
 TASK = "put the bowl on the plate"
-PROMPTS: list[str] = []  # as LeRobot had them tokenized
+PROMPTS: list[str] = []  # the prompts that LeRobot tokenized
 
 
 def main() -> None:
-    """Whatever is installed."""
+    """Check LeRobot or openpi, whichever is installed."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
         print(
             f"LeRobot {version('lerobot')}, transformers {version('transformers')}, torch {torch.__version__}"
         )
-        # Relative actions came after release 0.4.
+        # Relative actions are newer than release 0.4.
         known = importlib.util.find_spec("lerobot.processor.relative_action_processor")
         for relative in (False, True) if known else (False,):
             differences += [check_lerobot(kind, relative) for kind in ("pi0", "pi05")]
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def check_openpi(kind: str) -> float:
-    """openpi's model from our file; the largest difference of chunks."""
+    """Load this project's file into openpi's model; returns the largest difference of chunks."""
     sizes = importlib.import_module("openpi.models.gemma")
     experts = importlib.import_module("openpi.models_pytorch.gemma_pytorch")
     preprocessing = importlib.import_module("openpi.models_pytorch.preprocessing_pytorch")
@@ -126,7 +126,7 @@ def check_openpi(kind: str) -> float:
 
 
 def check_lerobot(kind: str, relative: bool) -> float:
-    """A policy, or one that has learned its actions less the state, there and back; the largest difference."""
+    """Pass a policy to LeRobot and back; returns the largest difference. `relative`: the state is subtracted from actions."""
     what = f"{kind}{', relative actions' if relative else ''}"
     module = importlib.import_module(f"lerobot.policies.{kind}.modeling_{kind}")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
@@ -150,7 +150,7 @@ def check_lerobot(kind: str, relative: bool) -> float:
 def make_small(
     patches: ExitStack, sizes: Any, getter: str, models: Any, image_size: int | None = None
 ) -> None:
-    """Let their modules build the sizes of the test files."""
+    """Make their modules build the sizes of the test files."""
     dims = {"num_heads": HEADS, "num_kv_heads": 1, "head_dim": HEAD_DIM, "depth": LAYERS}
     table = {
         "gemma_2b": SimpleNamespace(width=WIDTH, mlp_dim=64, **dims),
@@ -200,7 +200,7 @@ def compare(label: str, ours: PI0Policy, theirs: Any, before: Any, after: Any) -
     }
     state = torch.randn(8, generator=g)
     noise = torch.randn(1, HORIZON, ACTIONS, generator=g)
-    seen = config.cameras[:2]  # the third is not there in LIBERO
+    seen = config.cameras[:2]  # LIBERO does not have the third
     batch = before(
         {"observation.state": state, "task": TASK}
         | {f"observation.images.{name}": pixels[name] for name in seen}

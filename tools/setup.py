@@ -1,9 +1,9 @@
-"""Makes .venv from requirements.lock and installs the software-GL libraries where it may.
+"""Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
     python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser]
 
-Runs on the system's Python before any package is there, so it imports the standard library alone. A second
-run with the same lock does nothing; a run after an interrupted one goes on where that one stopped.
+It runs with the system's Python before any package is installed, so it imports only the standard library. A second
+run with the same lock file does nothing; a run after an interrupted one continues where that one stopped.
 """
 
 import argparse
@@ -25,8 +25,8 @@ LOCK = ROOT / "requirements.lock"
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "requirements.stamp"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # Chromium under its names, any will do
-# What a trainer, a rollout worker and a test import, some of it late.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
+# The modules that a trainer, a rollout worker and a test import, some of them late.
 IMPORTS = """
 import contextlib, importlib, runpy
 with contextlib.suppress(Exception):
@@ -55,7 +55,7 @@ def stop(text):
 
 
 def missing_system_packages(browser):
-    """Debian packages, by name, whose content this machine lacks; Chromium is asked for by `browser` alone."""
+    """Names of the Debian packages whose content this machine lacks; Chromium only if `browser`."""
     present = {
         "libegl1": ctypes.util.find_library("EGL"),
         "libgl1-mesa-dri": any(glob.glob(pattern) for pattern in MESA_DRIVERS),
@@ -68,7 +68,7 @@ def missing_system_packages(browser):
 
 
 def install_system_packages(browser):
-    """Install what is missing (root), or say how; stop where nothing could render or .venv could not be."""
+    """Install what is missing (as root), or print how; stop if nothing could render or .venv could not be made."""
     missing = missing_system_packages(browser)
     if not missing:
         return
@@ -113,38 +113,38 @@ def pip(*arguments):
 def pip_or_stop(*arguments):
     errors = pip(*arguments)
     if errors is not None:
-        stop(f"pip could not install the packages; the same command goes on where this one stopped\n{errors}")
+        stop(f"pip could not install the packages; run the same command again to continue\n{errors}")
 
 
 def install_torch(requirement, build):
-    """Install torch alone: without CUDA packages for the CPU, with all it asks for on a GPU machine."""
+    """Install torch: without CUDA packages for the CPU, with all its requirements on a GPU machine."""
     if build == "cpu":
         errors = pip("--no-deps", f"{requirement}+cpu")
         if errors is None:
             return
         if "No matching distribution" not in errors:
-            stop(f"pip could not install torch; the same command goes on where this one stopped\n{errors}")
+            stop(f"pip could not install torch; run the same command again to continue\n{errors}")
         say(
             f"no index offers {requirement}+cpu, so the default build is installed with its CUDA packages, "
             "several GB more. To avoid that, stop here, name an index with PyTorch's CPU builds in pip's own "
             "configuration (PIP_EXTRA_INDEX_URL) and run the same command again"
         )
-    # The constraint keeps what torch asks for at the lock's versions; a CPU build would satisfy `==` too.
+    # The constraint keeps torch's requirements at the locked versions; a CPU build would also satisfy `==`.
     pip_or_stop("--constraint", LOCK, f"{requirement},!={requirement.partition('==')[2]}+cpu")
 
 
 def discard_half_installed():
-    """Forget packages whose installation was cut off: pip writes RECORD last but skips what has a name."""
+    """Remove packages whose installation was interrupted: pip writes RECORD last, but skips a package with a name."""
     for information in VENV.glob("lib/python*/site-packages/*.dist-info"):
         if not (information / "RECORD").exists():
             shutil.rmtree(information)
 
 
 def compile_what_runs_import():
-    """Leave bytecode of the modules that every process imports, and of no others, which would take 200 MB.
+    """Write bytecode of the modules that every process imports, and of no others, which would take 200 MB.
 
-    Python does that by itself, but not in an image that sets PYTHONDONTWRITEBYTECODE, and there each process would
-    spend seconds on it. What cannot be imported here says so when it is needed.
+    Python does this itself, but not in an image that sets PYTHONDONTWRITEBYTECODE. There each process would spend
+    seconds on it. A module that cannot be imported here fails when it is needed.
     """
     refused = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
     environment = {name: value for name, value in os.environ.items() if name not in refused}
@@ -156,7 +156,7 @@ def compile_what_runs_import():
 def main():
     if sys.version_info[:2] != (3, 11):
         stop(
-            f"Python 3.11 is needed, {sys.executable} is {sys.version.split()[0]}. Install python3.11, "
+            f"Python 3.11 is needed, but {sys.executable} is {sys.version.split()[0]}. Install python3.11, "
             "or name one: make setup PYTHON=/path/to/python3.11"
         )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -188,7 +188,7 @@ def main():
     discard_half_installed()
     say(f"installing {len(requirements)} packages from {LOCK.name}, torch for {build}")
     install_torch(torch, build)
-    # Without build isolation bddl is built by the locked setuptools, not by whatever is newest.
+    # Without build isolation the locked setuptools builds bddl, not the newest one.
     pip_or_stop("--no-deps", setuptools)
     others = [requirement for requirement in requirements if requirement not in (torch, setuptools)]
     pip_or_stop("--no-deps", "--no-build-isolation", "--use-pep517", *others)
