@@ -122,7 +122,7 @@ def inspect_checkpoint(
     """Describe a policy folder in pairs of a label and a text of one or more lines.
 
     The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it with the same
-    `norm_stats_path`. Of the weights only the header is read.
+    `norm_stats_path`. Only the header of the weights is read.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.

@@ -9,7 +9,7 @@ from pi0.base.typed_yaml import key, show, unfit_values
 
 Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 MAX_SEED = 2**31 - 1
-RECORDED_STATES = 50  # of each task, in every suite
+RECORDED_STATES = 50  # for each task of every suite
 
 
 @dataclass(kw_only=True)

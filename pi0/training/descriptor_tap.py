@@ -31,7 +31,7 @@ except OSError:  # there is no log file yet
 while select.select([tapped], [], [], 0)[0]:
     try:
         data = os.read(tapped, 65536)
-    except OSError:  # how a terminal says that its last writer is gone
+    except OSError:  # a terminal reports so that its last writer has closed it
         break
     if not data:
         break
