@@ -362,7 +362,7 @@ def read_arguments(words: list[str]) -> Outcome:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that finds the package; torchrun looks beside the script alone."""
+    """The environment of a process that finds the package; torchrun looks beside the script alone."""
     return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -418,7 +418,7 @@ class MadeBefore(dict):
 
 
 def documented_words(text: str) -> list[str]:
-    """Of a command that is documented as it stands here, what comes after `python`."""
+    """What comes after `python` in a command that is documented as it stands here."""
     assert text in [command.text for command in COMMANDS]
     return shlex.split(text)[1:]
 

@@ -17,7 +17,7 @@ class Critic:
 
 @dataclass(kw_only=True)
 class Settings:
-    """Of a trainer that is not RIPT."""
+    """The configuration of a trainer that is not RIPT."""
 
     game: str = key("level-1", "what is played", fixed=True)
     critic: Critic = section(Critic)

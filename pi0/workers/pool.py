@@ -211,7 +211,7 @@ class WorkerPool:
             self.check()
             patience = min(worker.deadline for worker in busy) - time.monotonic()
             ready = wait([worker.connection for worker in busy], min(CHECK_S, max(0.0, patience)))
-            now = time.monotonic()  # who answers while another's answer is dealt with is in time
+            now = time.monotonic()  # an answer that comes while another is handled is in time
             for worker in busy:
                 if worker.connection in ready:
                     yield worker.number, self._outcome(worker)
