@@ -1,7 +1,9 @@
 """Python that tests fork from a server does what Python started for real does."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.programs import children_of, fresh_python
+from tests.support.programs import children_of, fresh_python, server
 
 pytestmark = pytest.mark.runs
 
@@ -67,6 +69,20 @@ def test_a_forked_program_is_known_by_its_arguments_and_its_parent():
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == -signal.SIGTERM
     assert not Path(f"/proc/{process.pid}").exists()
+
+
+def test_a_program_that_is_killed_while_it_starts_another_takes_nobody_with_it():
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(server().address)  # and ends before it asks
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(server().address)
+            job = {
+                "words": ["-c", ""], "unbuffered": False, "folder": "/", "environment": {}, "new_session": True,
+                "process_group": None, "parent": 0, "descriptors": [],
+            }  # fmt: skip
+            connection.send(json.dumps(job).encode())
+    assert subprocess.check_output([sys.executable, "-c", "print('here')"], text=True) == "here\n"
 
 
 def test_a_forked_program_draws_numbers_of_its_own():

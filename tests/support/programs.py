@@ -250,6 +250,9 @@ def serve(name: str) -> None:
             elif key.fileobj is listener:
                 connection, _ = listener.accept()
                 message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 64)
+                if not message:  # who asked was killed before it could say for what
+                    connection.close()
+                    continue
                 job = json.loads(message)
                 if (pid := os.fork()) == 0:
                     for theirs in (listener, selector, connection, *(waits for _, waits in running.values())):
@@ -260,19 +263,23 @@ def serve(name: str) -> None:
                     return
                 for descriptor in descriptors:
                     os.close(descriptor)
-                connection.send(struct.pack("i", pid))
                 running[process := os.pidfd_open(pid)] = pid, connection
                 selector.register(process, selectors.EVENT_READ)
+                _send(connection, pid)
             else:
                 selector.unregister(key.fd)
                 pid, connection = running.pop(key.fd)
                 os.close(key.fd)
                 _, status = os.waitpid(pid, 0)
-                try:
-                    connection.send(struct.pack("i", status))
-                except OSError:  # nobody waits for it any more
-                    pass
+                _send(connection, status)
                 connection.close()
+
+
+def _send(connection: socket.socket, number: int) -> None:
+    try:
+        connection.send(struct.pack("i", number))
+    except OSError:  # nobody waits for it any more, as when who asked was killed
+        pass
 
 
 def _become(job: dict, descriptors: list[int], set_by_imports: dict[str, str]) -> None:
