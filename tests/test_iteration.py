@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pi0.ript.cfg_adapter import OutOfMemory
 from pi0.training import checkpoint_store
 from pi0.training.interrupts import Interrupted
 from tests.support.iteration import Practice
+from tests.support.ranks import torchrun
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +84,31 @@ def test_work_after_the_last_checkpoint_is_done_again(straight, tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     resumed.iterate(4)
     assert resumed.outcome() == straight
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(straight, tmp_path, capsys):
+    practice = Practice(tmp_path)
+    practice.iterate(2)
+    newest = practice.safe.store.folder / "step-000002"
+    content = bytearray((newest / "training.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "training.safetensors").write_bytes(content)
+    resumed = Practice(tmp_path, resume=True)
+    assert f"skipped {newest}: training.safetensors: its checksum differs" in capsys.readouterr().out
+    assert resumed.state.step == 1
+    resumed.iterate(4)
+    assert resumed.outcome() == straight
+
+
+def test_the_checkpoint_with_the_best_score_stays_when_newer_ones_come(tmp_path):
+    practice = Practice(tmp_path, keep_checkpoints=1, save_freq=100)
+    for step, rate in enumerate((0.5, 0.75, 0.75, 0.25)):
+        practice.state.evaluations.append({"step": step + 1, "success_rate": rate})  # due for its score alone
+        practice.iterate(step + 1)
+    assert steps_saved(practice) == [3, 4]
+    manifest = json.loads((practice.safe.store.folder / "step-000003" / "manifest.json").read_text())
+    assert manifest["score"] == 0.75
+    assert manifest["facts"]["config"]["algo"]["num_epochs"] == 2
 
 
 def test_a_single_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
@@ -234,3 +262,110 @@ def test_a_disk_that_refuses_costs_the_checkpoint_and_not_the_run(straight, tmp_
     practice.iterate(4)
     assert practice.outcome() == straight
     assert steps_saved(practice)[-1] == 4
+
+
+# Ranks -------------------------------------------------------------------------------------------------
+
+# One run after another under torchrun (tests/support/rank_practice.py).
+LORA = {"trainable": "lora"}
+LARGE = {"use_fsdp": True, "use_mixed_precision": True, "gradient_checkpointing": True}
+ON_TWO_RANKS = [
+    {"name": "copies", "iterations": 2},
+    {"name": "copies_resumed", "iterations": 2, "stopped_after": 1},
+    {"name": "of_one_process", "iterations": 2, "resume": True},
+    {"name": "shards", "iterations": 2, "stopped_after": 1, "training": {"use_fsdp": True}},
+    {"name": "lora", "iterations": 2, "training": LORA},
+    {"name": "lora_shards", "iterations": 2, "stopped_after": 1, "training": {**LORA, "use_fsdp": True}},
+    {"name": "gradient_checkpointing", "iterations": 1, "training": {"gradient_checkpointing": True}},
+    {"name": "use_mixed_precision", "iterations": 1, "training": {"use_mixed_precision": True}},
+    {"name": "large_with_guidance", "iterations": 1, "algo": {"mode": "guidance"}, "training": LARGE},
+    {"name": "spoilt", "iterations": 2, "spoilt": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """The folder of these runs, and what they printed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    of_one = Practice(folder / "of_one_process")
+    of_one.learner.adapter.passes = 2  # as where memory was once short
+    of_one.iterate(1)
+    runs = json.dumps(ON_TWO_RANKS)
+    process = torchrun(2, "tests/support/rank_practice.py", str(folder), runs)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return folder, output
+
+
+def outcome_of(folder: Path, name: str) -> dict:
+    return json.loads((folder / name / "outcome.json").read_text())
+
+
+def trained_in(folder: Path, name: str, step: int = 2) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / f"checkpoints/step-{step:06d}/training.safetensors")
+
+
+@pytest.mark.runs
+def test_ranks_that_are_resumed_learn_what_they_learn_without_a_stop(on_two_ranks):
+    folder, _ = on_two_ranks
+    assert outcome_of(folder, "copies_resumed") == outcome_of(folder, "copies")
+    assert len(set(outcome_of(folder, "copies")["digests"])) == 2, "each rank has noise and states of its own"
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(("shards", "copies"), [("shards", "copies"), ("lora_shards", "lora")])
+def test_shards_that_are_resumed_learn_what_copies_learn(on_two_ranks, shards, copies):
+    folder, _ = on_two_ranks
+    ours, theirs = outcome_of(folder, shards)["rows"], outcome_of(folder, copies)["rows"]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    trained, expected = trained_in(folder, shards), trained_in(folder, copies)
+    assert trained.keys() == expected.keys()
+    assert all(torch.allclose(trained[name], expected[name], atol=1e-5) for name in expected)
+    before = trained_in(folder, copies, step=1)
+    moved = [name for name in expected if not torch.equal(expected[name], before[name])]
+    assert ("gemma.layers.0.mlp.up_proj.weight" in moved) == (copies == "copies")
+    assert any(name.endswith("lora_b") for name in moved) == (copies == "lora")
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    ("setting", "tolerance"), [("gradient_checkpointing", 0.0), ("use_mixed_precision", 0.02)]
+)
+def test_what_saves_memory_learns_the_same_on_ranks(on_two_ranks, setting, tolerance):
+    folder, _ = on_two_ranks
+    mine, other = outcome_of(folder, setting)["rows"][0], outcome_of(folder, "copies")["rows"][0]
+    assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance, abs=0)
+    assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=tolerance, abs=0)
+    assert (mine["loss"] == other["loss"]) == (tolerance == 0)
+
+
+@pytest.mark.runs
+def test_all_that_saves_memory_works_together_on_ranks_with_guidance(on_two_ranks):
+    folder, _ = on_two_ranks
+    (row,) = outcome_of(folder, "large_with_guidance")["rows"]
+    assert row["updates"] > 0
+    assert row["bad_updates"] == 0
+
+
+@pytest.mark.runs
+def test_ranks_return_together_where_the_gradients_of_one_are_not_finite(on_two_ranks):
+    folder, output = on_two_ranks
+    assert output.count("step 0: 2 gradients in a row are not finite; back to the last good checkpoint") == 2
+    rows = outcome_of(folder, "spoilt")["rows"]
+    assert [row["rollbacks"] for row in rows] == [1, 1]
+    assert all(row["updates"] > 0 and row["bad_updates"] == 0 for row in rows)
+    assert rows[0]["loss"] != outcome_of(folder, "copies")["rows"][0]["loss"]
+
+
+@pytest.mark.runs
+def test_another_number_of_ranks_resumes_and_says_what_is_distributed_again(on_two_ranks, tmp_path, capsys):
+    folder, output = on_two_ranks
+    assert "1 iterations done; written by 1 processes, read by 2" in output
+    assert [row["passes"] for row in outcome_of(folder, "of_one_process")["rows"]] == [2, 2]
+    shutil.copytree(folder / "copies", tmp_path / "copies")
+    resumed = Practice(tmp_path / "copies", resume=True)
+    assert "2 iterations done; written by 2 processes, read by 1" in capsys.readouterr().out
+    resumed.iterate(3)
+    assert resumed.state.history[-1]["updates"] > 0

@@ -25,6 +25,7 @@ from tests.support.browser import browser_check
 from tests.support.programs import fresh_python
 from tests.support.stage_13_runs import (
     CHECKPOINT,
+    SHORT,
     STEPS,
     assert_same,
     finish,
@@ -67,12 +68,16 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
 
 @pytest.mark.runs
 def test_a_run_that_goes_on_cannot_be_resumed_beside_it(tmp_path):
-    process = start(tmp_path)
+    long = [*SHORT, "training.num_train_steps=1000"]
+    process = start(tmp_path, *long)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
-    second, _ = (beside := start(tmp_path, "--resume")).communicate(timeout=100)
+    second, _ = (beside := start(tmp_path, "--resume", *long)).communicate(timeout=100)
     assert beside.returncode == 1
     assert "error: another process writes to" in second
-    finish(process)
+    steps = (run_of(tmp_path) / "metrics.jsonl").read_text().count("\n")
+    wait_until(lambda: (run_of(tmp_path) / "metrics.jsonl").read_text().count("\n") > steps + 1, process)
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.runs
@@ -99,14 +104,14 @@ def test_chromium_shows_the_report_of_a_run(straight, tmp_path):
 
 
 @pytest.mark.runs
-@pytest.mark.usefixtures("fresh_python")
 def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(straight_of_two, tmp_path):
-    kill_after_a_step(tmp_path)
+    with fresh_python():
+        kill_after_a_step(tmp_path)
     finish(start(tmp_path, "--resume", processes=2))
     assert_same(tmp_path, straight_of_two)
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(killed):
     # As where memory was once short: minibatches go on in two passes.
     store = CheckpointStore(run_of(killed) / "checkpoints", 2)
@@ -123,7 +128,7 @@ def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(killed)
     assert json.loads((newest / "run.json").read_text())["facts"]["passes"] == 2
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, killed):
     newest = max(run_of(killed).glob("checkpoints/step-*"))
     damaged = newest / "training.safetensors"
@@ -232,7 +237,7 @@ def test_the_policy_in_a_checkpoint_is_a_checkpoint_of_its_own(straight):
     assert all(torch.equal(ours[name], saved[name]) for name in saved)
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_the_best_checkpoint_stays_when_newer_ones_come(tmp_path):
     # A success in evaluation, then an update that spoils the policy: the first iteration makes four at most.
     few = ["training.keep_checkpoints=1", "logging.log_freq=1", "algo.lr=1e-5", "algo.ema_decay=0"]
@@ -261,7 +266,7 @@ PRACTISED = [
 ]  # fmt: skip
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_a_killed_and_resumed_run_with_all_that_samplers_remember_ends_with_the_same_bits(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     finish(start(straight, "--override", *PRACTISED))
@@ -280,7 +285,7 @@ def test_a_killed_and_resumed_run_with_all_that_samplers_remember_ends_with_the_
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_stages.py shows it in one process
 def test_two_processes_learn_what_they_learn_in_stage_12(straight_of_two, tmp_path):
     finish(start(tmp_path, processes=2, script=("12_train_with_dataset.py",)))
     (metrics,) = tmp_path.glob("run-*/metrics.jsonl")
@@ -295,7 +300,7 @@ def test_two_processes_learn_what_they_learn_in_stage_12(straight_of_two, tmp_pa
 # Large policies ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, tmp_path):
     fsdp = ["--override", "training.use_fsdp=true"]
     kill_after_a_step(tmp_path, *fsdp)
@@ -313,7 +318,7 @@ def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, 
     assert all(torch.allclose(trained[name], copied[name], atol=1e-5) for name in copied)
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_shards_of_a_policy_that_trains_in_part_learn_what_its_copies_learn(tmp_path):
     lora = ["--override", "training.trainable=lora", "training.num_train_steps=2", "algo.lr=0.01"]
     finish(start(tmp_path / "copies", *lora, processes=2))
@@ -335,7 +340,7 @@ def test_shards_of_a_policy_that_trains_in_part_learn_what_its_copies_learn(tmp_
     assert any(name.endswith("lora_b") and tensor.any() for name, tensor in after.items())
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 @pytest.mark.parametrize(
     ("setting", "tolerance"), [("gradient_checkpointing", 0.0), ("use_mixed_precision", 0.02)]
 )
@@ -351,7 +356,7 @@ def test_checkpointed_gradients_and_bfloat16_train_on_two_processes(
     assert (mine["loss"] == other["loss"]) == (tolerance == 0)
 
 
-@pytest.mark.runs
+@pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
 def test_all_that_saves_memory_goes_together_with_guidance(tmp_path):
     large = ["use_fsdp", "use_mixed_precision", "gradient_checkpointing"]
     overrides = [f"training.{setting}=true" for setting in large]

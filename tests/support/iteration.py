@@ -1,7 +1,8 @@
-"""Stage 13's iteration in this process, on collections made up for it: no simulator, no other process."""
+"""Stage 13's iteration on collections made up for it: no simulator; in this process, or in each rank of torchrun."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch.utils.data import DistributedSampler
 
 from pi0.base.paths import REPO_ROOT
 from pi0.libero.suites import Task
+from pi0.ranks.collectives import gather, rank_and_world_size
+from pi0.ranks.sharding import whole
 from pi0.ript.advantages import leave_one_out_advantages
 from pi0.ript.config import AlgoConfig, Config, TrainingConfig
 from pi0.ript.rollout_generator import Collection, Group, merge_metrics
@@ -53,22 +56,28 @@ class Practice:
 
     Args:
         folder: of the run.
+        resume: whether it goes on from the newest checkpoint there.
+        algo: keys of the section `algo`.
         training: keys of the section `training`.
     """
 
-    def __init__(self, folder: Path, resume: bool = False, **training):
+    def __init__(self, folder: Path, resume: bool = False, algo: dict | None = None, **training):
         self.stage = stage = load_stage()
+        self.rank, ranks = rank_and_world_size()
         settings = {"num_train_steps": 4, "max_bad_updates": 2, "max_rollbacks": 2, **training}
         self.config = Config(
-            policy_path=str(CHECKPOINT), device="cpu", algo=SMALL, training=TrainingConfig(**settings)
+            policy_path=str(CHECKPOINT),
+            device="cpu",
+            algo=dataclasses.replace(SMALL, **(algo or {})),
+            training=TrainingConfig(**settings),
         )
         set_seed(self.config.training.seed)
         policy = stage.load_policy(self.config)
         looks = SimpleNamespace(cameras=CAMERAS, image_size=64, tasks=TASKS)
-        self.learner = stage.make_learner(self.config, policy, looks, rank=0)
+        self.learner = stage.make_learner(self.config, policy, looks, self.rank)
         dataset = stage.LiberoInitStateDataset([states_of(task, 4) for task in TASKS])
-        ranks = DistributedSampler(dataset, 1, 0, shuffle=False)
-        self.states = stage.TaskAwareSampler(dataset, ranks, 4, RolloutStats(None, 2))
+        shares = DistributedSampler(dataset, ranks, self.rank, shuffle=False)
+        self.states = stage.TaskAwareSampler(dataset, shares, 4, RolloutStats(None, 2))
         self.interrupts = Interrupts()
         self.safe = Safeguards.of(folder, self.config.training, self.interrupts)
         self.noise = OwnStream(self.learner.generator, self.config.training.seed)
@@ -86,12 +95,12 @@ class Practice:
         """What the iteration at hand makes of its collection; raises what `train_iteration` raises."""
         step = self.state.step
         drawn = self.states.smart_sample_group()
-        collection = collected(step)
+        collection = collected(step + 10 * self.rank)
         self.states.record(collection)
         for number, index in enumerate(drawn):  # the last one is solved each time
             self.states.stats.record(self.states.names[index], int(number == len(drawn) - 1), 1)
         part = {**collection.metrics(), "skipped_by_task": self.states.take_skipped()}
-        metrics = {"step": step, **merge_metrics([part]), "seconds": 0.0}
+        metrics = {"step": step, **merge_metrics(gather(part)), "seconds": 0.0}
         stage, now = self.stage, time.monotonic()
         return stage.train_iteration(self.config, self.learner, collection, metrics, now, self.safe)
 
@@ -112,7 +121,8 @@ class Practice:
         """What the run has learned and measured, times left out, and what decides how it continues."""
         timed = ("seconds", "phases", "rollout_seconds")
         rows = [{key: value for key, value in row.items() if key not in timed} for row in self.state.history]
-        weights = {name: t.numpy().tobytes() for name, t in self.learner.policy.state_dict().items()}
+        trained = whole(self.learner.policy.state_dict())
+        weights = {name: t.numpy().tobytes() for name, t in trained.items()}
         averaged = {name: t.numpy().tobytes() for name, t in self.learner.average.module.state_dict().items()}
         sampler = self.state.own["sampler"].state_dict()
         del sampler["stats"]["writer"]  # which no two runs share

@@ -44,6 +44,9 @@ SMALL = {
     "features": {"save_video": False},
 }
 
+# Overrides of a run that has nothing to learn, for tests of everything else.
+SHORT = ["--override", "task.max_episode_length=10", "task.settle_steps=0"]
+
 
 def start(
     folder: Path, *arguments: str, processes: int = 1, script: Sequence[str] = (SCRIPT,), **options
