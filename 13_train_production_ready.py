@@ -533,8 +533,7 @@ def train(
     config.logging.wandb_run_id = run.id if run else config.logging.wandb_run_id
     board = TensorBoard(run_dir / "tensorboard")
     started = time.monotonic()
-    with LIBEROEnvRunner(config.task, policy.config) as env_runner, cleanup_on_exit(safe):
-        env_runner.interrupts = interrupts
+    with LIBEROEnvRunner(config.task, policy.config, interrupts) as env_runner, cleanup_on_exit(safe):
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         stats_path = config.algo.rollout_stats_path or run_dir / "rollout_stats.json"
         tracked = config.algo.enable_rollout_stats_tracking
@@ -613,7 +612,7 @@ def validate_config(config: Config) -> None:
         raise ConfigError(f"policy_path = {config.policy_path!r}: there is no such folder")
     check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
     if config.training.use_fsdp and not dist.is_initialized():
-        raise ConfigError("training.use_fsdp = true cuts the policy over ranks: start it with torchrun")
+        raise ConfigError("training.use_fsdp = true shards the policy over ranks: start it with torchrun")
     print("configuration validated")
 
 

@@ -379,4 +379,4 @@ def test_all_that_saves_memory_goes_together_with_guidance(tmp_path):
 def test_shards_need_ranks(tmp_path):
     output, _ = (process := start(tmp_path, "--override", "training.use_fsdp=true")).communicate(timeout=300)
     assert process.returncode == 1
-    assert "error: training.use_fsdp = true cuts the policy over ranks: start it with torchrun" in output
+    assert "error: training.use_fsdp = true shards the policy over ranks: start it with torchrun" in output

@@ -61,7 +61,7 @@ class Environments:
         cameras: the policy's cameras that LIBERO has; episodes hold their images.
         image_size: pixels a side.
         pool: the worker processes.
-        interrupts: requests to stop; there are none unless a script installs the handlers.
+        interrupts: requests to stop.
         replan_steps: actions of a chunk executed before the policy observes again. openpi's LIBERO script
             uses 5 (examples/libero/main.py), LeRobot's pi0.5 for LIBERO 10 (docs/source/pi05.mdx:
             n_action_steps).
@@ -76,12 +76,13 @@ class Environments:
         task: which tasks and how they are simulated, the section `task` of a configuration.
         policy: the policy's cameras, image size and chunk length. Cameras that LIBERO does not have, such as the
             right wrist of published policies, are left out; the policy masks them.
+        interrupts: requests to stop, which end rollouts and evaluations; None: there are none.
     Raises:
         InputError: unknown suite or task, no camera that LIBERO has, more `replan_steps` than actions in a chunk, or
             unusable assets.
     """
 
-    def __init__(self, task: TaskConfig, policy: PolicySpec):
+    def __init__(self, task: TaskConfig, policy: PolicySpec, interrupts: Interrupts | None = None):
         self.cameras = tuple(name for name in policy.cameras if name in CAMERAS)
         if not self.cameras:
             raise InputError(
@@ -96,7 +97,7 @@ class Environments:
         self.image_size = task.image_size or policy.image_size
         self.benchmark_name = task.benchmark_name
         self.tasks: list[Task] = find_tasks(task.benchmark_name, task.chosen)
-        self.interrupts = Interrupts()
+        self.interrupts = Interrupts() if interrupts is None else interrupts
         self.replan_steps = task.replan_steps
         self.max_episode_length = task.max_episode_length
         self.settle_steps = task.settle_steps
@@ -114,7 +115,7 @@ class Environments:
                 max_open_tasks=task.max_open_tasks,
             ),
             workers=task.num_parallel_envs,
-            check=lambda: self.interrupts.check(),
+            check=self.interrupts.check,
         )
         if collectives.rank_and_world_size()[0] == 0:
             geometry = self.pool.spec.assets

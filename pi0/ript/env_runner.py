@@ -12,6 +12,7 @@ from pi0.libero.rollouts import Policy, RolloutPool
 from pi0.libero.settings import TaskConfig
 from pi0.libero.suites import Task, find_tasks
 from pi0.libero.worker import Worker
+from pi0.training.interrupts import Interrupts
 
 # Result of `LIBEROEnvRunner.create_parallel_envs`: the pool, the task's index, the number of environments.
 ParallelEnvs = tuple[RolloutPool, int, int]
@@ -28,12 +29,13 @@ class LIBEROEnvRunner(Environments):
     Args:
         task: which tasks and how they are simulated, the section `task` of a configuration.
         policy: the policy's cameras, image size and chunk length (`PI0Policy.config`).
+        interrupts: requests to stop, as for `Environments`.
     Raises:
         InputError: as for `Environments`.
     """
 
-    def __init__(self, task: TaskConfig, policy: PolicySpec):
-        super().__init__(task, policy)
+    def __init__(self, task: TaskConfig, policy: PolicySpec, interrupts: Interrupts | None = None):
+        super().__init__(task, policy, interrupts)
         self.assigned_tasks = self.tasks
         self.task_cursor = 0
         self.current_task: Task | None = None
