@@ -157,7 +157,7 @@ class RolloutPool(WorkerPool):
         try:
             with self.answers() as answers:
                 for number in range(workers):
-                    schedule.go_on(number)
+                    schedule.send_next(number)
                 started = time.perf_counter()
                 for number, outcome in answers:
                     waited += time.perf_counter() - started
@@ -179,7 +179,7 @@ class RolloutPool(WorkerPool):
                         )
                         fruitless = 0 if any(progress.done for progress in outcome) else fruitless
                         yield from schedule.finish(number, outcome)
-                    schedule.go_on(number)
+                    schedule.send_next(number)
                     started = time.perf_counter()
         finally:
             self._share_out(waited)
@@ -261,7 +261,7 @@ class _Schedule:
                 failure = f"gave up after {ATTEMPTS} workers were lost"
                 yield recording.index, recording.episode(False, failure)
 
-    def go_on(self, number: int) -> None:
+    def send_next(self, number: int) -> None:
         """Send a worker the actions of what runs there, and what is to start in its free slots."""
         commands = [*self._act(number), *self._start(number)]
         if commands:
