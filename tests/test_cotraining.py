@@ -17,7 +17,7 @@ from pi0.ript.config import AlgoConfig, Config, TaskConfig
 from pi0.ript.cotraining import load_cotraining
 from pi0.training.flow_loss import flow_loss
 from tests.support.recordings import FPS, make_demonstration
-from tests.support.stage_13_runs import CHECKPOINT, finish, run_of, start
+from tests.support.stage_13_runs import CHECKPOINT, SCRIPT, SHORT, finish, run_of, start
 
 TASKS = find_tasks("libero_spatial", [3])
 LENGTHS = (31, 12)  # of control steps; an observation every 10 of them makes 4 and 2 chunks
@@ -102,24 +102,24 @@ def test_a_camera_that_libero_has_not_is_masked(policy, tmp_path):
 @pytest.mark.runs
 def test_a_run_learns_from_demonstrations_as_well(tmp_path):
     overrides = [
-        f"algo.cotraining_path={write(tmp_path / 'set')}", "algo.cotraining_chunks=240",
+        f"algo.cotraining_path={write(tmp_path / 'set')}", "algo.cotraining_chunks=72",
         "training.num_train_steps=1", "evaluation.periodic_episodes=0",
     ]  # fmt: skip
-    output = finish(start(tmp_path / "runs", "--override", *overrides))
+    short = ("tests/support/short_practice.py", SCRIPT)
+    output = finish(start(tmp_path / "runs", "--override", *overrides, script=short))
     assert "co-training: 6 chunks of 2 demonstrations" in output
     (row,) = map(json.loads, (run_of(tmp_path / "runs") / "metrics.jsonl").read_text().splitlines())
-    assert (
-        row["updates"] >= 2 * 240 / 24
-    )  # two passes in minibatches of 24; four rollouts alone make two or four
+    assert row["updates"] >= 2 * 72 / 24  # two passes in minibatches of 24; four rollouts alone make two
 
 
 @pytest.mark.runs
 def test_where_practice_teaches_nothing_demonstrations_do_not_stand_in_for_it(tmp_path):
     overrides = [
-        f"algo.cotraining_path={write(tmp_path / 'set')}", "task.max_episode_length=10",  # too short to succeed
-        "training.num_train_steps=1", "evaluation.periodic_episodes=0",
-    ]  # fmt: skip
-    output = finish(start(tmp_path / "runs", "--override", *overrides))
+        f"algo.cotraining_path={write(tmp_path / 'set')}",
+        "training.num_train_steps=1",
+        "evaluation.periodic_episodes=0",
+    ]
+    output = finish(start(tmp_path / "runs", *SHORT, *overrides))
     assert "co-training: 6 chunks of 2 demonstrations" in output
     assert "nothing to learn from" in output
     (row,) = map(json.loads, (run_of(tmp_path / "runs") / "metrics.jsonl").read_text().splitlines())

@@ -1,10 +1,13 @@
 """Stage 12: the ten steps from one task to LIBERO-10, each with its acceptance test."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
+from pi0.libero.environments import Environments
+from pi0.libero.episodes import Rollout
 from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import state_hash
 from pi0.libero.suites import find_tasks
@@ -23,6 +28,9 @@ from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 from pi0.ript.rollout_stats import RolloutStats, state_name
+from tests.support.ranks import torchrun
+from tests.support.short_practice import every_other, shortened
+from tests.support.stage_13_runs import finish
 from tests.support.worker_calls import open_tasks, tasks_in_memory
 
 pytestmark = pytest.mark.runs
@@ -31,11 +39,9 @@ SCRIPT = REPO_ROOT / "12_train_with_dataset.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 SMALL = {
     "policy_path": str(CHECKPOINT),
-    # Solved in 82 to 141 steps: cut off in the middle, groups differ and episodes are short.
     "task": {
         "task_names_to_use": [3],
         "assets": "standins",
-        "max_episode_length": 105,
         "num_parallel_envs": 1,  # several tests run at a time
     },
     "algo": {
@@ -63,20 +69,35 @@ def load_script():
 stage = load_script()
 
 
-def train(folder: Path, *overrides: str, processes: int = 1) -> tuple[str, Path]:
-    """A run: what it printed, and its folder."""
+def write_config(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    before = set(folder.glob("ript-*"))
     (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = [str(SCRIPT), "--config_path", str(folder / "config.yaml"), "--override", *overrides]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), *script],
-        cwd=REPO_ROOT, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run_dir,) = set(folder.glob("ript-*")) - before
-    return done.stdout, run_dir
+    return folder / "config.yaml"
+
+
+def practise(
+    folder: Path, *overrides: str, solved: Callable[[Rollout], bool] = every_other
+) -> tuple[str, Path]:
+    """A run in this process whose episodes are short and solved by a rule: what it printed, and its folder."""
+    config = load_config(write_config(folder), list(overrides), stage=12)
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(Environments, "run_policy", shortened(solved))
+        patch.setattr(
+            stage, "write_html_report", lambda *_: None
+        )  # to draw it takes longer than all else here
+        run_dir = stage.train(config, 0, 1, [])
+    return said.getvalue(), run_dir
+
+
+def repetition(rollout: Rollout) -> int:
+    """Number of a rollout within its group."""
+    return rollout.noise_key[-1]
+
+
+def one_state_in_three(rollout: Rollout) -> bool:
+    """The groups of states 0, 3, 6 all fail, those of 2 and 5 all succeed, those of 1, 4, 7 differ."""
+    return [False, repetition(rollout) == 0, True][rollout.init_index % 3]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +105,10 @@ def runs(tmp_path_factory):
     """Two runs that share a statistics file."""
     folder = tmp_path_factory.mktemp("stage_12")
     shared = f"algo.rollout_stats_path={folder / 'shared.json'}"
-    first = train(folder, shared)
+    first = practise(folder, shared, solved=one_state_in_three)
     states = json.loads((folder / "shared.json").read_text())["states"]
-    second = train(folder, shared, "training.num_train_steps=1", "training.seed=0")
+    again = ("training.num_train_steps=1", "training.seed=0", "evaluation.periodic_episodes=0")
+    second = practise(folder, shared, *again, solved=one_state_in_three)
     return first, second, states, json.loads((folder / "shared.json").read_text())["states"]
 
 
@@ -113,8 +135,7 @@ class Watched(Wobbly):
         return super().noise(key)
 
 
-@pytest.fixture(scope="module")
-def runner():
+def runner_of(**changes) -> LIBEROEnvRunner:
     task = TaskConfig(
         benchmark_name="libero_10",
         image_size=32,
@@ -124,8 +145,21 @@ def runner():
         max_episode_length=10,
         settle_steps=0,
         assets="standins",
+        **changes,
     )
-    with LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",))) as runner:
+    return LIBEROEnvRunner(task, Pi0Config.preset("pi0_tiny", cameras=("base_0_rgb",)))
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with runner_of() as runner:
+        yield runner
+
+
+@pytest.fixture
+def runner_of_two():
+    """Of two of its tasks: states are drawn in scenes, each of which takes a second to build."""
+    with runner_of(task_names_to_use=[0, 1]) as runner:
         yield runner
 
 
@@ -144,9 +178,15 @@ def loader_of(runner, group_size: int, ranks=(1, 0), count: int = 3, stats: Roll
 
 
 def test_step_1_without_dynamic_sampling_every_step_trains(tmp_path):
-    _, run_dir = train(tmp_path, "algo.enable_dynamic_sampling=false", "algo.data_batch_size=16")
+    overrides = ("algo.enable_dynamic_sampling=false", "evaluation.periodic_episodes=0")
+    _, run_dir = practise(tmp_path, *overrides, solved=one_state_in_three)
     final = json.loads((run_dir / "final_training_results.json").read_text())
     assert final["total_steps"] == final["iterations"] == 2
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["groups"], row["unanimous_groups"], row["dropped_groups"]) for row in rows] == [
+        (2, 1, 0),  # of states 0 and 1
+        (2, 2, 0),  # of 2 and 3
+    ]
 
 
 # 2 ------------------------------------------------------------------------------------------------------
@@ -274,9 +314,8 @@ def test_step_3_statistics_are_kept_by_state_and_grow_from_run_to_run(runs):
 
 def test_step_3_statistics_that_cannot_be_written_are_said_and_end_nothing(tmp_path):
     (tmp_path / "folder").touch()  # a file where the folder should be
-    output, run_dir = train(
-        tmp_path, f"algo.rollout_stats_path={tmp_path}/folder/stats.json", "evaluation.periodic_episodes=0"
-    )
+    overrides = (f"algo.rollout_stats_path={tmp_path}/folder/stats.json", "evaluation.periodic_episodes=0")
+    output, run_dir = practise(tmp_path, *overrides)
     # After each of two iterations, and once more at the end.
     assert len(re.findall(r"statistics not saved: cannot write .*folder/stats.json", output)) == 3
     assert (run_dir / "results.json").is_file()
@@ -289,7 +328,8 @@ def test_step_4_groups_that_agree_are_dropped_and_said_so(runs):
     output, run_dir = runs[0]
     history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert all(row["unanimous_groups"] == 0 for row in history)
-    assert sum(row["dropped_groups"] for row in history) > 0
+    (name,) = history[0]["tasks"]
+    assert [row["dropped_by_task"] for row in history] == [{name: [1, 2]}, {name: [1, 1]}]
     for row in history:
         assert row["dropped_share"] == row["dropped_groups"] / (row["groups"] + row["dropped_groups"])
         for name, (solved, failed) in row["dropped_by_task"].items():
@@ -297,24 +337,29 @@ def test_step_4_groups_that_agree_are_dropped_and_said_so(runs):
 
 
 def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path):
-    # Task 3 is solved most of the time; every state that is solved once is passed over.
+    # States 0 and 2 of four are always solved; every state that is solved once is passed over.
     overrides = (
-        "task.max_episode_length=150", "algo.rollout_skip_threshold=1", "algo.rloo_batch_size=2",
-        "algo.train_init_states=4", "evaluation.periodic_episodes=0",
+        "algo.rollout_skip_threshold=1", "algo.rloo_batch_size=2", "algo.train_init_states=4",
+        "evaluation.periodic_episodes=0",
     )  # fmt: skip
-    output, run_dir = train(tmp_path, *overrides)
+    output, run_dir = practise(
+        tmp_path,
+        *overrides,
+        solved=lambda rollout: rollout.init_index % 2 == 0 or repetition(rollout) == 0,
+    )
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    skipped = sum(row["skipped_states"] for row in rows)
+    assert [row["skipped_states"] for row in rows] == [0, 2]
     said = re.findall(r"skipped states of \w+: (\d+), solved on each of their last visits", output)
-    assert skipped == sum(map(int, said)) > 0
+    assert said == ["2"]
     for row in rows:
         assert row["skipped_share"] == row["skipped_states"] / (row["skipped_states"] + row["states"])
 
 
 def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):
-    # Episodes too short to succeed: every group fails.
-    overrides = ("task.max_episode_length=10", "evaluation.periodic_episodes=0", "task.held_out_states=40")
-    output, run_dir = train(tmp_path, *overrides)
+    overrides = (
+        "evaluation.periodic_episodes=0", "task.held_out_states=40", "algo.rloo_batch_size=2", "algo.data_batch_size=4",
+    )  # fmt: skip
+    output, run_dir = practise(tmp_path, *overrides, solved=lambda rollout: False)
     (task,) = find_tasks("libero_spatial", [3])
     recorded = [f"libero_spatial/3/{state_hash(state)}" for state in task.recorded_init_states()]
     practised = json.loads((run_dir / "rollout_stats.json").read_text())["states"]
@@ -381,13 +426,15 @@ def test_step_6_too_few_states_for_the_ranks_is_an_error_that_says_so(runner):
 
 
 def test_step_6_two_processes_practise_states_of_their_own_and_count_together(tmp_path):
-    output, run_dir = train(
-        tmp_path,
-        "algo.use_val_init=true",
-        "training.num_train_steps=1",
-        "algo.data_batch_size=4",
-        processes=2,
-    )
+    settings = (
+        "algo.use_val_init=true", "training.num_train_steps=1", "algo.data_batch_size=4",
+    )  # fmt: skip
+    run = torchrun(
+        2, "tests/support/short_practice.py", SCRIPT.name, "--config_path", str(write_config(tmp_path)),
+        "--override", *settings,
+    )  # fmt: skip
+    output = finish(run)
+    (run_dir,) = tmp_path.glob("ript-*")
     (row,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     collected = re.findall(r"rank (\d): \d+ tasks, (\d+) trajectories, (\d+) solved", output)
     assert [rank for rank, _, _ in collected] == ["0", "1"]
@@ -462,13 +509,14 @@ def test_step_9_the_policy_is_evaluated_periodically_into_metrics_json(runs):
     assert "evaluation after 2 steps" in output
 
 
-def test_step_9_validation_states_are_drawn_and_never_trained_on(runner):
+def test_step_9_validation_states_are_drawn_and_never_trained_on(runner_of_two):
+    runner = runner_of_two
     (validation,) = runner.validation_states(2)[:1]
     training = runner.training_states(2, 0)[0]
     assert validation.provenance["seed"] != training.provenance["seed"]
     known = {state.state.tobytes() for state in [*training.states, *runner.evaluation_states()[0].states]}
     assert not known & {state.state.tobytes() for state in validation.states}
-    result = runner.run(Wobbly(), 10, 0, initial_states=runner.validation_states(1))
+    result = runner.run(Wobbly(), 2, 0, initial_states=runner.validation_states(1))
     assert "validation" in result.protocol["init_states"]
 
 
@@ -483,9 +531,12 @@ def test_step_10_the_long_run_is_configured_as_described_and_starts(tmp_path):
     assert config.algo.enable_rollout_stats_tracking
     assert not config.features.save_video
     assert config.training.num_train_steps == 1000
+    # A scene takes a second to build: one worker builds each of the ten once, to draw its state.
     overrides = [
-        f"output_dir={tmp_path}", "training.num_train_steps=1", "task.max_episode_length=20",
-        "algo.train_init_states=1", "evaluation.episodes=10", "logging.use_wandb=false",
+        f"output_dir={tmp_path}", f"algo.rollout_stats_path={tmp_path / 'stats.json'}", "training.num_train_steps=1",
+        "task.max_episode_length=10", "task.settle_steps=0", "algo.train_init_states=1", "evaluation.episodes=1",
+        "algo.data_batch_size=8", "algo.max_sampling_attempts=2", "task.num_parallel_envs=1", "task.max_open_tasks=10",
+        "logging.use_wandb=false",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--config_path", "configs/stage12_libero10.yaml", "--override", *overrides],

@@ -16,25 +16,30 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from pi0 import PI0Policy
 from pi0.base.paths import REPO_ROOT
+from pi0.libero.environments import Environments
 from pi0.libero.settings import TaskConfig
 from pi0.libero.stepping import state_hash
 from pi0.libero.suites import suite_tasks
 from pi0.model.config import Pi0Config
+from pi0.policy.acting import ActingPolicy
+from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
 from tests.support.episodes import states_of
 from tests.support.ranks import free_port, torchrun, two_hosts
+from tests.support.short_practice import shortened
 from tests.support.stage_13_runs import finish, ranks_of
 
 SCRIPT = "10_train_with_distributed.py"
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 TASKS = suite_tasks("libero_spatial")
-# Short runs of real training: task 3 is solved in 82 to 141 steps, so that groups differ when cut off at 105.
+SHORT = str(REPO_ROOT / "tests" / "support" / "short_practice.py")
 SMALL = [
     f"policy_path={CHECKPOINT}", "task.assets=standins", "algo.rloo_batch_size=4", "algo.data_batch_size=8",
-    "algo.train_init_states=8", "algo.num_epochs=1", "algo.minibatch_size=24", "training.num_train_steps=2",
-    "evaluation.episodes=4", "features.save_video=false", "task.max_episode_length=105", "task.num_parallel_envs=1",
+    "algo.train_init_states=8", "algo.num_epochs=1", "algo.minibatch_size=6", "training.num_train_steps=2",
+    "evaluation.episodes=4", "features.save_video=false", "task.num_parallel_envs=1",
 ]  # fmt: skip
 
 
@@ -49,10 +54,10 @@ stage = load_script()
 
 
 def train(processes: int, output_dir: Path, tasks: list[int], *overrides: str) -> tuple[str, Path]:
-    """A run of stage 10: what it printed, and its folder."""
+    """A run of stage 10 with short episodes: what it printed, and its folder."""
     config = "configs/multi_task_distributed.yaml"
     settings = [*SMALL, f"output_dir={output_dir}", f"task.task_names_to_use={tasks}", *overrides]
-    output = finish(torchrun(processes, SCRIPT, "--config_path", config, "--override", *settings))
+    output = finish(torchrun(processes, SHORT, SCRIPT, "--config_path", config, "--override", *settings))
     (run_dir,) = output_dir.glob("multi_task_distributed-*")
     return output, run_dir
 
@@ -161,16 +166,22 @@ def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode,
 # Whole runs --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory):
+    """A run of two tasks on three ranks."""
+    return train(3, tmp_path_factory.mktemp("three"), [3, 8], "evaluation.episodes=6")
+
+
 @pytest.mark.runs
-def test_a_rank_without_tasks_learns_what_the_other_collected(tmp_path):
-    output, run_dir = train(2, tmp_path, [3])
-    assert "tasks of the ranks: [3, None]" in output
-    assert "rank 0: 1 tasks, 8 trajectories" in output
-    assert "rank 1: 0 tasks, 0 trajectories" in output
+def test_a_rank_without_tasks_learns_what_the_other_collected(three_ranks):
+    output, run_dir = three_ranks
+    assert "tasks of the ranks: [3, 8, None]" in output
+    assert "rank 1: 1 tasks, 8 trajectories" in output
+    assert "rank 2: 0 tasks, 0 trajectories" in output
     results = json.loads((run_dir / "results.json").read_text())
-    assert [row["rollouts"] for row in results["history"]] == [8, 8]
-    assert any(row.get("updates") for row in results["history"])
-    assert results["after"]["episodes"] == 4
+    assert [row["rollouts"] for row in results["history"]] == [16, 16]
+    assert all(row["updates"] for row in results["history"])
+    assert results["after"]["episodes"] == 6
 
 
 @pytest.mark.runs
@@ -181,7 +192,7 @@ def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(t
         "algo.gradient_accumulation_steps=2", "training.num_train_steps=1", "features.save_video=true",
     ]  # fmt: skip
     arguments = ["--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
-    finish(torchrun(2, "tests/support/rank_stage.py", str(tmp_path), script, *arguments))
+    finish(torchrun(2, SHORT, "tests/support/rank_stage.py", str(tmp_path), script, *arguments))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     (first,), (second,) = (rank["updates"] for rank in ranks)
     assert first["weights"] == second["weights"]
@@ -196,34 +207,34 @@ def test_ranks_learn_one_policy_with_noise_of_their_own_and_one_of_them_writes(t
 
 
 @pytest.mark.runs
-def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(tmp_path):
-    output, run_dir = train(3, tmp_path, [3, 8], "training.num_train_steps=1")
-    assert "tasks of the ranks: [3, 8, None]" in output
+def test_three_ranks_collect_exactly_and_end_together_with_fewer_tasks(three_ranks):
+    output, run_dir = three_ranks
     collected = re.findall(r"rank (\d): (\d+) tasks, (\d+) trajectories", output)
-    assert collected == [("0", "1", "8"), ("1", "1", "8"), ("2", "0", "0")]
+    assert collected == 2 * [("0", "1", "8"), ("1", "1", "8"), ("2", "0", "0")]
     assert load_file(run_dir / "policy" / "model.safetensors")
 
 
 @pytest.mark.runs
-def test_scores_do_not_depend_on_the_number_of_ranks(tmp_path):
-    outcomes = []
-    for processes in (1, 2):
-        overrides = ("training.num_train_steps=0", "evaluation.episodes=6")
-        _, run_dir = train(processes, tmp_path / str(processes), [3, 8], *overrides)
-        results = json.loads((run_dir / "results.json").read_text())
-        outcomes.append(results["before"]["outcomes"])
-    assert outcomes[0] == outcomes[1]
-    assert len(outcomes[0]) == 6
+def test_scores_do_not_depend_on_the_number_of_ranks(three_ranks, monkeypatch):
+    _, run_dir = three_ranks
+    outcomes = json.loads((run_dir / "results.json").read_text())["before"]["outcomes"]
+    config = load_config(run_dir / "config.yaml")
+    policy = PI0Policy.from_pretrained(CHECKPOINT)
+    monkeypatch.setattr(Environments, "run_policy", shortened())
+    with LIBEROEnvRunner(config.task, policy.config) as runner:
+        alone = runner.run(ActingPolicy(policy), 6, config.evaluation.seed).score()["outcomes"]
+    assert alone == outcomes
+    assert {outcome["success"] for outcome in outcomes} == {True, False}
 
 
 @pytest.mark.runs
 def test_a_rank_takes_its_tasks_in_turns_and_counts_are_those_of_all_ranks(tmp_path):
-    short = ("task.max_episode_length=2", "training.num_train_steps=3", "evaluation.episodes=1")
+    short = ("algo.data_batch_size=4", "algo.train_init_states=4", "evaluation.episodes=1")
     output, run_dir = train(2, tmp_path, [3, 8, 0], *short)
-    assert re.findall(r"^tasks of the ranks: (.*)$", output, re.MULTILINE) == ["[3, 8]", "[0, 8]", "[3, 8]"]
-    assert output.count("rank 1: 1 tasks, 8 trajectories") == 3
+    assert re.findall(r"^tasks of the ranks: (.*)$", output, re.MULTILINE) == ["[3, 8]", "[0, 8]"]
+    assert output.count("rank 1: 1 tasks, 4 trajectories") == 2
     history = json.loads((run_dir / "results.json").read_text())["history"]
-    assert [sum(count for _, count in row["tasks"].values()) for row in history] == [16, 16, 16]
+    assert [sum(count for _, count in row["tasks"].values()) for row in history] == [8, 8]
 
 
 def test_metrics_of_several_ranks_become_one():
@@ -319,6 +330,29 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     assert line == "error: policy_path = '/nowhere': there is no such folder"
 
 
+SLOW_TO_PRINT = """
+import builtins, time
+from pi0.base.errors import InputError
+from pi0.ranks.watch import exit_with, join_ranks
+join_ranks()
+say = print
+def print_slowly(*words, **options):
+    time.sleep(2.5)
+    say(*words, **options)
+builtins.print = print_slowly
+exit_with(InputError("all refuse this"))
+"""
+
+
+@pytest.mark.runs
+def test_ranks_wait_for_the_one_that_prints_what_all_refuse(tmp_path):
+    script = tmp_path / "refuses.py"
+    script.write_text(SLOW_TO_PRINT)
+    output, _ = (run := torchrun(2, str(script))).communicate(timeout=60)
+    assert run.returncode != 0
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == ["error: all refuse this"]
+
+
 @pytest.mark.runs
 def test_two_hosts_train_together(tmp_path):
     settings = [
@@ -326,8 +360,10 @@ def test_two_hosts_train_together(tmp_path):
         f"output_dir={tmp_path}",
         "task.task_names_to_use=[3,8]",
         "training.num_train_steps=1",
+        "evaluation.episodes=2",
     ]
-    arguments = [SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings]
+    config = "configs/multi_task_distributed.yaml"
+    arguments = [SHORT, SCRIPT, "--config_path", config, "--override", *settings]
     outputs = [finish(host) for host in two_hosts(free_port(), *arguments)]
     assert any("rank 1: 1 tasks, 8 trajectories" in output for output in outputs)
     assert len(list(tmp_path.glob("*/results.json"))) == 1
@@ -339,7 +375,7 @@ def test_hosts_that_share_no_folder_have_each_a_log_and_one_has_the_results(tmp_
     for folder in folders:
         folder.mkdir()
     arguments = [
-        str(REPO_ROOT / "11_train_with_logging.py"), "--config_path",
+        SHORT, "11_train_with_logging.py", "--config_path",
         str(REPO_ROOT / "configs/multi_task_distributed.yaml"), "--override", *SMALL, "output_dir=runs",
         "task.task_names_to_use=[3,8]", "training.num_train_steps=0", "evaluation.episodes=2", "logging.use_wandb=false",
     ]  # fmt: skip

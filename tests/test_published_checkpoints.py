@@ -40,7 +40,7 @@ from tests.support.published_files import (
     write_lerobot_summer,
     write_openpi,
 )
-from tests.support.stage_13_runs import finish, run_of, start
+from tests.support.stage_13_runs import SHORT, finish, run_of, start
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITERS = {
@@ -828,9 +828,9 @@ def test_stage_13_practises_with_a_published_checkpoint_and_saves_it_in_its_own_
     edit_config(directory, tokenizer="tiny", prompt_length=32)  # PaliGemma's tokenizer cannot be had here
     overrides = [
         f"policy_path={directory}", "training.num_train_steps=1", "training.trainable=lora", "dtype=bfloat16",
-        "task.max_episode_length=10", "task.replan_steps=5", "evaluation.periodic_episodes=0",
+        "task.replan_steps=5", "evaluation.periodic_episodes=0",
     ]  # fmt: skip
-    output = finish(start(tmp_path / "runs", "--override", *overrides))
+    output = finish(start(tmp_path / "runs", *SHORT, *overrides))
     assert "0 of 4 solved, nothing to learn from" in output
     saved = PI0Policy.from_pretrained(run_of(tmp_path / "runs") / "policy")
     original = PI0Policy.from_pretrained(directory, dtype=torch.bfloat16, trainable="lora")

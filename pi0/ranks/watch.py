@@ -24,6 +24,7 @@ from pi0.ranks.collectives import rank_and_world_size
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # without a sign of life for so long, a rank counts as dead
 STORE_LIMIT = datetime.timedelta(seconds=30)  # time in which the launcher must answer
+PRINT_S = 10.0  # time that a rank has to print an error before the others end without it
 MEET_S = 120.0  # time in which all ranks must come to a meeting; a host may be slow to load the program
 # A rank may wait for the rollouts of others. A dead rank is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
@@ -31,10 +32,16 @@ COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
 
 def exit_with(error: Exception) -> NoReturn:
     """End this rank with the error's message; if several ranks have the same one, one rank of each host prints it."""
-    if _first_to_say(str(error)):
+    entry = f"said/{socket.gethostname()}/{error}"
+    store, first = _first_to_say(entry)
+    if first:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(BEAT_S)  # torchrun stops all ranks when one has ended: the first may still be printing
+    with contextlib.suppress(RuntimeError):  # the store does not answer, so every rank has printed
+        if store is not None and first:
+            store.set(f"{entry}/printed", "")
+        elif store is not None:
+            # The first may still be printing, and torchrun stops all ranks when one has ended.
+            store.wait([f"{entry}/printed"], datetime.timedelta(seconds=PRINT_S))
     sys.exit(1)
 
 
@@ -243,14 +250,15 @@ def _meet(place: str, message: str) -> list[str]:
         ) from error
 
 
-def _first_to_say(message: str) -> bool:
-    """Whether this is the first rank of its host with this message."""
+def _first_to_say(entry: str) -> tuple[dist.TCPStore | None, bool]:
+    """The ranks' store, and whether this is the first rank with this entry; (None, True) if there is no store."""
     if rank_and_world_size()[1] == 1:
-        return True
+        return None, True
     try:
-        return _connect().add(f"said/{socket.gethostname()}/{message}", 1) == 1
+        store = _connect()
+        return store, store.add(entry, 1) == 1
     except RuntimeError:  # the store does not answer, so every rank prints
-        return True
+        return None, True
 
 
 def _machine() -> str:
