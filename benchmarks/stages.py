@@ -35,8 +35,6 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scipy.stats import quantile_test
-
 from pi0.base.files import write_json
 from pi0.ranks.watch import SILENCE_S
 
@@ -213,6 +211,8 @@ def family(process: int) -> list[int]:
 
 def table(seconds: dict[str, list[float]]) -> str:
     """Markdown table: each stage against the one before in the same iteration."""
+    from scipy.stats import quantile_test  # takes a second or two: not for `--help`
+
     lines = [
         "| stage | s an iteration, median (lowest to highest) | over the one before, median (95% interval) | goal |",
         "|---|---|---|---|",

@@ -111,15 +111,21 @@ STAND_INS = {
     "outputs/learning": "{measured}/learning",
     "/data/libero_assets": "standins",
     "../libero_assets": "standins",
+    "OTHER_CHECKOUT": ".",
     "--rdzv_endpoint=first:29500": "--rdzv_endpoint=127.0.0.1:{port}",
 }
-# Training of an iteration, of which it takes the least that there is: nothing to learn.
-LEAST = (
-    "output_dir={out} training.num_train_steps=1 task.task_names_to_use=[3] task.max_episode_length=2"
-    " task.settle_steps=0 task.num_parallel_envs=1 algo.rloo_batch_size=2 algo.data_batch_size=2"
-    " algo.train_init_states=4 algo.max_sampling_attempts=1 algo.rollout_stats_path={out}/stats.json"
+# Those that stand for others (`SHOWN_BY`): `MadeBefore` runs the first.
+RECORD = "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
+RESUME = "python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume"
+# The shortest episodes: nothing is solved, so there is nothing to learn.
+SHORTEST = (
+    "task.task_names_to_use=[3] task.max_episode_length=2 task.settle_steps=0 task.num_parallel_envs=1"
+    " algo.rloo_batch_size=2 algo.data_batch_size=2 algo.train_init_states=4 algo.max_sampling_attempts=1"
     " evaluation.episodes=1 evaluation.periodic_episodes=0 features.save_video=false"
 )
+# A training run of one iteration of them. From stage 12 on its statistics need a place; WandB would take seconds.
+LEAST = f"output_dir={{out}} training.num_train_steps=1 {SHORTEST}"
+LEAST_OF_12 = f"{LEAST} algo.rollout_stats_path={{out}}/stats.json logging.use_wandb=false"
 EVALUATED = "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
 CLONED = (
     "--tasks 3 --output {out} --max-minutes 0 --score-every 1 --score-episodes 1 --batch-size 4 --workers 1"
@@ -153,11 +159,15 @@ WAYS = {
     "08_train_with_epochs.py": elsewhere("test_stages.py"),
     "09_train_with_config.py": here(overrides=TRAINS),
     "10_train_with_distributed.py": here(overrides=TRAINS),
+    "10_train_with_distributed.py --config_path configs/minimal_test.yaml": here(overrides=LEAST),
     "11_train_with_logging.py": here(overrides=TRAINS),
     "12_train_with_dataset.py": here(overrides=TRAINS),
-    "12_train_with_dataset.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST),
+    "12_train_with_dataset.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py": here(overrides=f"{TRAINS} compile=false"),
-    "13_train_production_ready.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST),
+    "13_train_production_ready.py --config_path configs/quickstart.yaml --resume": here(
+        overrides=LEAST_OF_12.replace("num_train_steps=1", "num_train_steps=2")
+    ),
+    "13_train_production_ready.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --help": here(),
     "pi0.report": here(),
     "pi0.stages": here(),
@@ -176,9 +186,11 @@ WAYS = {
     "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --write-dataset demonstrations": not_run("runs for what the others read"),
     "pi0.warmstart --tasks 3 8 --dataset LIBERO/datasets/libero_spatial": here(CLONED),
+    "tools/mutations.py": here("--only base"),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),
+    "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
     "benchmarks/learning.py --table": here(),
@@ -198,12 +210,17 @@ WAYS = {
         f"{TINY} --dtypes float32 --batches 1 --steps 1"
     ),
     "benchmarks/run_memory.py": here(),
-    "benchmarks/stage13_parts.py": here(f"--iterations 3 --turns 2 --override {LEARNS}"),
+    "benchmarks/stage13_parts.py": here(
+        f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"
+    ),
     "benchmarks/stages.py": here(STAGES),
-    "benchmarks/stages.py --iterations": here(STAGES.replace("08 13 two", "13")),
+    "benchmarks/stages.py --iterations": here(
+        f"--stages 13 --iterations 1 --output {{out}}/stages.json --override {SHORTEST} logging.use_wandb=false"
+    ),
     "benchmarks/stages.py --table": here(),
     "benchmarks/rollouts.py": here(ROLLOUTS),
     "benchmarks/rollouts.py --episodes": here(f"--figures small {ROLLOUTS}"),
+    "benchmarks/rollouts.py --episodes 12": here(f"--figures start {ROLLOUTS}"),
     "benchmarks/rollouts.py --table": here(),
 }
 
@@ -382,15 +399,15 @@ class MadeBefore(dict):
 
     def run(self) -> Path:
         train = documented_words("python 13_train_production_ready.py --config_path configs/quickstart.yaml")
-        overrides = LEAST.format(out=self.folder / "runs").replace("num_train_steps=1", "num_train_steps=5")
+        overrides = LEAST_OF_12.format(out=self.folder / "runs").replace(
+            "num_train_steps=1", "num_train_steps=5"
+        )
         self._do(with_overrides(train, shlex.split(overrides)))
         (results,) = (self.folder / "runs").glob("*/results.json")
         return results.parent
 
     def demonstrations(self) -> Path:
-        record = documented_words(
-            "python -m pi0.warmstart --tasks 3 8 --write-dataset demonstrations --output outputs/warmstart"
-        )
+        record = documented_words(RECORD)
         folder = self.folder / "demonstrations"
         words = [str(folder) if word == "demonstrations" else word for word in record]
         more = CLONED.format(out=self.folder / "warmstart") + " --demonstrations 1 --frame-every 9"
@@ -507,12 +524,21 @@ MODES = ("--resume", "--dataset", "--help", "--nnodes=2")
 
 
 def mode(command: Command) -> tuple[str, ...]:
-    """What a run of the command shows: its program, started so, on one of its courses. Benchmarks have one."""
-    if command.program.startswith("benchmarks/"):
+    """What a run of the command shows: its program, started so, on one of its courses. Benchmarks and tools have one."""
+    if command.program.startswith(("benchmarks/", "tools/")):
         return (command.program,)
     starter = command.words[0] if command.words[0] in ("torchrun", "make") else "python"
     course = [word for word in command.arguments[:1] if word.isalpha()]
     return (starter, command.program, *course, *(flag for flag in MODES if flag in command.words))
+
+
+# Modes that another documented command shows in `make test`. Of make resume it leaves the Ctrl+C before it to `make
+# soak`; tests/test_production_stage.py sends that without make.
+SHOWN_BY = {
+    ("python", "13_train_production_ready.py"): "make quickstart",
+    ("make", "make", "resume"): RESUME,
+    ("python", "pi0.warmstart"): RECORD,
+}
 
 
 def processes(command: Command) -> int:
@@ -520,7 +546,7 @@ def processes(command: Command) -> int:
 
 
 def runs_of_commands() -> Iterator:
-    """Every command that is run here: of each mode one always, and the others where there is time."""
+    """Every command that is run here: of each mode one in `make test`, the others in `make soak`."""
     commands = [
         command
         for command in COMMANDS
@@ -529,12 +555,29 @@ def runs_of_commands() -> Iterator:
     for command in commands:
         alike = [other for other in commands if mode(other) == mode(command)]
         # tests/test_distributed.py has two hosts that train.
-        always = command is min(alike, key=processes) and "--nnodes=2" not in command.words
+        shown = mode(command) in SHOWN_BY or "--nnodes=2" in command.words
+        always = command is min(alike, key=processes) and not shown
         marks = pytest.mark.runs if always else pytest.mark.soak
         yield pytest.param(command, marks=marks, id=command.text)
 
 
-@pytest.mark.parametrize("command", list(runs_of_commands()))
+RUN = list(runs_of_commands())
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("left, shown_by", SHOWN_BY.items(), ids=str)
+def test_a_mode_that_is_left_to_soak_is_shown_by_another_command(left, shown_by):
+    assert shown_by in [RECORD, *(run.values[0].text for run in RUN if run.marks == (pytest.mark.runs,))]
+    modes = {left} if left[0] != "make" else modes_of(Command(" ".join(left[1:]), "Makefile"))
+    assert modes & modes_of(Command(shown_by, "Makefile"))
+
+
+def modes_of(command: Command) -> set[tuple[str, ...]]:
+    """Of a command, or of those that make would run."""
+    return set(map(mode, recipes(command) if command.program == "make" else [command]))
+
+
+@pytest.mark.parametrize("command", RUN)
 def test_it_runs(made_before, command, tmp_path):
     way, words = command.way, command.words
     if words[0] == "make" and Path(sys.prefix).resolve() != (REPO_ROOT / ".venv").resolve():
@@ -552,14 +595,16 @@ def test_it_runs(made_before, command, tmp_path):
         (tmp_path / "docs" / "pictures").mkdir(parents=True)
         words[words.index(command.program)] = str(script)
     if "--resume" in words:
-        first = [word for word in words if word != "--resume"]
-        assert python(first).code == 0
+        assert python([word for word in words if word != "--resume"]).code == 0
+        (last,) = tmp_path.glob("*/checkpoints/step-000002")
+        shutil.rmtree(last)  # as if the run had been killed before it
     if words[0] == "make":
         outcomes = run_targets(words, tmp_path)
     elif words[0] == "torchrun":
         outcomes = run_hosts(words, 2 if "--nnodes=2" in words else 1, tmp_path)
     else:
         outcomes = [python(words)]
+        assert "--resume" not in words or "continuing from" in outcomes[0].output
     for outcome in outcomes:
         assert outcome.code == 0, f"{command.place}: {command.text}\n{outcome.output[-3000:]}"
         assert "Traceback" not in outcome.output
@@ -568,7 +613,7 @@ def test_it_runs(made_before, command, tmp_path):
         steps = int(re.findall(r"num_train_steps=(\d+)", " ".join(words))[-1])
         history = json.loads(results.read_text())["history"]
         assert len(history) == steps
-        assert all("loss" in step for step in history) or way.overrides == LEAST
+        assert all("loss" in step for step in history) == (LEARNS in way.overrides)
         if "save_video=true" in way.overrides:
             for name in ("report.html", "learning_curve.png", "before_after.mp4", "plots", "policy"):
                 assert (results.parent / name).exists(), name

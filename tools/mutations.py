@@ -146,14 +146,12 @@ def main() -> None:
 
 
 def copy_of(tree: Path, folder: Path) -> Path:
-    """The files of a checkout that git knows, without what was made beside them; its neighbours stay in reach."""
-    listed = subprocess.run(["git", "-C", tree, "ls-files", "-z"], check=True, capture_output=True, text=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(tree / name, folder / "copy" / name)
-    if (shared := tree.resolve().parent / "shared").is_dir():  # reference files of the tests
+    """A checkout without its runs, caches and environment; the reference files beside it stay in reach."""
+    left_out = shutil.ignore_patterns(".*", "outputs", "__pycache__")
+    copy = Path(shutil.copytree(tree, folder / "copy", ignore=left_out))
+    if (shared := tree.resolve().parent / "shared").is_dir():
         (folder / "shared").symlink_to(shared)
-    return folder / "copy"
+    return copy
 
 
 def try_all(copy: Path, mutations: list[Mutation]) -> int:
@@ -195,15 +193,18 @@ def first_failure(copy: Path, mutation: Mutation) -> str | None:
     """The first test that fails, or None if all pass."""
     tests = [name for name in (f"tests/{name}" for name in mutation.tests.split()) if (copy / name).is_file()]
     chosen = ["-k", mutation.only] if mutation.only else []
+    # -B: bytecode of a moment ago could stand for a file of the same size.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests, *chosen],
+        [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests, *chosen],
         cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 0:
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     if failed is None:
-        raise InputError(f"{' '.join(tests)}: pytest ended with {done.returncode}: {done.stdout[-500:]}")
+        raise InputError(
+            f"{' '.join(tests)}: pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"
+        )
     return failed[1].removeprefix("tests/")
 
 
