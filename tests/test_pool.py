@@ -220,12 +220,12 @@ def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
 
 
 def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monkeypatch):
-    monkeypatch.setattr(runner.pool, "limit_s", 25.0)
+    monkeypatch.setattr(runner.pool, "limit_s", 12.0)
     os.kill(runner.pool.processes[1], signal.SIGSTOP)
     before = len(runner.pool.losses)
     assert_same(run(runner, rollouts(runner, 10)), episodes)
     (loss,) = runner.pool.losses[before:]
-    assert loss.cause == "hung for 25 s"
+    assert loss.cause == "hung for 12 s"
     assert loss.work
 
 
