@@ -11,7 +11,7 @@ from pi0.model.config import Pi0Config
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.policy.acting import ActingPolicy
 from pi0.policy.images import to_network_images
-from pi0.policy.normalization import NormStats
+from pi0.policy.normalization import NormStats, Stats, normalize, unnormalize
 from pi0.policy.tokenizer import (
     VOCABULARY_FILE,
     PaligemmaTokenizer,
@@ -357,3 +357,11 @@ def test_guidance_can_be_added_and_changes_no_action_until_it_is_trained():
     policy.enable_guidance()
     assert torch.equal(policy.sample_actions(**inputs, guidance_weight=0.0), before)
     assert torch.equal(policy.sample_actions(**inputs, guidance_weight=1.0), before)
+
+
+def test_the_1st_percentile_becomes_minus_1_and_the_99th_1():
+    stats = Stats(mean=np.zeros(2), std=np.ones(2), q01=np.array([-2.0, 1.0]), q99=np.array([2.0, 5.0]))
+    values = torch.tensor([[-2.0, 1.0], [0.0, 3.0], [2.0, 5.0]], dtype=torch.float64)
+    normal = normalize(values, stats, quantiles=True)
+    assert torch.allclose(normal, torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(unnormalize(normal, stats, quantiles=True), values)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,6 +149,15 @@ def test_a_stream_gives_every_chunk_equally_often_in_an_order_of_the_seed(stored
     first, again, other = (next(stream(stored, seed=seed)) for seed in (0, 0, 1))
     assert_equal(first, again)
     assert not torch.equal(first.states, other.states)
+
+
+def test_chunks_of_a_stream_come_in_another_order_than_in_their_demonstration(stored):
+    states = next(stream(stored, batch_size=sum(LENGTHS), chunks_in_memory=sum(LENGTHS))).states
+    indices = range(len(stored))
+    demonstrated = load_chunks(stored, indices, robot=ROBOT, chunk=3, frame_every=1, image_size=SIZE).states
+    places = [int((demonstrated == state).all(1).nonzero()[0]) for state in states]
+    following = sum(after == before + 1 for before, after in pairwise(places))
+    assert following < len(places) / 2
 
 
 def test_a_stream_keeps_few_demonstrations_in_memory(stored, monkeypatch):

@@ -65,7 +65,7 @@ MUTATIONS = [
     ),
     Mutation(
         "policy", "quantiles become 0 to 1", "/ (high - low + EPSILON) * 2 - 1", "/ (high - low + EPSILON)",
-        "test_published_checkpoints.py", "not command",
+        "test_policy.py",
     ),
     Mutation(
         "data", "an action after the end counts", "valid = following < length", "valid = following <= length",
@@ -85,7 +85,7 @@ MUTATIONS = [
     ),
     Mutation(
         "training", "the average forgets instead of keeping",
-        "zip(*pairs, strict=True)), 1.0 - self.decay)", "zip(*pairs, strict=True)), self.decay)", "test_optimizer.py",
+        "zip(*pairs, strict=True)), 1.0 - self.decay)", "zip(*pairs, strict=True)), self.decay)", "test_finetuning.py", "average",
     ),
     Mutation(
         "training", "the last learning rate is never reached", "max(1, iterations - 1)", "max(1, iterations)",
