@@ -573,7 +573,7 @@ def test_a_mode_that_is_left_to_soak_is_shown_by_another_command(left, shown_by)
 
 
 def modes_of(command: Command) -> set[tuple[str, ...]]:
-    """Of a command, or of those that make would run."""
+    """The modes of a command; for make, those of the commands that it would run."""
     return set(map(mode, recipes(command) if command.program == "make" else [command]))
 
 

@@ -158,7 +158,7 @@ def runner():
 
 @pytest.fixture
 def runner_of_two():
-    """Of two of its tasks: states are drawn in scenes, each of which takes a second to build."""
+    """A runner with two tasks: each scene in which states are drawn takes a second to build."""
     with runner_of(task_names_to_use=[0, 1]) as runner:
         yield runner
 
