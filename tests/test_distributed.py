@@ -28,7 +28,7 @@ from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import merge_metrics
 from tests.support.episodes import states_of
-from tests.support.ranks import free_port, torchrun, two_hosts
+from tests.support.ranks import error_line, free_port, torchrun, two_hosts
 from tests.support.short_practice import shortened
 from tests.support.stage_13_runs import finish, ranks_of
 
@@ -297,7 +297,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it
     output, _ = run.communicate(timeout=60)
     assert time.monotonic() - killed < 60
     assert run.returncode != 0
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    line = error_line(output)
     assert f"rank 1 (process {victim} on" in line
     assert ranks_of(tmp_path) == {}
 
@@ -326,8 +326,7 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)
     output, _ = run.communicate(timeout=100)
     assert run.returncode != 0
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert line == "error: policy_path = '/nowhere': there is no such folder"
+    assert error_line(output) == "error: policy_path = '/nowhere': there is no such folder"
 
 
 SLOW_TO_PRINT = """
@@ -350,7 +349,7 @@ def test_ranks_wait_for_the_one_that_prints_what_all_refuse(tmp_path):
     script.write_text(SLOW_TO_PRINT)
     output, _ = (run := torchrun(2, str(script))).communicate(timeout=60)
     assert run.returncode != 0
-    assert [line for line in output.splitlines() if line.startswith("error: ")] == ["error: all refuse this"]
+    assert error_line(output) == "error: all refuse this"
 
 
 @pytest.mark.runs
@@ -464,7 +463,7 @@ def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_
     output, _ = left.communicate(timeout=60)
     assert time.monotonic() - killed < 60
     assert left.returncode != 0
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    line = error_line(output)
     assert f"rank {rank} (process {victim} on" in line
     for host in hosts:
         host.communicate(timeout=60)

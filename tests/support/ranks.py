@@ -30,6 +30,13 @@ def two_hosts(
     return [torchrun(1, *arguments, agent=agent, cwd=folder) for folder in folders]
 
 
+def error_line(output: str) -> str:
+    """The one line with which the ranks named an error; if there is not exactly one, the test shows all the output."""
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
