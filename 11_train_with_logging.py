@@ -70,7 +70,7 @@ class InitialStateDataset:
     """Training states of all tasks. A group is K states of one task, in ring order.
 
     Smart sampling: tasks take turns in proportion to how often they fail, and a state solved on each of its
-    last two visits is passed over for a round. Nothing is ever left out for good: a policy can get worse.
+    last two visits is skipped for a round. Nothing is ever left out for good: a policy can get worse.
     """
 
     def __init__(self, pools: list[InitStatePool], group_size: int):
@@ -84,12 +84,12 @@ class InitialStateDataset:
     def smart_sample_group(self) -> list[Start]:
         """The next K starts."""
         task = self.turns.next_task()
-        states, skipped = self.rings[task].sample_unsolved(self.group_size, self.streaks.pass_over)
+        states, skipped = self.rings[task].sample_unsolved(self.group_size, self.streaks.skip)
         self.skipped += skipped
         return [(self.pools[task], index) for _, index in states]
 
     def take_skipped(self) -> int:
-        """How many states were passed over since the last call."""
+        """How many states were skipped since the last call."""
         skipped, self.skipped = self.skipped, 0
         return skipped
 

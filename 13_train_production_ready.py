@@ -115,7 +115,7 @@ class TaskAwareSampler(Sampler[list[int]]):
     """Which states practise next, a group's worth of one task at a time, without end.
 
     Tasks take turns in proportion to how often they fail; this rank's states of a task go round in a ring, on
-    which the statistics pass over solved ones.
+    which the statistics skip solved ones.
     """
 
     def __init__(
@@ -139,19 +139,19 @@ class TaskAwareSampler(Sampler[list[int]]):
     def smart_sample_group(self) -> list[int]:
         """The next states of one task."""
         task = self.turns.next_task()
-        indices, skipped = self.rings[task].sample_unsolved(self.group_size, self.is_passed_over)
+        indices, skipped = self.rings[task].sample_unsolved(self.group_size, self.is_skipped)
         if skipped:
             self.skipped.setdefault(self.pools[task].task.name, [0])[0] += skipped
         return indices
 
     def take_skipped(self) -> dict[str, list[int]]:
-        """How many states were passed over since the last call."""
+        """How many states were skipped since the last call."""
         skipped, self.skipped = self.skipped, {}
         return skipped
 
-    def is_passed_over(self, index: int) -> bool:
-        """Whether the statistics pass over a state, whose turn it is."""
-        return self.stats.pass_over(self.names[index])
+    def is_skipped(self, index: int) -> bool:
+        """Whether the statistics skip a state, whose turn it is."""
+        return self.stats.skip(self.names[index])
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:

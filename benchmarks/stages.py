@@ -100,7 +100,7 @@ def measure(names: list[str], iterations: int, turn: float, overrides: list[str]
             while going:
                 ended = set()
                 for name in going:
-                    elapsed, done = runs[name].go_on(turn)
+                    elapsed, done = runs[name].run_until(turn)
                     taken[name] += elapsed
                     ended |= {name} if done else set()
                 going = [name for name in going if name not in ended]
@@ -152,7 +152,7 @@ class Run:
         self._said = b""
         self._members = [self._process.pid]
 
-    def go_on(self, limit: float) -> tuple[float, bool]:
+    def run_until(self, limit: float) -> tuple[float, bool]:
         """Run until the next iteration ends, for at most `limit` seconds; returns the seconds, and whether it ended."""
         self._members = family(self._process.pid)
         self._signal(signal.SIGCONT)

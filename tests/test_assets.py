@@ -114,7 +114,7 @@ def test_installed_package_comes_before_hub_and_standins(cache, folder, monkeypa
     assert resolve_assets() == Assets("installed", folder)
 
 
-def test_half_an_installed_folder_is_passed_over(cache, folder, monkeypatch, caplog):
+def test_half_an_installed_folder_is_skipped(cache, folder, monkeypatch, caplog):
     monkeypatch.setattr(assets_module, "libero_package_root", lambda: folder.parent)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.rmtree(folder / "textures")

@@ -139,7 +139,7 @@ def test_sealing_a_step_again_replaces_it(store):
     assert names(store) == ["step-000001", "step-000002"]
 
 
-def test_damaged_checkpoint_that_was_passed_over_does_not_take_a_sound_ones_place(tmp_path):
+def test_damaged_checkpoint_that_was_skipped_does_not_take_a_sound_ones_place(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (1, 2, 5):
         save(store, step)
@@ -163,7 +163,7 @@ def test_the_best_goes_like_any_other_where_it_is_not_wanted(tmp_path):
     assert names(store) == ["step-000001"]
 
 
-def test_what_leads_nowhere_goes_while_an_earlier_checkpoint_verifies(store):
+def test_the_newest_checkpoint_is_dropped_while_an_earlier_one_verifies(store):
     paths = [save(store, step) for step in (1, 2, 3)]
     found = []
     for _ in range(4):
@@ -173,7 +173,7 @@ def test_what_leads_nowhere_goes_while_an_earlier_checkpoint_verifies(store):
     assert names(store) == ["step-000001"]
 
 
-def test_what_leads_nowhere_stays_where_all_before_it_is_damaged(store):
+def test_the_newest_checkpoint_is_kept_where_all_before_it_are_damaged(store):
     save(store, 1)
     save(store, 2)
     (store.folder / "step-000001" / "state.pt").unlink()
@@ -182,7 +182,7 @@ def test_what_leads_nowhere_stays_where_all_before_it_is_damaged(store):
     assert names(store) == ["step-000001", "step-000002"]
 
 
-def test_a_damaged_checkpoint_is_none_once_it_was_passed_over(store):
+def test_a_damaged_checkpoint_does_not_count_once_it_was_skipped(store):
     save(store, 1)
     newest = save(store, 2)
     assert store.has(2)
@@ -398,7 +398,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_passed_over_with_the_reason(store, damage):
+def test_damaged_checkpoint_is_skipped_with_the_reason(store, damage):
     older, newer, newest = (save(store, step, score=0.1 * step) for step in (1, 2, 3))
     for path in (newer, newest):
         DAMAGE[damage][0](path)
@@ -454,7 +454,7 @@ def test_file_that_holds_no_dictionary_is_refused(tmp_path):
         load_state(tmp_path / "state.pt")
 
 
-def test_optimizer_goes_on_from_its_saved_state(tmp_path):
+def test_optimizer_continues_from_its_saved_state(tmp_path):
     def steps(layer, optimizer, count):
         for _ in range(count):
             layer(torch.ones(2, 3)).square().sum().backward()
@@ -488,7 +488,7 @@ def draws():
 
 
 @pytest.mark.parametrize("before", [0, 1], ids=["seeded", "second of a pair waiting"])
-def test_draws_go_on_after_restoring_from_a_file(tmp_path, before):
+def test_draws_continue_after_restoring_from_a_file(tmp_path, before):
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     for _ in range(before):

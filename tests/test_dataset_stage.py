@@ -243,7 +243,7 @@ def test_step_2_the_generator_takes_what_the_description_names_and_is_ended_by_c
         assert [episode.steps for episode in collection.episodes] == [15] * 8
         in_turn = [(*e.rollout.noise_key, look) for e in collection.episodes for look in (0, 1)]
         assert watched.keys == in_turn, "one environment: each rollout begins when the one before has ended"
-        # Solved, by what the generator is told, on as many visits as it takes: passed over when their turn comes.
+        # Solved, by what the generator is told, on as many visits as it takes: skipped when their turn comes.
         for episode in collection.tried:
             episode.success = True
         rollouts.record(collection)
@@ -278,7 +278,7 @@ def test_step_2_the_generator_makes_statistics_as_described_where_it_is_given_no
         seed=0,
     )
     rollouts.stats.record("state", 2, 2)
-    assert rollouts.stats.pass_over("state")
+    assert rollouts.stats.skip("state")
     rollouts.stats.save()
     assert (tmp_path / "stats.json").exists() == tracked
 
@@ -336,8 +336,8 @@ def test_step_4_groups_that_agree_are_dropped_and_said_so(runs):
             assert f"dropped groups of {name}: {solved} all solved, {failed} all failed" in output
 
 
-def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path):
-    # States 0 and 2 of four are always solved; every state that is solved once is passed over.
+def test_step_4_states_that_keep_succeeding_are_skipped_and_reported(tmp_path):
+    # States 0 and 2 of four are always solved; every state that is solved once is skipped.
     overrides = (
         "algo.rollout_skip_threshold=1", "algo.rloo_batch_size=2", "algo.train_init_states=4",
         "evaluation.periodic_episodes=0",
@@ -355,7 +355,7 @@ def test_step_4_states_that_keep_succeeding_are_passed_over_and_said_so(tmp_path
         assert row["skipped_share"] == row["skipped_states"] / (row["skipped_states"] + row["states"])
 
 
-def test_step_4_a_budget_of_unanimous_groups_widens_and_goes_on(tmp_path):
+def test_step_4_a_budget_of_unanimous_groups_widens_and_training_continues(tmp_path):
     overrides = (
         "evaluation.periodic_episodes=0", "task.held_out_states=40", "algo.rloo_batch_size=2", "algo.data_batch_size=4",
     )  # fmt: skip

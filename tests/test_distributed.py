@@ -65,14 +65,14 @@ def train(processes: int, output_dir: Path, tasks: list[int], *overrides: str) -
 # The spec's numbers ------------------------------------------------------------------------------------
 
 
-def test_nine_tasks_on_two_ranks_are_dealt_in_turns():
-    dealt = [[task.index for task in stage.get_distributed_tasks(TASKS[:9], rank, 2)] for rank in (0, 1)]
-    assert dealt == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
+def test_nine_tasks_are_given_to_two_ranks_in_turns():
+    given = [[task.index for task in stage.get_distributed_tasks(TASKS[:9], rank, 2)] for rank in (0, 1)]
+    assert given == [[0, 2, 4, 6, 8], [1, 3, 5, 7]]
 
 
 def test_one_task_on_two_ranks_leaves_the_second_without():
-    dealt = [[task.index for task in stage.get_distributed_tasks([TASKS[9]], rank, 2)] for rank in (0, 1)]
-    assert dealt == [[9], []]
+    given = [[task.index for task in stage.get_distributed_tasks([TASKS[9]], rank, 2)] for rank in (0, 1)]
+    assert given == [[9], []]
 
 
 @pytest.fixture

@@ -287,7 +287,7 @@ def test_checkpoint_of_a_run_holds_what_is_trained_alone(tmp_path, dtype):
         read.read(tmp_path)
 
 
-def test_a_run_goes_on_with_the_random_numbers_that_come_next(tmp_path):
+def test_a_resumed_run_continues_with_the_random_numbers_that_come_next(tmp_path):
     run = run_of(loaded_in(torch.float32, tmp_path / "start", "as_saved"), 1)
 
     def draw() -> tuple:

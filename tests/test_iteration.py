@@ -149,7 +149,7 @@ def test_after_several_gradients_that_are_not_finite_the_run_goes_back_and_learn
     assert [row["step"] for row in rows] == [0], "what the run returned behind is taken back"
 
 
-def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path, monkeypatch, capsys):
+def test_a_second_rollback_takes_an_earlier_checkpoint(tmp_path, monkeypatch, capsys):
     practice = Practice(tmp_path)
     practice.iterate(1)
     # The checkpoint of step 1 is whole and verifies, and its gradients overflow: as of weights that are spoilt.

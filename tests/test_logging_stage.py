@@ -301,7 +301,7 @@ def test_online_without_a_key_or_a_network_trains_offline(tmp_path, key):
 
 
 @pytest.mark.runs
-def test_a_run_goes_on_under_its_wandb_id(tmp_path):
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
     process = start(
         tmp_path, "logging.wandb_run_id=ript1234", "training.num_train_steps=0", "features.save_video=false"
     )

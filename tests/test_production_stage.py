@@ -91,7 +91,7 @@ def test_two_processes_stop_together_when_one_is_asked(tmp_path):
 
 
 @pytest.mark.runs
-def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_goes_on_later(tmp_path):
+def test_ctrl_c_for_the_launcher_stops_all_ranks_and_the_run_can_be_resumed(tmp_path):
     process = start(tmp_path, *SHORT, processes=2)
     wait_until(lambda: 1 in steps_saved(tmp_path), process)
     asked = time.monotonic()
@@ -156,7 +156,7 @@ except Interrupted:
 
 
 @pytest.mark.runs
-def test_an_update_may_go_on_for_a_while_after_a_request_to_stop():
+def test_an_update_may_continue_for_a_while_after_a_request_to_stop():
     done = subprocess.run([sys.executable, "-c", ASKED_TO_STOP], cwd=REPO_ROOT, env=with_path(),
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
     assert 0.5 <= float(done.stdout) < 5
@@ -229,7 +229,7 @@ def test_the_same_signal_again_stops_at_once(tmp_path):
 
 
 @pytest.mark.runs
-def test_sigusr1_makes_a_checkpoint_and_the_run_goes_on(tmp_path):
+def test_sigusr1_makes_a_checkpoint_and_the_run_continues(tmp_path):
     process = start(tmp_path, *SHORT, "training.save_freq=100", "training.save_best=false")
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
     process.send_signal(signal.SIGUSR1)
@@ -337,7 +337,7 @@ def test_what_several_ranks_remember_is_joined_for_another_number_of_ranks():
     part(joined).join_state_dicts(states, Place(rank=0, world_size=1, step=3))
     assert joined.turns.credit == old[0].turns.credit != [0.0, 0.0]
     assert cursors(joined) == [0, 0], "rings begin again"
-    assert {name for name in joined.names if joined.stats.pass_over(name)} == solved
+    assert {name for name in joined.names if joined.stats.skip(name)} == solved
     again = sampler_of(1, 2)
     part(again).load_state_dict(states[1])
     assert part(again).state_dict() == part(old[1]).state_dict()
@@ -391,7 +391,7 @@ FOUR_UPDATES = ["--override", "algo.num_epochs=4", "algo.minibatch_size=100", "t
 
 
 @pytest.mark.soak  # tests/test_iteration.py shows it in one process
-def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(tmp_path):
+def test_a_second_rollback_takes_an_earlier_checkpoint(tmp_path):
     # The last update of the first iteration: the checkpoint after it is whole, and its gradients overflow.
     output = finish(
         start(
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over_at_the_second_rollback(t
     )
     assert re.findall(r"continuing from .*/step-00000(\d)", output) == ["1", "0"]
     first, again = re.findall(r"iteration 0: .* loss (\S+)", output)
-    assert first != again, "the update's noise is drawn anew"
+    assert first != again, "the update's noise is drawn again"
     rows = outcome(tmp_path)["rows"]
     assert [row["rollbacks"] for row in rows] == [2] * STEPS
     assert all(row["bad_updates"] == 0 for row in rows)
@@ -521,7 +521,7 @@ def test_when_memory_runs_out_minibatches_go_through_in_more_passes():
 
 @pytest.mark.runs
 @pytest.mark.usefixtures("fresh_python")
-def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
+def test_when_one_ranks_memory_runs_out_all_continue_in_more_passes():
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [sys.executable, *launch, "tests/support/rank_memory.py", str(CHECKPOINT), "700000000"],
@@ -536,7 +536,7 @@ def test_when_one_ranks_memory_runs_out_all_go_on_in_more_passes():
 
 
 @pytest.mark.soak  # tests/test_iteration.py shows it without a limit of the system
-def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_goes_on_in_more_passes(tmp_path):
+def test_where_one_ranks_memory_runs_out_among_shards_a_resumed_run_keeps_its_passes(tmp_path):
     large = ["algo.minibatch_size=100", "algo.noise_samples=32", "algo.negative_weight=0.5"]
     settings = ["--override", "training.use_fsdp=true", "training.num_train_steps=1", *large]
     short = ("tests/support/rank_short_of_memory.py", "300000000")
@@ -613,7 +613,7 @@ import torch
 from pi0.training.memory import release
 release()
 def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt  # pages that came anew from the system
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt  # pages that are new from the system
 for number in range(15):
     if number == 10:
         before = faults()

@@ -786,7 +786,7 @@ def test_convert_merges_low_rank_additions(tmp_path, monkeypatch, capsys, layout
             if name.endswith("lora_b"):
                 parameter.normal_(std=0.3, generator=g)
     adapted.save_pretrained(tmp_path / "policy")
-    # A run goes on from its policy folder, so the additions stay apart there.
+    # A run continues from its policy folder, so the additions stay apart there.
     assert any(name.endswith("lora_b") for name in load_file(tmp_path / "policy" / "model.safetensors"))
 
     assert main(["convert", str(tmp_path / "policy"), str(tmp_path / "out"), "--layout", layout]) == 0

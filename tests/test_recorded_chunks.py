@@ -260,7 +260,7 @@ def small_policy(folder, **changes):
 
 
 @pytest.mark.engine
-def test_a_warm_start_goes_on_from_a_policy_of_other_sizes(tmp_path, stored, monkeypatch):
+def test_a_warm_start_continues_from_a_policy_of_other_sizes(tmp_path, stored, monkeypatch):
     learned = []
     flow_loss = warmstart.flow_loss
     monkeypatch.setattr(

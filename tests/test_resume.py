@@ -1,4 +1,4 @@
-"""Stage 13: a run goes on exactly where it stopped, in one process and in several, with copies and with shards."""
+"""Stage 13: a run continues exactly where it stopped, in one process and in several, with copies and with shards."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
 
 
 @pytest.mark.runs
-def test_a_run_that_goes_on_cannot_be_resumed_beside_it(tmp_path):
+def test_a_running_run_cannot_be_resumed(tmp_path):
     long = [*SHORT, "training.num_train_steps=1000"]
     process = start(tmp_path, *long)
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
@@ -112,8 +112,8 @@ def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(strai
 
 
 @pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
-def test_another_number_of_processes_goes_on_and_says_what_it_dealt_anew(killed):
-    # As where memory was once short: minibatches go on in two passes.
+def test_another_number_of_processes_resumes_and_reports_what_it_distributed_again(killed):
+    # As after memory ran out once: minibatches are computed in two passes.
     store = CheckpointStore(run_of(killed) / "checkpoints", 2)
     newest, _ = store.newest_valid()
     run = json.loads((newest / "run.json").read_text())
@@ -301,7 +301,7 @@ def test_two_processes_learn_what_they_learn_in_stage_12(straight_of_two, tmp_pa
 
 
 @pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
-def test_shards_learn_what_copies_learn_and_go_on_after_a_kill(straight_of_two, tmp_path):
+def test_shards_learn_what_copies_learn_and_can_be_resumed_after_a_kill(straight_of_two, tmp_path):
     fsdp = ["--override", "training.use_fsdp=true"]
     kill_after_a_step(tmp_path, *fsdp)
     output = finish(start(tmp_path, "--resume", *fsdp, processes=2))

@@ -1,4 +1,4 @@
-"""The memory of what is solved: who is passed over, what is written, and who may write at the same time."""
+"""The memory of what is solved: what is skipped, what is written, and who may write at the same time."""
 
 import json
 import os
@@ -13,25 +13,25 @@ from pi0.base.paths import REPO_ROOT
 from pi0.ript.rollout_stats import RolloutStats, StatsError
 
 
-def test_a_state_solved_on_each_of_its_last_visits_is_passed_over_once_and_then_visited_again():
+def test_a_state_solved_on_each_of_its_last_visits_is_skipped_once_and_then_visited_again():
     stats = RolloutStats(None, skip_threshold=2)
     stats.record("a", 4, 4)
-    assert not stats.pass_over("a")
+    assert not stats.skip("a")
     stats.record("a", 4, 4)
-    assert stats.pass_over("a")
-    assert not stats.pass_over("a")
+    assert stats.skip("a")
+    assert not stats.skip("a")
     stats.record("a", 4, 4)
-    assert not stats.pass_over("a"), "solved once since it was passed over"
+    assert not stats.skip("a"), "solved once since it was skipped"
     stats.record("a", 4, 4)
-    assert stats.pass_over("a")
+    assert stats.skip("a")
 
 
 def test_one_failed_rollout_makes_a_state_worth_visiting():
     stats = RolloutStats(None, skip_threshold=2)
     for successes in (4, 4, 3):
         stats.record("a", successes, 4)
-    assert not stats.pass_over("a")
-    assert not stats.pass_over("never visited")
+    assert not stats.skip("a")
+    assert not stats.skip("never visited")
 
 
 def test_the_file_grows_from_run_to_run_and_is_remembered(tmp_path):
@@ -42,7 +42,7 @@ def test_the_file_grows_from_run_to_run_and_is_remembered(tmp_path):
         stats.save()
         stats.save()  # nothing new: nothing is written twice
     assert json.loads(file.read_text())["states"] == {"libero_spatial/3/ab": [[2, 2], [2, 2]]}
-    assert RolloutStats(file, skip_threshold=2).pass_over("libero_spatial/3/ab")
+    assert RolloutStats(file, skip_threshold=2).skip("libero_spatial/3/ab")
 
 
 WRITER = """
@@ -112,13 +112,13 @@ def test_what_cannot_be_written_is_kept_for_the_next_time(tmp_path):
     assert json.loads((folder / "stats.json").read_text())["states"] == {"a": [[1, 1]]}
 
 
-def test_a_checkpoint_brings_back_what_is_passed_over():
+def test_a_checkpoint_brings_back_what_is_skipped():
     stats = RolloutStats(None, skip_threshold=2)
     stats.record("a", 1, 1)
     stats.record("a", 1, 1)
     again = RolloutStats(None, skip_threshold=2)
     again.load_state_dict(json.loads(json.dumps(stats.state_dict())))
-    assert again.pass_over("a")
+    assert again.skip("a")
 
 
 def test_what_is_done_again_after_a_kill_is_counted_once(tmp_path):

@@ -529,7 +529,7 @@ def test_tasks_take_turns_in_proportion_to_how_often_they_fail(stage_08, rates, 
     assert (drawn[3], drawn[8]) == pytest.approx(turns, abs=1)
 
 
-def test_a_state_that_keeps_succeeding_is_passed_over_for_one_round(stage_08):
+def test_a_state_that_keeps_succeeding_is_skipped_for_one_round(stage_08):
     dataset = stage_08.InitialStateDataset([pool(TASK, 4)], group_size=4)
 
     def next_group():
@@ -540,7 +540,7 @@ def test_a_state_that_keeps_succeeding_is_passed_over_for_one_round(stage_08):
     assert dataset.turns.success_rate == [0.5]
     assert next_group() == [0, 1, 2, 3]
     dataset.record(collected((0, True), (1, False), (2, True), (3, False)))
-    # State 0 was solved twice running: passed over once, then back in the ring.
+    # State 0 was solved twice running: skipped once, then back in the ring.
     assert next_group() == [1, 2, 3, 0]
     assert dataset.take_skipped() == 1
 

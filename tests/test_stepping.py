@@ -96,7 +96,7 @@ def test_states_observations_and_success_are_bit_identical(pair):
 
 
 @pytest.mark.engine
-def test_a_restored_snapshot_goes_on_to_the_bit(pair):
+def test_a_restored_snapshot_continues_to_the_bit(pair):
     recorded = pair.task.recorded_init_states()
     fixtures = pair.their_fixtures()
     random = np.random.default_rng(1)

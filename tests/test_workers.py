@@ -245,7 +245,7 @@ def test_who_answers_while_the_trainer_is_busy_is_not_taken_for_hung(pool, losse
     assert losses == []
 
 
-def test_whoever_schedules_hears_of_losses_and_errors_and_goes_on(pool, losses):
+def test_the_scheduler_is_told_of_losses_and_errors_and_continues(pool, losses):
     with pool.answers() as answers:
         pool.send(0, "fail")
         pool.send(1, "die", work=("level 1", "level 2"))

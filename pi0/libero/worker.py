@@ -73,7 +73,7 @@ class Progress:
 
 @dataclass
 class _Start:
-    """A rollout's first observation, and where the simulator goes on from it."""
+    """A rollout's first observation, and where the simulator continues from it."""
 
     snapshot: Snapshot
     state: np.ndarray

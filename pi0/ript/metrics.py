@@ -40,7 +40,7 @@ COLLECTED = (
     Metric("dropped_share", "0 to 1", "`dropped_groups` as a share of the groups that ran whole"),
     Metric("dropped_by_task", "[all succeeded, none did]", "`dropped_groups` by task", merge="by task",
            flat=("dropped_by_task/*/solved", "dropped_by_task/*/failed")),
-    Metric("skipped_states", "states", "states passed over because they were solved on each of their last visits",
+    Metric("skipped_states", "states", "states skipped because they were solved on each of their last visits",
            merge="sum", column="skipped states",
            curves=(Curve("groups", "skipped", "initial states skipped as solved", "area", color="purple"),)),
     Metric("skipped_by_task", "[states]", "`skipped_states` by task (from stage 12 on)", merge="by task",

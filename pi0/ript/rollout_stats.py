@@ -68,9 +68,9 @@ class RolloutStats:
         self._visits += 1
         self._count(name, visit)
 
-    def pass_over(self, name: str) -> bool:
+    def skip(self, name: str) -> bool:
         """Whether the state, which has its turn, is skipped this time."""
-        return self._streaks.pass_over(name)
+        return self._streaks.skip(name)
 
     def save(self) -> None:
         """Add the new visits to the file, whole or not at all; other processes may add visits at the same time.

@@ -100,13 +100,13 @@ class Ring(Generic[State]):
         """States for all rollouts of all environments; no two are the same if there are enough states."""
         return self.sample_batch_circular(num_parallel_envs * rloo_batch_size)
 
-    def sample_unsolved(self, count: int, pass_over: Callable[[State], bool]) -> tuple[list[State], int]:
-        """The next `count` states that `pass_over` does not skip, and how many it skipped on the way."""
+    def sample_unsolved(self, count: int, skip: Callable[[State], bool]) -> tuple[list[State], int]:
+        """The next `count` states that `skip` does not skip, and how many it skipped on the way."""
         chosen: list[State] = []
         skipped = 0
         while len(chosen) < count:
             for state in self.get_states_for_envs(1, count - len(chosen)):
-                if pass_over(state):
+                if skip(state):
                     skipped += 1
                 else:
                     chosen.append(state)
@@ -134,7 +134,7 @@ class Streaks:
         for episode in episodes:
             self.record((episode.rollout.task, episode.rollout.init_index), episode.success)
 
-    def pass_over(self, state: Hashable) -> bool:
+    def skip(self, state: Hashable) -> bool:
         """Whether the state, which has its turn, is skipped this time."""
         if self.solved_in_a_row.get(state, 0) < self.threshold:
             return False

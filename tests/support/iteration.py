@@ -56,7 +56,7 @@ class Practice:
 
     Args:
         folder: of the run.
-        resume: whether it goes on from the newest checkpoint there.
+        resume: whether it continues from the newest checkpoint there.
         algo: keys of the section `algo`.
         training: keys of the section `training`.
     """

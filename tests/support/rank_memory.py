@@ -1,4 +1,4 @@
-"""Run under torchrun by test_production_stage.py: memory runs out on the last rank, and all go on together.
+"""Run under torchrun by test_production_stage.py: memory runs out on the last rank, and all continue together.
 
 Usage: rank_memory.py CHECKPOINT BYTES (that the last rank may use besides what it has)
 """

@@ -51,7 +51,7 @@ SHORT = ["--override", "task.max_episode_length=10", "task.settle_steps=0"]
 def start(
     folder: Path, *arguments: str, processes: int = 1, script: Sequence[str] = (SCRIPT,), **options
 ) -> subprocess.Popen:
-    """A run whose output_dir is `folder`; the same command goes on with it when `--resume` is given."""
+    """A run whose output_dir is `folder`; the same command resumes it when `--resume` is given."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(folder)}))
     launch = (
