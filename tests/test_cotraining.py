@@ -89,7 +89,8 @@ def test_a_set_whose_gripper_is_opened_by_1_is_learned_from_once_that_is_said(po
 
 def test_a_camera_that_libero_has_not_is_masked(policy, tmp_path):
     published = PI0Policy(dataclasses.replace(policy.config, cameras=PUBLISHED_CAMERAS), policy.norm_stats)
-    cotraining = load_cotraining(config_of(write(tmp_path / "set")), published, TASKS)
+    config = config_of(write(tmp_path / "set"), cotraining_chunks=6)
+    cotraining = load_cotraining(config, published, TASKS)
     generator = torch.Generator().manual_seed(0)
     flow_loss(published, cotraining.draw(generator).chunks, samples=1, generator=generator).mean().backward()
     towers = published.network.vision.state_dict(keep_vars=True)
