@@ -13,7 +13,6 @@ YAML file; `--help` lists every key with its unit, default and meaning.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
@@ -33,7 +32,7 @@ from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, lo
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.replay import Replay
-from pi0.ript.results import summarize, write_report
+from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
 from pi0.ript.turns import Ring, Streaks, TaskTurns
 from pi0.training.ema import AveragedModule
@@ -201,6 +200,7 @@ def train(config: Config) -> Path:
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
+    check_machine(before, after, history)
     return run_dir
 
 
@@ -240,7 +240,7 @@ def main() -> None:
         validate_config(config)
         train(config)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
-from pi0.ript.results import summarize, write_report
+from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.turns import CursorTurns, Ring, Streaks, TaskTurns
 from pi0.training.descriptor_tap import DescriptorTap
@@ -376,8 +376,8 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         seconds = time.monotonic() - started
         if rank == 0:
             write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
-        if run is not None:
-            finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
+        finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
+    on_rank_zero(check_machine, before, after, history)
     return run_dir
 
 

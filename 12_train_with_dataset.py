@@ -43,7 +43,6 @@ from pi0 import PI0Policy
 from pi0.base.errors import InputError, report_failure
 from pi0.base.files import write_json
 from pi0.base.progress import progress
-from pi0.base.stats import format_rate
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
@@ -58,7 +57,7 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
-from pi0.ript.results import summarize, write_report
+from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, state_name
 from pi0.ript.turns import Ring, TaskTurns
@@ -403,7 +402,7 @@ def evaluate_periodically(
     evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
     scores = (write_json, run_dir / "metrics.json", evaluations)
     on_rank_zero(report_failure, "metrics.json not written", *scores)
-    print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
+    print(f"evaluation after {step} steps: {scored}")
 
 
 def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Path:
@@ -453,9 +452,9 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         seconds = time.monotonic() - started
         if rank == 0:
             write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
-        if run is not None:
-            finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
+        finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
+    on_rank_zero(check_machine, before, after, history)
     return run_dir
 
 

@@ -46,9 +46,8 @@ from pi0 import PI0Policy
 from pi0.base.errors import InputError, attempt, report_failure
 from pi0.base.files import write_json
 from pi0.base.progress import progress
-from pi0.base.stats import format_rate
 from pi0.base.typed_yaml import fixed_keys
-from pi0.libero.evaluation import EvaluationResult, restore_result
+from pi0.libero.evaluation import BrokenSimulationsError, EvaluationResult, restore_result
 from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
@@ -65,7 +64,7 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
-from pi0.ript.results import summarize, write_report
+from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, SamplerState, state_name
 from pi0.ript.turns import Ring, TaskTurns
@@ -287,13 +286,15 @@ def load_checkpoint(safe: Safeguards, learner: Learner, newest: Path | None) -> 
 
 @contextlib.contextmanager
 def cleanup_on_exit(safe: Safeguards) -> Iterator[None]:
-    """Where the run is asked to stop, leave a checkpoint of its last finished iteration."""
+    """Where the run is asked to stop, or its simulations break, leave a checkpoint of its last finished iteration."""
     try:
         yield
-    except Interrupted:
+    except (Interrupted, BrokenSimulationsError) as reason:
         if safe.state.can_be_saved and not on_rank_zero(safe.store.has, safe.state.step):
             save_checkpoint(safe)
         print(f"stopped; --resume continues from {safe.store.resume_point(safe.state.step)}")
+        if not isinstance(reason, Interrupted):
+            raise
 
 
 def monitor_memory(history: list[dict]) -> None:
@@ -509,7 +510,7 @@ def evaluate_periodically(
     evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
     scores = (write_json, run_dir / "metrics.json", evaluations)
     on_rank_zero(report_failure, "metrics.json not written", *scores)
-    print(f"evaluation after {step} steps: {format_rate(sum(scored.outcomes), len(scored.outcomes))}")
+    print(f"evaluation after {step} steps: {scored}")
 
 
 def train(
@@ -592,9 +593,9 @@ def train(
         seconds = time.monotonic() - started
         results = (config, run_dir, env_runner, (start, acting), (before, after), state.history, seconds)
         on_rank_zero(write_results, *results)
-        if run is not None:
-            finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
+        finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
+    on_rank_zero(check_machine, before, after, state.history)
     return run_dir
 
 

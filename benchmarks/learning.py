@@ -145,9 +145,12 @@ def table(folder: Path) -> str:
         results = json.loads(file.read_text())
         before, after = results["before"], results["after"]
         kinds.setdefault(file.parent.name.rpartition("-seed")[0], []).append(results)
-        change = paired_difference(
-            *([outcome["success"] for outcome in scored["outcomes"]] for scored in (before, after))
-        )
+        pairs = [
+            (first["success"], second["success"])
+            for first, second in zip(before["outcomes"], after["outcomes"], strict=True)
+            if None not in (first["success"], second["success"])  # its simulation broke
+        ]
+        change = paired_difference([first for first, _ in pairs], [second for _, second in pairs])
         cells = [format_rate(cell["successes"], cell["episodes"]) for cell in (before, after)]
         lines.append(
             f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change} | {results['seconds'] / 60:.1f} |"

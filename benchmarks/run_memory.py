@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.report.record import read_run
 from pi0.ript.metrics import METRICS
 
@@ -33,7 +33,7 @@ def main() -> None:
     try:
         steps = read_run(options.run, METRICS).steps
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     rows = [row for row in steps if "memory" in row]
     size = (len(rows) - options.first) // options.parts
     if options.first < 1 or options.parts < 2 or size < 1:

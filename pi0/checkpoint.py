@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pi0.base.errors import CheckpointError, InputError
+from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.folder import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
 from pi0.policy.normalization import NormStats
@@ -197,4 +197,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

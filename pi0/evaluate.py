@@ -3,6 +3,7 @@
     python -m pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8 --episodes 50
 
 It prints success per task with 95% intervals and writes them with the protocol as JSON; `--videos` adds videos.
+Episodes whose simulation broke are not counted; if more than a tenth broke, the exit status is 3.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import time
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
 from pi0.libero.environments import Environments
-from pi0.libero.evaluation import evaluate
+from pi0.libero.evaluation import describe_broken, evaluate, refuse_broken
 from pi0.libero.films import film_episodes
 from pi0.libero.init_states import FIXTURE_MODES
 from pi0.libero.rendering import MODES
@@ -140,11 +141,14 @@ def main(arguments: list[str] | None = None) -> None:
             film_episodes(environments, acting, result, options.videos, output)
     for name, outcomes in [*result.by_task().items(), ("all tasks", result.outcomes)]:
         print(f"{name.replace('_', ' '):<90} {format_rate(sum(outcomes), len(outcomes))}")
+    if result.broken:
+        print(describe_broken(result.broken, len(result.episodes)))
     print(f"written to {output}")
+    refuse_broken("evaluation", result.broken, len(result.episodes))
 
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

@@ -10,14 +10,13 @@ read.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.data import DemonstrationSet, Gripper, open_demonstrations
 from pi0.data.chunks import Chunks
@@ -145,4 +144,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.base.errors import CheckpointError, InputError
+from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
@@ -38,6 +37,7 @@ from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import TRAINING, Environments
 from pi0.libero.episodes import ROBOT
+from pi0.libero.evaluation import describe_broken, refuse_broken
 from pi0.libero.settings import TaskConfig, range_of, task_of_command
 from pi0.libero.stepping import CONTROL_HZ
 from pi0.model.config import Pi0Config
@@ -289,36 +289,47 @@ def clone(
                 bar.update(1, f"loss {loss.item():.4f}")
         trained_s += time.monotonic() - start
         policy.eval()
-        successes = score_on_training_states(
+        average.module.save_pretrained(options.output)
+        successes, episodes = score_on_training_states(
             environments, average.module, options.score_episodes, options.seed
         )
         scores.append(
             {
                 "updates": updates,
                 "successes": successes,
-                "episodes": options.score_episodes,
+                "episodes": episodes,
                 "loss": loss.item(),
             }
         )
-        print(f"{updates} updates: {format_rate(successes, options.score_episodes)} on training states")
-        average.module.save_pretrained(options.output)
-        reached = successes >= options.target_success * options.score_episodes
+        print(f"{updates} updates: {format_rate(successes, episodes)} on training states")
+        reached = successes >= options.target_success * episodes
         if reached or trained_s > 60 * options.max_minutes:
             return scores
 
 
-def score_on_training_states(environments: Environments, policy: PI0Policy, episodes: int, seed: int) -> int:
-    """Successes on training states from which no demonstration started."""
+def score_on_training_states(
+    environments: Environments, policy: PI0Policy, episodes: int, seed: int
+) -> tuple[int, int]:
+    """Successes and episodes, on training states from which no demonstration started.
+
+    Raises:
+        BrokenSimulationsError: more than a tenth of the episodes broke; the others are not counted.
+    """
     pools = environments.training_states(math.ceil(episodes / len(environments.tasks)), seed + 1)
     rollouts = []
     for number in range(episodes):
         pool, index = pools[number % len(pools)], number // len(pools)
         rollouts.append(environments.rollout(pool, index, (TRAINING, seed, pool.task.index, index)))
-    return sum(episode.success for _, episode in environments.run_policy(ActingPolicy(policy), rollouts))
+    played = [episode for _, episode in environments.run_policy(ActingPolicy(policy), rollouts)]
+    broken = [episode.failure for episode in played if episode.failure is not None]
+    if broken:
+        print(f"score on training states: {describe_broken(broken, len(played))}")
+    refuse_broken("score on training states", broken, len(played))
+    return sum(episode.success for episode in played if episode.failure is None), len(played) - len(broken)
 
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

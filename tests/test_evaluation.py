@@ -127,9 +127,9 @@ def test_a_score_counts_by_task_and_names_what_broke(result):
     first = dataclasses.replace(result.episodes[0], success=True)
     last = dataclasses.replace(result.episodes[-1], failure="diverged")
     counted = dataclasses.replace(result, episodes=[first, *result.episodes[1:-1], last]).score()
-    assert (counted["successes"], counted["episodes"], counted["success_rate"]) == (1, 5, 0.2)
+    assert (counted["successes"], counted["episodes"], counted["success_rate"]) == (1, 4, 0.25)
     assert [task["successes"] for task in counted["tasks"].values()] == [1, 0]
-    assert [task["episodes"] for task in counted["tasks"].values()] == [3, 2]
+    assert [task["episodes"] for task in counted["tasks"].values()] == [3, 1]
     assert counted["broken"] == ["diverged"]
     assert counted["outcomes"][0] == {"task": 3, "state": 0, "success": True, "steps": STEPS}
 

@@ -216,7 +216,7 @@ def inverted_set(root):
 @pytest.fixture
 def unscored(monkeypatch):
     """Warm starts end without an episode of a score."""
-    monkeypatch.setattr(warmstart, "score_on_training_states", lambda *_: 0)
+    monkeypatch.setattr(warmstart, "score_on_training_states", lambda *_: (0, 1))
 
 
 @pytest.mark.engine

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.base.progress import progress
 
 
@@ -141,7 +141,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             missed = try_all(copy_of(arguments.tree, Path(folder)), chosen)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     sys.exit(missed > 0)
 

@@ -191,7 +191,7 @@ class Environments:
             (index into `rollouts`, finished episode), in order of completion.
         Raises:
             Interrupted: the run was asked to stop.
-            WorkerError: too many workers are lost.
+            LostWorkersError: workers are lost time and again.
         """
         debug = DebugOutput()
         prepared = [debug.prepare(rollout) for rollout in rollouts]

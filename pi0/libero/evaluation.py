@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, MachineError
 from pi0.base.progress import progress
-from pi0.base.stats import wilson_interval
+from pi0.base.stats import format_rate, wilson_interval
 from pi0.libero.environments import EVALUATION, EVALUATION_STATES, VALIDATION_STATES, Environments
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Episode
 from pi0.libero.init_states import InitStatePool
@@ -18,10 +20,16 @@ from pi0.libero.rollouts import Policy
 from pi0.ranks import collectives
 from pi0.training.interrupts import Interrupted
 
+LARGEST_BROKEN_SHARE = 0.1  # of episodes; if more broke, the command ends with an error
+
+
+class BrokenSimulationsError(MachineError):
+    """So many episodes broke that the rest says little about the policy."""
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Episodes of an evaluation.
+    """Episodes of an evaluation. Those whose simulation broke say nothing of the policy, so no rate counts them.
 
     Attributes:
         episodes: episodes in order of task and initial state.
@@ -33,13 +41,22 @@ class EvaluationResult:
 
     @property
     def outcomes(self) -> list[bool]:
-        """Success of each episode; a broken simulation counts as failure."""
-        return [episode.success for episode in self.episodes]
+        """Success of each episode that ran to its end."""
+        return [episode.success for episode in self.episodes if episode.failure is None]
 
     @property
-    def success_rate(self) -> float:
-        """Share of successful episodes, 0 to 1."""
-        return sum(self.outcomes) / len(self.outcomes)
+    def broken(self) -> list[str]:
+        """What broke each of the other episodes."""
+        return [episode.failure for episode in self.episodes if episode.failure is not None]
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of successful episodes, 0 to 1; None if all broke."""
+        return sum(self.outcomes) / len(self.outcomes) if self.outcomes else None
+
+    def __str__(self) -> str:
+        rate = format_rate(sum(self.outcomes), len(self.outcomes))
+        return f"{rate}; {describe_broken(self.broken, len(self.episodes))}" if self.broken else rate
 
     def to_dict(self) -> dict:
         """Outlines of the episodes, and the protocol, for JSON; `restore_result` reads it."""
@@ -56,26 +73,29 @@ class EvaluationResult:
         return {"episodes": outlines, "protocol": self.protocol}
 
     def score(self) -> dict[str, Any]:
-        """The evaluation as numbers: counts and 95% Wilson intervals, for each task and for all."""
+        """The evaluation as numbers: counts and 95% Wilson intervals, for each task and for all.
+
+        An episode that broke is in "outcomes" without success or failure (None), and counted nowhere.
+        """
 
         def rate(outcomes: list[bool]) -> dict[str, Any]:
             low, high = wilson_interval(sum(outcomes), len(outcomes))
             return {
                 "successes": sum(outcomes),
                 "episodes": len(outcomes),
-                "success_rate": sum(outcomes) / len(outcomes),
+                "success_rate": sum(outcomes) / len(outcomes) if outcomes else None,
                 "interval_95": [low, high],
             }
 
         return {
             **rate(self.outcomes),
             "tasks": {name: rate(outcomes) for name, outcomes in self.by_task().items()},
-            "broken": [e.failure for e in self.episodes if e.failure is not None],
+            "broken": self.broken,
             "outcomes": [
                 {
                     "task": e.rollout.task.index,
                     "state": e.rollout.init_index,
-                    "success": e.success,
+                    "success": e.success if e.failure is None else None,
                     "steps": e.steps,
                 }
                 for e in self.episodes
@@ -83,11 +103,41 @@ class EvaluationResult:
         }
 
     def by_task(self) -> dict[str, list[bool]]:
-        """Outcomes by task name."""
+        """Outcomes by task name; the list is empty if all episodes of a task broke."""
         tasks: dict[str, list[bool]] = {}
         for episode in self.episodes:
-            tasks.setdefault(episode.rollout.task.name, []).append(episode.success)
+            outcomes = tasks.setdefault(episode.rollout.task.name, [])
+            if episode.failure is None:
+                outcomes.append(episode.success)
         return tasks
+
+
+def paired_outcomes(before: EvaluationResult, after: EvaluationResult) -> tuple[list[bool], list[bool]]:
+    """Outcomes of the episodes that ran to their end in both of two evaluations on the same states and noise."""
+    pairs = [
+        (first.success, second.success)
+        for first, second in zip(before.episodes, after.episodes, strict=True)
+        if first.failure is None and second.failure is None
+    ]
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def describe_broken(broken: Sequence[str], total: int) -> str:
+    """How many of `total` episodes broke, which is not 0, and the most frequent cause."""
+    ((cause, count),) = Counter(broken).most_common(1)
+    return f"{len(broken)} of {total} broken and not counted; most frequent cause ({count} times): {cause}"
+
+
+def refuse_broken(what: str, broken: Sequence[str], total: int) -> None:
+    """Raise if more than a tenth of the `total` episodes of `what` broke.
+
+    Raises:
+        BrokenSimulationsError: they did.
+    """
+    if len(broken) > LARGEST_BROKEN_SHARE * total:
+        raise BrokenSimulationsError(
+            f"{what}: {describe_broken(broken, total)}; repair the machine (python -m pi0.doctor) and repeat"
+        )
 
 
 def evaluate(

@@ -23,7 +23,7 @@ def film_episodes(
 ) -> None:
     """Write a video of each episode of `result` that started in one of the first `count` states of its task.
 
-    A video is `folder`/taskI-stateJ-success.mp4 or ...-failure.mp4.
+    A video is `folder`/taskI-stateJ-success.mp4 or ...-failure.mp4. There is none of an episode that breaks.
 
     Args:
         environments: tasks and workers.
@@ -38,6 +38,9 @@ def film_episodes(
         if episode.rollout.init_index < count
     ]
     for _, episode in environments.run_policy(policy, chosen):
+        if episode.failure is not None:
+            print(f"not filmed: {episode.rollout}: {episode.failure}")
+            continue
         outcome = "success" if episode.success else "failure"
         name = f"task{episode.rollout.task.index}-state{episode.rollout.init_index}-{outcome}.mp4"
         write_video(folder / name, episode.video, VIDEO_FPS)
@@ -59,23 +62,34 @@ def film_before_after(
         policy_before, policy_after: the policies.
         before, after: their evaluations on the same states and noise.
     """
-    pairs = list(zip(before.episodes, after.episodes, strict=True))
+    pairs = [
+        pair
+        for pair in zip(before.episodes, after.episodes, strict=True)
+        if pair[0].failure is pair[1].failure is None
+    ]
     pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
     rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
-    films = []
+    films: list[list[list[np.ndarray]]] = []
     for when, policy in (("before", policy_before), ("after", policy_after)):
         episodes = dict(environments.run_policy(policy, rollouts))
         films.append([_titled(episodes[index], when) for index in range(len(rollouts))])
-    frames = []
+    frames: list[np.ndarray] = []
     for left, right in zip(*films, strict=True):
+        if not left or not right:  # it broke this time
+            continue
         length = max(len(left), len(right))
         padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
         gap = np.full((left[0].shape[0], 4, 3), 255, np.uint8)
         frames += [np.concatenate([a, gap, b], axis=1) for a, b in zip(*padded, strict=True)]
+    if not frames:
+        print("before_after.mp4 not written: no episode ran to its end both before and after")
+        return
     write_video(run_dir / "before_after.mp4", frames, VIDEO_FPS)
     print(f"  {run_dir / 'before_after.mp4'}")
 
 
 def _titled(episode: Episode, when: str) -> list[np.ndarray]:
+    if episode.failure is not None:
+        return []
     solved = "solved" if episode.success else "not solved"
     return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")

@@ -21,7 +21,7 @@ from pi0.libero.episodes import Episode, Observation, Rollout
 from pi0.libero.suites import Task
 from pi0.libero.worker import Progress, WorkerSpec
 from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool
-from pi0.workers.process import WorkerError
+from pi0.workers.process import LostWorkersError, WorkerError
 
 FRUITLESS_LOSSES = 9  # of each worker in a run that finishes nothing: it is not the rollouts
 CALL_LIMIT = 20  # a call (drawing states, a demonstration) may take so many times as long as a chunk
@@ -138,7 +138,7 @@ class RolloutPool(WorkerPool):
         Yields:
             (index into `rollouts`, finished episode), in order of completion.
         Raises:
-            WorkerError: workers are lost time and again.
+            LostWorkersError: workers are lost time and again.
         """
         if num_envs is not None and num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; at least one environment is needed")
@@ -170,7 +170,10 @@ class RolloutPool(WorkerPool):
                     if isinstance(outcome, Loss):
                         fruitless += 1
                         if fruitless > FRUITLESS_LOSSES * workers:
-                            raise WorkerError(f"{fruitless} losses without a finished rollout: {outcome}")
+                            raise LostWorkersError(
+                                f"{fruitless} losses without a finished rollout: {outcome}; look for what ends it, "
+                                "such as too little memory"
+                            )
                         yield from schedule.restart(number)
                     else:
                         self.phases.render += sum(progress.render_s for progress in outcome)

@@ -80,6 +80,7 @@ class TaskConfig:
         "makes from 256: set 256 for them",
         unit="pixels",
         low=16,
+        high=4096,
         fixed=True,
     )
     render: Literal["fast", "exact"] = key(

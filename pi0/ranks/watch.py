@@ -30,7 +30,7 @@ MEET_S = 120.0  # time in which all ranks must come to a meeting; a host may be 
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
 
 
-def exit_with(error: Exception) -> NoReturn:
+def exit_with(error: InputError) -> NoReturn:
     """End this rank with the error's message; if several ranks have the same one, one rank of each host prints it."""
     entry = f"said/{socket.gethostname()}/{error}"
     store, first = _first_to_say(entry)
@@ -42,7 +42,7 @@ def exit_with(error: Exception) -> NoReturn:
         elif store is not None:
             # The first may still be printing, and torchrun stops all ranks when one has ended.
             store.wait([f"{entry}/printed"], datetime.timedelta(seconds=PRINT_S))
-    sys.exit(1)
+    sys.exit(error.status)
 
 
 def join_ranks() -> None:

@@ -8,10 +8,9 @@ It writes report.html, one self-contained page, and plots/*.png into the run's f
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.report.declaration import FILE
 from pi0.report.html_report import write_html_report
 
@@ -39,4 +38,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

@@ -173,11 +173,15 @@ def _rate(successes: int, n: int) -> str:
 
 def _gained_and_lost(results: Row) -> str:
     before, after = (
-        [o["success"] for o in results[when].get("outcomes", [])] for when in ("before", "after")
+        [o.get("success") for o in results[when].get("outcomes", [])] for when in ("before", "after")
     )
-    if len(before) != len(after) or not before:
+    if len(before) != len(after):
         return ""
-    pair = paired_difference(before, after)
+    # An episode that broke has no success.
+    ran = [pair for pair in zip(before, after, strict=True) if None not in pair]
+    if not ran:
+        return ""
+    pair = paired_difference([first for first, _ in ran], [second for _, second in ran])
     return f"; {pair.gained} gained and {pair.lost} lost of {pair.n} on the same states and noise"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from pi0.libero.environments import Environments, PolicySpec
 from pi0.libero.episodes import Episode, Rollout
-from pi0.libero.evaluation import EvaluationResult, evaluate
+from pi0.libero.evaluation import EvaluationResult, evaluate, refuse_broken
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Policy, RolloutPool
 from pi0.libero.settings import TaskConfig
@@ -94,8 +94,15 @@ class LIBEROEnvRunner(Environments):
         label: str = "evaluation",
         initial_states: list[InitStatePool] | None = None,
     ) -> EvaluationResult:
-        """Score a policy on all tasks: `pi0.libero.evaluation.evaluate` on this runner."""
-        return evaluate(self, policy, episodes, seed, record, label, initial_states)
+        """Score a policy on all tasks: `pi0.libero.evaluation.evaluate` on this runner.
+
+        Raises:
+            BrokenSimulationsError: every episode broke.
+        """
+        result = evaluate(self, policy, episodes, seed, record, label, initial_states)
+        if not result.outcomes:
+            refuse_broken(label, result.broken, len(result.episodes))
+        return result
 
     def cleanup(self) -> None:
         """Close the environments and end the worker processes."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pi0.base.files import write_json
 from pi0.base.stats import format_rate, paired_difference
+from pi0.libero.evaluation import EvaluationResult, describe_broken, paired_outcomes, refuse_broken
 from pi0.report.html_report import write_learning_curve
 from pi0.ript.metrics import METRICS
 from pi0.training.machine import machine
-
-if TYPE_CHECKING:
-    from pi0.libero.evaluation import EvaluationResult
 
 
 def write_report(
@@ -36,7 +34,8 @@ def write_report(
         history: metrics of each iteration.
         seconds: wall time of the run so far.
     """
-    change = paired_difference(before.outcomes, after.outcomes)
+    pairs = paired_outcomes(before, after)
+    change = paired_difference(*pairs) if pairs[0] else None
     written = ["results.json", "policy", "config.yaml"]
     results = {
         "date": time.strftime("%Y-%m-%d"),
@@ -47,7 +46,9 @@ def write_report(
         "seconds": seconds,
         "before": before.score(),
         "after": after.score(),
-        "change": {
+        "change": change
+        and {
+            "n": change.n,
             "difference": change.difference,
             "interval_95": [change.low, change.high],
             "mcnemar_p": change.p_value,
@@ -73,16 +74,34 @@ def results_table(results: dict[str, Any]) -> str:
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    low, high = results["change"]["interval_95"]
-    lines.append(
-        f"change: {100 * results['change']['difference']:+.1f} percentage points "
-        f"(95% interval {100 * low:+.1f} to {100 * high:+.1f}, paired on the same states and noise; "
-        f"exact McNemar p = {results['change']['mcnemar_p']:.2g})"
-    )
+    for when in ("before", "after"):
+        if broken := results[when]["broken"]:
+            lines.append(f"{when}: {describe_broken(broken, len(results[when]['outcomes']))}")
+    if change := results["change"]:
+        low, high = change["interval_95"]
+        lines.append(
+            f"change: {100 * change['difference']:+.1f} percentage points "
+            f"(95% interval {100 * low:+.1f} to {100 * high:+.1f}, paired on the same states and noise; "
+            f"exact McNemar p = {change['mcnemar_p']:.2g})"
+        )
+    else:
+        lines.append("change: not known, no episode ran to its end both before and after")
     lines.append(
         f"evaluation states are LIBERO's recorded ones, never trained on; {results['seconds'] / 60:.1f} minutes in all"
     )
     return "\n".join(lines)
+
+
+def check_machine(before: EvaluationResult, after: EvaluationResult, history: list[dict[str, Any]]) -> None:
+    """End a run with an error, after all its results are written, if much of what it stands on broke.
+
+    Raises:
+        BrokenSimulationsError: of the episodes of a score, or of all rollouts, more than a tenth broke.
+    """
+    for when, score in (("score before", before), ("score after", after)):
+        refuse_broken(when, score.broken, len(score.episodes))
+    broken = [line.partition(": ")[2] for metrics in history for line in metrics["failed_rollouts"]]
+    refuse_broken("rollouts", broken, sum(metrics["rollouts"] for metrics in history) + len(broken))
 
 
 def summarize(metrics: dict[str, Any]) -> str:

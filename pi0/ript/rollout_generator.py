@@ -15,6 +15,7 @@ from pi0.base.errors import InputError
 from pi0.base.progress import progress
 from pi0.libero.environments import TRAINING
 from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.evaluation import refuse_broken
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Phases, Policy
 from pi0.report.declaration import distribution
@@ -119,8 +120,15 @@ class Collection:
 
 
 def merge_metrics(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge `Collection.metrics` of several ranks: counts are added, the slowest rank sets the time."""
+    """Merge `Collection.metrics` of several ranks: counts are added, the slowest rank sets the time.
+
+    Raises:
+        BrokenSimulationsError: every group has a rollout whose simulation broke.
+    """
     merged = METRICS.merge(parts)
+    if not merged["rollouts"]:
+        broken = [line.partition(": ")[2] for line in merged["failed_rollouts"]]
+        refuse_broken("rollouts", broken, len(broken))
     tried = merged["groups"] + merged["dropped_groups"]
     merged["dropped_share"] = merged["dropped_groups"] / max(1, tried)
     if "skipped_by_task" in merged:

@@ -20,7 +20,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, exit_with
 from pi0.base.paths import REPO_ROOT
 from pi0.stages import notes as stage_notes
 from pi0.stages import pages as stage_pages
@@ -153,4 +153,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except InputError as error:
-        sys.exit(f"error: {error}")
+        exit_with(error)

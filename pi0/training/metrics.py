@@ -74,17 +74,20 @@ def start_wandb(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) 
     return None
 
 
-def finish_wandb(run: wandb.Run, scores: Mapping[str, Sequence[bool]]) -> None:
+def finish_wandb(run: wandb.Run | None, scores: Mapping[str, Sequence[bool]]) -> None:
     """End a WandB run with success rates and their counts in its summary; a failure is printed.
 
     Args:
-        run: the WandB run.
+        run: the WandB run; None: there is none to end.
         scores: outcomes of episodes by name, e.g. "before" and "after".
     """
+    if run is None:
+        return
     try:
         for name, outcomes in scores.items():
             counts = {f"{name}_successes": sum(outcomes), f"{name}_episodes": len(outcomes)}
-            run.summary.update({name: sum(outcomes) / len(outcomes), **counts})
+            rate = {name: sum(outcomes) / len(outcomes)} if outcomes else {}
+            run.summary.update(rate | counts)
         run.finish()
     except (OSError, wandb.Error) as error:
         print(f"WandB's run is not finished: {error}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pi0.workers.arrays import ArrayTable
-from pi0.workers.process import LostWorkerError, WorkerError, WorkerProcess
+from pi0.workers.process import LostWorkerError, LostWorkersError, WorkerError, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,8 @@ class WorkerPool:
             (index into `argument_lists`, result), in order of completion. The worker's arrays are as the call left
             them until the next one is asked for.
         Raises:
-            WorkerError: the function raised an error, or workers were lost in it `ATTEMPTS` times.
+            WorkerError: the function raised an error.
+            LostWorkersError: workers were lost in it `ATTEMPTS` times.
         """
         waiting = deque(range(len(argument_lists)))
         attempts = [0] * len(argument_lists)
@@ -179,7 +180,9 @@ class WorkerPool:
                 elif attempts[index] < ATTEMPTS:
                     waiting.appendleft(index)
                 else:
-                    raise WorkerError(f"{outcome}, {ATTEMPTS} times")
+                    raise LostWorkersError(
+                        f"{outcome}, {ATTEMPTS} times; look for what ends it, such as too little memory"
+                    )
                 start_next(number)
 
     def lose(self, number: int, cause: str) -> Loss:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pi0.base.errors import MachineError
 from pi0.base.paths import REPO_ROOT
 from pi0.workers.arrays import ArrayTable, arrays_in, nbytes
 
@@ -28,7 +29,11 @@ STOP_S = 5.0  # time a worker has to end by itself
 
 
 class WorkerError(RuntimeError):
-    """What a worker was asked to do raised an error, or workers are lost time and again."""
+    """What a worker was asked to do raised an error, or a worker was lost."""
+
+
+class LostWorkersError(WorkerError, MachineError):
+    """Workers are lost time and again."""
 
 
 class LostWorkerError(Exception):
