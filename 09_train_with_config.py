@@ -200,7 +200,7 @@ def train(config: Config) -> Path:
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
-    check_machine(before, after, history)
+        check_machine(before, after, history)
     return run_dir
 
 

@@ -49,7 +49,7 @@ from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
 from pi0.ranks.collectives import gather, largest, on_rank_zero
-from pi0.ranks.watch import exit_with, join_ranks, watched_ranks
+from pi0.ranks.watch import exit_with, join_ranks, under_torchrun, watched_ranks
 from pi0.report.html_report import write_html_report
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
@@ -153,7 +153,7 @@ class TaskAwareSampler(Sampler[list[int]]):
 
 def setup_distributed() -> tuple[int, int, int]:
     """Join the ranks that torchrun has started: (rank, rank on this host, world size); (0, 0, 1) without it."""
-    if "RANK" not in os.environ:
+    if not under_torchrun():
         return 0, 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -454,7 +454,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
             write_results(config, run_dir, env_runner, (start, acting), (before, after), history, seconds)
         finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
-    on_rank_zero(check_machine, before, after, history)
+        on_rank_zero(check_machine, before, after, history)
     return run_dir
 
 

@@ -55,7 +55,7 @@ from pi0.policy.acting import ActingPolicy
 from pi0.policy.saved_policy import SavedPolicy
 from pi0.ranks.collectives import average_gradients, broadcast_weights, gather, largest, on_rank_zero
 from pi0.ranks.sharding import shard, weights_are_finite, whole
-from pi0.ranks.watch import RankWatch, exit_with, join_ranks, watched_ranks
+from pi0.ranks.watch import RankWatch, exit_with, join_ranks, under_torchrun, watched_ranks
 from pi0.report.html_report import write_html_report
 from pi0.ript.cfg_adapter import OutOfMemory, PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
@@ -163,7 +163,7 @@ class TaskAwareSampler(Sampler[list[int]]):
 
 def setup_distributed() -> tuple[int, int, int]:
     """Join the ranks that torchrun has started: (rank, rank on this host, world size); (0, 0, 1) without it."""
-    if "RANK" not in os.environ:
+    if not under_torchrun():
         return 0, 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
@@ -595,7 +595,7 @@ def train(
         on_rank_zero(write_results, *results)
         finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
-    on_rank_zero(check_machine, before, after, state.history)
+        on_rank_zero(check_machine, before, after, state.history)
     return run_dir
 
 

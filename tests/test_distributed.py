@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -327,6 +329,35 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     output, _ = run.communicate(timeout=100)
     assert run.returncode != 0
     assert error_line(output) == "error: policy_path = '/nowhere': there is no such folder"
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"RANK": "0"}, "policy_path = '/nowhere': there is no such folder"),  # a single process
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "policy_path = '/nowhere': there is no such folder"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+            "WORLD_SIZE = 2 is set, and LOCAL_RANK, MASTER_PORT not: start the ranks with torchrun, "
+            + "which sets them all, or unset WORLD_SIZE",
+        ),
+    ],
+    ids=["rank", "rank of one", "rank of two"],
+)
+@pytest.mark.parametrize("script", [SCRIPT, "13_train_production_ready.py"])
+def test_a_part_of_what_torchrun_sets_is_a_single_process_or_refused(tmp_path, script, given, said):
+    arguments = [
+        "--config_path",
+        "configs/multi_task_distributed.yaml",
+        "--override",
+        f"output_dir={tmp_path}",
+    ]
+    run = subprocess.run(
+        [sys.executable, script, *arguments, "policy_path=/nowhere"],
+        cwd=REPO_ROOT, env=os.environ | given, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (1, f"error: {said}\n")
 
 
 SLOW_TO_PRINT = """

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from pi0.base.errors import InputError
 from pi0.ranks.collectives import rank_and_world_size
 
+TORCHRUN_SETS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BEAT_S = 1.0  # time from one sign of life to the next
 SILENCE_S = 30.0  # without a sign of life for so long, a rank counts as dead
 STORE_LIMIT = datetime.timedelta(seconds=30)  # time in which the launcher must answer
@@ -28,6 +29,22 @@ PRINT_S = 10.0  # time that a rank has to print an error before the others end w
 MEET_S = 120.0  # time in which all ranks must come to a meeting; a host may be slow to load the program
 # A rank may wait for the rollouts of others. A dead rank is noticed by its silence, not by this limit.
 COLLECTIVE_LIMIT = datetime.timedelta(hours=6)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process as a rank; if a part of its variables is missing, the process ends.
+
+    Cluster operators may set RANK alone. Without a WORLD_SIZE, or with 1, that means a single process.
+    """
+    missing = [name for name in TORCHRUN_SETS if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE", "1") != "1":
+        exit_with(
+            InputError(
+                f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is set, and {', '.join(missing)} not: start the ranks with "
+                "torchrun, which sets them all, or unset WORLD_SIZE"
+            )
+        )
+    return not missing
 
 
 def exit_with(error: InputError) -> NoReturn:
