@@ -228,7 +228,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config_path", required=True, help="YAML file, see configs/")
-    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. algo.lr=2e-5")
+    parser.add_argument("--override", nargs="*", action="extend", default=[], help="KEY=VALUE: algo.lr=2e-5")
     return parser.parse_args()
 
 

@@ -77,7 +77,7 @@ from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
 from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
-from pi0.training.run_folder import new_run_dir, newest_run, take_run
+from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
 from pi0.training.safeguards import Safeguards
 from pi0.training.state import States, TrainingState, Weights
 
@@ -514,7 +514,7 @@ def evaluate_periodically(
 
 
 def train(
-    config: Config, rank: int, world_size: int, tees: list[_TeeIO], watch: RankWatch | None, resume: bool
+    config: Config, rank: int, world_size: int, tees: list[_TeeIO], watch: RankWatch | None, resume: str
 ) -> Path:
     """Score, practise, score again; returns the folder with everything that was written."""
     interrupts = setup_signal_handlers(watch)
@@ -522,7 +522,7 @@ def train(
     policy = load_policy(config)
     broadcast_weights(policy)  # another host may have another file of that name
     place = (config.output_dir, config.exp_name, to_dict(config))
-    open_run = (newest_run, *place, fixed_keys(Config)) if resume else (new_run_dir, *place)
+    open_run = (run_to_resume, resume, *place, fixed_keys(Config)) if resume else (new_run_dir, *place)
     run_dir = on_rank_zero(*open_run)
     log_to_files(tees, run_dir / f"train_rank{rank}.log")
     on_rank_zero(take_run, run_dir, to_dict(config))
@@ -625,8 +625,8 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config_path", required=True, help="YAML file, see configs/")
-    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. algo.lr=2e-5")
-    parser.add_argument("--resume", action="store_true", help="continue the newest run of this exp_name")
+    parser.add_argument("--override", nargs="*", action="extend", default=[], help="KEY=VALUE: algo.lr=2e-5")
+    parser.add_argument("--resume", nargs="?", const="newest", default="", help="the newest run, or a folder")
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from pi0.base.arguments import Collect
 from pi0.base.progress import progress
 from pi0.libero.assets import resolve_assets, use_assets
 from pi0.libero.experts import NoExpertError, PickAndPlace
@@ -33,10 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suites", nargs="+", default=list(SUITES))
+    parser.add_argument("--suites", action=Collect, nargs="+", default=list(SUITES))
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument(
-        "--tasks", nargs="+", default=[], help="tasks by index or name; default: all of each suite"
+        "--tasks",
+        action=Collect,
+        nargs="+",
+        default=[],
+        help="tasks by index or name; default: all of each suite",
     )
     parser.add_argument("--steps", type=int, help="control steps; the suite's horizon by default")
     options = parser.parse_args()

@@ -26,6 +26,7 @@ import mujoco
 import numpy as np
 
 from pi0 import PI0Policy
+from pi0.base.arguments import Collect
 from pi0.base.progress import progress
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
@@ -53,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", nargs="+", choices=["profile", "growth"], default=["profile", "growth"])
+    parser.add_argument(
+        "--tables", action=Collect, nargs="+", choices=["profile", "growth"], default=["profile", "growth"]
+    )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--episodes", type=int, default=40, help="episodes of each measurement")
     options = parser.parse_args()

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from pi0.base.arguments import Collect
 from pi0.base.progress import progress
 from pi0.libero import gl
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--figures", nargs="+", choices=list(GOALS), default=list(GOALS))
+    parser.add_argument("--figures", action=Collect, nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--turns", type=int, default=3, help="measurements of each side")
     parser.add_argument(
         "--episodes",

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from pi0 import PI0Policy
+from pi0.base.arguments import Collect
 from pi0.training import checkpoint_store, memory
 from pi0.training import state as training_state
 from pi0.training.checkpoint_store import CheckpointStore
@@ -113,7 +114,9 @@ def main() -> None:
         "--iterations", type=int, default=7, help="iterations of the run; the first is not counted"
     )
     parser.add_argument("--turns", type=int, default=40, help="updates of each kind")
-    parser.add_argument("--override", nargs="*", default=[], help="further overrides for the run")
+    parser.add_argument(
+        "--override", action=Collect, nargs="*", default=[], help="further overrides for the run"
+    )
     options = parser.parse_args()
     if options.iterations < 3 or options.turns < 2:
         parser.error("at least three iterations and two turns are needed")

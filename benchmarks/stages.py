@@ -35,6 +35,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pi0.base.arguments import Collect
 from pi0.base.files import write_json
 from pi0.ranks.watch import SILENCE_S
 
@@ -65,10 +66,12 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=int, default=12, help="measured iterations of each run")
     parser.add_argument(
-        "--stages", nargs="+", default=list(STAGES), choices=STAGES, help="two: two processes"
+        "--stages", action=Collect, nargs="+", default=list(STAGES), choices=STAGES, help="two: two processes"
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a run's turn")
-    parser.add_argument("--override", nargs="*", default=[], help="further overrides for every run")
+    parser.add_argument(
+        "--override", action=Collect, nargs="*", default=[], help="further overrides for every run"
+    )
     parser.add_argument("--output", default="outputs/stages.json")
     parser.add_argument("--table", help="only print the table of this file")
     options = parser.parse_args()

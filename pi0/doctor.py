@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pi0.base.arguments import Collect
 from pi0.base.paths import REPO_ROOT
 
 # A check imports the packages it needs itself, because a package may be missing.
@@ -329,7 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pi0.doctor", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config_path", help="the configuration of the planned run")
     parser.add_argument(
-        "--override", nargs="*", default=[], metavar="KEY=VALUE", help="as for the stage scripts"
+        "--override",
+        action=Collect,
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as for the stage scripts",
     )
     options = parser.parse_args(arguments)
     if options.override and not options.config_path:

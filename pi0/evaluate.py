@@ -15,6 +15,7 @@ import time
 import torch
 
 from pi0 import PI0Policy, pick_device
+from pi0.base.arguments import Collect
 from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
@@ -43,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--suite", default="libero_spatial", help="libero_spatial, _object, _goal, _10 or _90"
     )
     parser.add_argument(
-        "--tasks", nargs="*", default=[], help="tasks by index or name; none: the whole suite"
+        "--tasks", action=Collect, nargs="*", default=[], help="tasks by index or name; none: the whole suite"
     )
     parser.add_argument(
         "--episodes",

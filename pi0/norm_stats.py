@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pi0.base.arguments import Collect
 from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.data import DemonstrationSet, Gripper, open_demonstrations
@@ -84,7 +85,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="libero_spatial, libero_object, or libero_10 with tasks 0, 1, 4, 6, 7",
     )
     parser.add_argument(
-        "--tasks", nargs="+", default=[], help="by index or name; default: all of the suite or the data set"
+        "--tasks",
+        action=Collect,
+        nargs="+",
+        default=[],
+        help="by index or name; default: all of the suite or the data set",
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
     parser.add_argument("--demonstrations", type=int, default=10, help="demonstrations recorded of each task")

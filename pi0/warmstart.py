@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy, pick_device
+from pi0.base.arguments import Collect
 from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
@@ -67,7 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="libero_spatial",
         help="libero_spatial, libero_object, and tasks 0, 1, 4, 6, 7 of libero_10 have experts",
     )
-    parser.add_argument("--tasks", nargs="+", default=["3", "8"], help="tasks by index or name")
+    parser.add_argument(
+        "--tasks", action=Collect, nargs="+", default=["3", "8"], help="tasks by index or name"
+    )
     parser.add_argument("--output", required=True, help="policy folder to write")
     parser.add_argument("--start-from", help="policy folder to continue from, instead of new weights")
     parser.add_argument("--norm-stats-path", help="statistics to use instead of that folder's own")
@@ -97,6 +100,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dataset-features",
+        action=Collect,
         nargs="+",
         metavar="NAME=FEATURE",
         help="names of state, actions and each camera in a LeRobot data set, if they are not known",

@@ -20,7 +20,7 @@ from pi0.base.paths import REPO_ROOT
 from pi0.base.typed_yaml import fixed_keys
 from pi0.ript.config import Config
 from pi0.training.checkpoint_store import CheckpointStore
-from pi0.training.run_folder import new_run_dir, newest_run, take_run
+from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
 from tests.support.browser import browser_check
 from tests.support.programs import fresh_python
 from tests.support.stage_13_runs import (
@@ -58,7 +58,7 @@ def killed(killed_run, tmp_path):
 
 @pytest.mark.runs
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
-    output = finish(start(killed, "--resume"))
+    output = finish(start(killed, "--resume", str(run_of(killed))))  # others: without its folder
     assert re.search(r"continuing from .*step-00000[12], [12] iterations done", output)
     assert_same(killed, straight[0])
     lines = (run_of(killed) / "metrics.jsonl").read_text().splitlines()
@@ -159,9 +159,9 @@ def test_what_weights_and_states_mean_cannot_change_in_between(tmp_path, changed
     config = {"norm_stats_path": None, "task": {"demonstrations": None}}
     run_dir = new_run_dir(str(tmp_path), "run", config)
     (run_dir / "checkpoints").mkdir()
-    assert newest_run(str(tmp_path), "run", config, fixed_keys(Config)) == run_dir
+    assert run_to_resume("newest", str(tmp_path), "run", config, fixed_keys(Config)) == run_dir
     with pytest.raises(OutputError, match=r"cannot be resumed with other settings \(\S+ was None and is '"):
-        newest_run(str(tmp_path), "run", config | changed, fixed_keys(Config))
+        run_to_resume("newest", str(tmp_path), "run", config | changed, fixed_keys(Config))
 
 
 @pytest.mark.runs
@@ -183,7 +183,7 @@ def test_resume_takes_the_newest_run_of_just_this_experiment(tmp_path):
     make_run(tmp_path, "run-20260101-000000", {"seed": 0})
     newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
     make_run(tmp_path, "run-b-20260301-000000", {"seed": 0})
-    assert newest_run(str(tmp_path), "run", {"seed": 0}, ["seed"]) == newest
+    assert run_to_resume("newest", str(tmp_path), "run", {"seed": 0}, ["seed"]) == newest
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
@@ -196,17 +196,19 @@ def test_a_run_without_checkpoints_does_not_hide_an_older_one_that_has_some(tmp_
     older = make_run(tmp_path, "run-20260101-000000", {"seed": 0})
     (older / "checkpoints/step-000004").mkdir()
     newest = make_run(tmp_path, "run-20260201-000000", {"seed": 0})
-    assert newest_run(str(tmp_path), "run", {"seed": 0}, ["seed"]) == older
+    assert run_to_resume("newest", str(tmp_path), "run", {"seed": 0}, ["seed"]) == older
     (newest / "checkpoints/step-000000").mkdir()
-    assert newest_run(str(tmp_path), "run", {"seed": 0}, ["seed"]) == newest
+    assert run_to_resume("newest", str(tmp_path), "run", {"seed": 0}, ["seed"]) == newest
 
 
 def test_what_a_run_was_built_on_cannot_change_and_what_it_was_not_can(tmp_path, capsys):
     make_run(tmp_path, "run-20260101-000000", {"algo": {"lr": 1e-4, "num_epochs": 2}})
-    newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-4, "num_epochs": 3}}, fixed_keys(Config))
+    run_to_resume("newest", str(tmp_path), "run", {"algo": {"lr": 1e-4, "num_epochs": 3}}, fixed_keys(Config))
     assert "resuming with algo.num_epochs = 3, which was 2" in capsys.readouterr().out
     with pytest.raises(OutputError, match=r"algo\.lr was 0\.0001 and is 0\.001.*policy_path"):
-        newest_run(str(tmp_path), "run", {"algo": {"lr": 1e-3, "num_epochs": 2}}, fixed_keys(Config))
+        run_to_resume(
+            "newest", str(tmp_path), "run", {"algo": {"lr": 1e-3, "num_epochs": 2}}, fixed_keys(Config)
+        )
 
 
 @pytest.mark.runs

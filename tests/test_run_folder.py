@@ -4,9 +4,9 @@ from dataclasses import asdict, dataclass
 
 import pytest
 
-from pi0.base.errors import OutputError
+from pi0.base.errors import MissingFileError, OutputError
 from pi0.base.typed_yaml import fixed_keys, key, section
-from pi0.training.run_folder import new_run_dir, newest_run
+from pi0.training.run_folder import name_problem, new_run_dir, run_to_resume
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class Settings:
 
 def resumed(folder, **changes) -> str:
     config = Settings(critic=Critic(**changes))
-    return newest_run(str(folder), "run", asdict(config), fixed_keys(Settings)).name
+    return run_to_resume("newest", str(folder), "run", asdict(config), fixed_keys(Settings)).name
 
 
 @pytest.fixture
@@ -55,3 +55,51 @@ def test_a_section_that_the_run_did_not_have_is_compared_key_by_key(stopped, tmp
         resumed(tmp_path)
     (stopped / "config.yaml").write_text("game: level-1\ncritic: {heads: 2}\n")
     assert resumed(tmp_path) == stopped.name
+
+
+def test_any_run_is_resumed_by_its_folder(stopped, tmp_path, capsys):
+    newer = new_run_dir(str(tmp_path), "run", asdict(Settings(game="level-2")))
+    (newer / "checkpoints" / "step-000001").mkdir(parents=True)
+    settings = asdict(Settings()), fixed_keys(Settings)
+    for folder in (stopped, newer.parent / "." / stopped.name):
+        assert run_to_resume(str(folder), "elsewhere", "another", *settings) == stopped
+    with pytest.raises(OutputError, match="game was 'level-2' and is 'level-1'"):
+        run_to_resume(str(newer), str(tmp_path), "run", *settings)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "folder, problem", [("", "has no checkpoints"), ("nowhere", "there is no such folder")]
+)
+def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path, folder, problem):
+    with pytest.raises(
+        OutputError, match=f"nothing to resume: {tmp_path / folder}: {problem}; name the folder"
+    ):
+        run_to_resume(str(tmp_path / folder), str(tmp_path), "run", {}, [])
+
+
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_text(""), "it holds no settings"),
+        (lambda path: path.write_text("game: [1"), "while parsing a flow sequence"),
+        (lambda path: path.write_bytes(b"game: \xff"), "utf-8"),
+        (lambda path: path.write_bytes(b"game: \x01"), "special characters are not allowed"),
+    ],
+    ids=["missing", "empty", "not yaml", "not text", "control character"],
+)
+def test_a_run_whose_settings_cannot_be_read_is_not_resumed_with_others(stopped, tmp_path, damage, problem):
+    damage(stopped / "config.yaml")
+    with pytest.raises(MissingFileError, match=f"config.yaml: the settings .*{problem}.*restore the file"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["run", "run-2", "a.b c", "läufe"])
+def test_a_name_of_a_folder_is_fine(name):
+    assert name_problem(name) is None
+
+
+@pytest.mark.parametrize("name", ["", "team/exp", "../../x", "..", ".", "/x", "x/", "a\nb"])
+def test_a_name_that_leaves_the_folder_of_runs_is_refused(name):
+    assert "one name without /" in name_problem(name)

@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pi0.base.arguments import Collect
 from pi0.base.errors import InputError, exit_with
 from pi0.base.progress import progress
 
@@ -133,7 +134,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     packages = list(dict.fromkeys(mutation.package for mutation in MUTATIONS))
-    parser.add_argument("--only", nargs="+", choices=packages, default=packages, metavar="PACKAGE")
+    parser.add_argument(
+        "--only", action=Collect, nargs="+", choices=packages, default=packages, metavar="PACKAGE"
+    )
     parser.add_argument("--tree", type=Path, default=ROOT, help="checkout to copy; default: this one")
     arguments = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if mutation.package in arguments.only]

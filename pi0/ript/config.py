@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pi0.base import typed_yaml
 from pi0.base.typed_yaml import ConfigError, KeyDescription, key, section, show
 from pi0.libero.settings import MAX_SEED, RECORDED_STATES, ScoreConfig, TaskConfig, task_conflicts
+from pi0.training.run_folder import name_problem
 from pi0.training.settings import (
     FeaturesConfig,
     LoggingConfig,
@@ -296,6 +297,8 @@ def _conflicts(config: Config) -> list[str]:
     """Conflicts between keys whose values are each valid."""
     algo = config.algo
     conflicts = task_conflicts(config.task)
+    if problem := name_problem(config.exp_name):
+        conflicts.append(f"exp_name = {show(config.exp_name)} {problem}")
     if config.training.use_fsdp and config.dtype != "float32":
         conflicts.append(
             f"training.use_fsdp = true shards weights of one type only, but dtype = {show(config.dtype)} mixes two; "

@@ -17,8 +17,15 @@ from typing import Any
 
 import yaml
 
-from pi0.base.errors import OutputError
+from pi0.base.errors import MissingFileError, OutputError
 from pi0.base.files import writable_dir, write_whole
+
+
+def name_problem(name: str) -> str | None:
+    """Why a run's folder cannot have this name, or None."""
+    if name not in ("", "..") and name == Path(name).name and name.isprintable():
+        return None
+    return "names the run's folder in output_dir, so it is one name without /; folders belong into output_dir"
 
 
 def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
@@ -31,7 +38,7 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
     while True:
         run_dir = folder / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         try:
-            run_dir.mkdir(parents=True)  # a name may have folders in it
+            run_dir.mkdir()
         except FileExistsError:
             time.sleep(0.1)  # another run has started in the same second
         else:
@@ -39,18 +46,43 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
             return run_dir
 
 
-def newest_run(output_dir: str, name: str, config: dict[str, Any], fixed: Collection[str]) -> Path:
-    """The newest `output_dir/name-DATE-TIME` with checkpoints; prints how its configuration differed.
-
-    If none has a checkpoint, it is the newest with an empty folder of checkpoints.
+def run_to_resume(
+    folder: str, output_dir: str, name: str, config: dict[str, Any], fixed: Collection[str]
+) -> Path:
+    """The folder of the run that `--resume` means; prints how its configuration differed.
 
     Args:
+        folder: the run's; "newest" means the newest `output_dir/name-DATE-TIME` with checkpoints.
         output_dir, name: as for `new_run_dir`.
         config: configuration for the resumed run.
         fixed: dotted names of the keys that must keep their values.
     Raises:
-        OutputError: there is no such folder, or a fixed key differs.
+        OutputError: there is no run to resume, or a fixed key differs.
+        MissingFileError: its configuration is not there or damaged.
     """
+    run = _newest_run(output_dir, name) if folder == "newest" else _run_of(folder)
+    differences = _differences(_read_config(run / "config.yaml"), config)
+    if changed := [difference for difference in differences if difference[0] in fixed]:
+        changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
+        raise OutputError(
+            f"{run} cannot be resumed with other settings ({changes}); restore them, or start a new run with "
+            f"policy_path = {run / 'policy'}"
+        )
+    for key, was, now in differences:
+        print(f"resuming with {key} = {now!r}, which was {was!r}")
+    return run
+
+
+def _run_of(folder: str) -> Path:
+    run = Path(folder)
+    if not (run / "checkpoints").is_dir():
+        what = "has no checkpoints" if run.is_dir() else "there is no such folder"
+        raise OutputError(f"nothing to resume: {run}: {what}; name the folder of a run, as it was printed")
+    return run
+
+
+def _newest_run(output_dir: str, name: str) -> Path:
+    """The newest run with a checkpoint; if none has one, the newest with an empty folder of checkpoints."""
     runs = sorted(
         path.parent
         for path in Path(output_dir).glob(f"{name}-*-*/checkpoints")
@@ -61,17 +93,23 @@ def newest_run(output_dir: str, name: str, config: dict[str, Any], fixed: Collec
             f"nothing to resume: no {name}-DATE-TIME/checkpoints in {output_dir}; start without --resume"
         )
     runs.sort(key=lambda run: any(run.glob("checkpoints/step-*")))  # equal ones stay in the order of time
-    earlier = yaml.safe_load((runs[-1] / "config.yaml").read_text())
-    differences = _differences(earlier, config)
-    if changed := [difference for difference in differences if difference[0] in fixed]:
-        changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
-        raise OutputError(
-            f"{runs[-1]} cannot be resumed with other settings ({changes}); restore them, or start a new run with "
-            f"policy_path = {runs[-1] / 'policy'}"
-        )
-    for key, was, now in differences:
-        print(f"resuming with {key} = {now!r}, which was {was!r}")
     return runs[-1]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings with which a run was last started."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+    else:
+        if isinstance(content, dict):
+            return content
+        problem = "it holds no settings"
+    raise MissingFileError(
+        f"{path}: the settings of the run cannot be read ({problem}); restore the file: each run.json in "
+        f"{path.parent / 'checkpoints'} holds them under facts, config"
+    )
 
 
 def take_run(run_dir: Path, config: dict[str, Any]) -> None:
