@@ -53,6 +53,46 @@ def test_a_learning_rate_may_be_written_without_a_point(write, text):
     assert load_config(write(f"policy_path: a\nalgo:\n  lr: {text}\n")).algo.lr == 1e-4
 
 
+@pytest.mark.parametrize("text", ["0100", "1:30", "0o17", "0b1", "08"])
+def test_what_only_looks_like_a_number_is_none(write, text):
+    (error,) = errors_of(write(f"policy_path: a\ntraining:\n  seed: {text}\n"))
+    assert error == f'run.yaml:3: training.seed = "{text}": expected int, got str'
+
+
+@pytest.mark.parametrize(
+    "name", ["0100", "1:30", "0o17", "08", "1_0", "0x1F", "-1", "1.5", "yes", "null", "~", "2026-01-01"]
+)
+def test_a_name_that_looks_like_something_else_is_written_and_read_as_it_is(write, name):
+    written = yaml.safe_dump(to_dict(load_config(write(f"policy_path: a\nexp_name: '{name}'\n"))))
+    assert load_config(write(written)).exp_name == name
+
+
+@pytest.mark.parametrize(("text", "seed"), [("7", 7), ("+7", 7), ("1_000", 1000), ("0", 0)])
+def test_whole_numbers(write, text, seed):
+    assert load_config(write(f"policy_path: a\ntraining: {{seed: {text}}}\n")).training.seed == seed
+
+
+def test_a_home_is_found_in_every_key_that_names_a_file_or_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "policy_path: ~/policy\noutput_dir: ~/runs\nexp_name: '~'\ntask: {assets: ~/assets, demonstrations: ~/sets}\n"
+    config = load_config(
+        write(text),
+        ["norm_stats_path=~/stats.json", "algo.cotraining_path=~", "algo.rollout_stats_path=a~/b"],
+    )
+    assert (config.policy_path, config.output_dir) == ("/home/someone/policy", "/home/someone/runs")
+    assert (config.task.assets, config.task.demonstrations) == ("/home/someone/assets", "/home/someone/sets")
+    assert config.norm_stats_path == "/home/someone/stats.json"
+    assert config.algo.cotraining_path is None, "alone it is YAML's null"
+    assert (config.algo.rollout_stats_path, config.exp_name) == ("a~/b", "~")
+
+
+def test_keys_that_name_files_are_declared_so():
+    names = {description.name for description in describe_keys() if description.path}
+    assert {name for name in names if not re.search("path|dir|assets|demonstrations", name)} == set()
+    texts = [description for description in describe_keys() if "str" in str(description.type)]
+    assert {d.name for d in texts if re.search("_path|_dir", d.name)} <= names
+
+
 def test_a_whole_number_is_a_float_where_one_is_expected(write):
     lr = load_config(write("policy_path: a\nalgo: {lr: 1}\n")).algo.lr
     assert lr == 1.0 and type(lr) is float
@@ -172,6 +212,33 @@ def test_a_missing_key_says_what_it_is(write):
 def test_a_key_given_twice_names_both_lines(write):
     (error,) = errors_of(write("policy_path: a\nalgo:\n  lr: 1\n  num_epochs: 2\n  lr: 2\n"))
     assert error == "run.yaml:5: algo.lr is given twice, first in line 3; remove one"
+
+
+def test_a_key_given_dotted_and_nested_names_both_lines(write):
+    (error,) = errors_of(write("policy_path: a\nalgo.lr: 1e-3\nalgo:\n  lr: 1e-4\n"))
+    assert re.fullmatch(r"run.yaml:4: algo.lr is given twice, first in \S+run.yaml:2; remove one", error)
+    assert load_config(write("policy_path: a\nalgo.lr: 1e-3\n"), ["algo.lr=1e-4"]).algo.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("<<: {algo: 1}\n", "<<"),
+        ("algo: &a {lr: 1e-3}\ntraining: {<<: *a}\n", "<<"),
+        ("? [a, b]\n: 1\n", "a key that is a list or a mapping"),
+    ],
+)
+def test_a_key_that_is_no_word_is_refused_in_its_line(write, text, what):
+    (error,) = errors_of(write("policy_path: a\n" + text))
+    assert re.fullmatch(rf"run.yaml:[23]: {what} cannot be used here; write the keys out", error)
+
+
+@pytest.mark.parametrize("character", ["\x01", "\x1b"])
+def test_a_control_character_is_named(write, character):
+    (error,) = errors_of(write(f"policy_path: a{character}\n"))
+    assert "run.yaml: not valid YAML: unacceptable character" in error
+    (error,) = errors_of(write("policy_path: a\n"), f"exp_name=a{character}")
+    assert "not a YAML value: unacceptable character" in error
 
 
 def test_one_run_names_everything_that_is_wrong(write):

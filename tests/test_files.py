@@ -1,4 +1,4 @@
-"""Files are whole or not there, whoever writes at the same time and however full the disk is."""
+"""Files are whole or not there, whoever writes at the same time and however full the disk is, and where they were named."""
 
 import json
 import os
@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pi0.base.errors import OutputError
-from pi0.base.files import write_whole
-from pi0.base.paths import REPO_ROOT
+from pi0.base.files import writable_dir, write_whole
+from pi0.base.paths import REPO_ROOT, cache_dir
+from pi0.base.video import write_video
+from pi0.data.frames import VideoWriter, read_video
 from pi0.training.run_folder import new_run_dir, take_run
 
 WRITES_OFTEN = """
@@ -72,3 +75,32 @@ def test_text_and_bytes_are_written_as_they_are(tmp_path: Path):
     write_whole(tmp_path / "bytes", b"\x00\xff")
     assert (tmp_path / "text").read_bytes() == '"ü"'.encode()
     assert (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+
+
+def test_a_folder_of_results_may_be_below_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert writable_dir("~/runs/a") == tmp_path / "runs" / "a"
+    assert (tmp_path / "runs" / "a").is_dir()
+
+
+@pytest.mark.parametrize("file", ["file", "file/below"])
+def test_a_cache_folder_that_is_a_file_is_refused_by_name(tmp_path, monkeypatch, file):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PI0_CACHE_DIR", str(tmp_path / file))
+    with pytest.raises(
+        OutputError, match=f"^PI0_CACHE_DIR = {tmp_path / file} cannot be .*; set PI0_CACHE_DIR to a writable"
+    ):
+        cache_dir()
+
+
+def test_a_relative_path_with_a_colon_is_a_file_to_the_video_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("team:1")
+    folder.mkdir()
+    frames = list(np.random.default_rng(0).integers(0, 255, (4, 64, 64, 3), dtype=np.uint8))
+    write_video(folder / "film.mp4", frames, 10)
+    writer = VideoWriter(folder / "set.mp4", 10, 64, 64)
+    writer.write(frames)
+    writer.close()
+    for name in ("film.mp4", "set.mp4"):
+        assert read_video(folder / name, np.array([0.0, 0.3]), 0.01).shape == (2, 64, 64, 3)

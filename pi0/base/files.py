@@ -50,7 +50,7 @@ def writable_dir(path: str | Path) -> Path:
     Raises:
         OutputError: it cannot be made or written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

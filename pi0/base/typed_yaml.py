@@ -12,13 +12,14 @@ import dataclasses
 import difflib
 import json
 import math
+import os.path
 import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -42,6 +43,7 @@ def key(
     since: int | None = None,
     before: Any = MISSING,
     fixed: bool = False,
+    path: bool = False,
 ) -> Any:
     """A field of the schema.
 
@@ -54,6 +56,7 @@ def key(
         since: first version of the program that reads the key; None: that of its section, or all versions.
         before: the value for which a later version does what earlier versions do.
         fixed: a resumed run must keep the value that it started with.
+        path: it names a file or folder, so a leading ~ means the home.
     """
     metadata = {
         "doc": doc,
@@ -64,6 +67,7 @@ def key(
         "since": since,
         "before": before,
         "fixed": fixed,
+        "path": path,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -94,6 +98,7 @@ class KeyDescription:
     since: int | None
     before: Any
     fixed: bool
+    path: bool
 
 
 def describe_keys(schema: type) -> list[KeyDescription]:
@@ -177,6 +182,9 @@ def load(
             given.problem(name, value, problem)
     if given.problems:
         raise ConfigError("\n".join(given.problems))
+    for name, value in given.values.items():
+        if keys[name].path and isinstance(value, str):
+            given.values[name] = os.path.expanduser(value)
     return _build(schema, given.values)
 
 
@@ -197,12 +205,23 @@ def show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=repr)
 
 
+_INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge"))
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string, because it has no point; here it is a number."""
+    """Numbers are what people write: 1e-4 is one, and 0100 and 1:30 are none. In YAML 1.1 they are 64 and 90."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    _FLOAT,
+    re.compile(r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
 )
 
 
@@ -227,8 +246,8 @@ class _Given:
             raise ConfigError(f"{self.path}: no such file; there are: {there or 'no YAML files'}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.path}: cannot be read: {error}") from None
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             root = loader.get_single_node()
         except yaml.YAMLError as error:
             raise ConfigError(f"{self.path}: not valid YAML: {_one_line(error)}") from None
@@ -245,8 +264,8 @@ class _Given:
         if not (name and equals):
             self.problems.append(f"{origin}: expected key=value, for example algo.lr=2e-5")
             return
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except yaml.YAMLError as error:
             self.problems.append(f"{origin}: not a YAML value: {_one_line(error)}")
@@ -262,13 +281,23 @@ class _Given:
             except (yaml.YAMLError, ValueError) as error:
                 self.problems.append(f"{origin}: {name}: not a YAML value: {_one_line(error)}")
                 return
-            if value is not None or override or not _is_section(name, self.keys):
+            if not override and name in self.values:  # as "algo.lr" and as "lr" below "algo"
+                self.problems.append(
+                    f"{origin}: {name} is given twice, first in {self.origins[name]}; remove one"
+                )
+            elif value is not None or override or not _is_section(name, self.keys):
                 self.values[name] = value
                 self.origins[name] = origin
             return
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                what = "<<" if key_node.tag == _MERGE else "a key that is a list or a mapping"
+                self.problems.append(
+                    f"{override or f'{self.path}:{line}'}: {what} cannot be used here; write the keys out"
+                )
+                continue
             child = f"{name}.{key_node.value}" if name else str(key_node.value)
             if child in lines:
                 where = override or f"{self.path}:{line}"

@@ -17,7 +17,8 @@ def write_video(path: str | Path, frames: Sequence[np.ndarray], fps: int) -> Non
     if not frames:
         raise ValueError(f"no frames to write to {path}")
     height, width = frames[0].shape[:2]
-    with av.open(str(path), "w") as container:
+    # In a relative path a colon would end the name of a protocol.
+    with av.open(str(Path(path).absolute()), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "23"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:

@@ -60,7 +60,7 @@ def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
     found: list[np.ndarray] = []
     nearest = np.inf
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute())) as container:  # a relative path with a colon would be a URL
             stream = container.streams.video[0]
             tick = float(stream.time_base or 0)
             # Seek to the key frame at or before the first frame needed; decoding starts there.
@@ -106,7 +106,7 @@ class VideoWriter:
         if height % 2 or width % 2:
             raise DataError(f"frames of {height} x {width} cannot be a video; use even sides, or images")
         self.path, self.fps, self.frames = path, fps, 0
-        self._container = av.open(str(path), "w")
+        self._container = av.open(str(path.absolute()), "w")  # as above
         options = {"crf": str(H264_CRF), "g": str(KEYFRAME_EVERY), "bf": "0"}
         self._stream = self._container.add_stream("libx264", rate=fps, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"

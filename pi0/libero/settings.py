@@ -28,11 +28,13 @@ class TaskConfig:
         None,
         "folder of LIBERO's meshes and textures, or 'standins'; null: searched for, else stand-ins",
         fixed=True,
+        path=True,
     )
     demonstrations: str | None = key(
         None,
         "folder of LIBERO's HDF5 demonstrations: practice starts from their first states, then from drawn ones",
         fixed=True,
+        path=True,
     )
     held_out_states: int | None = key(
         None,

@@ -78,6 +78,7 @@ class AlgoConfig:
         None,
         "statistics file, which ranks and runs may share; null: rollout_stats.json in the run's folder",
         since=12,
+        path=True,
     )
     use_val_init: bool = key(
         False,
@@ -118,6 +119,7 @@ class AlgoConfig:
         None,
         "data set of demonstrations (LeRobot or LIBERO's HDF5) for co-training; null: none",
         since=13,
+        path=True,
     )
     cotraining_gripper: Literal["close-is-1", "open-is-1"] | None = key(
         None,
@@ -196,7 +198,7 @@ class EvaluationConfig(ScoreConfig):
 class Config:
     """A run of a stage script."""
 
-    policy_path: str = key(MISSING, "policy folder to start from", fixed=True)
+    policy_path: str = key(MISSING, "policy folder to start from", fixed=True, path=True)
     device: str = key("auto", "where the policy runs: cpu, cuda, cuda:1; auto: the GPU if there is one")
     dtype: Literal["float32", "bfloat16"] = key(
         "float32",
@@ -207,9 +209,9 @@ class Config:
         False, "compile the network with torch.compile: it takes minutes, then the network is faster"
     )
     norm_stats_path: str | None = key(
-        None, "normalisation statistics; null: the policy folder's own", fixed=True
+        None, "normalisation statistics; null: the policy folder's own", fixed=True, path=True
     )
-    output_dir: str = key("outputs", "folder of all runs")
+    output_dir: str = key("outputs", "folder of all runs", path=True)
     exp_name: str = key("ript", "name of this run and of its folder in output_dir")
     profile: Literal["dev", "prod"] | None = key(
         None, "set of defaults; dev: every part once, in a minute; prod: many states and iterations"
