@@ -2,7 +2,10 @@
 
 import dataclasses
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import gymnasium
 import numpy as np
@@ -11,6 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 import pi0.libero.gym_env  # noqa: F401 registers the environments
+from pi0.base.paths import REPO_ROOT
 from pi0.libero.episodes import Rollout
 from pi0.libero.experts import PickAndPlace
 from pi0.libero.gym_env import LIBEROEnv, LIBEROVectorEnv
@@ -205,3 +209,36 @@ def test_a_vector_whose_worker_is_lost_says_so_and_can_be_reset():
     assert same(envs.reset(seed=7)[0], first)
     assert not envs.step(np.zeros((2, 7), np.float32))[3].any()
     envs.close()
+
+
+FORKED = """
+import sys
+import gymnasium
+import pi0.libero.gym_env
+if __name__ == "__main__":
+    settings = {"task": 3, "assets": "standins", "image_size": 32}
+    gymnasium.make("pi0/LIBERO-v0", **settings).reset(seed=0)
+    context = {"vector_kwargs": {"context": sys.argv[1]}}
+    envs = gymnasium.make_vec("pi0/LIBERO-v0", 2, vectorization_mode="async", **context, **settings)
+    try:
+        print(envs.reset(seed=0)[0]["images"]["base_0_rgb"].shape)
+    finally:
+        envs.close(terminate=True)
+"""
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_fork_of_a_process_that_holds_opengl_is_refused_and_does_not_hang(tmp_path, method):
+    script = tmp_path / "vector.py"
+    script.write_text(FORKED)
+    run = subprocess.run(
+        [sys.executable, str(script), method],
+        capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
+    )  # fmt: skip
+    if method == "spawn":
+        assert (run.returncode, run.stdout) == (0, "(2, 32, 32, 3)\n"), run.stderr[-3000:]
+    else:
+        assert run.returncode != 0
+        refused = r"GLUnavailableError: this process was forked from process \d+, which holds an OpenGL context.*spawn"
+        assert re.search(refused, run.stderr), run.stderr[-3000:]

@@ -6,6 +6,9 @@
     env = gymnasium.make("pi0/LIBERO-v0", suite="libero_spatial", task=3)
     envs = gymnasium.make_vec("pi0/LIBERO-v0", num_envs=8, vectorization_mode="vector_entry_point", task=3)
 
+With vectorization_mode="async" the processes must be spawned if this one draws as well:
+vector_kwargs={"context": "spawn"}.
+
 One action is one control step of 50 ms. The reward is 1 in the step in which LIBERO's goal is reached, else 0;
 that step terminates the episode, the horizon truncates it. `reset` draws one of LIBERO's recorded initial
 states, or takes `options={"init_state": index}`; what follows depends on that state and the actions alone.

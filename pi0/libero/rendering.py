@@ -13,6 +13,8 @@ import os
 import mujoco
 import numpy as np
 
+from pi0.libero.gl import GLUnavailableError
+
 # Policy camera names (openpi's) and the cameras of LIBERO's scenes behind them.
 CAMERAS = {"base_0_rgb": "agentview", "left_wrist_0_rgb": "robot0_eye_in_hand"}
 MODES = ("exact", "fast")
@@ -38,6 +40,7 @@ class Renderer:
             model.vis.quality.offsamples = 0
             _draw_robot_by_collision_geoms(model)
         self._context = _gl_context(model.vis.global_.offwidth, model.vis.global_.offheight)
+        self._process = os.getpid()
         self._context.make_current()
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
@@ -62,6 +65,7 @@ class Renderer:
             camera: a policy camera name (`CAMERAS`) or a camera of the scene.
             out: uint8 [height, width, 3], filled in place.
         """
+        _refuse_fork(self._process)
         height, width, _ = out.shape
         self._context.make_current()
         self._camera.fixedcamid = self._model.camera(CAMERAS.get(camera, camera)).id
@@ -80,6 +84,16 @@ class Renderer:
         """Free the GL context; the renderer cannot be used afterwards."""
         self._mjr.free()
         self._context.free()
+
+
+def _refuse_fork(process: int | None) -> None:
+    """Raise in a fork of the process that made a context: OpenGL would wait there for threads that it has not."""
+    if process not in (None, os.getpid()):
+        raise GLUnavailableError(
+            f"this process was forked from process {process}, which holds an OpenGL context, so it can draw nothing; "
+            "start it by spawn: multiprocessing.set_start_method('spawn'), or with gymnasium "
+            "make_vec(..., vectorization_mode='async', vector_kwargs={'context': 'spawn'})"
+        )
 
 
 class _View:
@@ -121,7 +135,13 @@ class _View:
         self._model.geom_group[:] = np.where(kept, self._groups, _HIDDEN)
 
 
+_process_of_contexts: int | None = None  # in which the first one was made
+
+
 def _gl_context(width: int, height: int):
+    global _process_of_contexts
+    _refuse_fork(_process_of_contexts)
+    _process_of_contexts = os.getpid()
     if os.environ.get("MUJOCO_GL") == "osmesa":
         from mujoco.osmesa import GLContext
     else:
