@@ -412,6 +412,28 @@ def test_faults_of_videos_are_named(tmp_path, demonstrations):
         open_demonstrations(tmp_path / "set").read(0)
 
 
+def test_blank_lines_in_the_list_of_episodes_are_no_fault(tmp_path, demonstrations):
+    write_separate_files(tmp_path / "set", demonstrations)
+    path = tmp_path / "set/meta/episodes.jsonl"
+    path.write_text(path.read_text().replace("\n", "\n\n", 1) + "\n  \n")
+    assert len(open_demonstrations(tmp_path / "set")) == len(demonstrations)
+
+
+@pytest.mark.parametrize(
+    ("first", "said"), [(1, r"listed twice \[1\], missing \[0\]"), (9, r"listed twice none, missing \[0\]")]
+)
+def test_an_episode_listed_twice_or_missing_is_named(tmp_path, demonstrations, first, said):
+    write_separate_files(tmp_path / "set", demonstrations)
+    path = tmp_path / "set/meta/episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["episode_index"] = first
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        DataError, match=f"set/meta: the episodes listed are not 0 to {len(lines) - 1}: {said}"
+    ):
+        open_demonstrations(tmp_path / "set")
+
+
 def test_an_episode_with_several_instructions_is_refused(tmp_path, demonstrations):
     write_separate_files(tmp_path / "set", demonstrations)
     path = tmp_path / "set/meta/episodes.jsonl"

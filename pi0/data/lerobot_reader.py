@@ -80,6 +80,14 @@ class LeRobotDemonstrations(DemonstrationSet):
                 f"{self.info.path}: total_episodes is {self.info.episodes}, "
                 f"but {len(self._episodes)} are listed in meta"
             )
+        numbers = [episode.number for episode in self._episodes]
+        if numbers != list(range(len(numbers))):
+            twice = sorted({number for number in numbers if numbers.count(number) > 1})
+            missing = sorted(set(range(len(numbers))) - set(numbers))
+            raise DataError(
+                f"{self.root / 'meta'}: the episodes listed are not 0 to {len(numbers) - 1}: "
+                f"listed twice {twice or 'none'}, missing {missing}; perhaps data sets were merged by hand"
+            )
         self.prompts = [episode.prompt for episode in self._episodes]
         self.lengths = [episode.length for episode in self._episodes]
         # A row group may hold many episodes, and the next episode is often a neighbour.
@@ -131,6 +139,8 @@ class LeRobotDemonstrations(DemonstrationSet):
             raise MissingFileError(f"{path} not found; perhaps the data set was not copied completely")
         episodes = []
         for line, text in enumerate(path.read_text().splitlines(), start=1):
+            if not text.strip():
+                continue
             where = f"{path}, line {line}"
             try:
                 record = json.loads(text)
