@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 from pi0 import PI0Policy
+from pi0.base.arguments import ranged
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
 from pi0.policy.tensor_names import EMBEDDING, OUTPUT_HEAD, UNUSED, file_name
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="type to load in"
     )
-    parser.add_argument("--steps", type=int, default=10, help="Euler steps of sampling; 0: load only")
+    parser.add_argument(
+        "--steps", type=ranged(int, low=0), default=10, help="Euler steps of sampling; 0: load only"
+    )
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="folder for the temporary files")
     parser.add_argument("--load", metavar="FOLDER", help="only load this policy, and print time and memory")
     options = parser.parse_args()

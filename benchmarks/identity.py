@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.progress import progress
 from pi0.libero.assets import resolve_assets, use_assets
 from pi0.libero.experts import NoExpertError, PickAndPlace
@@ -43,7 +43,9 @@ def main() -> None:
         default=[],
         help="tasks by index or name; default: all of each suite",
     )
-    parser.add_argument("--steps", type=int, help="control steps; the suite's horizon by default")
+    parser.add_argument(
+        "--steps", type=ranged(int, low=1), help="control steps; the suite's horizon by default"
+    )
     options = parser.parse_args()
     tasks = [task for suite in options.suites for task in find_tasks(suite, options.tasks)]
     lines, differing = ["| task | control steps | solved | first difference |", "|---|---|---|---|"], 0

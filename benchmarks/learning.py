@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.stats import format_rate, paired_difference
 
 SCRIPT = "13_train_production_ready.py"
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", action=Collect, nargs="+", choices=[*OVERRIDES, "cloning"], default=["weighted"]
     )
-    parser.add_argument("--seeds", action=Collect, nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", action=Collect, nargs="+", type=ranged(int, low=0), default=[0, 1, 2])
     parser.add_argument(
         "--output", default="outputs/learning", help="folder of the runs; finished ones are kept"
     )
@@ -61,7 +61,10 @@ def main() -> None:
         "--override", action=Collect, nargs="*", default=[], help="further overrides for every run"
     )
     parser.add_argument(
-        "--cloning-minutes", type=float, default=6.0, help="cloning time of the cloning control"
+        "--cloning-minutes",
+        type=ranged(float, low=0),
+        default=6.0,
+        help="cloning time of the cloning control",
     )
     parser.add_argument(
         "--rehearse",

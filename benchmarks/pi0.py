@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.checkpoint import reset_peak, shrunk, status, write_checkpoint
 from pi0 import PI0Policy, pick_device
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.files import write_json
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
@@ -53,13 +53,22 @@ def main() -> None:
     parser.add_argument("--preset", default="pi0", choices=["pi0", "pi05", "pi0_tiny", "pi05_tiny"])
     parser.add_argument("--shrink", type=int, default=1, choices=[1, 2, 4, 8], help="divisor of all widths")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: the GPU if there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    parser.add_argument("--threads", type=ranged(int, low=1), help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--dtypes", action=Collect, nargs="+", default=["float32", "bfloat16"])
     parser.add_argument(
-        "--batches", action=Collect, nargs="+", type=int, default=[1, 8], help="observations at once"
+        "--batches",
+        action=Collect,
+        nargs="+",
+        type=ranged(int, low=1),
+        default=[1, 8],
+        help="observations at once",
     )
     parser.add_argument(
-        "--steps", action=Collect, nargs="+", type=int, help="Euler steps; default: one, and the preset's"
+        "--steps",
+        action=Collect,
+        nargs="+",
+        type=ranged(int, low=1),
+        help="Euler steps; default: one, and the preset's",
     )
     parser.add_argument(
         "--trainable",
@@ -69,9 +78,9 @@ def main() -> None:
         choices=["all", "without_vision", "expert", "lora"],
         help="what a training step trains",
     )
-    parser.add_argument("--train-batch", type=int, default=4, help="chunks in a training step")
+    parser.add_argument("--train-batch", type=ranged(int, low=1), default=4, help="chunks in a training step")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile beside eager")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each row")
+    parser.add_argument("--repeats", type=ranged(int, low=1), default=5, help="timed calls of each row")
     parser.add_argument("--tables", action=Collect, nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--output", default="outputs/pi0.json")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # how this script calls itself

@@ -26,7 +26,7 @@ import mujoco
 import numpy as np
 
 from pi0 import PI0Policy
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.progress import progress
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
@@ -58,7 +58,9 @@ def main() -> None:
         "--tables", action=Collect, nargs="+", choices=["profile", "growth"], default=["profile", "growth"]
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
-    parser.add_argument("--episodes", type=int, default=40, help="episodes of each measurement")
+    parser.add_argument(
+        "--episodes", type=ranged(int, low=1), default=40, help="episodes of each measurement"
+    )
     options = parser.parse_args()
     gl.select_backend()
     if "profile" in options.tables:

@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.progress import progress
 from pi0.libero import gl
 
@@ -78,10 +78,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--figures", action=Collect, nargs="+", choices=list(GOALS), default=list(GOALS))
-    parser.add_argument("--turns", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--turns", type=ranged(int, low=1), default=3, help="measurements of each side")
     parser.add_argument(
         "--episodes",
-        type=int,
+        type=ranged(int, low=1),
         default=24,
         help="episodes in `loop`, an even number, since theirs run in pairs; `workers` runs 4 times as many",
     )

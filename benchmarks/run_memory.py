@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pi0.base.arguments import ranged
 from pi0.base.errors import InputError, exit_with
 from pi0.report.record import read_run
 from pi0.ript.metrics import METRICS
@@ -27,8 +28,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a run of stage 11 or later")
-    parser.add_argument("--first", type=int, default=2, help="first iteration that counts")
-    parser.add_argument("--parts", type=int, default=3, help="number of parts of the other iterations")
+    parser.add_argument("--first", type=ranged(int, low=0), default=2, help="first iteration that counts")
+    parser.add_argument(
+        "--parts", type=ranged(int, low=1), default=3, help="number of parts of the other iterations"
+    )
     options = parser.parse_args()
     try:
         steps = read_run(options.run, METRICS).steps

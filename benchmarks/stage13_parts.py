@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from pi0 import PI0Policy
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.training import checkpoint_store, memory
 from pi0.training import state as training_state
 from pi0.training.checkpoint_store import CheckpointStore
@@ -111,9 +111,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--iterations", type=int, default=7, help="iterations of the run; the first is not counted"
+        "--iterations",
+        type=ranged(int, low=1),
+        default=7,
+        help="iterations of the run; the first is not counted",
     )
-    parser.add_argument("--turns", type=int, default=40, help="updates of each kind")
+    parser.add_argument("--turns", type=ranged(int, low=1), default=40, help="updates of each kind")
     parser.add_argument(
         "--override", action=Collect, nargs="*", default=[], help="further overrides for the run"
     )

@@ -35,7 +35,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.files import write_json
 from pi0.ranks.watch import SILENCE_S
 
@@ -64,11 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=12, help="measured iterations of each run")
+    parser.add_argument(
+        "--iterations", type=ranged(int, low=1), default=12, help="measured iterations of each run"
+    )
     parser.add_argument(
         "--stages", action=Collect, nargs="+", default=list(STAGES), choices=STAGES, help="two: two processes"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a run's turn")
+    parser.add_argument("--seconds", type=ranged(float, above=0), default=1.0, help="length of a run's turn")
     parser.add_argument(
         "--override", action=Collect, nargs="*", default=[], help="further overrides for every run"
     )

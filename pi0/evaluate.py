@@ -15,7 +15,7 @@ import time
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
@@ -56,7 +56,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=range_of(ScoreConfig, "seed"), default=0, help="seed of the policy's noise"
     )
     parser.add_argument(
-        "--guidance_weight", type=float, help="act by classifier-free guidance with this weight"
+        "--guidance_weight",
+        type=ranged(float, low=0),
+        help="act by classifier-free guidance with this weight",
     )
     parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; searched for by default")
     parser.add_argument(
@@ -102,7 +104,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compile", action="store_true", help="compile the network with torch.compile, which takes minutes"
     )
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
-    parser.add_argument("--videos", type=int, default=0, help="episodes of each task to film")
+    parser.add_argument("--videos", type=ranged(int, low=0), default=0, help="episodes of each task to film")
     return parser.parse_args(arguments)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.data import DemonstrationSet, Gripper, open_demonstrations
@@ -25,7 +25,7 @@ from pi0.data.recorded_chunks import demonstrations_of_tasks
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import Environments
 from pi0.libero.rendering import CAMERAS
-from pi0.libero.settings import TaskConfig, range_of, task_of_command
+from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config
 from pi0.policy.normalization import NormStats, subtract_state
@@ -92,24 +92,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="by index or name; default: all of the suite or the data set",
     )
     parser.add_argument("--assets", default="standins", help="folder of LIBERO's assets, or standins")
-    parser.add_argument("--demonstrations", type=int, default=10, help="demonstrations recorded of each task")
     parser.add_argument(
-        "--action-noise", type=float, default=0.15, help="noise of the demonstrations; 1 is 5 cm a step"
+        "--demonstrations", type=ranged(int, low=1), default=10, help="demonstrations recorded of each task"
     )
-    parser.add_argument("--frame-every", type=int, default=1, help="control steps between kept observations")
-    parser.add_argument("--horizon", type=int, default=50, help="actions in a chunk of the policy")
+    parser.add_argument(
+        "--action-noise",
+        type=ranged(float, low=0),
+        default=0.15,
+        help="noise of the demonstrations; 1 is 5 cm a step",
+    )
+    parser.add_argument(
+        "--frame-every", type=ranged(int, low=1), default=1, help="control steps between kept observations"
+    )
+    parser.add_argument(
+        "--horizon", type=ranged(int, low=1), default=50, help="actions in a chunk of the policy"
+    )
     parser.add_argument(
         "--delta-actions", action="store_true", help="for a policy whose actions are relative to the state"
     )
     parser.add_argument(
-        "--smallest-std", type=float, default=0.0, help="smaller deviations are raised to this"
+        "--smallest-std", type=ranged(float, low=0), default=0.0, help="smaller deviations are raised to this"
     )
     parser.add_argument(
         "--workers",
         type=range_of(TaskConfig, "num_parallel_envs"),
         help="simulator processes; one on each core by default",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=range_of(ScoreConfig, "seed"), default=0)
     return parser.parse_args(arguments)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
@@ -39,7 +39,7 @@ from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import TRAINING, Environments
 from pi0.libero.episodes import ROBOT
 from pi0.libero.evaluation import describe_broken, refuse_broken
-from pi0.libero.settings import TaskConfig, range_of, task_of_command
+from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.libero.stepping import CONTROL_HZ
 from pi0.model.config import Pi0Config
 from pi0.norm_stats import norm_stats
@@ -120,32 +120,54 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--demonstrations",
-        type=int,
+        type=ranged(int, low=1),
         default=75,
         help="demonstrations to record of each task, or at most to read",
     )
     parser.add_argument(
-        "--action-noise", type=float, default=0.15, help="noise of the demonstrations; 1 is 5 cm a step"
-    )
-    parser.add_argument("--frame-every", type=int, default=3, help="control steps between kept observations")
-    parser.add_argument("--max-minutes", type=float, default=20.0, help="cloning stops after this long")
-    parser.add_argument(
-        "--target-success", type=float, default=0.55, help="success rate at which cloning stops"
+        "--action-noise",
+        type=ranged(float, low=0),
+        default=0.15,
+        help="noise of the demonstrations; 1 is 5 cm a step",
     )
     parser.add_argument(
-        "--score-every", type=int, default=400, help="updates between evaluations on training states"
+        "--frame-every", type=ranged(int, low=1), default=3, help="control steps between kept observations"
     )
-    parser.add_argument("--score-episodes", type=int, default=40, help="episodes of such an evaluation")
-    parser.add_argument("--batch-size", type=int, default=64, help="observations in an update")
-    parser.add_argument("--noise-samples", type=int, default=2, help="noise draws for each observation")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
-    parser.add_argument("--ema-decay", type=float, default=0.995, help="decay of the averaged weights")
+    parser.add_argument(
+        "--max-minutes", type=ranged(float, low=0), default=20.0, help="cloning stops after this long"
+    )
+    parser.add_argument(
+        "--target-success",
+        type=ranged(float, low=0),
+        default=0.55,
+        help="success rate at which cloning stops",
+    )
+    parser.add_argument(
+        "--score-every",
+        type=ranged(int, low=1),
+        default=400,
+        help="updates between evaluations on training states",
+    )
+    parser.add_argument(
+        "--score-episodes", type=ranged(int, low=1), default=40, help="episodes of such an evaluation"
+    )
+    parser.add_argument("--batch-size", type=ranged(int, low=1), default=64, help="observations in an update")
+    parser.add_argument(
+        "--noise-samples", type=ranged(int, low=1), default=2, help="noise draws for each observation"
+    )
+    parser.add_argument("--lr", type=ranged(float, above=0), default=1e-3, help="learning rate")
+    parser.add_argument(
+        "--ema-decay",
+        type=ranged(float, low=0, high=0.99999),
+        default=0.995,
+        help="decay of the averaged weights",
+    )
     parser.add_argument(
         "--workers",
         type=range_of(TaskConfig, "num_parallel_envs"),
         help="simulator processes; one on each core by default",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=range_of(ScoreConfig, "seed"), default=0)
     options = parser.parse_args(arguments)
     if not options.start_from and (options.norm_stats_path or options.dtype != "float32"):
         parser.error("--norm-stats-path and --dtype are about the policy of --start-from, which is not given")

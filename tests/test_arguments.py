@@ -8,10 +8,12 @@ import sys
 import pytest
 
 from pi0 import evaluate, norm_stats, warmstart
-from pi0.base.arguments import Collect
+from pi0.base.arguments import Collect, ranged
 from pi0.base.paths import REPO_ROOT
+from pi0.libero.suites import RepeatedTaskError, UnknownTaskError, find_tasks, suite_tasks
 from pi0.ript.config import ConfigError, load_config
 
+TASK_3 = suite_tasks("libero_spatial")[3].name
 SCRIPTS = sorted(REPO_ROOT.glob("[01]*_train_*.py"))
 SOURCES = [
     *SCRIPTS,
@@ -72,3 +74,70 @@ def test_stages_take_all_overrides(path, monkeypatch):
 def test_a_name_of_a_run_that_is_a_path_is_refused():
     with pytest.raises(ConfigError, match='exp_name = "team/exp" names the run.s folder in output_dir'):
         load_config(REPO_ROOT / "configs/minimal_test.yaml", ["exp_name=team/exp"])
+
+
+def test_a_number_out_of_its_range_is_refused_with_the_range(capsys):
+    parser = argparse.ArgumentParser(prog="x")
+    parser.add_argument("--batch", type=ranged(int, low=1))
+    parser.add_argument("--lr", type=ranged(float, above=0, high=1))
+    assert vars(parser.parse_args(["--batch", "1", "--lr", "1"])) == {"batch": 1, "lr": 1.0}
+    for given, said in {
+        "--batch 0": "argument --batch: 0: must be 1 or more",
+        "--batch 1.5": "argument --batch: invalid int value: '1.5'",
+        "--lr 0": "argument --lr: 0: must be above 0",
+        "--lr 2": "argument --lr: 2: must be 1 or less",
+        "--lr nan": "argument --lr: nan: expected a finite number",
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(given.split())
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_no_number_of_a_command_line_is_without_a_range():
+    plain = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if keywords.get("type") in ("int", "float") and "choices" not in keywords:
+                    plain.append(f"{path.relative_to(REPO_ROOT)} {ast.unparse(node.args[0])}")
+    assert plain == []
+
+
+@pytest.mark.parametrize(
+    "command, before, given",
+    [
+        (evaluate, ["--policy_path", "x"], "--episodes 0"),
+        (evaluate, ["--policy_path", "x"], "--workers -1"),
+        (evaluate, ["--policy_path", "x"], "--seed -1"),
+        (evaluate, ["--policy_path", "x"], "--max_episode_length 0"),
+        (evaluate, ["--policy_path", "x"], "--replan_steps 0"),
+        (evaluate, ["--policy_path", "x"], "--settle_steps -5"),
+        (evaluate, ["--policy_path", "x"], "--image_size 1000000"),
+        (evaluate, ["--policy_path", "x"], "--videos -1"),
+        (warmstart, ["--output", "x"], "--score-episodes 0"),
+        (warmstart, ["--output", "x"], "--batch-size -64"),
+        (warmstart, ["--output", "x"], "--seed -1"),
+        (norm_stats, ["--output", "x"], "--frame-every 0"),
+    ],
+)
+def test_commands_refuse_numbers_that_make_no_sense(command, before, given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.parse_arguments([*before, *given.split()])
+    assert ended.value.code == 2
+    option, number = given.split()
+    assert f"argument {option}: {number}: must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [[3, 8, 3], [3, TASK_3], ["3", 3], [TASK_3, TASK_3]])
+def test_a_task_that_is_named_twice_is_refused(names):
+    with pytest.raises(
+        RepeatedTaskError, match=f"task 3 of libero_spatial .{TASK_3}. is named twice.*name it once"
+    ):
+        find_tasks("libero_spatial", names)
+
+
+def test_a_task_below_0_is_refused():
+    with pytest.raises(UnknownTaskError, match="libero_spatial has tasks 0 to 9, not -1"):
+        find_tasks("libero_spatial", [-1])

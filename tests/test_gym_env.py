@@ -242,3 +242,43 @@ def test_a_fork_of_a_process_that_holds_opengl_is_refused_and_does_not_hang(tmp_
         assert run.returncode != 0
         refused = r"GLUnavailableError: this process was forked from process \d+, which holds an OpenGL context.*spawn"
         assert re.search(refused, run.stderr), run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"horizon": -5}, "horizon = -5: must be 1 or more"),
+        ({"horizon": 0}, "horizon = 0: must be 1 or more"),
+        ({"settle_steps": -5}, "settle_steps = -5: must be 0 or more"),
+        ({"image_size": 1_000_000}, "image_size = 1000000: must be 4096 or less"),
+        ({"render": "pretty"}, 'render = "pretty": expected'),
+        ({"task": -1}, "libero_spatial has tasks 0 to 9, not -1"),
+    ],
+)
+@pytest.mark.parametrize("kind", [LIBEROEnv, LIBEROVectorEnv])
+def test_what_makes_no_sense_is_refused_before_a_scene_is_made(kind, given, said):
+    with pytest.raises(ValueError, match=said):
+        kind(**{"assets": "standins"} | given)
+
+
+def test_actions_and_seeds_of_another_number_or_not_finite_are_refused(env):
+    env.reset(seed=0)
+    for action, said in (
+        (np.zeros(6), r"actions have shape \(6,\); the action space has \(7,\)"),
+        (np.full(7, np.nan), "an action is not finite"),
+        (np.array([0, 0, 0, 0, 0, 0, np.inf]), "an action is not finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            env.step(action)
+    env.step(np.zeros(7))
+    envs = LIBEROVectorEnv(num_envs=2, workers=1, **SETTINGS)
+    count = envs.num_envs
+    with pytest.raises(ValueError, match=f"{count + 1} seeds for {count} environments"):
+        envs.reset(seed=list(range(count + 1)))
+    envs.reset(seed=0)
+    for shape in ((count + 1, 7), (count - 1, 7), (7,)):
+        with pytest.raises(ValueError, match="the action space has"):
+            envs.step(np.zeros(shape))
+    with pytest.raises(ValueError, match="an action is not finite"):
+        envs.step(np.full((count, 7), np.nan))
+    envs.close()

@@ -200,6 +200,21 @@ def unfit_values(config: Any) -> list[str]:
     return problems
 
 
+def out_of_range(
+    number: float, low: float | None = None, above: float | None = None, high: float | None = None
+) -> str | None:
+    """Why a number is out of a range as `key` takes it, or None."""
+    if not math.isfinite(number):
+        return "expected a finite number"
+    if low is not None and number < low:
+        return f"must be {low} or more"
+    if above is not None and number <= above:
+        return f"must be above {above}"
+    if high is not None and number > high:
+        return f"must be {high} or less"
+    return None
+
+
 def show(value: Any) -> str:
     """A value as YAML spells it."""
     return json.dumps(value, ensure_ascii=False, default=repr)
@@ -374,14 +389,8 @@ def _unfit(value: Any, description: KeyDescription) -> str | None:
         return f"expected {_type_name(description.type)}, got {got}"
     numbers = [each for each in (value if isinstance(value, list) else [value]) if _is_number(each)]
     for number in numbers:
-        if not math.isfinite(number):
-            return "expected a finite number"
-        if description.low is not None and number < description.low:
-            return f"must be {description.low} or more"
-        if description.above is not None and number <= description.above:
-            return f"must be above {description.above}"
-        if description.high is not None and number > description.high:
-            return f"must be {description.high} or less"
+        if problem := out_of_range(number, description.low, description.above, description.high):
+            return problem
     return None
 
 

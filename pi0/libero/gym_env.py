@@ -24,12 +24,14 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from pi0.base.typed_yaml import unfit_values
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
 from pi0.libero.init_states import InitStatePool, evaluation_pools
 from pi0.libero.rendering import CAMERAS
 from pi0.libero.rollouts import RolloutPool
+from pi0.libero.settings import TaskConfig
 from pi0.libero.suites import find_tasks
 from pi0.libero.worker import VIDEO_CAMERA, VIDEO_SIZE, Worker, WorkerSpec
 from pi0.workers.process import WorkerError
@@ -45,6 +47,22 @@ def _spaces(spec: WorkerSpec) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.B
         "state": state,
     }
     return gymnasium.spaces.Dict(observation), gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+
+def _check_ranges(**settings: Any) -> None:
+    """Raise `ValueError` for numbers and words that a configuration's section `task` would refuse as well."""
+    if problems := unfit_values(TaskConfig(**settings)):
+        raise ValueError(problems[0].replace("max_episode_length", "horizon"))
+
+
+def _check_actions(actions: np.ndarray, space: gymnasium.Space) -> np.ndarray:
+    """The actions as float32; raises `ValueError` unless they are finite numbers of the space's shape."""
+    actions = np.asarray(actions, np.float32)
+    if actions.shape != space.shape:
+        raise ValueError(f"actions have shape {actions.shape}; the action space has {space.shape}")
+    if not np.isfinite(actions).all():
+        raise ValueError("an action is not finite: the policy's numbers overflowed or are NaN")
+    return actions
 
 
 def _spec(cameras: Sequence[str], image_size: int, render: str, assets: str | None, slots: int) -> WorkerSpec:
@@ -79,7 +97,7 @@ def _rollout(
         init=states.states[index],
         init_index=index,
         noise_key=(),
-        horizon=horizon or states.task.horizon,
+        horizon=states.task.horizon if horizon is None else horizon,
         settle_steps=settle_steps,
         keep_last=True,
     )
@@ -140,6 +158,13 @@ class LIBEROEnv(gymnasium.Env):
         gl.select_backend()
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"unknown render_mode {render_mode!r}; use rgb_array or None")
+        _check_ranges(
+            image_size=image_size,
+            render=render,
+            fixtures=fixtures,
+            settle_steps=settle_steps,
+            max_episode_length=horizon,
+        )
         self.render_mode = render_mode
         (self.task,) = find_tasks(suite, [task])
         spec = _spec(cameras, image_size, render, assets, slots=1)
@@ -163,7 +188,7 @@ class LIBEROEnv(gymnasium.Env):
         """One control step."""
         if not self._running:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
-        self._arrays["actions"][0, 0] = action
+        self._arrays["actions"][0, 0] = _check_actions(action, self.action_space)
         progress = self._worker.act(0, 1)
         self._running, self._moved = not progress.done, True
         truncated = progress.done and not progress.success
@@ -247,6 +272,13 @@ class LIBEROVectorEnv(VectorEnv):
             raise ValueError(f"num_envs is {num_envs} and workers is {workers}; both must be at least 1")
         if render_mode is not None:
             raise ValueError("only single environments render (LIBEROEnv)")
+        _check_ranges(
+            image_size=image_size,
+            render=render,
+            fixtures=fixtures,
+            settle_steps=settle_steps,
+            max_episode_length=horizon,
+        )
         self.num_envs, self.render_mode = num_envs, None
         (self.task,) = find_tasks(suite, [task])
         workers = min(workers, num_envs)
@@ -275,6 +307,8 @@ class LIBEROVectorEnv(VectorEnv):
                 if isinstance(seed, list)
                 else [None if seed is None else seed + i for i in range(self.num_envs)]
             )
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments")
             self._randoms = [gymnasium.utils.seeding.np_random(each)[0] for each in seeds]
         given = (options or {}).get("init_state")
         wanted = [None] * self.num_envs if given is None else np.broadcast_to(given, self.num_envs).tolist()
@@ -286,6 +320,7 @@ class LIBEROVectorEnv(VectorEnv):
         """One control step of every environment; those whose episode ended in the step before start another."""
         if not self._running:
             raise gymnasium.error.ResetNeeded("call reset before step: no episode is running")
+        actions = _check_actions(actions, self.action_space)
         for i in range(self.num_envs):
             worker, slot = self._place(i)
             self._pool.arrays[worker]["actions"][slot, 0] = actions[i]

@@ -37,6 +37,10 @@ _ARRAY_PARTS: dict[tuple[str, str], Any] = {
 }
 
 
+class RepeatedTaskError(InputError, ValueError):
+    """A list of tasks names one of them twice."""
+
+
 class UnknownTaskError(InputError, ValueError):
     """LIBERO has no such suite or task."""
 
@@ -115,6 +119,7 @@ def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
 
     Raises:
         UnknownTaskError: unknown suite, name or index, with the nearest known one.
+        RepeatedTaskError: a task is named twice; its episodes would count twice.
     """
     tasks = suite_tasks(suite)
     if not names:
@@ -123,13 +128,19 @@ def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
     found = []
     for name in names:
         if isinstance(name, int) or str(name).isdigit():
-            if int(name) >= len(tasks):
+            if not 0 <= int(name) < len(tasks):
                 raise UnknownTaskError(f"{suite} has tasks 0 to {len(tasks) - 1}, not {name}")
             found.append(tasks[int(name)])
         elif name in by_name:
             found.append(by_name[name])
         else:
             raise UnknownTaskError(f"unknown task {name!r} in {suite}{_nearest(name, list(by_name))}")
+    for number, task in enumerate(found):
+        if task in found[:number]:
+            raise RepeatedTaskError(
+                f"task {task.index} of {suite} ({task.name}) is named twice, and its episodes would count twice; "
+                "name it once"
+            )
     return found
 
 

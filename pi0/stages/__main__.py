@@ -20,6 +20,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from pi0.base.arguments import ranged
 from pi0.base.errors import InputError, exit_with
 from pi0.base.paths import REPO_ROOT
 from pi0.stages import notes as stage_notes
@@ -50,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     diff.add_argument("second", help="number of another stage")
     diff.add_argument(
         "--context",
-        type=int,
+        type=ranged(int, low=0),
         default=CONTEXT,
         metavar="LINES",
         help=f"unchanged lines shown around a change ({CONTEXT})",
@@ -77,8 +78,6 @@ def main(arguments: Sequence[str] | None = None, root: Path = REPO_ROOT) -> int:
     stages = find_stages(root)
     if options.command == "diff":
         first, second = (find_stage(stages, number) for number in (options.first, options.second))
-        if options.context < 0:
-            raise InputError(f"--context {options.context}: must be 0 or more")
         lines: Iterable[str] = patch(first, second, options.context)
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for line in coloured(lines) if colour else lines:
