@@ -73,7 +73,7 @@ class Way(NamedTuple):
     """What becomes of a command whose arguments were read."""
 
     run: bool  # here
-    more: str = ""  # arguments that are appended for it; {out} is a new folder
+    more: str = ""  # options for it, which take the place of its own of that name; {out} is a new folder
     overrides: str = ""  # further ones, for a command with or without overrides of its own
     copied: bool = False  # run a copy of the script, which writes beside itself
     why_not: str = ""  # not run here: the test that runs the program, or what keeps it from being run
@@ -411,7 +411,7 @@ class MadeBefore(dict):
         folder = self.folder / "demonstrations"
         words = [str(folder) if word == "demonstrations" else word for word in record]
         more = CLONED.format(out=self.folder / "warmstart") + " --demonstrations 1 --frame-every 9"
-        self._do([*words, *shlex.split(more)])
+        self._do(with_options(words, shlex.split(more)))
         return folder
 
     def libero_files(self) -> Path:
@@ -587,7 +587,7 @@ def test_it_runs(made_before, command, tmp_path):
     places = ChainMap({"out": tmp_path, "port": free_port()}, made_before)
     words = [STAND_INS.get(word, word).format_map(places) for word in words]
     words = with_overrides(words, shlex.split(way.overrides.format_map(places)))
-    words += shlex.split(way.more.format_map(places))
+    words = with_options(words, shlex.split(way.more.format_map(places)))
     if way.copied:
         script = tmp_path / command.program
         script.parent.mkdir()
@@ -617,6 +617,18 @@ def test_it_runs(made_before, command, tmp_path):
         if "save_video=true" in way.overrides:
             for name in ("report.html", "learning_curve.png", "before_after.mp4", "plots", "policy"):
                 assert (results.parent / name).exists(), name
+
+
+def with_options(words: list[str], more: list[str]) -> list[str]:
+    """The words of a command with `more` options, without its own values of those: they would count as well."""
+    given = {word for word in more if word.startswith("--")}
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word in given
+        if not dropping:
+            kept.append(word)
+    return kept + more
 
 
 def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
