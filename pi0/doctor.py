@@ -20,7 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi0.base.arguments import Collect
 from pi0.base.paths import REPO_ROOT
 
 # A check imports the packages it needs itself, because a package may be missing.
@@ -331,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config_path", help="the configuration of the planned run")
     parser.add_argument(
         "--override",
-        action=Collect,
+        action="extend",
         nargs="*",
         default=[],
         metavar="KEY=VALUE",

@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from pi0 import PI0Policy, doctor
+from pi0.base.paths import REPO_ROOT
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.doctor import NOTE, OK, STOP
 from pi0.libero.suites import find_tasks
@@ -283,3 +286,20 @@ def test_a_check_that_breaks_is_itself_a_finding(monkeypatch):
 
     monkeypatch.setattr(doctor, "check_gl", broken_check)
     assert any("gl" in line and "surprise" in line for line in stops(doctor.examine(None)))
+
+
+WITHOUT_PACKAGES = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("yaml", "numpy", "torch", "av", "gymnasium"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from pi0 import doctor
+"""
+
+
+@pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
+def test_the_doctor_is_imported_where_packages_are_missing():
+    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGES], cwd=REPO_ROOT, check=True, timeout=60)
