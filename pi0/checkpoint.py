@@ -20,9 +20,19 @@ import torch
 
 from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.model.config import ConvDims, Pi0Config
-from pi0.policy.folder import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
+from pi0.policy.folder import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    Header,
+    pair,
+    read_config,
+    read_header,
+    read_norm_stats,
+    require_finite,
+)
 from pi0.policy.normalization import NormStats
 from pi0.policy.pi0_policy import PI0Policy
+from pi0.policy.published import FoundStats
 from pi0.policy.tensor_names import WRITABLE, describe, holds_pi05
 
 FITS, STOP = "fits", "STOP"
@@ -122,7 +132,7 @@ def inspect_checkpoint(
     """Describe a policy folder in pairs of a label and a text of one or more lines.
 
     The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it with the same
-    `norm_stats_path`. Only the header of the weights is read.
+    `norm_stats_path`.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
@@ -142,18 +152,19 @@ def inspect_checkpoint(
         config = read_config(directory)
         yield CONFIG_FILE, _config(config)
         stats = read_norm_stats(directory, config, norm_stats_path)
-        yield "statistics", f"{_statistics(stats.stats)}; found: {stats.place}"
+        yield "statistics", "\n".join([f"{_statistics(stats.stats)}; found: {stats.place}", *_floors(stats)])
         if config.tokenizer == "paligemma":
             yield "tokenizer", _tokenizer(config)
         with torch.device("meta"):
             network = PI0Policy(config, stats.stats).network
         sources = pair(header, {name: weight.shape for name, weight in network.named_parameters()})
+        require_finite(header)
     except InputError as error:
         yield STOP, str(error)
         return
     if unread := [key for name, key in header.keys.items() if name not in sources.values()]:
         yield "not used", "\n".join(unread)
-    yield FITS, f"all {len(sources)} tensors of the network are there, and nothing else"
+    yield FITS, f"all {len(sources)} tensors of the network are there and finite, and nothing else"
 
 
 def _weights(header: Header) -> str:
@@ -181,6 +192,12 @@ def _statistics(stats: NormStats | None) -> str:
         return "none, but acting needs them: name a norm_stats.json as norm_stats_path"
     quantiles = "with" if stats.state.q01 is not None and stats.actions.q01 is not None else "without"
     return f"state of {len(stats.state.mean)}, actions of {len(stats.actions.mean)} features, {quantiles} quantiles"
+
+
+def _floors(found: FoundStats) -> list[str]:
+    new = [f"{line}, because the feature is constant" for line in found.floors]
+    stored = found.stats.floors[: -len(new) or None] if found.stats else ()
+    return [*(f"{line} when they were computed" for line in stored), *new]
 
 
 def _tokenizer(config: Pi0Config) -> str:

@@ -213,9 +213,10 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     if policy.norm_stats is None:
         yield Finding(STOP, "norm stats", f"{path} has no norm_stats.json", "set norm_stats_path")
         return
-    yield Finding(
-        OK, "norm stats", f"state {network.robot_state_dim}, actions {network.robot_action_dim} features"
-    )
+    features = f"state {network.robot_state_dim}, actions {network.robot_action_dim} features"
+    yield Finding(OK, "norm stats", features)
+    for line in policy.norm_stats.floors:
+        yield Finding(NOTE, "norm stats", line, "the feature was constant in the training data")
 
     if config.task.replan_steps > network.action_horizon:
         mend = f"set task.replan_steps to {network.action_horizon} or less"

@@ -10,7 +10,7 @@ read.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,12 @@ from pi0.policy.normalization import NormStats, subtract_state
 IMAGE_SIZE = 16  # pixels; nothing uses the frames
 
 
-def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float = 0.0) -> NormStats:
+def norm_stats(
+    chunks: Chunks,
+    delta_actions: bool = False,
+    smallest_std: float = 0.0,
+    divisors: Collection[str] = ("std", "quantiles"),
+) -> NormStats:
     """Mean, deviation and quantiles of states and valid actions.
 
     As in openpi (scripts/compute_norm_stats.py), an action counts once for each chunk that holds it, relative to
@@ -43,14 +48,11 @@ def norm_stats(chunks: Chunks, delta_actions: bool = False, smallest_std: float 
     Args:
         chunks: demonstrations.
         delta_actions: subtract the state first, for a policy with `Pi0Config.delta_actions`.
-        smallest_std: smaller deviations are raised to this value.
+        smallest_std, divisors: as for `NormStats.with_floors`, which raises those of constant features.
     """
     actions = subtract_state(chunks.actions, chunks.states) if delta_actions else chunks.actions
     stats = NormStats.of(chunks.states.numpy(), actions[chunks.valid].numpy())
-    state, learned = (
-        replace(part, std=np.maximum(part.std, smallest_std)) for part in (stats.state, stats.actions)
-    )
-    return NormStats(state, learned)
+    return stats.with_floors(*divisors, smallest_std=smallest_std)
 
 
 def chunks_without_images(
@@ -111,7 +113,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--delta-actions", action="store_true", help="for a policy whose actions are relative to the state"
     )
     parser.add_argument(
-        "--smallest-std", type=ranged(float, low=0), default=0.0, help="smaller deviations are raised to this"
+        "--smallest-std",
+        type=ranged(float, low=0),
+        default=0.0,
+        help="smaller deviations are raised to this; those of constant features always are",
     )
     parser.add_argument(
         "--workers",
@@ -140,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
         chunks, count = record(options)
     stats = norm_stats(chunks, options.delta_actions, options.smallest_std)
     write_json(output, stats.to_dict())
+    for line in stats.floors:
+        print(line)
     print(f"{output}: from {len(chunks)} observations in {count} demonstrations")
 
 

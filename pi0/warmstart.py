@@ -44,6 +44,7 @@ from pi0.libero.stepping import CONTROL_HZ
 from pi0.model.config import Pi0Config
 from pi0.norm_stats import norm_stats
 from pi0.policy.acting import ActingPolicy
+from pi0.policy.normalization import FLOOR
 from pi0.training.ema import AveragedModule
 from pi0.training.flow_loss import Augmentation, flow_loss
 from pi0.training.machine import machine
@@ -51,7 +52,7 @@ from pi0.training.machine import machine
 MANIFEST = "warmstart.json"
 WARMUP_UPDATES = 100
 # Positions that hardly change in the demonstrations must not be scaled up to unit variance.
-SMALLEST_STD = 0.02
+SMALLEST_STD = FLOOR
 # A published policy's chunk lasts 2.5 s, too long without a new observation; `pi0.evaluate` has the same default.
 LONGEST_REPLAN = 10
 
@@ -188,7 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
     with Environments(task, config) as environments:
         demonstrations, summary = get_demonstrations(environments, config, options)
         if policy is None:
-            policy = PI0Policy(config, norm_stats(demonstrations, smallest_std=SMALLEST_STD)).to(device)
+            stats = norm_stats(demonstrations, smallest_std=SMALLEST_STD, divisors=["std"])
+            policy = PI0Policy(config, stats).to(device)
+            for line in stats.floors:
+                print(f"statistics: {line}")
         average = AveragedModule(policy, policy.copy().eval(), options.ema_decay)
         scores = clone(policy, average, demonstrations, environments, options)
         manifest = {

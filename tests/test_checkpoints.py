@@ -1,6 +1,8 @@
 """Checkpoint directories: what is written comes back, and what does not fit says why."""
 
 import json
+import math
+import re
 import resource
 import shutil
 
@@ -10,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pi0 import PI0Policy
+from pi0.checkpoint import inspect_checkpoint
 from pi0.model.config import Pi0Config
 from pi0.policy.folder import UNUSED, CheckpointError
-from pi0.policy.normalization import NormStats, load_norm_stats
+from pi0.policy.normalization import NormStats, load_norm_stats, normalize
 from tests.support.networks import REFERENCE, random_actions, random_inputs, small_config
 
 
@@ -201,7 +204,23 @@ def change_stats(path, change) -> None:
             r"norm_stats\.actions\.mean has shape \[6\]; the robot has 7",
         ),
         (lambda s: s["state"].update(mean=[[0.0] * 8]), r"norm_stats\.state\.mean has shape \[1, 8\]"),
-        (lambda s: s["state"].update(std=[-1.0] * 8), r"norm_stats\.state\.std holds"),
+        (lambda s: s["state"].update(std=[-1.0] * 8), r"norm_stats\.state\.std, feature 0: .*not below zero"),
+        (
+            lambda s: s["state"]["mean"].__setitem__(4, 1e30),
+            r"norm_stats\.state\.mean, feature 4: .*beyond 1e\+06",
+        ),
+        (
+            lambda s: s["state"]["mean"].__setitem__(4, math.nan),
+            r"norm_stats\.state\.mean, feature 4: .*not finite",
+        ),
+        (
+            lambda s: s["actions"]["q01"].__setitem__(2, 3.0),
+            r"norm_stats\.actions\.q01, feature 2: q01 is above q99",
+        ),
+        (
+            lambda s: s["state"]["std"].__setitem__(1, 0.0),
+            r"norm_stats\.state\.std, feature 1: a deviation of 0, but q01 is not q99 .*std 0, q01 -?\d.*pi0\.norm_stats",
+        ),
         (lambda s: s["state"].update(mean=["x"] * 8), r"norm_stats\.state\.mean is not a list of numbers"),
     ],
 )
@@ -210,6 +229,78 @@ def test_unusable_norm_stats_name_file_and_key(checkpoint, change, message):
     with pytest.raises(ValueError, match=message) as error:
         PI0Policy.from_pretrained(checkpoint)
     assert str(checkpoint / "norm_stats.json") in str(error.value)
+
+
+def make_constant(part, feature, value):
+    """A change of statistics: a feature of the data that never moved."""
+
+    def change(stats):
+        for name, number in (("mean", value), ("std", 0.0), ("q01", value), ("q99", value)):
+            stats[part][name][feature] = number
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "constant", "normal"),
+    [(False, 0.0, 0.5), (True, -1.0, -0.5)],
+    ids=["deviation", "quantiles"],
+)
+def test_a_constant_feature_gets_a_floor_that_is_said_and_saved(
+    checkpoint, capsys, quantiles, constant, normal
+):
+    config = json.loads((checkpoint / "config.json").read_text()) | {"use_quantile_norm": quantiles}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    change_stats(checkpoint, make_constant("state", 5, 0.3))
+    policy = PI0Policy.from_pretrained(checkpoint)
+    (line,) = policy.norm_stats.floors
+    assert line == "state feature 5: " + (
+        "q01 and q99 are both 0.3, q99 raised to 0.34" if quantiles else "deviation 0 raised to 0.02"
+    )
+    assert f"{checkpoint / 'norm_stats.json'}: {line}" in capsys.readouterr().out
+    # A value as in training is what openpi makes of it; a change of 1 cm is half a unit, not ten thousand.
+    states = torch.full((2, 8), 0.3)
+    states[1, 5] += 0.01
+    normalized = normalize(states, policy.norm_stats.state, quantiles)[:, 5]
+    assert normalized.tolist() == pytest.approx([constant, normal], abs=1e-3)
+    policy.save_pretrained(checkpoint)
+    capsys.readouterr()
+    again = PI0Policy.from_pretrained(checkpoint).norm_stats
+    assert again.floors == (line,) and capsys.readouterr().out == ""
+    assert normalize(states, again.state, quantiles)[:, 5].tolist() == normalized.tolist()
+    assert line in dict(inspect_checkpoint(checkpoint))["statistics"]
+
+
+def test_divisors_that_the_policy_does_not_use_are_left_alone(checkpoint, capsys):
+    def change(stats):
+        stats["actions"]["q99"][3] = stats["actions"]["q01"][3]
+
+    change_stats(checkpoint, change)
+    assert PI0Policy.from_pretrained(checkpoint).norm_stats.floors == ()
+    assert capsys.readouterr().out == ""
+
+
+def test_computed_statistics_of_constant_features_have_a_floor():
+    states = np.zeros((50, 8))
+    states[:, 0] = np.linspace(0, 1, 50)
+    states[:, 1] = 0.25
+    stats = NormStats.of(states, states[:, :7]).with_floors("std", "quantiles")
+    assert stats.state.std[1:].tolist() == pytest.approx([0.02] * 7)
+    assert (stats.state.q01[1], stats.state.q99[1]) == pytest.approx((0.25, 0.29))
+    assert (stats.state.std[0], stats.state.q99[0]) == pytest.approx((states[:, 0].std(), 0.99), abs=1e-6)
+    assert len(stats.floors) == 2 * (7 + 6)
+    assert json.loads(json.dumps(stats.to_dict()))["floors"] == list(stats.floors)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_name_file_and_tensor(checkpoint, value):
+    file, key = checkpoint / "model.safetensors", "action_out_proj.weight"
+    change_tensors(checkpoint, lambda tensors: tensors[key][2].__setitem__(1, value))
+    message = f"{file}: {key} holds 1 values that are not finite"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        PI0Policy.from_pretrained(checkpoint)
+    label, text = list(inspect_checkpoint(checkpoint))[-1]
+    assert label == "STOP" and message in text
 
 
 def test_padded_norm_stats_are_cut_to_the_robot(checkpoint):

@@ -24,11 +24,20 @@ class Bar:
 
 
 @contextmanager
-def progress(total: int, label: str, unit: str) -> Iterator[Bar]:
-    """A bar over `total` units; in a file or pipe it is redrawn every 10 seconds only. Under torchrun rank 0 shows it."""
+def progress(total: int, label: str, unit: str, delay: float = 0) -> Iterator[Bar]:
+    """A bar over `total` units; in a file or pipe it is redrawn every 10 seconds only. Under torchrun rank 0 shows it.
+
+    What takes less than `delay` seconds gets no bar.
+    """
     hidden = os.environ.get("RANK", "0") != "0"
     interval = 0.1 if sys.stderr.isatty() else 10.0
     with tqdm(
-        total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True, disable=hidden
+        total=total,
+        desc=label,
+        unit=unit,
+        mininterval=interval,
+        dynamic_ncols=True,
+        disable=hidden,
+        delay=delay,
     ) as bar:
         yield Bar(bar)

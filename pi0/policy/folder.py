@@ -8,8 +8,9 @@ It writes this project's and LeRobot's. This project's holds model.safetensors u
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.progress import progress
 from pi0.base.tensors import write_tensors
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.lerobot_files import lerobot_files
@@ -47,7 +49,7 @@ from pi0.policy.tensor_names import (
 )
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-SLAB_BYTES = 4 << 20  # bytes read at a time: the memory that loading needs beside the weights
+SLAB_BYTES = 2 << 20  # bytes read at a time: twice this is the memory that loading needs beside the weights
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -144,17 +146,28 @@ def read_config(directory: str | Path) -> Pi0Config:
 def read_norm_stats(
     directory: str | Path, config: Pi0Config, norm_stats_path: str | Path | None = None
 ) -> FoundStats:
-    """The statistics in `norm_stats_path` if it is given, else those of the policy folder (`find_norm_stats`)."""
+    """The statistics in `norm_stats_path` if it is given, else those of the policy folder (`find_norm_stats`).
+
+    The divisor of a constant feature gets a floor (`NormStats.with_floors`).
+    """
+    found = _stored_norm_stats(Path(directory), config, norm_stats_path)
+    if found.stats is None:
+        return found
+    stats = found.stats.with_floors("quantiles" if config.use_quantile_norm else "std")
+    return FoundStats(stats, found.place, stats.floors[len(found.stats.floors) :])
+
+
+def _stored_norm_stats(directory: Path, config: Pi0Config, norm_stats_path: str | Path | None) -> FoundStats:
     if norm_stats_path:
         stats = load_norm_stats(norm_stats_path, config.robot_state_dim, config.robot_action_dim)
         return FoundStats(stats, str(norm_stats_path))
     buffers = {}
-    if (Path(directory) / MODEL_FILE).is_file():
+    if (directory / MODEL_FILE).is_file():
         header = read_header(directory)
         if header.statistics:
             with _opened(header.path) as file:
                 buffers = {key: file.get_tensor(key).float().numpy() for key in header.statistics}
-    return find_norm_stats(Path(directory), buffers, config)
+    return find_norm_stats(directory, buffers, config)
 
 
 def load_weights(
@@ -178,7 +191,8 @@ def load_weights(
 
     Raises:
         FileNotFoundError: no model.safetensors.
-        CheckpointError: an unreadable file, or missing, surplus or mis-shaped tensors; it lists all of them.
+        CheckpointError: an unreadable file, or missing, surplus or mis-shaped tensors (it lists all of them), or one that
+            is not finite.
     """
     header = read_header(directory)
     sources = pair(header, expected)
@@ -186,11 +200,8 @@ def load_weights(
     weights = {}
     for parameter, name in sources.items():
         target = torch.empty(expected[parameter], dtype=dtypes[parameter], device=device)
-        rows = max(1, SLAB_BYTES // max(1, target[:1].numel() * header.dtypes[name].itemsize))
-        for start in range(0, len(target), rows):
-            # Opened again each time: pages that were read count as this process's memory until the map is closed.
-            with _opened(header.path) as file:
-                target[start : start + rows] = file.get_slice(header.keys[name])[start : start + rows]
+        for start, slab in _slabs(header, name):
+            target[start : start + len(slab)] = slab
         weights[parameter] = target
     with _opened(header.path) as file:
         unread = {name: file.get_tensor(header.keys[name]) for name in _unread(header)}
@@ -202,6 +213,35 @@ def load_weights(
         config=content if is_lerobot(content) else None,
     )
     return weights, origin
+
+
+def require_finite(header: Header) -> None:
+    """Read all weights of a file; raises `CheckpointError` with the tensor's key if one is not finite."""
+    names = [name for name in header.keys if name not in _unread(header)]
+    with progress(len(names), "reading weights", "tensor", delay=1) as bar:
+        for name in names:
+            for _ in _slabs(header, name):
+                pass
+            bar.update()
+
+
+def _slabs(header: Header, name: str) -> Iterator[tuple[int, Tensor]]:
+    """A weight a few megabytes at a time, with the index of the slab's first row; it is checked to be finite."""
+    key, shape = header.keys[name], header.shapes[name]
+    rows = max(1, SLAB_BYTES // max(1, math.prod(shape[1:]) * header.dtypes[name].itemsize))
+    for start in range(0, shape[0], rows):
+        # Opened again each time: pages that were read count as this process's memory until the map is closed.
+        with _opened(header.path) as file:
+            slab = file.get_slice(key)[start : start + rows]
+            if (
+                slab.numel() and not torch.stack(slab.aminmax()).isfinite().all()
+            ):  # faster than of each element
+                bad = int((~slab.isfinite()).sum())
+                raise CheckpointError(
+                    f"{header.path}: {key} holds {bad} values that are not finite, from row {start}; no policy can act "
+                    "with it. Take an earlier checkpoint, or download the file again"
+                )
+            yield start, slab
 
 
 def save_checkpoint_files(

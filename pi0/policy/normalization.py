@@ -8,8 +8,10 @@ zero-padded to the network's width. Sampled actions pass the inverse steps.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,11 @@ from pi0.model.config import POSE_DIM
 # Added to the divisor in both directions, as in openpi. LeRobot (src/lerobot/processor/normalize_processor.py)
 # adds 1e-8 to the deviation only when it divides, and to a range of quantiles only if the range is 0.
 EPSILON = 1e-6
+# A divisor below EPSILON belongs to a feature that never changed in the data. It is raised to this value (of rad, m, or
+# a controller's full range), or a change of a millimetre would reach the network as a thousand.
+FLOOR = 0.02
+# Beyond this float32 cannot tell two values of a feature from each other.
+LARGEST = 1e6
 
 
 class NormStatsError(InputError, ValueError):
@@ -46,11 +53,18 @@ class Stats:
 
 @dataclass(frozen=True)
 class NormStats:
-    """Statistics of the robot's state and actions; errors name their `source`."""
+    """Statistics of the robot's state and actions.
+
+    Attributes:
+        state, actions: of each.
+        source: names them in errors.
+        floors: what was raised because a feature is constant (`with_floors`), a line each.
+    """
 
     state: Stats
     actions: Stats
     source: str = "the normalisation statistics"
+    floors: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, states: np.ndarray, actions: np.ndarray) -> NormStats:
@@ -62,13 +76,45 @@ class NormStats:
         return cls(Stats.of(states), Stats.of(actions))
 
     def to_dict(self) -> dict:
-        """The content of norm_stats.json."""
-        return {
-            "norm_stats": {
-                part: {k: v.tolist() for k, v in vars(getattr(self, part)).items() if v is not None}
-                for part in ("state", "actions")
-            }
+        """The content of norm_stats.json; openpi reads "norm_stats" and ignores the rest."""
+        parts = {
+            part: {k: v.tolist() for k, v in vars(getattr(self, part)).items() if v is not None}
+            for part in ("state", "actions")
         }
+        return {"norm_stats": parts} | ({"floors": list(self.floors)} if self.floors else {})
+
+    def with_floors(self, *divisors: str, smallest_std: float = 0.0) -> NormStats:
+        """The same with divisors that a network can use; `floors` says what was raised.
+
+        A feature that never changed has no deviation and no range of quantiles. Its deviation becomes `FLOOR`, its range
+        twice that. q01 stays. So a constant value becomes 0 by deviation and -1 by quantiles, as in openpi, which has
+        no floor.
+
+        Args:
+            divisors: "std", "quantiles" or both.
+            smallest_std: other deviations below this value are raised to it.
+        """
+        floors = list(self.floors)
+        parts: dict[str, Any] = {}
+        for part in ("state", "actions"):
+            stats: Stats = getattr(self, part)
+            std, q01, q99 = stats.std, stats.q01, stats.q99
+            if "std" in divisors:
+                smallest = np.where(std < EPSILON, max(FLOOR, smallest_std), smallest_std)
+                std = np.maximum(std, smallest.astype(np.float32))
+                floors += [
+                    f"{part} feature {i}: deviation {stats.std[i]:.3g} raised to {std[i]:.3g}"
+                    for i in np.flatnonzero(std > stats.std)
+                ]
+            if "quantiles" in divisors and q01 is not None and q99 is not None:
+                constant = q99 - q01 < EPSILON
+                q99 = np.where(constant, q01 + np.float32(2 * FLOOR), q99)
+                floors += [
+                    f"{part} feature {i}: q01 and q99 are both {q01[i]:.3g}, q99 raised to {q99[i]:.3g}"
+                    for i in np.flatnonzero(constant)
+                ]
+            parts[part] = replace(stats, std=std, q99=q99)
+        return replace(self, **parts, floors=tuple(floors))
 
 
 def normalize(values: Tensor, stats: Stats, quantiles: bool) -> Tensor:
@@ -163,8 +209,8 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
 
     Raises:
         FileNotFoundError: no such file.
-        NormStatsError: not JSON, a missing key, or a vector that is too short, not of finite numbers, or a negative
-            deviation; the message names file and key.
+        NormStatsError: not JSON, a missing key, or a vector that is too short, not of finite numbers, or not possible as
+            statistics; the message names file, key and feature.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,7 +222,11 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
     parts = content.get("norm_stats") if isinstance(content, dict) else None
     if not isinstance(parts, dict):
         raise NormStatsError(f'{path}: no "norm_stats" object at the top')
-    return norm_stats_from(parts, state_dim, action_dim, path)
+    stats = norm_stats_from(parts, state_dim, action_dim, path)
+    floors = content.get("floors", [])
+    if not isinstance(floors, list) or not all(isinstance(line, str) for line in floors):
+        raise NormStatsError(f"{path}: floors is not a list of lines")
+    return replace(stats, floors=tuple(floors))
 
 
 def norm_stats_from(parts: dict, state_dim: int, action_dim: int, path: Path) -> NormStats:
@@ -207,7 +257,27 @@ def _read_stats(parts: dict, part: str, dim: int, path: Path) -> Stats:
             raise NormStatsError(
                 f"{path}: {key} has shape {list(vector.shape)}; the robot has {dim} features"
             )
-        if not np.isfinite(vector).all() or (name == "std" and (vector < 0).any()):
-            raise NormStatsError(f"{path}: {key} holds values that are not finite or below zero")
         vectors[name] = vector[:dim]
-    return Stats(**vectors)
+    stats = Stats(**vectors)
+    for name, unfit, why in _impossible(stats):
+        if unfit.any():
+            feature = int(np.flatnonzero(unfit)[0])
+            found = ", ".join(f"{key} {vector[feature]:.6g}" for key, vector in vectors.items())
+            raise NormStatsError(
+                f"{path}: norm_stats.{part}.{name}, feature {feature}: {why} ({found}); restore the file, or compute "
+                "it again: python -m pi0.norm_stats"
+            )
+    return stats
+
+
+def _impossible(stats: Stats) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Key, features that cannot be so, bool [D], and why."""
+    for name, vector in vars(stats).items():
+        if vector is not None:
+            yield name, ~np.isfinite(vector), "the value is not finite"
+            yield name, np.abs(vector) > LARGEST, f"the value is beyond {LARGEST:.0e}"
+    yield "std", stats.std < 0, "a deviation is not below zero"
+    if stats.q01 is not None and stats.q99 is not None:
+        yield "q01", stats.q01 > stats.q99, "q01 is above q99"
+        moves = stats.q99 - stats.q01 > 2.5 * FLOOR  # more than a floor makes of a constant
+        yield "std", (stats.std < EPSILON) & moves, "a deviation of 0, but q01 is not q99"

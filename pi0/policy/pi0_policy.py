@@ -93,7 +93,7 @@ class PI0Policy(nn.Module):
 
         Raises:
             FileNotFoundError: the folder, config.json, model.safetensors or norm_stats_path is missing.
-            CheckpointError: a file is broken or does not fit the others.
+            CheckpointError: a file is broken or does not fit the others, or a weight is not finite.
         """
         policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
         shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
@@ -125,7 +125,9 @@ class PI0Policy(nn.Module):
     ) -> tuple[PI0Policy, dict[str, torch.dtype]]:
         """The policy without weights, and by name the type that each weight gets."""
         config = read_config(path)
-        stats = read_norm_stats(path, config, norm_stats_path).stats
+        stats, _, floors = read_norm_stats(path, config, norm_stats_path)
+        for line in floors:
+            print(f"{stats and stats.source}: {line}, because the feature is constant")
         with torch.device("meta"), _without_start_values():
             policy, trainee = cls(config, stats), cls(config, stats)
             trainee.choose_trained(trainable)

@@ -276,10 +276,11 @@ def _depth(shapes: Shapes, prefix: str, otherwise: int) -> int:
 
 
 class FoundStats(NamedTuple):
-    """Normalisation statistics of a policy folder and the place where they were."""
+    """Normalisation statistics of a policy folder, where they were, and floors that they got when they were read."""
 
     stats: NormStats | None
     place: str
+    floors: tuple[str, ...] = ()
 
 
 def find_norm_stats(directory: Path, buffers: Mapping[str, Any], config: Pi0Config) -> FoundStats:
