@@ -13,18 +13,21 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from pi0.base.arguments import Collect
 from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.model.config import ConvDims, Pi0Config
+from pi0.policy.cameras import CameraChoice, How
 from pi0.policy.folder import (
     CONFIG_FILE,
     MODEL_FILE,
     Header,
     pair,
+    read_cameras,
     read_config,
     read_header,
     read_norm_stats,
@@ -75,7 +78,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         command.add_argument(
             "--norm_stats_path", help="a norm_stats.json to use instead of the folder's own statistics"
         )
-    return parser.parse_args(arguments)
+        command.add_argument(
+            "--cameras",
+            action=Collect,
+            nargs="+",
+            default=[],
+            metavar="CAMERA=IMAGE",
+            help="cameras of a LeRobot folder whose image features have names that do not tell, such as "
+            "base_0_rgb=phone left_wrist_0_rgb=laptop; the converted folder names them itself",
+        )
+    options = parser.parse_args(arguments)
+    options.cameras = dict(pair.partition("=")[::2] for pair in options.cameras)
+    if not all(options.cameras.values()):
+        parser.error("--cameras: give CAMERA=IMAGE for each camera")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,11 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if options.command == "convert":
         convert_checkpoint(
-            options.path, options.output, options.layout, options.dtype, options.norm_stats_path
+            options.path,
+            options.output,
+            options.layout,
+            options.dtype,
+            options.norm_stats_path,
+            options.cameras,
         )
         return 0
     status = 0
-    for label, text in inspect_checkpoint(options.path, options.norm_stats_path):
+    for label, text in inspect_checkpoint(options.path, options.norm_stats_path, options.cameras):
         head, *more = text.split("\n")
         print(f"{label:<{LABEL_WIDTH}}{head}", *more, sep="\n" + " " * LABEL_WIDTH)
         status |= label == STOP
@@ -95,7 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert_checkpoint(
-    path: str, output: str, layout: str, dtype: str | None, norm_stats_path: str | None = None
+    path: str,
+    output: str,
+    layout: str,
+    dtype: str | None,
+    norm_stats_path: str | None = None,
+    cameras: Mapping[str, str] | None = None,
 ) -> None:
     """Load a policy folder, write it in another layout and print what was done.
 
@@ -107,14 +133,17 @@ def convert_checkpoint(
     """
     if (Path(output) / MODEL_FILE).exists():
         raise InputError(f"{output} already holds a {MODEL_FILE}; name another folder")
-    if read_config(path).guidance:
+    if read_config(path, cameras).guidance:
         raise CheckpointError(
             f"{Path(path) / CONFIG_FILE}: guidance is true; openpi and LeRobot have no place for the optimality "
             "condition that this policy learned, and do not sample with it, so only this project can use it. "
             "For other programs train with algo.mode=weighted"
         )
     policy = PI0Policy.from_pretrained(
-        path, dtype=getattr(torch, dtype) if dtype else None, norm_stats_path=norm_stats_path
+        path,
+        dtype=getattr(torch, dtype) if dtype else None,
+        norm_stats_path=norm_stats_path,
+        cameras=cameras,
     )
     ranks = policy.config.gemma.lora_rank, policy.config.action_expert.lora_rank
     if any(ranks):
@@ -127,12 +156,14 @@ def convert_checkpoint(
 
 
 def inspect_checkpoint(
-    path: str | Path, norm_stats_path: str | Path | None = None
+    path: str | Path,
+    norm_stats_path: str | Path | None = None,
+    cameras: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Describe a policy folder in pairs of a label and a text of one or more lines.
 
     The last pair's label is FITS or STOP: whether `PI0Policy.from_pretrained` loads it with the same
-    `norm_stats_path`.
+    `norm_stats_path` and `cameras`.
 
     Raises:
         FileNotFoundError: no such folder, or no weights in it.
@@ -149,8 +180,10 @@ def inspect_checkpoint(
     yield "model", f"{kind}: {describe(header.shapes)}"
     yield "weights", _weights(header)
     try:
-        config = read_config(directory)
+        config = read_config(directory, cameras)
         yield CONFIG_FILE, _config(config)
+        if choices := read_cameras(directory, cameras):
+            yield "cameras", "\n".join(map(_camera, choices))
         stats = read_norm_stats(directory, config, norm_stats_path)
         yield "statistics", "\n".join([f"{_statistics(stats.stats)}; found: {stats.place}", *_floors(stats)])
         if config.tokenizer == "paligemma":
@@ -184,6 +217,12 @@ def _config(config: Pi0Config) -> str:
         f"chunks of {config.action_horizon} actions of {config.action_dim} features; the robot uses "
         f"{config.robot_action_dim}; its state has {config.robot_state_dim}\n"
         f"cameras {', '.join(config.cameras)} at {config.image_size} pixels; prompt of {config.prompt_length} tokens"
+    )
+
+
+def _camera(choice: CameraChoice) -> str:
+    return str(choice) + (
+        "; if that is wrong, state the cameras: --cameras" if choice.how is How.ORDER else ""
     )
 
 

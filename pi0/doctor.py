@@ -26,7 +26,7 @@ from pi0.base.paths import REPO_ROOT
 if TYPE_CHECKING:
     from pi0 import PI0Policy
     from pi0.libero.suites import Task
-    from pi0.ript.config import Config
+    from pi0.ript.config import AlgoConfig, Config
 
 OK, NOTE, STOP = "ok", "note", "stop"
 GIB = 2**30
@@ -230,7 +230,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     tasks = find_tasks(config.task.benchmark_name, config.task.chosen)
     algo = config.algo
     if algo.cotraining_path is not None:
-        yield _check_cotraining(algo.cotraining_path, algo.cotraining_gripper, policy, tasks)
+        yield _check_cotraining(algo, policy, tasks)
     image = np.zeros((1, size, size, 3), np.uint8)
     observation = {
         "images": dict.fromkeys(network.cameras, image),
@@ -252,16 +252,16 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     yield Finding(OK, "checkpoint", f"acts; {1e3 * (time.perf_counter() - start):.0f} ms a chunk on the CPU")
 
 
-def _check_cotraining(
-    path: str, gripper: str | None, policy: "PI0Policy", tasks: "Sequence[Task]"
-) -> Finding:
+def _check_cotraining(algo: "AlgoConfig", policy: "PI0Policy", tasks: "Sequence[Task]") -> Finding:
     from pi0.ript.cotraining import find_demonstrations
 
     try:
-        _, indices = find_demonstrations(path, gripper, policy, tasks)
+        _, indices = find_demonstrations(algo, policy, tasks)
     except (OSError, ValueError) as error:
         return Finding(STOP, "demonstrations", str(error), "correct algo.cotraining_path, or remove it")
-    return Finding(OK, "demonstrations", f"{path}: {len(indices)} demonstrations of {len(tasks)} tasks")
+    return Finding(
+        OK, "demonstrations", f"{algo.cotraining_path}: {len(indices)} demonstrations of {len(tasks)} tasks"
+    )
 
 
 def check_output(folder: Path) -> Iterator[Finding]:

@@ -13,17 +13,19 @@ import argparse
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, exit_with
 from pi0.base.files import writable_dir, write_json
-from pi0.data import DemonstrationSet, Gripper, open_demonstrations
+from pi0.data import Contradiction, DemonstrationSet, FeatureNames, Gripper, open_demonstrations
 from pi0.data.chunks import Chunks
-from pi0.data.recorded_chunks import demonstrations_of_tasks
+from pi0.data.recorded_chunks import demonstrations_of_tasks, leave_out_failures
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import Environments
+from pi0.libero.episodes import ROBOT
 from pi0.libero.rendering import CAMERAS
 from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.libero.suites import find_tasks
@@ -76,6 +78,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument("--dataset", help="read these demonstrations; default: record some of the experts")
+    parser.add_argument(
+        "--dataset-features",
+        action=Collect,
+        nargs="+",
+        metavar="NAME=FEATURE",
+        help="names of state, actions and each camera in a LeRobot data set, if they are not known",
+    )
+    parser.add_argument(
+        "--dataset-accept",
+        action=Collect,
+        nargs="+",
+        default=[],
+        choices=get_args(Contradiction),
+        help="what may contradict LIBERO's robot in a data set: frames a second (fps), robot, names of features; "
+        "failures: count episodes without reward or success, too",
+    )
     parser.add_argument(
         "--dataset-gripper",
         choices=list(Gripper),
@@ -133,12 +151,18 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(options.output)
     writable_dir(output.parent)
     if options.dataset:
-        recorded = open_demonstrations(options.dataset, gripper=options.dataset_gripper)
+        names = {"names": FeatureNames.parse(options.dataset_features)} if options.dataset_features else {}
+        recorded = open_demonstrations(
+            options.dataset, options.dataset_gripper, ROBOT, options.dataset_accept, **names
+        )
+        failures = "failures" in options.dataset_accept
         indices: Sequence[int] = range(len(recorded))
         if options.tasks:
             tasks = find_tasks(options.suite, options.tasks)
-            found = demonstrations_of_tasks(recorded, tasks, len(recorded))
+            found = demonstrations_of_tasks(recorded, tasks, len(recorded), failures)
             indices = [index for of_task in found.values() for index in of_task]
+        elif not failures:
+            indices = leave_out_failures(recorded, indices)
         chunks = chunks_without_images(recorded, indices, options.horizon, options.frame_every)
         count = len(indices)
     else:

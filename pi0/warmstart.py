@@ -21,7 +21,7 @@ import functools
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from pi0.base.errors import CheckpointError, InputError, exit_with
 from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
-from pi0.data import DataError, FeatureNames, Gripper, Orientation, open_demonstrations
+from pi0.data import Contradiction, DataError, FeatureNames, Gripper, Orientation, open_demonstrations
 from pi0.data.chunks import Chunks
 from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.demonstrations import record_demonstrations
@@ -115,6 +115,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dataset-gripper",
         choices=list(Gripper),
         help="what 1 means for the gripper of a data set; IPEC-COMMUNITY's LIBERO sets have open-is-1",
+    )
+    parser.add_argument(
+        "--dataset-accept",
+        action=Collect,
+        nargs="+",
+        default=[],
+        choices=get_args(Contradiction),
+        help="what may contradict LIBERO's robot in a data set: frames a second (fps), robot, names of features; "
+        "failures: learn episodes without reward or success, too",
     )
     parser.add_argument(
         "--dataset-video", action="store_true", help="write images as H.264 video, not as PNG"
@@ -259,13 +268,17 @@ def read_demonstrations(
         how["names"] = FeatureNames.parse(options.dataset_features)
     if options.dataset_images:
         how["orientation"] = Orientation(options.dataset_images)
-    recorded = open_demonstrations(options.dataset, options.dataset_gripper, **how)
+    recorded = open_demonstrations(
+        options.dataset, options.dataset_gripper, ROBOT, options.dataset_accept, **how
+    )
     unknown = [camera for camera in recorded.cameras if camera not in config.cameras]
     if unknown:
         raise DataError(
             f"{options.dataset}: the policy has no camera {', '.join(unknown)}; it has {', '.join(config.cameras)}"
         )
-    by_task = demonstrations_of_tasks(recorded, environments.tasks, options.demonstrations)
+    by_task = demonstrations_of_tasks(
+        recorded, environments.tasks, options.demonstrations, failures="failures" in options.dataset_accept
+    )
     chunks = load_chunks(
         recorded,
         [index for indices in by_task.values() for index in indices],

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +22,22 @@ from pi0.data import (
     open_demonstrations,
 )
 from pi0.data import lerobot_writer as writing
-from pi0.data.lerobot_layout import WRIST_IMAGE_NAMES
+from pi0.data.demonstrations import Description
+from pi0.data.description import feature_names, require_fit
 from pi0.data.lerobot_writer import LeRobotWriter
+from pi0.data.recorded_chunks import demonstrations_of_tasks, leave_out_failures
+from pi0.libero.episodes import ROBOT
 from tests.support import recordings
 from tests.support.recordings import CAMERAS, make_demonstration, write_separate_files, write_shared_files
 
 LENGTHS = (7, 5, 9, 4, 6)
 LOSS = 3  # grey levels that a video may differ by
+
+
+def named(**images) -> FeatureNames:
+    """LeRobot's names with other images: image to camera."""
+    cameras = {camera: f"observation.images.{image}" for image, camera in images.items()}
+    return replace(LEROBOT_NAMES, cameras=cameras)
 
 
 @pytest.fixture
@@ -123,7 +133,9 @@ def gripped(demonstration, *commands):
 
 def test_a_set_whose_gripper_is_opened_by_1_is_refused_until_that_is_said(tmp_path, demonstrations):
     theirs = [gripped(d, 1, 0, 0) for d in demonstrations]  # as any4lerobot makes it of -1, 1, 1
-    write_shared_files(tmp_path / "set", theirs, names=WRIST_IMAGE_NAMES)
+    write_shared_files(
+        tmp_path / "set", theirs, names=named(image="base_0_rgb", wrist_image="left_wrist_0_rgb")
+    )
     with pytest.raises(
         DataError, match=r"gripper actions are 0 to 1, .* open-is-1 if .* --dataset-gripper"
     ) as caught:
@@ -387,6 +399,121 @@ FAULTS = {
 }
 
 
+def with_info(root, **changes):
+    """Change meta/info.json; `features` are merged into those that are there."""
+    info = json.loads((root / "meta/info.json").read_text())
+    for name, feature in changes.pop("features", {}).items():
+        info["features"][name] |= feature
+    (root / "meta/info.json").write_text(json.dumps(info | changes))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("images", "cameras"),
+    [
+        (["wrist", "front"], {"left_wrist_0_rgb": "wrist", "base_0_rgb": "front"}),
+        (["gripperCam", "agentview_rgb"], {"left_wrist_0_rgb": "gripperCam", "base_0_rgb": "agentview_rgb"}),
+        (["top", "hand_view", "phone"], {"left_wrist_0_rgb": "hand_view", "base_0_rgb": "top"}),
+    ],
+)
+def test_the_words_of_images_decide_their_cameras(tmp_path, demonstrations, capsys, images, cameras):
+    features = {f"camera {number}": f"observation.images.{image}" for number, image in enumerate(images)}
+    written = [
+        replace(demonstration, images=dict.fromkeys(features, demonstration.images[CAMERAS[0]]))
+        for demonstration in demonstrations
+    ]
+    with LeRobotWriter(tmp_path / "set", recordings.FPS, replace(LEROBOT_NAMES, cameras=features)) as writer:
+        writer.add(written[0])
+    found = open_demonstrations(tmp_path / "set")
+    assert found.names.cameras == {camera: f"observation.images.{image}" for camera, image in cameras.items()}
+    assert f"{images[0]} is " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("images", [("phone", "laptop"), ("wrist", "phone"), ("wrist_left", "gripper")])
+def test_images_whose_names_do_not_tell_have_to_be_named(tmp_path, demonstrations, images):
+    features = dict(zip(CAMERAS, (f"observation.images.{image}" for image in images), strict=True))
+    names = replace(LEROBOT_NAMES, cameras=features)
+    with LeRobotWriter(tmp_path / "set", recordings.FPS, names) as writer:
+        writer.add(demonstrations[0])
+    with pytest.raises(DataError, match=r"--dataset-features or algo\.cotraining_features"):
+        open_demonstrations(tmp_path / "set")
+    assert_same(open_demonstrations(tmp_path / "set", names=names).read(0), demonstrations[0])
+
+
+JOINTS = [*(f"joint_{number}" for number in range(7)), "gripper"]
+POSE = ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper", "gripper"]
+CONTRADICTIONS = {
+    "fps": ({"fps": 30}, r"30 frames a second, but the robot acts 20"),
+    "robot": ({"robot_type": "so101_follower"}, r"the robot is so101_follower, not panda"),
+    "names": (
+        {"features": {"observation.state": {"names": {"motors": JOINTS}}}},
+        r"the features of state are joint_0, .*the robot's are position x, y, z",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_what_a_set_says_of_itself_is_compared_with_the_robot(tmp_path, demonstrations, kind):
+    change, message = CONTRADICTIONS[kind]
+    write_shared_files(tmp_path / "set", demonstrations)
+    open_demonstrations(tmp_path / "set", robot=ROBOT)
+    with_info(tmp_path / "set", **change)
+    with pytest.raises(
+        DataError, match=f"set: {message}.*--dataset-accept {kind}, algo.cotraining_accept=.{kind}."
+    ):
+        open_demonstrations(tmp_path / "set", robot=ROBOT)
+    assert len(open_demonstrations(tmp_path / "set", robot=ROBOT, accept=[kind])) == len(LENGTHS)
+    assert len(open_demonstrations(tmp_path / "set")) == len(LENGTHS), "without a robot nothing is compared"
+
+
+@pytest.mark.parametrize(
+    ("names", "fits"),
+    [
+        (None, True),
+        (["actions"], True),
+        ({"motors": POSE[:7]}, True),
+        (["dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"], True),
+        (["gripper", *POSE[:6]], False),
+        (["y", "x", *POSE[2:7]], False),
+        (["shoulder_pan", "elbow", *POSE[2:7]], False),
+    ],
+)
+def test_names_of_features_are_those_of_a_pose(names, fits):
+    description = Description(actions=feature_names(names))
+    if fits:
+        require_fit(description, ROBOT, "set")
+    else:
+        with pytest.raises(DataError, match="set: the features of actions are"):
+            require_fit(description, ROBOT, "set")
+
+
+def test_failures_are_left_out_unless_they_are_asked_for(tmp_path, demonstrations, capsys):
+    task = SimpleNamespace(name="task", prompt=demonstrations[0].prompt)
+    mine = [d for d in demonstrations if d.prompt == task.prompt]
+    assert len(mine) == 3
+    mine[0] = replace(mine[0], rewards=np.zeros(len(mine[0]), np.float32))
+    with LeRobotWriter(tmp_path / "set", recordings.FPS) as writer:
+        for demonstration in mine:
+            writer.add(demonstration)
+    found = open_demonstrations(tmp_path / "set", robot=ROBOT)
+    assert demonstrations_of_tasks(found, [task], 9) == {"task": [1, 2]}
+    assert "1 of 3 demonstrations of task failed, by their rewards or successes" in capsys.readouterr().out
+    assert demonstrations_of_tasks(found, [task], 1) == {"task": [1]}
+    assert demonstrations_of_tasks(found, [task], 9, failures=True) == {"task": [0, 1, 2]}
+    with pytest.raises(DataError, match=r"all 1 demonstrations failed: .*--dataset-accept failures"):
+        leave_out_failures(found, [0])
+
+
+def test_a_success_says_more_than_a_reward(demonstrations):
+    steps = len(demonstrations[0])
+    never, at_last = np.zeros(steps, bool), np.arange(steps) == steps - 1
+    dense = np.full(steps, 0.1, np.float32)
+    assert not replace(demonstrations[0], rewards=dense).failed
+    assert replace(demonstrations[0], rewards=dense, successes=never).failed
+    assert not replace(demonstrations[0], rewards=-dense, successes=at_last).failed
+    assert not replace(demonstrations[0], rewards=None).failed
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_with_its_file(tmp_path, demonstrations, fault):
     root = tmp_path / "set"
@@ -405,7 +532,7 @@ def test_faults_of_videos_are_named(tmp_path, demonstrations):
     film = tmp_path / "set/videos/chunk-000/observation.images.image/episode_000000.mp4"
     short = tmp_path / "set/videos/chunk-000/observation.images.image/episode_000001.mp4"
     shutil.copy(short, film)  # five frames where there should be seven
-    with pytest.raises(DataError, match=r"episode_000000.mp4: no frame within 0.0001 s of 0.5000 s"):
+    with pytest.raises(DataError, match=r"episode_000000.mp4: no frame within 0.0001 s of 0.2500 s"):
         open_demonstrations(tmp_path / "set").read(0)
     film.write_bytes(b"no video")
     with pytest.raises(DataError, match="not a video"):

@@ -1,6 +1,7 @@
 """LIBERO's HDF5 demonstrations: paired rightly, turned upright, and broken files are named."""
 
 import dataclasses
+import json
 
 import h5py
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pi0.base.errors import MissingFileError
 from pi0.data import DataError, open_demonstrations
 from pi0.data.libero_hdf5 import LiberoDemonstrations
+from pi0.libero.episodes import ROBOT
 from tests.support.recordings import CAMERAS, make_demonstration, write_hdf5
 
 
@@ -129,3 +131,32 @@ def test_files_that_are_none_are_named(tmp_path):
         open_demonstrations(tmp_path)
     with pytest.raises(DataError, match="no LeRobot data set"):
         open_demonstrations(tmp_path, orientation="upright")
+
+
+def test_what_the_files_say_of_robot_and_rate_is_compared(tmp_path, recorded):
+    file = tmp_path / "task_demo.hdf5"
+    write_hdf5(file, recorded, instruction="open")
+    assert open_demonstrations(file, robot=ROBOT).description.fps is None
+    for given, problem in (
+        ({"robots": ["Panda"], "control_freq": 20}, None),
+        ({"robots": "Panda"}, None),
+        (
+            {"robots": ["Sawyer"], "control_freq": 20},
+            "the robot is Sawyer, not panda.*--dataset-accept robot",
+        ),
+        ({"robots": ["Panda"], "control_freq": 10}, "10 frames a second, but the robot acts 20 .*accept fps"),
+    ):
+        with h5py.File(file, "a") as content:
+            content["data"].attrs["env_args"] = json.dumps({"type": 1, "env_kwargs": given})
+        if problem is None:
+            open_demonstrations(file, robot=ROBOT)
+        else:
+            with pytest.raises(DataError, match=problem):
+                open_demonstrations(file, robot=ROBOT)
+    write_hdf5(tmp_path / "zz_demo.hdf5", recorded, instruction="open")
+    with h5py.File(tmp_path / "zz_demo.hdf5", "a") as content:
+        content["data"].attrs["env_args"] = json.dumps(
+            {"env_kwargs": {"robots": ["Panda"], "control_freq": 20}}
+        )
+    with pytest.raises(DataError, match=r"zz_demo\.hdf5: recorded of .* but other files of the folder"):
+        open_demonstrations(tmp_path)

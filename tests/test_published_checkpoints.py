@@ -17,7 +17,7 @@ from torch import nn
 
 from pi0 import PI0Policy
 from pi0.base.errors import InputError
-from pi0.checkpoint import main
+from pi0.checkpoint import inspect_checkpoint, main
 from pi0.model.config import Pi0Config
 from pi0.model.lora import is_lora
 from pi0.policy.folder import CheckpointError
@@ -130,6 +130,15 @@ def test_directory_of_openpis_training_needs_its_horizon(tmp_path):
         (["images.image", "images.image2"], ("base_0_rgb", "left_wrist_0_rgb")),
         (["images.wrist_image", "images.image"], ("left_wrist_0_rgb", "base_0_rgb")),
         (["images.left_wrist_0_rgb", "images.top"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (["images.wrist", "images.front"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (["images.robot0_eye_in_hand", "images.agentview"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (["images.wrist_image_left", "images.exterior_image_1_left"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (["images.gripperCam", "images.thirdPerson"], ("left_wrist_0_rgb", "base_0_rgb")),
+        (
+            ["images.cam_right_wrist", "images.cam_left_wrist", "images.cam_top"],
+            ("right_wrist_0_rgb", "left_wrist_0_rgb", "base_0_rgb"),
+        ),
+        (["images.laptop", "images.wrist"], ("base_0_rgb", "left_wrist_0_rgb")),
         (["images.image", "images.image2", "images.empty_camera_0"], ("base_0_rgb", "left_wrist_0_rgb")),
         ([], ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")),
     ],
@@ -139,6 +148,47 @@ def test_cameras_are_told_by_name_then_by_order(tmp_path, features, cameras):
     image = {"type": "VISUAL", "shape": [3, 224, 224]}
     edit_config(directory, input_features={f"observation.{name}": image for name in features})
     assert PI0Policy.from_pretrained(directory).config.cameras == cameras
+
+
+def with_images(tmp_path, *names):
+    directory = write_lerobot(tmp_path / "checkpoint", weights())
+    image = {"type": "VISUAL", "shape": [3, 224, 224]}
+    edit_config(directory, input_features={f"observation.images.{name}": image for name in names})
+    return directory
+
+
+def test_what_decided_a_camera_is_shown_and_order_alone_warns(tmp_path, capsys):
+    directory = with_images(tmp_path, "wrist", "phone")
+    PI0Policy.from_pretrained(directory)
+    said = "image phone is base_0_rgb, by its order only; if that is wrong, state the cameras"
+    assert said in capsys.readouterr().out
+    wrist, phone = dict(inspect_checkpoint(directory))["cameras"].split("\n")
+    assert wrist == "wrist is left_wrist_0_rgb, by the words of its name"
+    assert phone == "phone is base_0_rgb, by its order only; if that is wrong, state the cameras: --cameras"
+    PI0Policy.from_pretrained(with_images(tmp_path / "told", "wrist", "front"))
+    assert "order" not in capsys.readouterr().out
+
+
+def test_stated_cameras_come_first_and_the_converted_folder_names_them(tmp_path, capsys):
+    directory = with_images(tmp_path, "phone", "laptop")
+    stated = ["--cameras", "left_wrist_0_rgb=phone", "base_0_rgb=laptop"]
+    main(["convert", str(directory), str(tmp_path / "out"), *stated])
+    capsys.readouterr()
+    assert PI0Policy.from_pretrained(tmp_path / "out").config.cameras == ("left_wrist_0_rgb", "base_0_rgb")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="names its cameras itself"):
+        main(["convert", str(tmp_path / "out"), str(tmp_path / "again"), *stated])
+    with pytest.raises(ValueError, match="there is no tablet; images are phone, laptop"):
+        main(["convert", str(directory), str(tmp_path / "other"), "--cameras", "base_0_rgb=tablet"])
+
+
+@pytest.mark.parametrize("names", [("front", "top"), ("hand", "gripper"), ("a", "b", "c", "d")])
+def test_cameras_that_names_do_not_tell_apart_have_to_be_stated(tmp_path, names):
+    directory = with_images(tmp_path, *names)
+    with pytest.raises(ValueError, match=r"cannot be assigned .*pi0\.checkpoint convert .* --cameras"):
+        PI0Policy.from_pretrained(directory)
+    label, text = list(inspect_checkpoint(directory))[-1]
+    assert label == "STOP" and "--cameras" in text
 
 
 def test_base_models_padded_features_are_no_robots(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from pi0.data.demonstrations import (
     Orientation,
     Robot,
 )
+from pi0.data.description import Contradiction, require_fit
 from pi0.data.lerobot_layout import LEROBOT_NAMES, OPENPI_NAMES, FeatureNames
 
 __all__ = [
     "LEROBOT_NAMES",
     "OPENPI_NAMES",
+    "Contradiction",
     "DataError",
     "Demonstration",
     "DemonstrationSet",
@@ -30,19 +33,28 @@ __all__ = [
 ]
 
 
-def open_demonstrations(path: str | Path, gripper: str | None = None, **options: Any) -> DemonstrationSet:
+def open_demonstrations(
+    path: str | Path,
+    gripper: str | None = None,
+    robot: Robot | None = None,
+    accept: Collection[str] = (),
+    **options: Any,
+) -> DemonstrationSet:
     """Open the demonstrations at a path; the files decide the format.
 
     Args:
         path: a folder with meta/info.json (LeRobot), or an HDF5 file or a folder of such files (LIBERO).
         gripper: what 1 means for the gripper in this set, a `Gripper`; None: the same as in LIBERO, and some action
             must open it.
+        robot: the robot that learns from them; None: whatever robot they are of.
+        accept: contradictions between the files' description and the robot that are no error (`Contradiction`).
         options: those of `pi0.data.lerobot_reader.LeRobotDemonstrations` or
             `pi0.data.libero_hdf5.LiberoDemonstrations`.
 
     Raises:
         MissingFileError: there are no such files.
-        DataError: the files cannot be read; or `gripper` is None, and no action opens LIBERO's gripper.
+        DataError: the files cannot be read, or contradict the robot; or `gripper` is None, and no action opens LIBERO's
+            gripper.
     """
     path = Path(path)
     # The libraries of both formats are large, so each is imported only for its own files.
@@ -60,6 +72,8 @@ def open_demonstrations(path: str | Path, gripper: str | None = None, **options:
         from pi0.data.libero_hdf5 import LiberoDemonstrations
 
         found = LiberoDemonstrations(path, gripper=gripper or Gripper.CLOSE_IS_1, **options)
+    if robot is not None:
+        require_fit(found.description, robot, str(path), accept)
     if gripper is None:
         _require_opening(found, path)
     return found

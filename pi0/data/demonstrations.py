@@ -14,11 +14,36 @@ from pi0.base.errors import InputError
 
 @dataclass(frozen=True)
 class Robot:
-    """Features of a robot's state and action, and the largest action it takes, in either direction."""
+    """A robot that learns from demonstrations.
+
+    Attributes:
+        state_dim, action_dim: features of its state and action.
+        largest_action: the largest action it takes, in either direction.
+        hz: actions a second.
+        names: words, in lower case, one of which its name in a data set holds.
+    """
 
     state_dim: int
     action_dim: int
     largest_action: float
+    hz: float
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the files of a data set say of themselves; None where they say nothing.
+
+    Attributes:
+        fps: frames a second.
+        robot: the robot's name.
+        states, actions: names of the features.
+    """
+
+    fps: float | None = None
+    robot: str | None = None
+    states: tuple[str, ...] | None = None
+    actions: tuple[str, ...] | None = None
 
 
 class DataError(InputError, ValueError):
@@ -87,6 +112,7 @@ class Demonstration:
             demonstration.
         rewards: float32 [T], reward of each step's action; None if the file does not hold it.
         dones: bool [T], whether the episode ended with the step; None if the file does not hold it.
+        successes: bool [T], whether the task was solved at the step; None if the file does not hold it.
 
     Raises:
         DataError: the lengths differ.
@@ -100,11 +126,12 @@ class Demonstration:
     executed: np.ndarray
     rewards: np.ndarray | None = None
     dones: np.ndarray | None = None
+    successes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         steps = {
             name: len(values)
-            for name in ("states", "actions", "executed", "rewards", "dones")
+            for name in ("states", "actions", "executed", "rewards", "dones", "successes")
             if (values := getattr(self, name)) is not None
         }
         if len(set(steps.values())) > 1 or not len(self):
@@ -117,6 +144,13 @@ class Demonstration:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the file says that the task was not solved: no success, or without such a feature no reward."""
+        if self.successes is not None:
+            return not self.successes.any()
+        return self.rewards is not None and not (self.rewards > 0).any()
 
     def thinned(self, every: int) -> Demonstration:
         """The same episode with images of only the steps that are multiples of `every`."""
@@ -132,9 +166,11 @@ class DemonstrationSet(ABC):
         prompts: instruction of each demonstration.
         lengths: control steps of each.
         cameras: policy camera names that have images.
+        description: what the files say of themselves.
     """
 
     cameras: Sequence[str]
+    description: Description
     prompts: Sequence[str]
     lengths: Sequence[int]
 

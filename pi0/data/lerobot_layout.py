@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi0.base.errors import MissingFileError
 from pi0.data.demonstrations import DataError
+from pi0.policy.cameras import BASE, LEFT_WRIST, CameraNameError, How, choose_cameras, is_told
 
 EPISODE_FILES = ("v2.0", "v2.1")  # each episode has one parquet file and one video a camera
 SHARED_FILES = "v3.0"  # a file holds many episodes, found through meta/episodes
@@ -42,12 +43,12 @@ INDEX_FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class FeatureNames:
-    """Names of a data set's features. The last three are optional.
+    """Names of a data set's features. The last four are optional.
 
     Attributes:
         cameras: policy camera name to feature.
         state, actions: features for `Demonstration.states` and `actions`.
-        executed, reward, done: features for `Demonstration.executed`, `rewards` and `dones`.
+        executed, reward, done, success: features for `Demonstration.executed`, `rewards`, `dones` and `successes`.
     """
 
     cameras: Mapping[str, str]
@@ -56,6 +57,7 @@ class FeatureNames:
     executed: str = "executed_action"
     reward: str = "next.reward"
     done: str = "next.done"
+    success: str = "next.success"
 
     @classmethod
     def parse(cls, pairs: Sequence[str]) -> FeatureNames:
@@ -64,7 +66,7 @@ class FeatureNames:
         Raises:
             DataError: a pair has another form, or state, actions or all cameras are missing.
         """
-        fields = ("state", "actions", "executed", "reward", "done")
+        fields = ("state", "actions", "executed", "reward", "done", "success")
         given = dict(pair.partition("=")[::2] for pair in pairs)
         cameras = {name: feature for name, feature in given.items() if name not in fields}
         if not all(given.values()) or not cameras or not {"state", "actions"} <= given.keys():
@@ -89,15 +91,8 @@ LEROBOT_NAMES = FeatureNames(
 OPENPI_NAMES = FeatureNames(
     {"base_0_rgb": "image", "left_wrist_0_rgb": "wrist_image"}, "state", "actions", "executed_actions"
 )
-# IPEC-COMMUNITY's LIBERO sets (Tavish9/any4lerobot, libero2lerobot), where 1 opens the gripper (`Gripper`).
-WRIST_IMAGE_NAMES = replace(
-    LEROBOT_NAMES,
-    cameras={
-        "base_0_rgb": "observation.images.image",
-        "left_wrist_0_rgb": "observation.images.wrist_image",
-    },
-)
-KNOWN_NAMES = (LEROBOT_NAMES, WRIST_IMAGE_NAMES, OPENPI_NAMES)
+# Pairs of features that hold state and actions, and the executed actions beside them.
+_VECTORS = tuple((names.state, names.actions, names.executed) for names in (LEROBOT_NAMES, OPENPI_NAMES))
 
 
 @dataclass(frozen=True)
@@ -108,6 +103,7 @@ class DatasetInfo:
         path: path of info.json.
         version: codebase_version.
         fps: frames a second.
+        robot_type: the robot; None: not recorded.
         features: name to {dtype, shape, ...}.
         episodes: number of episodes.
         chunk_size: episodes in a folder, for v2.
@@ -117,6 +113,7 @@ class DatasetInfo:
     path: Path
     version: str
     fps: float
+    robot_type: str | None
     features: dict[str, dict[str, Any]]
     episodes: int
     chunk_size: int
@@ -152,6 +149,7 @@ class DatasetInfo:
             path=path,
             version=version,
             fps=_value(content, "fps", (int, float), path),
+            robot_type=_value({"robot_type": None} | content, "robot_type", (str, type(None)), path),
             features=features,
             episodes=_value(content, "total_episodes", int, path),
             chunk_size=_value(content, "chunks_size", int, path),
@@ -160,17 +158,15 @@ class DatasetInfo:
         )
 
     def find_names(self, names: FeatureNames | None) -> FeatureNames:
-        """The given names, or those of `KNOWN_NAMES` that fit.
+        """The given names, or those that the features' own names tell.
+
+        State and actions are called as LeRobot or openpi call them, cameras as `pi0.policy.cameras` knows them. Images
+        beside a base and a wrist camera are left out if no word tells what they show.
 
         Raises:
-            DataError: a feature is missing or of another kind; the message lists the features.
+            DataError: a feature is missing or of another kind, or names do not tell; the message lists the features.
         """
-        if names is None:
-            fitting = [known for known in KNOWN_NAMES if self.features.keys() >= set(known.required())]
-            if not fitting:
-                known = " nor ".join(", ".join(names.required()) for names in KNOWN_NAMES)
-                raise DataError(f"{self.path}: has neither {known}. {self._there()}")
-            names = fitting[0]
+        names = names or self._named()
         missing = [name for name in names.required() if name not in self.features]
         if missing:
             raise DataError(f"{self.path}: has no feature {', '.join(missing)}. {self._there()}")
@@ -187,6 +183,34 @@ class DatasetInfo:
             if dtype not in ("float32", "float64") or len(shape) != 1:
                 raise DataError(f"{self.path}: features.{name} is {dtype} {shape}, not a vector of floats")
         return names
+
+    def _named(self) -> FeatureNames:
+        vectors = [found for found in _VECTORS if self.features.keys() >= set(found[:2])]
+        images = {
+            name.rsplit(".", 1)[-1]: name
+            for name, feature in self.features.items()
+            if feature["dtype"] in ("image", "video") or name.startswith("observation.image")
+        }
+        mend = "--dataset-features or algo.cotraining_features, each with state=, actions= and CAMERA=FEATURE"
+        if not vectors or not images:
+            known = " nor ".join(f"{state} and {actions}" for state, actions, _ in _VECTORS)
+            what = f"neither {known}" if not vectors else "no image"
+            raise DataError(f"{self.path}: has {what}. {self._there()}: {mend}")
+        told = [image for image in images if is_told(image)]
+        try:
+            choices = choose_cameras(told, str(self.path), mend)
+        except CameraNameError as error:
+            raise DataError(str(error)) from error
+        for choice in choices:
+            if choice.how is How.WORDS:
+                print(f"{self.path}: {choice}")
+        cameras = {choice.camera: images[choice.image] for choice in choices}
+        left = [images[image] for image in images if image not in told]
+        if left and not cameras.keys() >= {BASE, LEFT_WRIST}:
+            raise DataError(
+                f"{self.path}: the name of {', '.join(left)} does not tell which camera it is. {self._there()}: {mend}"
+            )
+        return FeatureNames(cameras, *vectors[0])
 
     def _there(self) -> str:
         own = ", ".join(name for name in self.features if name not in INDEX_FEATURES)

@@ -14,7 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pi0.base.errors import MissingFileError
-from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
+from pi0.data.demonstrations import (
+    DataError,
+    Demonstration,
+    DemonstrationSet,
+    Description,
+    Gripper,
+    Orientation,
+)
+from pi0.data.description import feature_names
 from pi0.data.frames import decode_image, read_video
 from pi0.data.lerobot_layout import EPISODE_FILES, EPISODES_JSONL, DatasetInfo, FeatureNames
 
@@ -35,7 +43,7 @@ class LeRobotDemonstrations(DemonstrationSet):
 
     Args:
         root: folder of the data set.
-        names: names of its features; None finds them among `KNOWN_NAMES`.
+        names: names of its features; None finds them (`DatasetInfo.find_names`).
         orientation: orientation of its images, which the files do not record. By openpi's and LeRobot's convention
             images of LIBERO are turned by 180 degrees.
         tolerance_s: largest distance of a video frame from its time stamp, seconds; the default is LeRobot's.
@@ -62,6 +70,14 @@ class LeRobotDemonstrations(DemonstrationSet):
         self.info = DatasetInfo.read(self.root)
         self.names = self.info.find_names(names)
         self.cameras = tuple(self.names.cameras)
+        self.description = Description(
+            self.info.fps,
+            self.info.robot_type,
+            *(
+                feature_names(self.info.features[name].get("names"))
+                for name in (self.names.state, self.names.actions)
+            ),
+        )
         self._orientation = Orientation(orientation)
         self._gripper = Gripper(gripper)
         self._tolerance_s = tolerance_s
@@ -100,7 +116,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         columns = [self.names.state, self.names.actions, "timestamp"]
         columns += [
             name
-            for name in (self.names.executed, self.names.reward, self.names.done)
+            for name in (self.names.executed, self.names.reward, self.names.done, self.names.success)
             if name in self.info.features
         ]
         stored_images = set(self.names.cameras.values()) - set(self._video_cameras.values())
@@ -109,9 +125,9 @@ class LeRobotDemonstrations(DemonstrationSet):
         executed = (
             self._actions(table, self.names.executed, episode) if self.names.executed in columns else actions
         )
-        rewards, dones = (
+        rewards, dones, successes = (
             self._numbers(table, name, episode) if name in columns else None
-            for name in (self.names.reward, self.names.done)
+            for name in (self.names.reward, self.names.done, self.names.success)
         )
         return Demonstration(
             prompt=episode.prompt,
@@ -129,6 +145,7 @@ class LeRobotDemonstrations(DemonstrationSet):
             executed=executed,
             rewards=rewards,
             dones=None if dones is None else dones.astype(bool),
+            successes=None if successes is None else successes.astype(bool),
         )
 
     # Where episodes are

@@ -16,7 +16,14 @@ import h5py
 import numpy as np
 
 from pi0.base.errors import MissingFileError
-from pi0.data.demonstrations import DataError, Demonstration, DemonstrationSet, Gripper, Orientation
+from pi0.data.demonstrations import (
+    DataError,
+    Demonstration,
+    DemonstrationSet,
+    Description,
+    Gripper,
+    Orientation,
+)
 from pi0.data.instructions import instruction_in
 
 # Policy camera names and LIBERO's names of their images.
@@ -70,10 +77,12 @@ class LiberoDemonstrations(DemonstrationSet):
         self.cameras = tuple(cameras)
         self._places: list[tuple[Path, str, bool]] = []  # file, group, observed after the action
         self.prompts, self.lengths = [], []
+        self.description = Description()
         for file in files:
             with _open(file) as content:
                 data = _child(content, "data", h5py.Group, file)
                 prompt = _instruction(data, file)
+                self._describe(data, file)
                 late = (
                     "problem_info" in data.attrs if observed_after_action is None else observed_after_action
                 )
@@ -84,6 +93,25 @@ class LiberoDemonstrations(DemonstrationSet):
                     self.lengths.append(len(actions) - late)
         if not self._places:
             raise DataError(f"{path}: no demonstration in it")
+
+    def _describe(self, data: h5py.Group, file: Path) -> None:
+        """Take in what robosuite recorded of the environment of a file; all files must say the same.
+
+        Source: robosuite 1.4, scripts/collect_human_demonstrations.py, and LIBERO's scripts/create_dataset.py.
+        """
+        try:
+            given = json.loads(data.attrs["env_args"])["env_kwargs"]
+            robots = given.get("robots")
+            robot = robots[0] if isinstance(robots, list) else robots
+            fps = float(given["control_freq"]) if "control_freq" in given else None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            return  # replayed files do not hold it
+        found = Description(fps, None if robot is None else str(robot))
+        if self.description != Description() and self.description != found:
+            raise DataError(
+                f"{file}: recorded of {found}, but other files of the folder are of {self.description}"
+            )
+        self.description = found
 
     def read(self, index: int, image_steps: Sequence[int] | None = None) -> Demonstration:
         """One demonstration: see `DemonstrationSet.read`."""

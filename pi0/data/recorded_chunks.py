@@ -30,9 +30,15 @@ class PromptedTask(Protocol):
 
 
 def demonstrations_of_tasks(
-    demonstrations: DemonstrationSet, tasks: Sequence[PromptedTask], per_task: int
+    demonstrations: DemonstrationSet, tasks: Sequence[PromptedTask], per_task: int, failures: bool = False
 ) -> dict[str, list[int]]:
     """Find each task's demonstrations by the instruction: {task name: at most `per_task` indices}.
+
+    Args:
+        demonstrations: the set.
+        tasks: the tasks.
+        per_task: most demonstrations of a task.
+        failures: whether to take those that failed, too; else they are left out (`leave_out_failures`).
 
     Raises:
         DataError: a task has no demonstration; the message lists the instructions of the set.
@@ -40,13 +46,46 @@ def demonstrations_of_tasks(
     by_prompt: dict[str, list[int]] = {}
     for index, prompt in enumerate(demonstrations.prompts):
         by_prompt.setdefault(_plain(prompt), []).append(index)
-    found = {task.name: by_prompt.get(_plain(task.prompt), [])[:per_task] for task in tasks}
+    found = {task.name: by_prompt.get(_plain(task.prompt), []) for task in tasks}
     missing = [name for name, indices in found.items() if not indices]
     if missing:
         raise DataError(
             f"no demonstration of {', '.join(missing)}; the data set has: {'; '.join(sorted(by_prompt))}"
         )
-    return found
+    if failures:
+        return {name: indices[:per_task] for name, indices in found.items()}
+    return {
+        name: leave_out_failures(demonstrations, indices, f" of {name}", per_task)
+        for name, indices in found.items()
+    }
+
+
+def leave_out_failures(
+    demonstrations: DemonstrationSet, indices: Sequence[int], of: str = "", most: int | None = None
+) -> list[int]:
+    """The first `most` of some demonstrations without those that failed; says how many are left out.
+
+    Raises:
+        DataError: all of them failed.
+    """
+    solved: list[int] = []
+    looked = 0
+    for index in indices:
+        if most is not None and len(solved) == most:
+            break
+        looked += 1
+        if not demonstrations.read(index, image_steps=()).failed:
+            solved.append(index)
+    if not solved:
+        raise DataError(
+            f"all {looked} demonstrations{of} failed: they hold no reward above 0 and no success; to learn them all the "
+            "same, accept it: --dataset-accept failures, algo.cotraining_accept=[failures], or failures=True in Python"
+        )
+    if left := looked - len(solved):
+        print(
+            f"{left} of {looked} demonstrations{of} failed, by their rewards or successes, and are left out"
+        )
+    return solved
 
 
 def load_chunks(

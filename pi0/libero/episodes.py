@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pi0.data.demonstrations import Robot
-from pi0.libero.stepping import InitState
+from pi0.libero.stepping import CONTROL_HZ, InitState
 from pi0.libero.suites import Task
 
 STATE_DIM = 8
 ACTION_DIM = 7
-ROBOT = Robot(STATE_DIM, ACTION_DIM, largest_action=1.0)
+ROBOT = Robot(STATE_DIM, ACTION_DIM, largest_action=1.0, hz=CONTROL_HZ, names=("panda", "franka", "libero"))
 
 
 @dataclass(frozen=True)

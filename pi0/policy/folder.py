@@ -24,11 +24,13 @@ from pi0.base.errors import CheckpointError, MissingFileError
 from pi0.base.progress import progress
 from pi0.base.tensors import write_tensors
 from pi0.model.config import ConvDims, Pi0Config
+from pi0.policy.cameras import CameraChoice
 from pi0.policy.lerobot_files import lerobot_files
 from pi0.policy.normalization import NormStats, load_norm_stats
 from pi0.policy.published import (
     NORM_STATS_FILE,
     FoundStats,
+    camera_choices,
     find_norm_stats,
     is_lerobot,
     is_openpi,
@@ -126,8 +128,12 @@ def read_header(directory: str | Path) -> Header:
     return Header(path, layout, keys, shapes, dtypes, statistics, metadata)
 
 
-def read_config(directory: str | Path) -> Pi0Config:
+def read_config(directory: str | Path, cameras: Mapping[str, str] | None = None) -> Pi0Config:
     """The configuration in config.json of a policy folder; openpi's and LeRobot's are translated.
+
+    Args:
+        directory: the policy folder.
+        cameras: camera to image, if the names in LeRobot's config.json do not tell (`read_cameras`).
 
     Raises:
         FileNotFoundError: no such folder or no config.json in it.
@@ -136,11 +142,21 @@ def read_config(directory: str | Path) -> Pi0Config:
     content = _read_config_file(_directory(directory))
     source = str(Path(directory) / CONFIG_FILE)
     if is_lerobot(content) or is_openpi(content):
-        return published_config(content, read_header(directory).shapes, source)
+        return published_config(content, read_header(directory).shapes, source, cameras)
+    if cameras:
+        raise CheckpointError(
+            f"{source} names its cameras itself; cameras can be stated for LeRobot's folders only"
+        )
     try:
         return Pi0Config.from_dict(content, source)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def read_cameras(directory: str | Path, stated: Mapping[str, str] | None = None) -> list[CameraChoice]:
+    """How the cameras of LeRobot's image features were decided; empty for other layouts, which name them."""
+    content = _read_config_file(_directory(directory))
+    return camera_choices(content, str(Path(directory) / CONFIG_FILE), stated) if is_lerobot(content) else []
 
 
 def read_norm_stats(

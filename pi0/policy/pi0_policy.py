@@ -19,7 +19,15 @@ from pi0.base.errors import CheckpointError, InputError
 from pi0.model.config import Pi0Config
 from pi0.model.lora import RANKS
 from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
-from pi0.policy.folder import Origin, load_weights, read_config, read_norm_stats, save_checkpoint_files
+from pi0.policy.cameras import How
+from pi0.policy.folder import (
+    Origin,
+    load_weights,
+    read_cameras,
+    read_config,
+    read_norm_stats,
+    save_checkpoint_files,
+)
 from pi0.policy.images import to_network_images
 from pi0.policy.normalization import (
     NormStats,
@@ -76,6 +84,7 @@ class PI0Policy(nn.Module):
         dtype: torch.dtype | None = None,
         norm_stats_path: str | Path | None = None,
         trainable: str = "as_saved",
+        cameras: Mapping[str, str] | None = None,
     ) -> PI0Policy:
         """Load a policy folder of this project, openpi or LeRobot, in evaluation mode.
 
@@ -90,12 +99,16 @@ class PI0Policy(nn.Module):
             norm_stats_path: a norm_stats.json to use instead of the folder's own statistics.
             trainable: the part to train, as in `choose_trained`. That method starts from rounded weights in a
                 policy that was loaded in bfloat16; here the trained part is never rounded.
+            cameras: camera to image, if the names of LeRobot's image features do not tell; None: names decide, then
+                their order, which is printed.
 
         Raises:
             FileNotFoundError: the folder, config.json, model.safetensors or norm_stats_path is missing.
             CheckpointError: a file is broken or does not fit the others, or a weight is not finite.
         """
-        policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
+        policy, dtypes, notes = cls._without_weights(path, dtype, norm_stats_path, trainable, cameras)
+        for note in notes:
+            print(note)
         shapes = {name: parameter.shape for name, parameter in policy.network.named_parameters()}
         weights, policy._origin = load_weights(path, shapes, dtypes, device)
         frozen = {
@@ -116,24 +129,33 @@ class PI0Policy(nn.Module):
         trainable: str = "as_saved",
     ) -> int:
         """Memory in bytes of the weights that `from_pretrained` would load; the weights are not read."""
-        policy, dtypes = cls._without_weights(path, dtype, norm_stats_path, trainable)
+        policy, dtypes, _ = cls._without_weights(path, dtype, norm_stats_path, trainable)
         return sum(p.numel() * dtypes[name].itemsize for name, p in policy.network.named_parameters())
 
     @classmethod
     def _without_weights(
-        cls, path: str | Path, dtype: torch.dtype | None, norm_stats_path: str | Path | None, trainable: str
-    ) -> tuple[PI0Policy, dict[str, torch.dtype]]:
-        """The policy without weights, and by name the type that each weight gets."""
-        config = read_config(path)
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None,
+        norm_stats_path: str | Path | None,
+        trainable: str,
+        cameras: Mapping[str, str] | None = None,
+    ) -> tuple[PI0Policy, dict[str, torch.dtype], list[str]]:
+        """The policy without weights, by name the type that each weight gets, and what a user should know."""
+        config = read_config(path, cameras)
+        notes = [
+            f"{path}: image {choice}; if that is wrong, state the cameras: python -m pi0.checkpoint convert --help"
+            for choice in read_cameras(path, cameras)
+            if choice.how is How.ORDER
+        ]
         stats, _, floors = read_norm_stats(path, config, norm_stats_path)
-        for line in floors:
-            print(f"{stats and stats.source}: {line}, because the feature is constant")
+        notes += [f"{stats and stats.source}: {line}, because the feature is constant" for line in floors]
         with torch.device("meta"), _without_start_values():
             policy, trainee = cls(config, stats), cls(config, stats)
             trainee.choose_trained(trainable)
         low = trainee.network.low_precision_parameters() if dtype else set()
         names = [name for name, _ in policy.network.named_parameters()]
-        return policy, {name: dtype if dtype and name in low else torch.float32 for name in names}
+        return policy, {name: dtype if dtype and name in low else torch.float32 for name in names}, notes
 
     def save_pretrained(self, path: str | Path, layout: str = "openpi") -> None:
         """Write a policy folder that `from_pretrained` loads; each file is replaced whole.

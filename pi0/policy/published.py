@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from pi0.base.errors import CheckpointError, MissingFileError
 from pi0.model.config import POSE_DIM, PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
+from pi0.policy.cameras import BASE, LEFT_WRIST, CameraChoice, choose_cameras
 from pi0.policy.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
 from pi0.policy.tensor_names import EMBEDDING, EXPERT, OUTPUT_HEAD, PALIGEMMA, holds_pi05
 
@@ -33,12 +34,6 @@ STATE_FEATURE, ACTION_FEATURE = "observation.state", "action"
 # In transformers' PaliGemma, SigLIP So400m has 16 heads of 72 features. openpi's Gemma variants have one key-value
 # head. Shapes show neither.
 _SIGLIP_HEAD_DIM, _KV_HEADS = 72, 1
-# Names that LeRobot's LIBERO data sets and environment give the two cameras (lerobot docs/source/libero.mdx).
-_CAMERAS = {name: name for name in PUBLISHED_CAMERAS} | {
-    "image": "base_0_rgb",
-    "image2": "left_wrist_0_rgb",
-    "wrist_image": "left_wrist_0_rgb",
-}
 # Sizes of the transformers by openpi's names (get_config in src/openpi/models/gemma.py). LeRobot builds only these.
 # openpi's `..._lora` variants add low-rank matrices, which its own PyTorch model cannot hold.
 GEMMA_VARIANTS = {
@@ -79,15 +74,19 @@ def is_openpi(content: Mapping[str, Any]) -> bool:
     return not is_lerobot(content) and "action_horizon" in content and "gemma" not in content
 
 
-def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) -> Pi0Config:
+def published_config(
+    content: Mapping[str, Any], shapes: Shapes, source: str, cameras: Mapping[str, str] | None = None
+) -> Pi0Config:
     """The configuration of a policy folder of openpi or LeRobot.
 
     Args:
         content: content of its config.json. openpi's may also hold any other field of `Pi0Config`, which is used.
         shapes: shapes of the tensors. What they do not show is as in the published model.
         source: names config.json in errors.
+        cameras: camera to image, if the names of LeRobot's image features do not tell (`choose_cameras`).
 
     Raises:
+        CameraNameError: as `choose_cameras`.
         CheckpointError: a key is missing or needs something that this project does not compute; it names the key.
     """
     pi05 = holds_pi05(shapes)
@@ -103,7 +102,7 @@ def published_config(content: Mapping[str, Any], shapes: Shapes, source: str) ->
                 "additions into the weights with the program that trained them, and name the variant without _lora"
             )
     if is_lerobot(content):
-        translated = _from_lerobot(content, pi05, source)
+        translated = _from_lerobot(content, pi05, source, cameras)
         mapping = content.get("normalization_mapping") or norm_map(base.use_quantile_norm)
         quantiles = _mode(mapping, source) == "QUANTILES"
         if quantiles != base.use_quantile_norm:
@@ -127,7 +126,9 @@ def _from_openpi(content: Mapping[str, Any], source: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key in fields | {"pi05"}}
 
 
-def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[str, Any]:
+def _from_lerobot(
+    content: Mapping[str, Any], pi05: bool, source: str, cameras: Mapping[str, str] | None
+) -> dict[str, Any]:
     expected = "pi05" if pi05 else "pi0"
     if content["type"] != expected:
         raise CheckpointError(f"{source}: type is {content['type']!r}, but the tensors are of {expected}")
@@ -147,7 +148,8 @@ def _from_lerobot(content: Mapping[str, Any], pi05: bool, source: str) -> dict[s
         "action_horizon": content["chunk_size"],
         "num_steps": content.get("num_inference_steps", content.get("num_steps", 10)),
         "prompt_length": content.get("tokenizer_max_length", 200 if pi05 else 48),
-        "cameras": _cameras(content["input_features"] or {}, source),
+        "cameras": tuple(choice.camera for choice in camera_choices(content, source, cameras))
+        or PUBLISHED_CAMERAS,
         **{key: content[key] for key in FREEZES if key in content},
     }
     for ours, part, key in (
@@ -203,21 +205,21 @@ def _mode(mapping: Mapping[str, str], source: str) -> str:
     return modes.pop()
 
 
-def _cameras(features: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    """This project's names of LeRobot's image features, in their order.
+def camera_choices(
+    content: Mapping[str, Any], source: str, stated: Mapping[str, str] | None = None
+) -> list[CameraChoice]:
+    """This project's names of the image features in a LeRobot config.json, in their order.
 
-    Features with unknown names get the published names that are left, in order. Empty cameras are left out: they
-    are masked, so no output depends on them.
+    Empty cameras are left out: they are masked, so no output depends on them.
+
+    Raises:
+        CameraNameError: as `choose_cameras`.
     """
-    images = [key.rsplit(".", 1)[-1] for key in features if key.startswith("observation.image")]
-    images = [name for name in images if not name.startswith("empty_camera")]
-    taken = [_CAMERAS[name] for name in images if name in _CAMERAS]
-    free = [name for name in PUBLISHED_CAMERAS if name not in taken]
-    if len(set(taken)) < len(taken) or len(images) > len(PUBLISHED_CAMERAS):
-        raise CheckpointError(
-            f"{source}: image features {', '.join(images)} cannot be assigned to {', '.join(PUBLISHED_CAMERAS)}"
-        )
-    return tuple(_CAMERAS.get(name) or free.pop(0) for name in images) or PUBLISHED_CAMERAS
+    features = [key for key in content["input_features"] or {} if key.startswith("observation.image")]
+    images = [name for key in features if not (name := key.rsplit(".", 1)[-1]).startswith("empty_camera")]
+    folder = Path(source).parent
+    mend = f"python -m pi0.checkpoint convert {folder} OUTPUT --cameras {BASE}=IMAGE {LEFT_WRIST}=IMAGE"
+    return choose_cameras(images, source, mend, stated)
 
 
 def _sizes(base: Pi0Config, shapes: Shapes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pi0.base import typed_yaml
 from pi0.base.typed_yaml import ConfigError, KeyDescription, key, section, show
+from pi0.data import Contradiction
 from pi0.libero.settings import MAX_SEED, RECORDED_STATES, ScoreConfig, TaskConfig, task_conflicts
 from pi0.training.run_folder import name_problem
 from pi0.training.settings import (
@@ -124,6 +125,17 @@ class AlgoConfig:
     cotraining_gripper: Literal["close-is-1", "open-is-1"] | None = key(
         None,
         "what 1 means for the gripper in it; null: close, and the data set must have actions that open it",
+        since=13,
+    )
+    cotraining_features: list[str] = key(
+        [],
+        "names of state, actions and each camera in a LeRobot data set, NAME=FEATURE each; none: its own names tell",
+        since=13,
+    )
+    cotraining_accept: list[Contradiction] = key(
+        [],
+        "what may contradict LIBERO's robot in it: frames a second (fps), robot, names of features; failures: learn "
+        "episodes without reward or success, too",
         since=13,
     )
     cotraining_chunks: int = key(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pi0 import PI0Policy
-from pi0.data import DataError, DemonstrationSet, open_demonstrations
+from pi0.data import DataError, DemonstrationSet, FeatureNames, open_demonstrations
 from pi0.data.chunks import Chunks
 from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.episodes import ROBOT
@@ -15,7 +15,7 @@ from pi0.libero.rendering import CAMERAS
 from pi0.libero.suites import Task
 from pi0.model.network import POSITIVE
 from pi0.ript.cfg_adapter import WeightedChunks
-from pi0.ript.config import Config
+from pi0.ript.config import AlgoConfig, Config
 
 
 class Cotraining:
@@ -40,21 +40,27 @@ class Cotraining:
 
 
 def find_demonstrations(
-    path: str, gripper: str | None, policy: PI0Policy, tasks: Sequence[Task]
+    algo: AlgoConfig, policy: PI0Policy, tasks: Sequence[Task]
 ) -> tuple[DemonstrationSet, list[int]]:
-    """The data set at `path`, and indices of its demonstrations of `tasks`; `gripper` as in `open_demonstrations`.
+    """The data set of the configuration, and indices of its demonstrations of `tasks`.
 
     Raises:
-        DataError: it cannot be read, or has other tasks or cameras.
+        DataError: it cannot be read, contradicts LIBERO's robot, or has other tasks or cameras.
     """
-    recorded = open_demonstrations(path, gripper=gripper)
+    assert algo.cotraining_path is not None
+    names = {"names": FeatureNames.parse(algo.cotraining_features)} if algo.cotraining_features else {}
+    recorded = open_demonstrations(
+        algo.cotraining_path, algo.cotraining_gripper, ROBOT, algo.cotraining_accept, **names
+    )
     cameras = [name for name in policy.config.cameras if name in CAMERAS]
     if set(recorded.cameras) != set(cameras):
         raise DataError(
-            f"algo.cotraining_path = {path!r} has images of {', '.join(recorded.cameras)}; the policy "
+            f"algo.cotraining_path = {algo.cotraining_path!r} has images of {', '.join(recorded.cameras)}; the policy "
             f"uses {', '.join(cameras)}"
         )
-    by_task = demonstrations_of_tasks(recorded, tasks, len(recorded))
+    by_task = demonstrations_of_tasks(
+        recorded, tasks, len(recorded), failures="failures" in algo.cotraining_accept
+    )
     return recorded, [index for found in by_task.values() for index in found]
 
 
@@ -67,7 +73,7 @@ def load_cotraining(config: Config, policy: PI0Policy, tasks: Sequence[Task]) ->
     algo = config.algo
     if algo.cotraining_path is None:
         return None
-    recorded, indices = find_demonstrations(algo.cotraining_path, algo.cotraining_gripper, policy, tasks)
+    recorded, indices = find_demonstrations(algo, policy, tasks)
     chunks = load_chunks(
         recorded,
         indices,

@@ -17,7 +17,7 @@ from pi0.data.frames import encode_png
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 PROMPTS = ("pick up the black bowl", "open the top drawer")
 SIZE = 32
-FPS = 10
+FPS = 20
 
 
 def upright_frame(step: int, seed: int, camera: int) -> np.ndarray:
