@@ -52,7 +52,6 @@ from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
-from pi0.policy.saved_policy import SavedPolicy
 from pi0.ranks.collectives import average_gradients, broadcast_weights, gather, largest, on_rank_zero
 from pi0.ranks.sharding import shard, weights_are_finite, whole
 from pi0.ranks.watch import RankWatch, exit_with, join_ranks, under_torchrun, watched_ranks
@@ -79,6 +78,7 @@ from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
 from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
 from pi0.training.safeguards import Safeguards
+from pi0.training.saved_policy import SavedPolicy
 from pi0.training.state import States, TrainingState, Weights
 
 
@@ -374,7 +374,7 @@ def make_learner(config: Config, policy: PI0Policy, env_runner: LIBEROEnvRunner,
 def add_parts(state: TrainingState, learner: Learner, states: TaskAwareSampler, noise: OwnStream) -> None:
     """What a checkpoint holds."""
     state.shared = {
-        "policy": SavedPolicy(learner.average.module),
+        "policy": SavedPolicy(learner.average.module, learner.policy),
         "training": Weights(learner.policy.network, "resume with the same training.trainable"),
         "optimizer": States(optimizer=learner.optimizer, schedule=learner.schedule),
     }

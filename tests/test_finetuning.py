@@ -20,10 +20,10 @@ from pi0.model.config import GemmaDims, Pi0Config, SiglipDims
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.network import AdaptiveRMSNorm, Pi0Network
 from pi0.policy.pi0_policy import _without_start_values
-from pi0.policy.saved_policy import SavedPolicy
 from pi0.training.ema import AveragedModule
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream
+from pi0.training.saved_policy import SavedPolicy
 from pi0.training.settings import OptimizerConfig
 from pi0.training.state import States, TrainingState, Weights
 from tests.support.networks import chunks_of, inputs_of
@@ -265,7 +265,7 @@ def run_of(learner: PI0Policy, seed: int) -> Run:
     schedule = make_schedule(optimizer, 1.0, 2)
     run = Run(learner, learner.copy(), torch.Generator(), TrainingState())
     run.state.shared = {
-        "policy": SavedPolicy(run.average),
+        "policy": SavedPolicy(run.average, run.policy),
         "training": Weights(learner.network, "resume with the same training.trainable"),
         "optimizer": States(optimizer=optimizer, schedule=schedule),
     }

@@ -19,8 +19,8 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or folder does not exist."""
 
 
-class OutputError(InputError):
-    """A folder or file of results cannot be written."""
+class OutputError(InputError, OSError):
+    """A folder or file of results cannot be written, or a result is not there."""
 
 
 class MachineError(InputError):
@@ -49,6 +49,30 @@ def attempt(function: Callable[..., object], *arguments: object) -> str | None:
     except (InputError, OSError) as error:
         return str(error)
     return None
+
+
+class Outputs:
+    """Results that are written one by one. A failure does not end the run, but the run must not end as if all were there.
+
+    Attributes:
+        missing: name of each result whose last writing failed, with the reason.
+    """
+
+    def __init__(self) -> None:
+        self.missing: dict[str, str] = {}
+
+    def write(self, name: str, function: Callable[..., object], *arguments: object) -> None:
+        """Call what writes the result `name`; print and remember a failure, until the same result is written."""
+        self.missing.pop(name, None)
+        if (reason := attempt(function, *arguments)) is not None:
+            self.missing[name] = reason
+            print(f"{name} not written: {reason}")
+
+    def check(self) -> None:
+        """Raise `OutputError` if a result is missing; what the run's folder holds of that name is older."""
+        if self.missing:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in self.missing.items())
+            raise OutputError(f"these results are not written, or not the last of them:\n{reasons}")
 
 
 def report_failure(failure: str, function: Callable[..., object], *arguments: object) -> None:

@@ -8,10 +8,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pi0.base.errors import OutputError
+
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. A failure of the disk raises OSError, as for any other file."""
+    """Write a safetensors file.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
     try:
         save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} is not written: {error}; make room or choose another folder") from error
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{path} is not written: {error}; make room or choose another folder") from error

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.errors import CheckpointError, MissingFileError, OutputError
 from pi0.base.progress import progress
 from pi0.base.tensors import write_tensors
 from pi0.model.config import ConvDims, Pi0Config
@@ -286,7 +286,7 @@ def save_checkpoint_files(
 
     Raises:
         CheckpointError: the layout cannot hold a part of the model, or the folder holds a policy of another layout.
-        OSError: the disk refuses.
+        OutputError: the disk refuses.
     """
     chosen = WRITABLE.get(layout)
     if chosen is None:
@@ -316,9 +316,9 @@ def save_checkpoint_files(
         chosen.from_openpi(name): tensor for name, tensor in _tensors(weights, config, origin, chosen).items()
     }
 
-    directory.mkdir(parents=True, exist_ok=True)
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if isinstance(content, bytes):
                 temporary[name].write_bytes(content)
@@ -330,9 +330,16 @@ def save_checkpoint_files(
             os.replace(path, directory / name)
         if NORM_STATS_FILE not in files:  # statistics of an earlier policy would be read as this one's
             (directory / NORM_STATS_FILE).unlink(missing_ok=True)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"the policy cannot be written to {directory}: {error.strerror}; make room, or choose another folder"
+        ) from error
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def pair(header: Header, expected: Mapping[str, torch.Size]) -> dict[str, str]:

@@ -63,16 +63,25 @@ class PI0Policy(nn.Module):
     def __init__(self, config: Pi0Config, norm_stats: NormStats | None = None):
         super().__init__()
         self.config = config
-        self.norm_stats = norm_stats
+        self.norm_stats: NormStats | None = None
         self.delta_actions = bool(config.delta_actions)  # whether the state is subtracted from the actions
         if norm_stats is not None:
-            self.delta_actions = learned_delta_actions(norm_stats, config.delta_actions)
-            if config.use_quantile_norm:
-                require_quantiles(norm_stats)
+            self.use_norm_stats(norm_stats)
         self.network = Pi0Network(config)
         self.compiled = False  # whether torch.compile compiles the network
         self._tokenizer: Tokenizer | None = None
         self._origin: Origin | None = None  # what it keeps of its file, if it came from one
+
+    def use_norm_stats(self, norm_stats: NormStats) -> None:
+        """Normalise by these statistics from now on.
+
+        Raises:
+            NormStatsError: they do not fit the configuration.
+        """
+        self.delta_actions = learned_delta_actions(norm_stats, self.config.delta_actions)
+        if self.config.use_quantile_norm:
+            require_quantiles(norm_stats)
+        self.norm_stats = norm_stats
 
     # Files
 
@@ -168,12 +177,15 @@ class PI0Policy(nn.Module):
 
         Raises:
             CheckpointError: the layout cannot hold a part of the model.
-            OSError: the disk refuses.
+            OutputError: the disk refuses.
         """
         weights = self.network.state_dict()
-        # What the statistics have shown is written down, for readers that do not examine them.
-        config = dataclasses.replace(self.config, delta_actions=True) if self.delta_actions else self.config
-        save_checkpoint_files(path, weights, config, self.norm_stats, self._origin, layout)
+        save_checkpoint_files(path, weights, self.saved_config, self.norm_stats, self._origin, layout)
+
+    @property
+    def saved_config(self) -> Pi0Config:
+        """The configuration with what the statistics have shown, for readers that do not examine them."""
+        return dataclasses.replace(self.config, delta_actions=True) if self.delta_actions else self.config
 
     def enable_guidance(self) -> None:
         """Add an optimality condition, for guidance; it changes no output until it is trained."""

@@ -5,7 +5,7 @@ between ranks (random streams, the rank's place in the data):
 
     NAME.safetensors      the trained weights of a module (`Weights`)
     NAME.pt               other states (`States`)
-    NAME/                 a part that is saved as a folder (such as `pi0.policy.saved_policy.SavedPolicy`)
+    NAME/                 a part that is saved as a folder (such as `pi0.training.saved_policy.SavedPolicy`)
     run.json              iterations done, metrics, evaluations, facts
     rank0.pt ...          each rank's own parts
 """
