@@ -32,7 +32,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError, attempt, report_failure
+from pi0.base.errors import InputError, Outputs
 from pi0.base.files import write_json
 from pi0.base.progress import progress
-from pi0.base.typed_yaml import fixed_keys
 from pi0.libero.evaluation import BrokenSimulationsError, EvaluationResult, restore_result
 from pi0.libero.films import film_before_after
 from pi0.libero.init_states import InitStatePool
@@ -63,7 +62,8 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
-from pi0.ript.results import check_machine, summarize, write_report
+from pi0.ript.results import check_machine, require_rows, summarize, write_report
+from pi0.ript.resume import SETTINGS, compare_outside
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, SamplerState, state_name
 from pi0.ript.turns import Ring, TaskTurns
@@ -73,7 +73,7 @@ from pi0.training.flow_loss import Augmentation
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.log_file import LogFile
 from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
-from pi0.training.metrics import TensorBoard, append_line, count_lines, finish_wandb, start_wandb
+from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
 from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
@@ -470,21 +470,18 @@ def write_results(
     scores: tuple[EvaluationResult, EvaluationResult],
     history: list[dict],
     seconds: float,
+    outputs: Outputs,
 ) -> None:
     """Table, learning curve and film of the policies before and after, with their scores."""
     final = {"total_steps": sum("loss" in row for row in history), "iterations": len(history)}
     final |= {"before": scores[0].score(), "after": scores[1].score()}
-    final_results = (write_json, run_dir / "final_training_results.json", final)
-    report_failure("final_training_results.json not written", *final_results)
-    recorded = count_lines(run_dir / "metrics.jsonl")
-    print(f"metrics recorded: {recorded} of {len(history)} steps in {run_dir / 'metrics.jsonl'}")
-    results = (write_report, run_dir, to_dict(config), *scores, history, seconds)
-    report_failure("results not written", *results)
+    outputs.write("final_training_results.json", write_json, run_dir / "final_training_results.json", final)
+    outputs.write("metrics.jsonl", require_rows, run_dir, len(history))
+    results = (run_dir, to_dict(config), *scores, history, seconds, outputs.missing)
+    outputs.write("results.json", write_report, *results)
     if config.features.save_video:
-        film = (film_before_after, run_dir, env_runner, *policies, *scores)
-        report_failure("video not written", *film)
-    problem = attempt(write_html_report, run_dir)
-    print(f"report.html not written: {problem}" if problem else f"  {run_dir / 'report.html'}")
+        outputs.write("before_after.mp4", film_before_after, run_dir, env_runner, *policies, *scores)
+    outputs.write("report.html", write_html_report, run_dir)
 
 
 def evaluate_periodically(
@@ -495,6 +492,7 @@ def evaluate_periodically(
     validation: list[InitStatePool] | None,
     evaluations: list[dict],
     run_dir: Path,
+    write: Callable[..., None],
 ) -> None:
     """After every `logging.log_freq` steps, once each: the policy's score, into `evaluations` and metrics.json."""
     evaluation, due = config.evaluation, step and step % config.logging.log_freq == 0
@@ -508,8 +506,7 @@ def evaluate_periodically(
         initial_states=validation,
     )
     evaluations.append({"step": step, **scored.score(), "protocol": scored.protocol})
-    scores = (write_json, run_dir / "metrics.json", evaluations)
-    on_rank_zero(report_failure, "metrics.json not written", *scores)
+    on_rank_zero(write, "metrics.json", write_json, run_dir / "metrics.json", evaluations)
     print(f"evaluation after {step} steps: {scored}")
 
 
@@ -522,7 +519,7 @@ def train(
     policy = load_policy(config)
     broadcast_weights(policy)  # another host may have another file of that name
     place = (config.output_dir, config.exp_name, to_dict(config))
-    open_run = (run_to_resume, resume, *place, fixed_keys(Config)) if resume else (new_run_dir, *place)
+    open_run = (run_to_resume, resume, *place, *SETTINGS) if resume else (new_run_dir, *place)
     run_dir = on_rank_zero(*open_run)
     log_to_files(tees, run_dir / f"train_rank{rank}.log")
     on_rank_zero(take_run, run_dir, to_dict(config))
@@ -533,7 +530,7 @@ def train(
     run = init_wandb(config, run_dir) if rank == 0 else None
     config.logging.wandb_run_id = run.id if run else config.logging.wandb_run_id
     board = TensorBoard(run_dir / "tensorboard")
-    started = time.monotonic()
+    started, outputs = time.monotonic(), Outputs()
     with LIBEROEnvRunner(config.task, policy.config, interrupts) as env_runner, cleanup_on_exit(safe):
         print(f"training started: {len(env_runner.tasks)} tasks, writing to {run_dir}")
         stats_path = config.algo.rollout_stats_path or run_dir / "rollout_stats.json"
@@ -546,6 +543,7 @@ def train(
         noise = OwnStream(learner.generator, config.training.seed)
         add_parts(state, learner, states, noise)
         load_checkpoint(safe, learner, newest)
+        state.facts |= on_rank_zero(compare_outside, config, env_runner, state.facts)
         started -= state.facts.get("seconds", 0.0)
         note_facts(config, safe, learner, time.monotonic() - started)
         weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
@@ -556,11 +554,11 @@ def train(
         else:
             before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
             state.facts["before"] = before.to_dict()
-        protocol = (write_json, run_dir / "protocol.json", before.protocol)
-        on_rank_zero(report_failure, "protocol.json not written", *protocol)
+        on_rank_zero(outputs.write, "protocol.json", write_json, run_dir / "protocol.json", before.protocol)
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
         scored, evaluations = state.score, state.evaluations  # None also if a stop came before the score
-        evaluate_periodically(config, env_runner, acting, state.step, validation, evaluations, run_dir)
+        evaluated = (validation, evaluations, run_dir, outputs.write)
+        evaluate_periodically(config, env_runner, acting, state.step, *evaluated)
         if state.step == 0 or state.score != scored:
             save_checkpoint(safe)
         while (step := state.step) < config.training.num_train_steps:
@@ -580,11 +578,10 @@ def train(
             state.finish_iteration(metrics)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
-            saved = (learner.average.module.save_pretrained, run_dir / "policy")
-            on_rank_zero(report_failure, f"step {step}: the policy is not saved", *saved)
+            on_rank_zero(outputs.write, "policy", learner.average.module.save_pretrained, run_dir / "policy")
             print(summarize(metrics))
             monitor_memory(state.history)
-            evaluate_periodically(config, env_runner, acting, step + 1, validation, evaluations, run_dir)
+            evaluate_periodically(config, env_runner, acting, step + 1, *evaluated)
             asked = interrupts.take_checkpoint_request()
             if largest(safe.store.is_due(state.step, state.score, asked)):
                 save_checkpoint(safe)
@@ -592,10 +589,11 @@ def train(
         after = env_runner.run(acting, evaluation.episodes, evaluation.seed, label="score after")
         seconds = time.monotonic() - started
         results = (config, run_dir, env_runner, (start, acting), (before, after), state.history, seconds)
-        on_rank_zero(write_results, *results)
+        on_rank_zero(write_results, *results, outputs)
         finish_wandb(run, {"before": before.outcomes, "after": after.outcomes})
         rollouts.cleanup()
         on_rank_zero(check_machine, before, after, state.history)
+        on_rank_zero(outputs.check)
     return run_dir
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0.base.errors import OutputError
-from pi0.base.files import writable_dir, write_whole
+from pi0.base.errors import OutputError, Outputs
+from pi0.base.files import writable_dir, write_json, write_whole
 from pi0.base.paths import REPO_ROOT, cache_dir
 from pi0.base.video import write_video
 from pi0.data.frames import VideoWriter, read_video
@@ -106,3 +106,21 @@ def test_a_relative_path_with_a_colon_is_a_file_to_the_video_library(tmp_path, m
     writer.close()
     for name in ("film.mp4", "set.mp4"):
         assert read_video(folder / name, np.array([0.0, 0.3]), 0.01).shape == (2, 64, 64, 3)
+
+
+def test_what_was_not_written_is_remembered_until_it_is(tmp_path, capsys):
+    outputs = Outputs()
+    (tmp_path / "score.json").mkdir()
+    outputs.write("score.json", write_json, tmp_path / "score.json", 1)
+    outputs.write("table", write_json, tmp_path / "table", 1)
+    assert list(outputs.missing) == ["score.json"]
+    assert capsys.readouterr().out.startswith("score.json not written: ")
+    with pytest.raises(
+        OutputError, match=r"not the last of them:\n  score\.json: cannot write .*Is a directory"
+    ):
+        outputs.check()
+    (tmp_path / "score.json").rmdir()
+    outputs.write("score.json", write_json, tmp_path / "score.json", 1)
+    outputs.check()
+    with pytest.raises(ZeroDivisionError):  # a fault of the program is no missing result
+        outputs.write("ratio", lambda: 1 / 0)

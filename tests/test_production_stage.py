@@ -437,27 +437,33 @@ def test_a_full_disk_keeps_training_and_says_so(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
-    output = finish(start(tmp_path, *SHORT, preexec_fn=small_files))
+    output, _ = (process := start(tmp_path, *SHORT, preexec_fn=small_files)).communicate(timeout=400)
+    assert process.returncode == 1 and "Traceback" not in output
     assert "step 1: checkpoint of step 1 is not saved: " in output or re.search(
         r"step 1: .* is not written: ", output
     )
-    assert "the policy is not saved" in output
-    assert "make room" in output
+    assert "policy not written: " in output and "make room" in output
+    listed = re.findall(rf"^  {run_of(tmp_path)}/(.+)$", output, re.MULTILINE)
+    assert "results.json" in listed and "policy" not in listed
+    assert re.search(r"^error: these results are not written, .*:\n  policy: ", output, re.MULTILINE)
     results = json.loads((run_of(tmp_path) / "results.json").read_text())
     assert len(results["history"]) == STEPS
 
 
-RESULTS = ("final_training_results.json", "results", "video", "report.html")
+RESULTS = ("final_training_results.json", "results.json", "before_after.mp4", "report.html")
 
 
 @pytest.mark.runs
-def test_results_that_cannot_be_written_are_said_and_do_not_end_the_run_with_an_error(tmp_path):
+def test_results_that_cannot_be_written_are_named_and_end_the_run_with_an_error(tmp_path):
     process = start(tmp_path, *SHORT, "training.num_train_steps=1", "features.save_video=true")
     wait_until(lambda: 0 in steps_saved(tmp_path), process)
-    for name in ("final_training_results.json", "results.json", "before_after.mp4", "report.html"):
+    for name in RESULTS:
         (run_of(tmp_path) / name).mkdir()  # in the file's way
-    output = finish(process)
+    output, _ = process.communicate(timeout=400)
     assert re.findall(r"^(\S+) not written: ", output, re.MULTILINE) == list(RESULTS)
+    said = output[output.index("error: these results are not written") :]
+    assert re.findall(r"^  (\S+): ", said, re.MULTILINE) == list(RESULTS)
+    assert process.returncode == 1 and "Traceback" not in output
     assert 1 in steps_saved(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Stage 13: a run continues exactly where it stopped, in one process and in several, with copies and with shards."""
 
+import copy
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +21,12 @@ from pi0 import PI0Policy
 from pi0.base.errors import OutputError
 from pi0.base.paths import REPO_ROOT
 from pi0.base.typed_yaml import fixed_keys
-from pi0.ript.config import Config
+from pi0.libero.assets import resolve_assets
+from pi0.libero.suites import find_tasks
+from pi0.ript.config import Config, TaskConfig, to_dict
+from pi0.ript.resume import SETTINGS, compare_outside
 from pi0.training.checkpoint_store import CheckpointStore
+from pi0.training.fingerprints import WHOLE_BYTES, fingerprint
 from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
 from tests.support.browser import browser_check
 from tests.support.programs import fresh_python
@@ -38,12 +45,17 @@ from tests.support.stage_13_runs import (
 )
 
 
+def from_a_copy(folder: Path) -> list[str]:
+    return ["--override", f"policy_path={folder / 'base'}"]
+
+
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory):
     """A run that was killed after its first iteration; its Python is not that of the run which it is compared with."""
     folder = tmp_path_factory.mktemp("killed")
+    shutil.copytree(CHECKPOINT, folder / "base")
     with fresh_python():
-        process = start(folder)
+        process = start(folder, *from_a_copy(folder))
     wait_until(lambda: 1 in steps_saved(folder), process)
     process.kill()
     process.communicate()
@@ -57,8 +69,20 @@ def killed(killed_run, tmp_path):
 
 
 @pytest.mark.runs
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed):
-    output = finish(start(killed, "--resume", str(run_of(killed))))  # others: without its folder
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed, killed_run):
+    # The policy that it began with has other statistics by now, and its folder and task are written in other ways.
+    statistics = killed_run / "base" / "norm_stats.json"
+    content = json.loads(statistics.read_text())
+    content["norm_stats"]["actions"]["mean"] = [0.5] * 7
+    statistics.write_text(json.dumps(content))
+    policy = os.path.relpath(killed_run / "base", REPO_ROOT)
+    (task,) = find_tasks("libero_spatial", [3])
+    others = ["--override", f"policy_path={policy}", f"task.task_names_to_use=[{task.name}]"]
+    output = finish(
+        start(killed, *others, "--resume", str(run_of(killed)))
+    )  # other tests: without its folder
+    assert re.search(r"resuming with other policy_path: it was \w{16} and is \w{16}\n", output)
+    assert "resuming with task" not in output
     assert re.search(r"continuing from .*step-00000[12], [12] iterations done", output)
     assert_same(killed, straight[0])
     lines = (run_of(killed) / "metrics.jsonl").read_text().splitlines()
@@ -112,7 +136,7 @@ def test_a_killed_and_resumed_run_of_two_processes_ends_with_the_same_bits(strai
 
 
 @pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
-def test_another_number_of_processes_resumes_and_reports_what_it_distributed_again(killed):
+def test_another_number_of_processes_resumes_and_reports_what_it_distributed_again(killed, killed_run):
     # As after memory ran out once: minibatches are computed in two passes.
     store = CheckpointStore(run_of(killed) / "checkpoints", 2)
     newest, _ = store.newest_valid()
@@ -121,7 +145,7 @@ def test_another_number_of_processes_resumes_and_reports_what_it_distributed_aga
     shutil.copytree(newest, store.begin(run["step"]), dirs_exist_ok=True)
     (store.temporary(run["step"]) / "run.json").write_text(json.dumps(run))
     store.seal(run["step"], facts=store.facts(newest))
-    output = finish(start(killed, "--resume", processes=2))
+    output = finish(start(killed, *from_a_copy(killed_run), "--resume", processes=2))
     assert "written by 1 processes, read by 2" in output
     assert len(outcome(killed)["rows"]) == STEPS
     newest, _ = store.newest_valid()
@@ -129,23 +153,23 @@ def test_another_number_of_processes_resumes_and_reports_what_it_distributed_aga
 
 
 @pytest.mark.soak  # tests/test_iteration.py shows it without a simulator
-def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, killed):
+def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(straight, killed, killed_run):
     newest = max(run_of(killed).glob("checkpoints/step-*"))
     damaged = newest / "training.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    output = finish(start(killed, "--resume"))
+    output = finish(start(killed, *from_a_copy(killed_run), "--resume"))
     assert f"skipped {newest}: training.safetensors: its checksum differs" in output
     assert_same(killed, straight[0])
 
 
 @pytest.mark.runs
-def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed):
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed, killed_run):
     for manifest in killed.glob("run-*/checkpoints/*/manifest.json"):
         manifest.write_text("{}")
     lines = (run_of(killed) / "metrics.jsonl").read_text()
-    output, _ = (process := start(killed, "--resume")).communicate(timeout=300)
+    output, _ = (process := start(killed, *from_a_copy(killed_run), "--resume")).communicate(timeout=300)
     assert process.returncode == 1
     assert "error: no checkpoint in" in output
     assert "is valid; start a new run, without --resume" in output
@@ -171,6 +195,73 @@ def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
     assert process.returncode == 1
     assert "error: nothing to resume" in output
     assert "Traceback" not in output
+
+
+def test_one_place_written_in_two_ways_is_the_same(tmp_path, monkeypatch, capsys):
+    (task,) = find_tasks("libero_spatial", [3])
+    config = to_dict(Config(policy_path=str(tmp_path / "policy"), task=TaskConfig(task_names_to_use=[3, 8])))
+    run_dir = new_run_dir(str(tmp_path / "runs"), "run", config)
+    (run_dir / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    other = copy.deepcopy(config)
+    other["policy_path"], other["task"]["task_names_to_use"] = "./x/../policy", [task.name, "8"]
+    where = ("newest", str(tmp_path / "runs"), "run")
+    assert run_to_resume(*where, other, *SETTINGS) == run_dir
+    assert capsys.readouterr().out == ""
+    other["policy_path"] = "policy-2"
+    with pytest.raises(OutputError, match=r"\(policy_path was '/.*/policy' and is 'policy-2'\)"):
+        run_to_resume(*where, other, *SETTINGS)
+    config["task"]["task_names_to_use"] = [8, 3]
+    with pytest.raises(OutputError, match=r"\(task\.task_names_to_use was \[3, 8\] and is \[8, 3\]\)"):
+        run_to_resume(*where, config, *SETTINGS)
+
+
+def test_what_decides_results_outside_a_run_is_compared(tmp_path, capsys):
+    shutil.copytree(CHECKPOINT, tmp_path / "policy")
+    config = Config(policy_path=str(tmp_path / "policy"))
+    spec = SimpleNamespace(assets=resolve_assets("standins"))
+    environments = SimpleNamespace(pool=SimpleNamespace(spec=spec))
+    facts = compare_outside(config, environments, {})
+    assert facts["outside"]["mujoco"] == version("mujoco") and facts["outside"]["norm_stats_path"] is None
+    assert compare_outside(config, environments, facts) == facts
+    assert capsys.readouterr().out == ""
+    statistics = tmp_path / "policy" / "norm_stats.json"
+    statistics.write_text(statistics.read_text().replace("0.0175", "0.0176"))  # of the same size
+    now = compare_outside(config, environments, facts)
+    assert re.fullmatch(r"resuming with other policy_path: it was \w+ and is \w+\n", capsys.readouterr().out)
+    assert {name for name in now["outside"] if now["outside"][name] != facts["outside"][name]} == {
+        "policy_path"
+    }
+    for name in ("assets", "mujoco"):
+        with pytest.raises(OutputError, match=rf"scores before and after .*\({name} was other and is "):
+            compare_outside(config, environments, {"outside": {**facts["outside"], name: "other"}})
+    shutil.rmtree(tmp_path / "policy")
+    compare_outside(config, environments, facts)
+    assert re.search(r"other policy_path: it was \w+ and is missing", capsys.readouterr().out)
+
+
+def test_a_fingerprint_is_that_of_names_and_contents(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    (tmp_path / "a" / ".cache").write_text("not counted")
+    first = fingerprint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert fingerprint(tmp_path / "b") == first
+    (tmp_path / "b" / ".cache").write_text("changed")
+    assert fingerprint(tmp_path / "b") == first
+    (tmp_path / "b" / "x").rename(tmp_path / "b" / "y")
+    assert fingerprint(tmp_path / "b") != first
+    (tmp_path / "a" / "x").write_text("2")
+    assert fingerprint(tmp_path / "a") != first
+    large = tmp_path / "large"
+    with large.open("wb") as file:  # sparse
+        file.truncate(WHOLE_BYTES + 5)
+    empty = fingerprint(large)
+    with large.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"1")
+    assert fingerprint(large) != empty
+    assert (fingerprint(None), fingerprint(tmp_path / "nowhere")) == (None, "missing")
 
 
 def make_run(folder: Path, name: str, config: dict) -> Path:

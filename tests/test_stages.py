@@ -58,6 +58,7 @@ CHANGED = {
         "train",
         "validate_config",
         "parse_arguments",
+        "evaluate_periodically",
         "main",
     },
 }

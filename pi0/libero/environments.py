@@ -216,7 +216,8 @@ class Environments:
             "gl": gl.renderer(),
             "assets": spec.assets.describe(),
             "versions": {
-                name: importlib.metadata.version(name) for name in ("mujoco", "robosuite", "hf-libero")
+                name: importlib.metadata.version(name)
+                for name in ("mujoco", "robosuite", "hf-libero", "torch", "numpy")
             },
             **more,
         }

@@ -68,14 +68,15 @@ def film_before_after(
         if pair[0].failure is pair[1].failure is None
     ]
     pairs.sort(key=lambda pair: pair[0].success - pair[1].success)
-    rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs[:VIDEO_EPISODES]]
+    pairs = pairs[:VIDEO_EPISODES]
+    rollouts = [replace(pair[0].rollout, record=VIDEO_EVERY) for pair in pairs]
     films: list[list[list[np.ndarray]]] = []
-    for when, policy in (("before", policy_before), ("after", policy_after)):
+    for number, (when, policy) in enumerate((("before", policy_before), ("after", policy_after))):
         episodes = dict(environments.run_policy(policy, rollouts))
-        films.append([_titled(episodes[index], when) for index in range(len(rollouts))])
+        films.append([_titled(episodes[index], pair[number], when) for index, pair in enumerate(pairs)])
     frames: list[np.ndarray] = []
     for left, right in zip(*films, strict=True):
-        if not left or not right:  # it broke this time
+        if not left or not right:
             continue
         length = max(len(left), len(right))
         padded = [video + [video[-1]] * (length - len(video)) for video in (left, right)]
@@ -88,8 +89,12 @@ def film_before_after(
     print(f"  {run_dir / 'before_after.mp4'}")
 
 
-def _titled(episode: Episode, when: str) -> list[np.ndarray]:
+def _titled(episode: Episode, scored: Episode, when: str) -> list[np.ndarray]:
+    """The film of an episode; empty if it broke this time, or does not show what was scored."""
     if episode.failure is not None:
+        return []
+    if (episode.success, episode.steps) != (scored.success, scored.steps):
+        print(f"not filmed: {when}, {episode.rollout}: policy or machine are not those that were scored")
         return []
     solved = "solved" if episode.success else "not solved"
     return captioned(episode.video, f"{when}: {solved} in {episode.steps} steps")

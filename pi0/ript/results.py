@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pi0.base.errors import OutputError
 from pi0.base.files import write_json
 from pi0.base.stats import format_rate, paired_difference
 from pi0.libero.evaluation import EvaluationResult, describe_broken, paired_outcomes, refuse_broken
 from pi0.report.html_report import write_learning_curve
 from pi0.ript.metrics import METRICS
 from pi0.training.machine import machine
+from pi0.training.metrics import count_lines
 
 
 def write_report(
@@ -24,6 +27,7 @@ def write_report(
     after: EvaluationResult,
     history: list[dict[str, Any]],
     seconds: float,
+    missing: Collection[str] = (),
 ) -> None:
     """Write results.json and learning_curve.png into `run_dir` and print the table.
 
@@ -33,15 +37,16 @@ def write_report(
         before, after: scores before and after training, on the same states and noise.
         history: metrics of each iteration.
         seconds: wall time of the run so far.
+        missing: names of results in `run_dir` that were not written, or not for the last time (`Outputs`).
     """
     pairs = paired_outcomes(before, after)
     change = paired_difference(*pairs) if pairs[0] else None
-    written = ["results.json", "policy", "config.yaml"]
     results = {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(sys.argv),
         "config": config,
         "protocol": before.protocol,
+        "protocol_after": after.protocol,
         "machine": machine(),
         "seconds": seconds,
         "before": before.score(),
@@ -57,9 +62,23 @@ def write_report(
     }
     print(results_table(results))
     write_json(run_dir / "results.json", results)
-    if curve := write_learning_curve(run_dir, METRICS):
-        written.append(curve.name)
-    print("\n".join(f"  {run_dir / name}" for name in written))
+    curve = write_learning_curve(run_dir, METRICS)
+    written = [name for name in ("results.json", "policy", "config.yaml") if name not in missing]
+    there = [run_dir / name for name in [*written, *([curve.name] if curve else [])]]
+    print("\n".join(f"  {path}" for path in there if path.exists()))
+
+
+def require_rows(run_dir: Path, count: int) -> None:
+    """Print how many rows metrics.jsonl has.
+
+    Raises:
+        OutputError: they are not `count`.
+    """
+    path = run_dir / "metrics.jsonl"
+    recorded = count_lines(path)
+    print(f"metrics recorded: {recorded} of {count} steps in {path}")
+    if recorded != count:
+        raise OutputError(f"{path} has {recorded} of {count} rows")
 
 
 def results_table(results: dict[str, Any]) -> str:

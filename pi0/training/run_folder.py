@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ def new_run_dir(output_dir: str, name: str, config: dict[str, Any]) -> Path:
 
 
 def run_to_resume(
-    folder: str, output_dir: str, name: str, config: dict[str, Any], fixed: Collection[str]
+    folder: str,
+    output_dir: str,
+    name: str,
+    config: dict[str, Any],
+    fixed: Collection[str],
+    comparable: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Path:
     """The folder of the run that `--resume` means; prints how its configuration differed.
 
@@ -56,12 +61,15 @@ def run_to_resume(
         output_dir, name: as for `new_run_dir`.
         config: configuration for the resumed run.
         fixed: dotted names of the keys that must keep their values.
+        comparable: returns settings in which whatever is the same is written in the same way.
     Raises:
         OutputError: there is no run to resume, or a fixed key differs.
         MissingFileError: its configuration is not there or damaged.
     """
     run = _newest_run(output_dir, name) if folder == "newest" else _run_of(folder)
-    differences = _differences(_read_config(run / "config.yaml"), config)
+    earlier = _read_config(run / "config.yaml")
+    differing = {key for key, _, _ in _differences(comparable(earlier), comparable(config))}
+    differences = [difference for difference in _differences(earlier, config) if difference[0] in differing]
     if changed := [difference for difference in differences if difference[0] in fixed]:
         changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
         raise OutputError(
