@@ -1,8 +1,10 @@
 """Stage 13: signals, kills, full disks, bad updates. Real processes, real signals, real LIBERO."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import pty
 import random
 import re
 import resource
@@ -10,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.utils.data import DistributedSampler
 
@@ -32,6 +36,7 @@ from tests.support.stage_13_runs import (
     CHECKPOINT,
     SCRIPT,
     SHORT,
+    SMALL,
     STEPS,
     assert_same,
     finish,
@@ -75,6 +80,44 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tm
     if moment == "update:":
         finish(start(tmp_path, "--resume"))
         assert_same(tmp_path, straight[0])
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("nohup", [False, True], ids=["hup", "nohup"])
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_it_was_started_with_nohup(tmp_path, nohup):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(tmp_path)}))
+    command = [sys.executable, SCRIPT, "--config_path", str(tmp_path / "config.yaml"), *SHORT]
+    number, terminal = pty.fork()
+    if number == 0:  # in a session whose terminal this is
+        os.chdir(REPO_ROOT)
+        os.execvp("nohup" if nohup else command[0], ["nohup", *command] if nohup else command)
+    reader = threading.Thread(target=drain, args=(terminal,), daemon=True)
+    reader.start()
+    try:
+        limit = time.monotonic() + 200
+        while 1 not in steps_saved(tmp_path):
+            assert time.monotonic() < limit and os.waitpid(number, os.WNOHANG) == (0, 0)
+            time.sleep(0.05)
+        os.kill(number, signal.SIGSTOP)  # so that the run is not over before its terminal is
+        os.close(terminal)
+        os.kill(number, signal.SIGCONT)
+        _, status = os.waitpid(number, 0)
+    except BaseException:
+        os.kill(number, signal.SIGKILL)
+        raise
+    assert os.waitstatus_to_exitcode(status) == 0
+    log = (run_of(tmp_path) / "train_rank0.log").read_text()
+    assert ("SIGHUP: stopping after a checkpoint" in log) == (not nohup)
+    assert ("stopped; --resume continues from" in log) == (not nohup)
+    assert (run_of(tmp_path) / "results.json").exists() == nohup
+    assert no_process_has(tmp_path)
+
+
+def drain(terminal: int) -> None:
+    """Read a terminal to its end, as one that shows what is written."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 @pytest.mark.runs

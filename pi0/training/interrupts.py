@@ -11,6 +11,7 @@ import time
 from pi0.ranks.collectives import largest
 from pi0.ranks.watch import RankWatch
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REPEAT_S = 1.0  # a signal that comes sooner after the first belongs to the same request
 
 
@@ -21,7 +22,7 @@ class Interrupted(Exception):
 class Interrupts:
     """Requests to this process, or to any rank of the run.
 
-    SIGINT or SIGTERM asks to stop. Another one, a second or more after the first, ends the process at once. (One
+    SIGINT, SIGTERM or SIGHUP (a closed terminal; `nohup` keeps it away) asks to stop. Another one, a second or more after the first, ends the process at once. (One
     within the second belongs to the same request, since a launcher passes it on as well.) SIGUSR1 asks for a
     checkpoint.
 
@@ -45,7 +46,9 @@ class Interrupts:
         heard, told = socket.socketpair()
         told.setblocking(False)
         signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (*STOPS, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup
             signal.signal(number, lambda *_: None)  # so that it only writes to the socket
         # The thread holds both ends, which would otherwise close with this call.
         threading.Thread(target=self._hear, args=(heard, told), name="signals", daemon=True).start()
@@ -83,7 +86,7 @@ class Interrupts:
         while numbers := heard.recv(1):
             if numbers[0] == signal.SIGUSR1:
                 self._checkpoints_asked += 1
-            elif numbers[0] in (signal.SIGINT, signal.SIGTERM):
+            elif numbers[0] in STOPS:
                 self._stop(numbers[0])
 
     def _stop(self, number: int) -> None:
