@@ -40,6 +40,7 @@ def test_every_option_with_several_values_may_be_given_several_times():
 
 
 @pytest.mark.parametrize("default", [None, [], ["3", "8"]])
+@pytest.mark.tried("`--override a=1 --override b=2`, `--tasks 3 --tasks 8`", "All values count")
 def test_values_of_an_option_that_is_repeated_all_count(default):
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", action=Collect, nargs="*", default=default)
@@ -122,6 +123,9 @@ def test_no_number_of_a_command_line_is_without_a_range():
         (norm_stats, ["--output", "x"], "--frame-every 0"),
     ],
 )
+@pytest.mark.tried(
+    "`--episodes 0`, `--workers -1`, `--settle_steps -5` and the like", "An error with the range"
+)
 def test_commands_refuse_numbers_that_make_no_sense(command, before, given, capsys):
     with pytest.raises(SystemExit) as ended:
         command.parse_arguments([*before, *given.split()])
@@ -131,6 +135,7 @@ def test_commands_refuse_numbers_that_make_no_sense(command, before, given, caps
 
 
 @pytest.mark.parametrize("names", [[3, 8, 3], [3, TASK_3], ["3", 3], [TASK_3, TASK_3]])
+@pytest.mark.tried("A task is named twice", "An error: its episodes would count twice")
 def test_a_task_that_is_named_twice_is_refused(names):
     with pytest.raises(
         RepeatedTaskError, match=f"task 3 of libero_spatial .{TASK_3}. is named twice.*name it once"

@@ -44,6 +44,9 @@ def scored(*outcomes: bool | str) -> EvaluationResult:
     return EvaluationResult(episodes, {"suite": "libero_spatial"})
 
 
+@pytest.mark.tried(
+    "Some episodes of an evaluation break", "They are in no rate, no interval and no paired comparison"
+)
 def test_no_rate_and_no_interval_counts_them():
     result = scored(SOLVED, LOST, FAILED, "diverged", SOLVED)
     score = result.score()
@@ -69,6 +72,7 @@ def test_they_are_named_with_the_most_frequent_cause():
     assert "broken" not in str(scored(SOLVED, FAILED))
 
 
+@pytest.mark.tried("More than a tenth of the episodes break", "Exit status 3 after the results are written")
 def test_more_than_a_tenth_is_an_error_with_a_status_of_its_own():
     refuse_broken("evaluation", [], 0)
     refuse_broken("evaluation", [LOST], 10)
@@ -126,6 +130,9 @@ def test_a_run_ends_with_an_error_if_much_of_what_it_stands_on_broke():
         check_machine(sound, sound, rows(broken=2, ran=8))
 
 
+@pytest.mark.tried(
+    "All rollouts of an iteration break", "The run ends with status 3 and learns nothing from them"
+)
 def test_an_iteration_whose_groups_all_broke_ends_the_run():
     sound = {**Collection().metrics(), "rollouts": 8, "groups": 1}
     broken = {**Collection().metrics(), "failed_rollouts": ["libero_spatial task 3 state 0: diverged"] * 3}
@@ -153,6 +160,10 @@ TRAINING = [
         pytest.param(TRAINING, 0.0, id="training", marks=pytest.mark.soak),
         pytest.param(TRAINING, 1.5, id="training, later"),
     ],
+)
+@pytest.mark.tried(
+    "A worker is killed every second and a half, or at once, in evaluation and in training",
+    '"N of M broken and not counted" with the most frequent cause; exit status 3; stage 13 leaves a checkpoint',
 )
 def test_a_command_whose_workers_are_killed_again_and_again_has_no_score(tmp_path, command, age_s):
     place = [f"output_dir={tmp_path}"] if command is TRAINING else [str(tmp_path)]

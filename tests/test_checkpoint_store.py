@@ -236,6 +236,7 @@ def reports(pipe):
 
 
 @pytest.mark.runs
+@pytest.mark.tried("SIGKILL at any moment of saving", "The old checkpoint or the new one is there, whole")
 def test_kill_at_any_moment_loses_no_reported_checkpoint(store):
     moments = random.Random(0)
     last, seconds_a_save = (-1, 0), 0.05
@@ -398,6 +399,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.tried("A checkpoint is damaged", "It is skipped with the reason; an older one is taken")
 def test_damaged_checkpoint_is_skipped_with_the_reason(store, damage):
     older, newer, newest = (save(store, step, score=0.1 * step) for step in (1, 2, 3))
     for path in (newer, newest):

@@ -130,6 +130,7 @@ def test_another_layout_is_described(checkpoint):
         PI0Policy.from_pretrained(checkpoint)
 
 
+@pytest.mark.tried("model.safetensors is cut off", "An error with the file and its size")
 def test_truncated_weights_name_the_file(checkpoint):
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
@@ -167,6 +168,7 @@ def test_broken_config_names_the_file(checkpoint, text, message):
     assert str(checkpoint / "config.json") in str(error.value)
 
 
+@pytest.mark.tried("The disk refuses while a policy is saved", "The old policy stays whole")
 def test_failed_save_leaves_the_old_checkpoint(checkpoint):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     torch.manual_seed(1)
@@ -224,6 +226,10 @@ def change_stats(path, change) -> None:
         (lambda s: s["state"].update(mean=["x"] * 8), r"norm_stats\.state\.mean is not a list of numbers"),
     ],
 )
+@pytest.mark.tried(
+    "Statistics with q01 above q99, a mean of 1e30, a negative deviation, or a deviation of 0 where the values move",
+    "An error that names file, key and feature",
+)
 def test_unusable_norm_stats_name_file_and_key(checkpoint, change, message):
     change_stats(checkpoint, change)
     with pytest.raises(ValueError, match=message) as error:
@@ -245,6 +251,10 @@ def make_constant(part, feature, value):
     ("quantiles", "constant", "normal"),
     [(False, 0.0, 0.5), (True, -1.0, -0.5)],
     ids=["deviation", "quantiles"],
+)
+@pytest.mark.tried(
+    "A feature that never changed in the training data",
+    "Its divisor is raised to 0.02; a line says so, `inspect` and the doctor show it, norm_stats.json lists it",
 )
 def test_a_constant_feature_gets_a_floor_that_is_said_and_saved(
     checkpoint, capsys, quantiles, constant, normal
@@ -293,6 +303,10 @@ def test_computed_statistics_of_constant_features_have_a_floor():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.tried(
+    "A NaN or infinity in the weights of a policy",
+    "Every command, `inspect` and the doctor refuse it, with file and tensor",
+)
 def test_weights_that_are_not_finite_name_file_and_tensor(checkpoint, value):
     file, key = checkpoint / "model.safetensors", "action_out_proj.weight"
     change_tensors(checkpoint, lambda tensors: tensors[key][2].__setitem__(1, value))

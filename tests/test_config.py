@@ -54,6 +54,7 @@ def test_a_learning_rate_may_be_written_without_a_point(write, text):
 
 
 @pytest.mark.parametrize("text", ["0100", "1:30", "0o17", "0b1", "08"])
+@pytest.mark.tried("`0100` and `1:30` in YAML", "They are no numbers, and refused where one is expected")
 def test_what_only_looks_like_a_number_is_none(write, text):
     (error,) = errors_of(write(f"policy_path: a\ntraining:\n  seed: {text}\n"))
     assert error == f'run.yaml:3: training.seed = "{text}": expected int, got str'
@@ -72,6 +73,7 @@ def test_whole_numbers(write, text, seed):
     assert load_config(write(f"policy_path: a\ntraining: {{seed: {text}}}\n")).training.seed == seed
 
 
+@pytest.mark.tried("`output_dir: ~/runs`", "The folder is in the home")
 def test_a_home_is_found_in_every_key_that_names_a_file_or_folder(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     text = "policy_path: ~/policy\noutput_dir: ~/runs\nexp_name: '~'\ntask: {assets: ~/assets, demonstrations: ~/sets}\n"
@@ -214,6 +216,7 @@ def test_a_key_given_twice_names_both_lines(write):
     assert error == "run.yaml:5: algo.lr is given twice, first in line 3; remove one"
 
 
+@pytest.mark.tried("A dotted key beside the nested one", "An error that names both lines")
 def test_a_key_given_dotted_and_nested_names_both_lines(write):
     (error,) = errors_of(write("policy_path: a\nalgo.lr: 1e-3\nalgo:\n  lr: 1e-4\n"))
     assert re.fullmatch(r"run.yaml:4: algo.lr is given twice, first in \S+run.yaml:2; remove one", error)
@@ -228,12 +231,14 @@ def test_a_key_given_dotted_and_nested_names_both_lines(write):
         ("? [a, b]\n: 1\n", "a key that is a list or a mapping"),
     ],
 )
+@pytest.mark.tried("`<<:` or a list as a key", "An error with its line")
 def test_a_key_that_is_no_word_is_refused_in_its_line(write, text, what):
     (error,) = errors_of(write("policy_path: a\n" + text))
     assert re.fullmatch(rf"run.yaml:[23]: {what} cannot be used here; write the keys out", error)
 
 
 @pytest.mark.parametrize("character", ["\x01", "\x1b"])
+@pytest.mark.tried("A control character in a YAML file or override", "An error that names it")
 def test_a_control_character_is_named(write, character):
     (error,) = errors_of(write(f"policy_path: a{character}\n"))
     assert "run.yaml: not valid YAML: unacceptable character" in error

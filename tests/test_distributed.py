@@ -290,6 +290,7 @@ def long_run(output_dir: Path, script: str = SCRIPT) -> list[str]:
 
 @pytest.mark.runs
 @pytest.mark.parametrize("script", [SCRIPT, "13_train_production_ready.py"])
+@pytest.mark.tried("A rank is killed", "The others end within a minute, with its number")
 def test_a_killed_rank_ends_the_others_within_a_minute_with_a_line_that_names_it(tmp_path, script):
     run = torchrun(2, *long_run(tmp_path, script))
     wait_for_ranks(tmp_path, 2)
@@ -323,6 +324,7 @@ def test_a_rank_that_is_silent_is_taken_for_dead():
 
 @pytest.mark.runs
 @pytest.mark.usefixtures("fresh_python")
+@pytest.mark.tried("All ranks refuse the same value", "The error is printed once")
 def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     settings = [*SMALL, f"output_dir={tmp_path}", "policy_path=/nowhere"]
     run = torchrun(2, SCRIPT, "--config_path", "configs/multi_task_distributed.yaml", "--override", *settings)
@@ -346,6 +348,7 @@ def test_what_all_ranks_refuse_alike_is_said_once(tmp_path):
     ids=["rank", "rank of one", "rank of two"],
 )
 @pytest.mark.parametrize("script", [SCRIPT, "13_train_production_ready.py"])
+@pytest.mark.tried("`RANK=0` without the rest of what torchrun sets", "A single process, or one clear line")
 def test_a_part_of_what_torchrun_sets_is_a_single_process_or_refused(tmp_path, script, given, said):
     arguments = [
         "--config_path",
@@ -481,6 +484,7 @@ def rank_under(launcher: int) -> int:
 @pytest.mark.soak
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.usefixtures("fresh_python")
+@pytest.mark.tried("A host dies", "The other ends within a minute, with the rank")
 def test_a_host_that_dies_ends_the_other_within_a_minute_with_a_line_that_names_its_rank(tmp_path, rank):
     hosts = two_hosts(free_port(), *long_run(tmp_path))
     wait_for_ranks(tmp_path, 2)

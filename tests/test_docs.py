@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pi0.base.paths import REPO_ROOT
+from tools.reliability import faults, page
 
 DOCS = REPO_ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -37,3 +38,15 @@ def test_links_of_a_page_lead_to_files_and_headings(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not heading or heading in anchors(target), link
+
+
+def test_the_table_of_faults_is_that_of_the_tests():
+    assert (DOCS / "reliability.md").read_text() == page(REPO_ROOT / "tests"), "run tools/reliability.py"
+
+
+def test_a_mark_without_its_two_texts_is_named(tmp_path):
+    (tmp_path / "test_x.py").write_text('@pytest.mark.tried("a|b", "c")\ndef test_y():\n    pass\n')
+    assert "| a\\|b | c | [`test_y`](../tests/test_x.py) |\n" in page(tmp_path)
+    (tmp_path / "test_x.py").write_text('@pytest.mark.tried("a")\ndef test_y():\n    pass\n')
+    with pytest.raises(ValueError, match=r"test_x\.py: test_y: the mark tried takes two texts"):
+        list(faults(tmp_path))

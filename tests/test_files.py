@@ -56,6 +56,7 @@ def test_two_that_write_the_same_file_do_not_meet_and_readers_see_whole_ones(tmp
 
 
 @pytest.mark.runs
+@pytest.mark.tried("The disk is full when settings are written", "One line; the old file stays")
 def test_what_a_full_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_path):
     run_dir = new_run_dir(str(tmp_path), "run", {"note": "before"})
     output, _ = start(ON_A_FULL_DISK, run_dir).communicate(timeout=60)
@@ -86,6 +87,7 @@ def test_a_folder_of_results_may_be_below_the_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["file", "file/below"])
+@pytest.mark.tried("PI0_CACHE_DIR names a file", "An error that names it")
 def test_a_cache_folder_that_is_a_file_is_refused_by_name(tmp_path, monkeypatch, file):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PI0_CACHE_DIR", str(tmp_path / file))
@@ -95,6 +97,7 @@ def test_a_cache_folder_that_is_a_file_is_refused_by_name(tmp_path, monkeypatch,
         cache_dir()
 
 
+@pytest.mark.tried("A path with a colon", "Videos are written and read there")
 def test_a_relative_path_with_a_colon_is_a_file_to_the_video_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("team:1")

@@ -198,6 +198,7 @@ def test_environments_in_a_vector_are_single_environments(env, workers):
         assert np.array_equal(after["state"][i], observation["state"])
 
 
+@pytest.mark.tried("A worker of a vector dies", "An error; after a reset it goes on")
 def test_a_vector_whose_worker_is_lost_says_so_and_can_be_reset():
     envs = LIBEROVectorEnv(2, **SETTINGS, workers=2, horizon=4)
     first, _ = envs.reset(seed=7)
@@ -229,6 +230,9 @@ if __name__ == "__main__":
 
 @pytest.mark.runs
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.tried(
+    "An asynchronous vector with fork after OpenGL was used", "An error at once, with the mend (spawn)"
+)
 def test_a_fork_of_a_process_that_holds_opengl_is_refused_and_does_not_hang(tmp_path, method):
     script = tmp_path / "vector.py"
     script.write_text(FORKED)
@@ -256,11 +260,16 @@ def test_a_fork_of_a_process_that_holds_opengl_is_refused_and_does_not_hang(tmp_
     ],
 )
 @pytest.mark.parametrize("kind", [LIBEROEnv, LIBEROVectorEnv])
+@pytest.mark.tried("`horizon=-5`, `task=-1`", "An error with the range")
 def test_what_makes_no_sense_is_refused_before_a_scene_is_made(kind, given, said):
     with pytest.raises(ValueError, match=said):
         kind(**{"assets": "standins"} | given)
 
 
+@pytest.mark.tried(
+    "NaN actions, or a batch of the wrong length, in the gymnasium environments",
+    "An error that names what was given",
+)
 def test_actions_and_seeds_of_another_number_or_not_finite_are_refused(env):
     env.reset(seed=0)
     for action, said in (

@@ -131,6 +131,9 @@ def gripped(demonstration, *commands):
     return replace(demonstration, actions=actions, executed=actions)
 
 
+@pytest.mark.tried(
+    "A data set in which 1 opens the gripper", "An error until `--dataset-gripper` says what 1 means"
+)
 def test_a_set_whose_gripper_is_opened_by_1_is_refused_until_that_is_said(tmp_path, demonstrations):
     theirs = [gripped(d, 1, 0, 0) for d in demonstrations]  # as any4lerobot makes it of -1, 1, 1
     write_shared_files(
@@ -416,6 +419,7 @@ def with_info(root, **changes):
         (["top", "hand_view", "phone"], {"left_wrist_0_rgb": "hand_view", "base_0_rgb": "top"}),
     ],
 )
+@pytest.mark.tried("A data set with cameras `wrist, front`", "The words of the names decide; a line says so")
 def test_the_words_of_images_decide_their_cameras(tmp_path, demonstrations, capsys, images, cameras):
     features = {f"camera {number}": f"observation.images.{image}" for number, image in enumerate(images)}
     written = [
@@ -453,6 +457,10 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("kind", CONTRADICTIONS)
+@pytest.mark.tried(
+    "A data set of another frame rate, another robot, or with joints as features",
+    "An error with the option that accepts it",
+)
 def test_what_a_set_says_of_itself_is_compared_with_the_robot(tmp_path, demonstrations, kind):
     change, message = CONTRADICTIONS[kind]
     write_shared_files(tmp_path / "set", demonstrations)
@@ -487,6 +495,10 @@ def test_names_of_features_are_those_of_a_pose(names, fits):
             require_fit(description, ROBOT, "set")
 
 
+@pytest.mark.tried(
+    "Recorded episodes whose rewards are all 0",
+    "They are left out, with their number; `failures` learns them",
+)
 def test_failures_are_left_out_unless_they_are_asked_for(tmp_path, demonstrations, capsys):
     task = SimpleNamespace(name="task", prompt=demonstrations[0].prompt)
     mine = [d for d in demonstrations if d.prompt == task.prompt]
@@ -539,6 +551,7 @@ def test_faults_of_videos_are_named(tmp_path, demonstrations):
         open_demonstrations(tmp_path / "set").read(0)
 
 
+@pytest.mark.tried("A trailing blank line in episodes.jsonl", "Nothing; it is read")
 def test_blank_lines_in_the_list_of_episodes_are_no_fault(tmp_path, demonstrations):
     write_separate_files(tmp_path / "set", demonstrations)
     path = tmp_path / "set/meta/episodes.jsonl"
@@ -549,6 +562,7 @@ def test_blank_lines_in_the_list_of_episodes_are_no_fault(tmp_path, demonstratio
 @pytest.mark.parametrize(
     ("first", "said"), [(1, r"listed twice \[1\], missing \[0\]"), (9, r"listed twice none, missing \[0\]")]
 )
+@pytest.mark.tried("An episode listed twice while another is missing", "An error that names both")
 def test_an_episode_listed_twice_or_missing_is_named(tmp_path, demonstrations, first, said):
     write_separate_files(tmp_path / "set", demonstrations)
     path = tmp_path / "set/meta/episodes.jsonl"

@@ -133,6 +133,10 @@ def test_files_that_are_none_are_named(tmp_path):
         open_demonstrations(tmp_path, orientation="upright")
 
 
+@pytest.mark.tried(
+    "LIBERO's HDF5 of another robot or rate, or mixed in one folder",
+    "An error that names the file and the option",
+)
 def test_what_the_files_say_of_robot_and_rate_is_compared(tmp_path, recorded):
     file = tmp_path / "task_demo.hdf5"
     write_hdf5(file, recorded, instruction="open")

@@ -203,6 +203,7 @@ def test_debug_variables_write_what_happened_and_what_the_policy_saw(runner, epi
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.6])
+@pytest.mark.tried("A worker is killed once", "Another runs its rollouts again; results are the same")
 def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
     jobs = rollouts(runner, 10)
     victim, before = runner.pool.processes[0], len(runner.pool.losses)
@@ -219,6 +220,7 @@ def test_killing_a_worker_changes_no_result(runner, episodes, delay_s):
         assert len(runner.pool.losses) == before + 1
 
 
+@pytest.mark.tried("A worker hangs", "It is replaced; results are the same")
 def test_a_hung_worker_is_replaced_and_changes_no_result(runner, episodes, monkeypatch):
     monkeypatch.setattr(runner.pool, "limit_s", 12.0)
     os.kill(runner.pool.processes[1], signal.SIGSTOP)

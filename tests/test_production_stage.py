@@ -63,6 +63,10 @@ def load_script() -> ModuleType:
 @pytest.mark.parametrize(
     ("number", "moment"), [(signal.SIGINT, "rollouts 1:"), (signal.SIGTERM, "update:")], ids=["int", "term"]
 )
+@pytest.mark.tried(
+    "SIGINT or SIGTERM, in rollouts and in an update",
+    "A checkpoint, status 0; a resumed run ends with the same bits",
+)
 def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tmp_path, number, moment):
     process = start(tmp_path)
     log = lambda: next(iter(tmp_path.glob("run-*/train_rank0.log")), None)
@@ -84,6 +88,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_exit_status_0(straight, tm
 
 @pytest.mark.runs
 @pytest.mark.parametrize("nohup", [False, True], ids=["hup", "nohup"])
+@pytest.mark.tried("The terminal is closed (SIGHUP)", "As SIGTERM; with `nohup` the run goes on")
 def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_it_was_started_with_nohup(tmp_path, nohup):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**SMALL, "output_dir": str(tmp_path)}))
     command = [sys.executable, SCRIPT, "--config_path", str(tmp_path / "config.yaml"), *SHORT]
@@ -475,6 +480,10 @@ def test_gradients_that_are_not_finite_are_counted_rolled_back_and_in_the_end_re
 
 
 @pytest.mark.runs
+@pytest.mark.tried(
+    "The disk is full during a run",
+    "Training goes on; at the end the missing results are named, none of them is listed, status 1",
+)
 def test_a_full_disk_keeps_training_and_says_so(tmp_path):
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -497,6 +506,7 @@ RESULTS = ("final_training_results.json", "results.json", "before_after.mp4", "r
 
 
 @pytest.mark.runs
+@pytest.mark.tried("Results cannot be written at the end", "Each is named; the others are there; status 1")
 def test_results_that_cannot_be_written_are_named_and_end_the_run_with_an_error(tmp_path):
     process = start(tmp_path, *SHORT, "training.num_train_steps=1", "features.save_video=true")
     wait_until(lambda: 0 in steps_saved(tmp_path), process)

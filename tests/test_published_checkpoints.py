@@ -143,6 +143,10 @@ def test_directory_of_openpis_training_needs_its_horizon(tmp_path):
         ([], ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")),
     ],
 )
+@pytest.mark.tried(
+    "A checkpoint with cameras `wrist, front`, or with robosuite's, DROID's or ALOHA's names",
+    "The words of the names decide, not the order",
+)
 def test_cameras_are_told_by_name_then_by_order(tmp_path, features, cameras):
     directory = write_lerobot(tmp_path / "checkpoint", weights())
     image = {"type": "VISUAL", "shape": [3, 224, 224]}
@@ -157,6 +161,10 @@ def with_images(tmp_path, *names):
     return directory
 
 
+@pytest.mark.tried(
+    "A camera whose name tells nothing",
+    "A line says that the order decided, and how to state it; `inspect` shows image, camera and reason",
+)
 def test_what_decided_a_camera_is_shown_and_order_alone_warns(tmp_path, capsys):
     directory = with_images(tmp_path, "wrist", "phone")
     PI0Policy.from_pretrained(directory)
@@ -183,6 +191,7 @@ def test_stated_cameras_come_first_and_the_converted_folder_names_them(tmp_path,
 
 
 @pytest.mark.parametrize("names", [("front", "top"), ("hand", "gripper"), ("a", "b", "c", "d")])
+@pytest.mark.tried("Two images that could be the same camera", "An error with the option that states them")
 def test_cameras_that_names_do_not_tell_apart_have_to_be_stated(tmp_path, names):
     directory = with_images(tmp_path, *names)
     with pytest.raises(ValueError, match=r"cannot be assigned .*pi0\.checkpoint convert .* --cameras"):
@@ -797,6 +806,7 @@ def test_inspect_recognises_pi05(tmp_path, capsys):
 
 
 @pytest.mark.runs
+@pytest.mark.tried("Files that are no policy, or broken ones", "`inspect` says what they are; exit status 1")
 def test_inspect_says_what_a_broken_file_is(tmp_path):
     directory = write_openpi(tmp_path / "checkpoint", weights())
     (directory / "model.safetensors").write_bytes(b"no weights at all")

@@ -69,6 +69,10 @@ def killed(killed_run, tmp_path):
 
 
 @pytest.mark.runs
+@pytest.mark.tried(
+    "The statistics of the policy that a run began with are edited between stop and `--resume`",
+    "The run continues with those of its checkpoint, to the bit; a line says that the folder has changed",
+)
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed, killed_run):
     # The policy that it began with has other statistics by now, and its folder and task are written in other ways.
     statistics = killed_run / "base" / "norm_stats.json"
@@ -91,6 +95,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(straight, killed, kill
 
 
 @pytest.mark.runs
+@pytest.mark.tried("A run that is still running is resumed", "An error; the first run is not disturbed")
 def test_a_running_run_cannot_be_resumed(tmp_path):
     long = [*SHORT, "training.num_train_steps=1000"]
     process = start(tmp_path, *long)
@@ -165,6 +170,7 @@ def test_the_newest_checkpoint_that_verifies_is_taken_and_the_others_are_named(s
 
 
 @pytest.mark.runs
+@pytest.mark.tried("All checkpoints are damaged", "An error that says why for each; nothing is changed")
 def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed, killed_run):
     for manifest in killed.glob("run-*/checkpoints/*/manifest.json"):
         manifest.write_text("{}")
@@ -178,6 +184,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(killed, killed
 
 @pytest.mark.parametrize(
     "changed", [{"norm_stats_path": "others.json"}, {"task": {"demonstrations": "folder"}}]
+)
+@pytest.mark.tried(
+    "A setting that decides what scores mean is changed on resume", "An error with the old and the new value"
 )
 def test_what_weights_and_states_mean_cannot_change_in_between(tmp_path, changed):
     config = {"norm_stats_path": None, "task": {"demonstrations": None}}
@@ -197,6 +206,7 @@ def test_nothing_to_resume_is_an_error_that_says_so(tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.tried("A path as `./x` and absolute, a task by name and by index", "They are the same setting")
 def test_one_place_written_in_two_ways_is_the_same(tmp_path, monkeypatch, capsys):
     (task,) = find_tasks("libero_spatial", [3])
     config = to_dict(Config(policy_path=str(tmp_path / "policy"), task=TaskConfig(task_names_to_use=[3, 8])))
@@ -216,6 +226,10 @@ def test_one_place_written_in_two_ways_is_the_same(tmp_path, monkeypatch, capsys
         run_to_resume(*where, config, *SETTINGS)
 
 
+@pytest.mark.tried(
+    "Assets or simulator are others on resume; policy, data sets, OpenGL or packages are",
+    "The first are refused; the others are said, and recorded with each score",
+)
 def test_what_decides_results_outside_a_run_is_compared(tmp_path, capsys):
     shutil.copytree(CHECKPOINT, tmp_path / "policy")
     config = Config(policy_path=str(tmp_path / "policy"))

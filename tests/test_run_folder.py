@@ -57,6 +57,7 @@ def test_a_section_that_the_run_did_not_have_is_compared_key_by_key(stopped, tmp
     assert resumed(tmp_path) == stopped.name
 
 
+@pytest.mark.tried("An older run is to be resumed", "`--resume FOLDER` does it")
 def test_any_run_is_resumed_by_its_folder(stopped, tmp_path, capsys):
     newer = new_run_dir(str(tmp_path), "run", asdict(Settings(game="level-2")))
     (newer / "checkpoints" / "step-000001").mkdir(parents=True)
@@ -89,6 +90,9 @@ def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path, folder, problem):
     ],
     ids=["missing", "empty", "not yaml", "not text", "control character"],
 )
+@pytest.mark.tried(
+    "config.yaml of a run is missing, empty or broken", "An error that says where a copy of the settings is"
+)
 def test_a_run_whose_settings_cannot_be_read_is_not_resumed_with_others(stopped, tmp_path, damage, problem):
     damage(stopped / "config.yaml")
     with pytest.raises(MissingFileError, match=f"config.yaml: the settings .*{problem}.*restore the file"):
@@ -101,5 +105,6 @@ def test_a_name_of_a_folder_is_fine(name):
 
 
 @pytest.mark.parametrize("name", ["", "team/exp", "../../x", "..", ".", "/x", "x/", "a\nb"])
+@pytest.mark.tried("`exp_name: ../../x` or `team/exp`", "An error; a name is one name")
 def test_a_name_that_leaves_the_folder_of_runs_is_refused(name):
     assert "one name without /" in name_problem(name)

@@ -51,6 +51,7 @@ def test_a_cached_scene_is_the_compiled_one_to_the_byte(xml, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 200, None], ids=["empty", "zeros", "truncated"])
+@pytest.mark.tried("A scene in the cache is damaged", "It is made again")
 def test_a_damaged_entry_is_made_again(xml, tmp_path, damage):
     compiled = saved(scenes.compile_scene(xml))
     (entry,) = entries(tmp_path)
