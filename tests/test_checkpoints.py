@@ -317,6 +317,21 @@ def test_weights_that_are_not_finite_name_file_and_tensor(checkpoint, value):
     assert label == "STOP" and message in text
 
 
+@pytest.mark.tried(
+    "Training makes weights that are not finite", "No policy is written; the earlier one stays"
+)
+def test_weights_that_are_not_finite_are_not_written(checkpoint):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    policy = PI0Policy.from_pretrained(checkpoint)
+    with torch.no_grad():
+        policy.network.action_out_proj.weight[0, 0] = math.inf
+    with pytest.raises(
+        CheckpointError, match=r"action_out_proj\.weight holds 1 values that are not finite, so no"
+    ):
+        policy.save_pretrained(checkpoint)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
 def test_padded_norm_stats_are_cut_to_the_robot(checkpoint):
     change_stats(checkpoint, lambda s: s["actions"].update(mean=[0.5] * 7 + [0.0] * 25, std=[1.0] * 32))
     loaded = load_norm_stats(checkpoint / "norm_stats.json", 8, 7)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pi0.base.errors import OutputError
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many elements are infinite or no numbers."""
+    if not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all():  # faster than each element
+        return 0
+    return int((~tensor.isfinite()).sum())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

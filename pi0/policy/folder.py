@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pi0.base.errors import CheckpointError, MissingFileError, OutputError
 from pi0.base.progress import progress
-from pi0.base.tensors import write_tensors
+from pi0.base.tensors import count_not_finite, write_tensors
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.cameras import CameraChoice
 from pi0.policy.lerobot_files import lerobot_files
@@ -249,10 +249,7 @@ def _slabs(header: Header, name: str) -> Iterator[tuple[int, Tensor]]:
         # Opened again each time: pages that were read count as this process's memory until the map is closed.
         with _opened(header.path) as file:
             slab = file.get_slice(key)[start : start + rows]
-            if (
-                slab.numel() and not torch.stack(slab.aminmax()).isfinite().all()
-            ):  # faster than of each element
-                bad = int((~slab.isfinite()).sum())
+            if bad := count_not_finite(slab):
                 raise CheckpointError(
                     f"{header.path}: {key} holds {bad} values that are not finite, from row {start}; no policy can act "
                     "with it. Take an earlier checkpoint, or download the file again"
@@ -285,7 +282,8 @@ def save_checkpoint_files(
             and processors.
 
     Raises:
-        CheckpointError: the layout cannot hold a part of the model, or the folder holds a policy of another layout.
+        CheckpointError: the layout cannot hold a part of the model, the folder holds a policy of another layout, or a
+            weight is not finite.
         OutputError: the disk refuses.
     """
     chosen = WRITABLE.get(layout)
@@ -312,9 +310,16 @@ def save_checkpoint_files(
         metadata = origin.metadata
     else:  # two names are tied; openpi's files hold one of them, and their metadata maps the absent name to it
         metadata = {"format": "pt"} if chosen is LEROBOT else {EMBEDDING: OUTPUT_HEAD}
-    files[MODEL_FILE] = {
+    tensors = {
         chosen.from_openpi(name): tensor for name, tensor in _tensors(weights, config, origin, chosen).items()
     }
+    for name, tensor in tensors.items():
+        if bad := count_not_finite(tensor):
+            raise CheckpointError(
+                f"{directory}: {name} holds {bad} values that are not finite, so no policy is written; what was there "
+                "stays. Train with a lower learning rate"
+            )
+    files[MODEL_FILE] = tensors
 
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
