@@ -19,7 +19,7 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or folder does not exist."""
 
 
-class OutputError(InputError, OSError):
+class OutputError(InputError):
     """A folder or file of results cannot be written, or a result is not there."""
 
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     If several processes write it at once, the last one wins.
 
     Raises:
-        OutputError: the disk refuses; nothing new is left behind.
+        OSError: the disk refuses; nothing new is left behind.
     """
     # A random name: a process of another host or container that shares the folder may have the same process id.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -31,20 +31,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the name with nothing behind it
         os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; make room, or choose another folder"
-        ) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all.
 
     Raises:
-        OutputError: as `write_whole`.
+        OSError: the disk refuses; nothing new is left behind.
     """
     write_whole(path, json.dumps(content, indent=1))
 

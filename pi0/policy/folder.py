@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pi0.base.errors import CheckpointError, MissingFileError, OutputError
+from pi0.base.errors import CheckpointError, MissingFileError
 from pi0.base.progress import progress
 from pi0.base.tensors import count_not_finite, write_tensors
 from pi0.model.config import ConvDims, Pi0Config
@@ -284,7 +284,7 @@ def save_checkpoint_files(
     Raises:
         CheckpointError: the layout cannot hold a part of the model, the folder holds a policy of another layout, or a
             weight is not finite.
-        OutputError: the disk refuses.
+        OSError, OutputError: the disk refuses.
     """
     chosen = WRITABLE.get(layout)
     if chosen is None:
@@ -335,12 +335,6 @@ def save_checkpoint_files(
             os.replace(path, directory / name)
         if NORM_STATS_FILE not in files:  # statistics of an earlier policy would be read as this one's
             (directory / NORM_STATS_FILE).unlink(missing_ok=True)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"the policy cannot be written to {directory}: {error.strerror}; make room, or choose another folder"
-        ) from error
     finally:
         for path in temporary.values():
             with suppress(OSError):

@@ -177,7 +177,7 @@ class PI0Policy(nn.Module):
 
         Raises:
             CheckpointError: the layout cannot hold a part of the model.
-            OutputError: the disk refuses.
+            OSError, OutputError: the disk refuses.
         """
         weights = self.network.state_dict()
         save_checkpoint_files(path, weights, self.saved_config, self.norm_stats, self._origin, layout)

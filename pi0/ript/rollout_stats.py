@@ -92,7 +92,7 @@ class RolloutStats:
                 write_whole(self.path, json.dumps(content))
         except OSError as error:
             raise StatsError(
-                f"cannot write {self.path}: {error.strerror or error}; choose another algo.rollout_stats_path"
+                f"cannot write {self.path}: {error.strerror}; choose another algo.rollout_stats_path"
             ) from error
         self._unwritten = []
 

@@ -138,7 +138,12 @@ def take_run(run_dir: Path, config: dict[str, Any]) -> None:
 
 
 def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
-    write_whole(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    try:
+        write_whole(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {run_dir}: {error.strerror}; make room, or choose another folder"
+        ) from error
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -41,7 +41,7 @@ class SavedPolicy:
         """Write its policy folder `name` into `folder`.
 
         Raises:
-            OutputError: the disk refuses.
+            OSError, OutputError: the disk refuses.
         """
         state.save_pretrained(folder / name)
 
