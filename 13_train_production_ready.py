@@ -43,7 +43,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError, attempt, report_failure
+from pi0.base.errors import InputError, attempt, report_failure, run_command
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.typed_yaml import fixed_keys
@@ -170,7 +170,7 @@ def setup_distributed() -> tuple[int, int, int]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     join_ranks()
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
 
 
@@ -647,4 +647,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from pi0.base.errors import CheckpointError, InputError, exit_with
+from pi0.base.errors import CheckpointError, InputError, run_command
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.folder import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
 from pi0.policy.normalization import NormStats
@@ -194,7 +193,4 @@ def _tokenizer(config: Pi0Config) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

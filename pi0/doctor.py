@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pi0.base.errors import run_command
 from pi0.base.paths import REPO_ROOT
 
 # A check imports the packages it needs itself, because a package may be missing.
@@ -396,4 +397,4 @@ _EGL_DEVICES = "from mujoco.egl import egl_ext; print(len(egl_ext.eglQueryDevice
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
