@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from pi0.base.errors import CheckpointError, InputError, run_command
+from pi0.base.errors import CheckpointError, InputError, attempt, run_command
+from pi0.libero.environments import refuse_other_robots
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.folder import CONFIG_FILE, MODEL_FILE, Header, pair, read_config, read_header, read_norm_stats
 from pi0.policy.normalization import NormStats
 from pi0.policy.pi0_policy import PI0Policy
 from pi0.policy.tensor_names import WRITABLE, describe, holds_pi05
+from pi0.policy.tokenizer import PaligemmaTokenizer
 
 FITS, STOP = "fits", "STOP"
 LABEL_WIDTH = 13
@@ -144,6 +145,8 @@ def inspect_checkpoint(
         yield "statistics", f"{_statistics(stats.stats)}; found: {stats.place}"
         if config.tokenizer == "paligemma":
             yield "tokenizer", _tokenizer(config)
+        if misfit := attempt(refuse_other_robots, config):
+            yield "not LIBERO", misfit
         with torch.device("meta"):
             network = PI0Policy(config, stats.stats).network
         sources = pair(header, {name: weight.shape for name, weight in network.named_parameters()})
@@ -183,13 +186,11 @@ def _statistics(stats: NormStats | None) -> str:
 
 
 def _tokenizer(config: Pi0Config) -> str:
-    path = config.tokenizer_path or os.environ.get("PALIGEMMA_TOKENIZER")
-    if path and Path(path).is_file():
-        return f"PaliGemma's, {path}"
-    return (
-        f"PaliGemma's, {path or 'which is not configured'}; acting needs it: see PALIGEMMA_TOKENIZER "
-        "in docs/checkpoints.md"
-    )
+    try:
+        tokenizer = PaligemmaTokenizer(config.tokenizer_path, config.prompt_length)
+    except InputError as error:
+        return f"acting needs it: {error}"
+    return f"PaliGemma's, {tokenizer.path}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi0.base.errors import run_command
+from pi0.base.errors import InputError, run_command
 from pi0.base.paths import REPO_ROOT
 
 # A check imports the packages it needs itself, because a package may be missing.
@@ -179,6 +179,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     import torch
 
     from pi0 import PI0Policy
+    from pi0.libero.environments import refuse_other_robots
     from pi0.libero.suites import find_tasks
     from pi0.model.config import SiglipDims
     from pi0.policy.normalization import NormStatsError
@@ -197,6 +198,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
             yield Finding(STOP, "checkpoint", text, "free memory" + ", or set dtype: bfloat16" * lower)
             return
         policy = PI0Policy.from_pretrained(path, **how)
+        refuse_other_robots(policy.config)
     except NormStatsError as error:
         yield Finding(STOP, "norm stats", str(error), "set norm_stats_path to the statistics of its training")
         return
@@ -243,6 +245,9 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         policy.select_action(observation, noise)
         start = time.perf_counter()
         policy.select_action(observation, noise)
+    except InputError as error:
+        yield Finding(STOP, "checkpoint", f"does not act: {error}")
+        return
     except (OSError, ValueError, RuntimeError) as error:
         mend = "use a policy that fits the task"
         if config.compile:
