@@ -20,7 +20,7 @@ from typing import Any
 
 from pi0.base.errors import InputError
 from pi0.base.files import LFS_MEND, LFS_POINTER_BYTES, is_lfs_pointer, locked
-from pi0.base.paths import cache_dir
+from pi0.base.paths import cache_dir, writing_cache
 from pi0.libero import standins
 from pi0.libero.libero_import import libero_package_root, prepare_libero
 
@@ -148,8 +148,11 @@ def _hub_assets() -> Path | None:
     os.environ.setdefault("HF_HOME", str(cache_dir() / "huggingface"))
     prepare_libero()
     download_utils = importlib.import_module("libero.libero.utils.download_utils")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
+    with writing_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock")
+        lock.touch()
+    with locked(lock):
         if folder.is_dir() and not _missing_folders(folder):
             return folder
         # LIBERO's downloader treats a half-finished folder as finished, so it gets an empty one.
