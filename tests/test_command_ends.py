@@ -38,7 +38,7 @@ TRAIN = [
 ]
 DOORS = [
     *sorted(REPO_ROOT.glob("[01][0-9]_train_*.py")),
-    *sorted(REPO_ROOT.glob("pi0/*.py")),
+    *sorted(REPO_ROOT.glob("pi0/[a-z]*.py")),
     *sorted(REPO_ROOT.glob("pi0/*/__main__.py")),
     *sorted(REPO_ROOT.glob("benchmarks/*.py")),
     REPO_ROOT / "tools" / "mutations.py",
@@ -64,11 +64,7 @@ def run(*words, **options) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def doors():
-    return [path for path in DOORS if "__main__" in path.read_text(encoding="utf-8").split("\n")[-3]]
-
-
-@pytest.mark.parametrize("path", doors(), ids=lambda path: path.relative_to(REPO_ROOT))
+@pytest.mark.parametrize("path", DOORS, ids=lambda path: str(path.relative_to(REPO_ROOT)))
 def test_ctrl_c_ends_every_program_with_one_line(path):
     done = run("-c", INTERRUPTED, path)
     assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
@@ -136,6 +132,7 @@ def test_a_reader_that_goes_ends_a_command_quietly(line, tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.soak
 def test_closed_streams_drop_what_is_written(tmp_path):
     done = shell(f"{EVALUATED} >&- 2>&- <&-", tmp_path)
     assert done.returncode == 0
@@ -173,13 +170,10 @@ def umlauts(tmp_path):
 
 @pytest.mark.usefixtures("fresh_python")
 def test_a_terminal_without_umlauts_gets_escapes(umlauts):
-    narrow = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}, "encoding": "ascii"}
-    done = run("-m", "pi0.checkpoint", "inspect", umlauts, **narrow)
+    narrow = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run("-m", "pi0.checkpoint", "inspect", umlauts, env=narrow, encoding="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "/Pr\\xfcfung/Gr\\xf6\\xdfe/model.safetensors" in done.stdout
-    missing = run("-m", "pi0.checkpoint", "inspect", umlauts / "Maß", **narrow)
-    assert missing.returncode == 1
-    assert re.fullmatch(r"error: policy folder \S*/Gr\\xf6\\xdfe/Ma\\xdf not found\n", missing.stderr)
 
 
 @pytest.mark.usefixtures("fresh_python")
