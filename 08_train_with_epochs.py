@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
@@ -214,11 +214,8 @@ def train(config: Config) -> Path:
 
 def main() -> None:
     """Train with the settings above."""
-    try:
-        train(AdvancedTrainingConfig())
-    except InputError as error:
-        exit_with(error)
+    train(AdvancedTrainingConfig())
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

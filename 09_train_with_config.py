@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
@@ -235,13 +235,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Read the configuration, check it, train."""
     arguments = parse_arguments()
-    try:
-        config = load_config_from_yaml(arguments.config_path, arguments.override)
-        validate_config(config)
-        train(config)
-    except InputError as error:
-        exit_with(error)
+    config = load_config_from_yaml(arguments.config_path, arguments.override)
+    validate_config(config)
+    train(config)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

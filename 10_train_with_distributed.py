@@ -31,7 +31,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, run_command
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
 from pi0.libero.films import film_before_after
@@ -110,7 +110,7 @@ def setup_distributed() -> tuple[int, int, int]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     join_ranks()
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
 
 
@@ -335,4 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError, report_failure
+from pi0.base.errors import InputError, report_failure, run_command
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.libero.evaluation import EvaluationResult
@@ -160,7 +160,7 @@ def setup_distributed() -> tuple[int, int, int]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     join_ranks()
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
 
 
@@ -503,4 +503,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,7 +43,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError, Outputs
+from pi0.base.errors import InputError, Outputs, run_command
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.libero.evaluation import BrokenSimulationsError, EvaluationResult, restore_result
@@ -170,7 +170,7 @@ def setup_distributed() -> tuple[int, int, int]:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     join_ranks()
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115  rank 0 speaks for all
     return dist.get_rank(), local_rank, dist.get_world_size()
 
 
@@ -645,4 +645,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 from pi0 import PI0Policy
 from pi0.base.arguments import ranged
+from pi0.base.errors import run_command
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
 from pi0.policy.tensor_names import EMBEDDING, OUTPUT_HEAD, UNUSED, file_name
@@ -160,4 +161,4 @@ def reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

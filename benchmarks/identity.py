@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.libero.assets import resolve_assets, use_assets
 from pi0.libero.experts import NoExpertError, PickAndPlace
@@ -110,4 +111,4 @@ def compare(task: Task, assets_name: str, steps: int) -> tuple[int, bool, str | 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.stats import format_rate, paired_difference
 
 SCRIPT = "13_train_production_ready.py"
@@ -184,4 +185,4 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.checkpoint import reset_peak, shrunk, status, write_checkpoint
 from pi0 import PI0Policy, pick_device
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.files import write_json
 from pi0.model.config import Pi0Config
 from pi0.model.network import Pi0Network
@@ -392,4 +393,4 @@ def word(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

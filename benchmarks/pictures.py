@@ -21,6 +21,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from pi0.base.errors import run_command
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
 from pi0.libero.rendering import CAMERAS, Renderer
@@ -101,4 +102,4 @@ def save(figure: plt.Figure, axes: np.ndarray, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,6 +27,7 @@ import numpy as np
 
 from pi0 import PI0Policy
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
@@ -231,4 +232,4 @@ def rate(assets: str, count: int, **settings: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.libero import gl
 
@@ -439,4 +440,4 @@ MEASUREMENTS = {
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

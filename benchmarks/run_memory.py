@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import ranged
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import run_command
 from pi0.report.record import read_run
 from pi0.ript.metrics import METRICS
 
@@ -33,11 +33,7 @@ def main() -> None:
         "--parts", type=ranged(int, low=1), default=3, help="number of parts of the other iterations"
     )
     options = parser.parse_args()
-    try:
-        steps = read_run(options.run, METRICS).steps
-    except InputError as error:
-        exit_with(error)
-    rows = [row for row in steps if "memory" in row]
+    rows = [row for row in read_run(options.run, METRICS).steps if "memory" in row]
     size = (len(rows) - options.first) // options.parts
     if options.first < 1 or options.parts < 2 or size < 1:
         parser.error(f"{len(rows)} iterations cannot be divided so")
@@ -66,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,6 +32,7 @@ import torch
 
 from pi0 import PI0Policy
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.training import checkpoint_store, memory
 from pi0.training import state as training_state
 from pi0.training.checkpoint_store import CheckpointStore
@@ -219,4 +220,4 @@ def updates_table(updates: dict[str, list[float]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

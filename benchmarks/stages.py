@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.files import write_json
 from pi0.ranks.watch import SILENCE_S
 
@@ -240,4 +241,4 @@ def table(seconds: dict[str, list[float]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,8 @@ from pathlib import Path
 import torch
 
 from pi0.base.arguments import Collect
-from pi0.base.errors import CheckpointError, InputError, exit_with
+from pi0.base.errors import CheckpointError, InputError, attempt, run_command
+from pi0.libero.environments import refuse_other_robots
 from pi0.model.config import ConvDims, Pi0Config
 from pi0.policy.cameras import CameraChoice, How
 from pi0.policy.folder import (
@@ -37,6 +36,7 @@ from pi0.policy.normalization import NormStats
 from pi0.policy.pi0_policy import PI0Policy
 from pi0.policy.published import FoundStats
 from pi0.policy.tensor_names import WRITABLE, describe, holds_pi05
+from pi0.policy.tokenizer import PaligemmaTokenizer
 
 FITS, STOP = "fits", "STOP"
 LABEL_WIDTH = 13
@@ -188,6 +188,8 @@ def inspect_checkpoint(
         yield "statistics", "\n".join([f"{_statistics(stats.stats)}; found: {stats.place}", *_floors(stats)])
         if config.tokenizer == "paligemma":
             yield "tokenizer", _tokenizer(config)
+        if misfit := attempt(refuse_other_robots, config):
+            yield "not LIBERO", misfit
         with torch.device("meta"):
             network = PI0Policy(config, stats.stats).network
         sources = pair(header, {name: weight.shape for name, weight in network.named_parameters()})
@@ -240,17 +242,12 @@ def _floors(found: FoundStats) -> list[str]:
 
 
 def _tokenizer(config: Pi0Config) -> str:
-    path = config.tokenizer_path or os.environ.get("PALIGEMMA_TOKENIZER")
-    if path and Path(path).is_file():
-        return f"PaliGemma's, {path}"
-    return (
-        f"PaliGemma's, {path or 'which is not configured'}; acting needs it: see PALIGEMMA_TOKENIZER "
-        "in docs/checkpoints.md"
-    )
+    try:
+        tokenizer = PaligemmaTokenizer(config.tokenizer_path, config.prompt_length)
+    except InputError as error:
+        return f"acting needs it: {error}"
+    return f"PaliGemma's, {tokenizer.path}"
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

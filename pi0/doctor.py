@@ -7,7 +7,6 @@ something would stop a run.
 
 import argparse
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -20,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi0.base.paths import REPO_ROOT
+from pi0.base.errors import InputError, OutputError, run_command
+from pi0.base.paths import REPO_ROOT, cache_dir
 
 # A check imports the packages it needs itself, because a package may be missing.
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OK, NOTE, STOP = "ok", "note", "stop"
 GIB = 2**30
-# A run writes checkpoints, videos and logs; with less space it may end in the middle.
+# A run writes checkpoints, videos and logs, and scenes into the cache; with less space it may end in the middle.
 DISK_NEEDED_GIB = 2
 # A worker process with one scene of LIBERO's own meshes needs at most 1.1; the trainer is that of the small policy.
 WORKER_GIB, TRAINER_GIB = 1.2, 1.5
@@ -85,7 +85,7 @@ def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
 
 def check_gl() -> Iterator[Finding]:
     """Back ends that can draw a frame; each is tried in a process of its own."""
-    from pi0.libero.gl import BACKENDS, INSTALL_HINT, probe
+    from pi0.libero.gl import BACKENDS, INSTALL_HINT, probe, wrong_device
 
     asked = os.environ.get("MUJOCO_GL", "").lower()
     if asked and asked not in BACKENDS:
@@ -98,6 +98,8 @@ def check_gl() -> Iterator[Finding]:
     for outcome in outcomes:
         if outcome.works:
             yield Finding(OK, "gl", f"{outcome.backend} draws frames ({outcome.detail})")
+        elif wrong := wrong_device(outcome):
+            yield Finding(STOP, "gl", wrong)
         else:
             mend = "another back end works" if failed == NOTE else INSTALL_HINT
             yield Finding(failed, "gl", f"{outcome.backend} does not draw: {outcome.detail}", mend)
@@ -130,6 +132,23 @@ def check_gpus() -> Iterator[Finding]:
         )
 
 
+def check_cache() -> Iterator[Finding]:
+    """Whether the folder of the cache can be written, and whether there is enough space."""
+    try:
+        folder = cache_dir()
+    except OutputError as error:
+        yield Finding(STOP, "cache", str(error))
+        return
+    free = shutil.disk_usage(folder).free / GIB
+    if free < DISK_NEEDED_GIB:
+        text = f"{free:.1f} GiB free in {folder}; compiled scenes may find no place"
+        yield Finding(
+            NOTE, "cache", text, f"free {DISK_NEEDED_GIB} GiB, or set PI0_CACHE_DIR to another disk"
+        )
+    else:
+        yield Finding(OK, "cache", f"{free:.0f} GiB free in {folder}")
+
+
 def check_assets(configured: str | None) -> Iterator[Finding]:
     """The meshes and textures that LIBERO would use."""
     from pi0.libero.assets import AssetsError, resolve_assets
@@ -140,6 +159,9 @@ def check_assets(configured: str | None) -> Iterator[Finding]:
         mend = "correct task.assets or LIBERO_ASSETS, or remove them"
         yield Finding(STOP, "assets", str(error), mend)
         return
+    except OutputError:  # of the cache, which has a check of its own
+        yield Finding(STOP, "assets", "none, since the stand-ins cannot be made", "see cache above")
+        return
     if assets.source == "standins" and configured != "standins":
         mend = "to use LIBERO's own, set task.assets or LIBERO_ASSETS to their folder"
         yield Finding(NOTE, "assets", "none found; built-in stand-ins are used", mend)
@@ -149,7 +171,7 @@ def check_assets(configured: str | None) -> Iterator[Finding]:
 
 def check_init_states(suite: str, names: Sequence[str | int]) -> Iterator[Finding]:
     """LIBERO's recorded initial states of the tasks."""
-    from pi0.libero.suites import find_tasks
+    from pi0.libero.suites import DamagedPackageError, find_tasks
 
     try:
         tasks = find_tasks(suite, list(names))
@@ -162,12 +184,8 @@ def check_init_states(suite: str, names: Sequence[str | int]) -> Iterator[Findin
     for task in tasks:
         try:
             counts.append(len(task.recorded_init_states()))
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            mend = (
-                "reinstall it: .venv/bin/pip install --force-reinstall --no-deps hf-libero=="
-                + (locked_versions()["hf-libero"])
-            )
-            yield Finding(STOP, "init states", f"{task.name}: {error}", mend)
+        except DamagedPackageError as error:
+            yield Finding(STOP, "init states", f"{task.name}: {error}")
     if len(counts) == len(tasks):
         yield Finding(OK, "init states", f"{sum(counts)} recorded for {len(tasks)} tasks of {suite}")
 
@@ -178,6 +196,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
     import torch
 
     from pi0 import PI0Policy
+    from pi0.libero.environments import refuse_other_robots
     from pi0.libero.suites import find_tasks
     from pi0.model.config import SiglipDims
     from pi0.policy.normalization import NormStatsError
@@ -196,6 +215,7 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
             yield Finding(STOP, "checkpoint", text, "free memory" + ", or set dtype: bfloat16" * lower)
             return
         policy = PI0Policy.from_pretrained(path, **how)
+        refuse_other_robots(policy.config)
     except NormStatsError as error:
         yield Finding(STOP, "norm stats", str(error), "set norm_stats_path to the statistics of its training")
         return
@@ -243,6 +263,9 @@ def check_checkpoint(config: "Config") -> Iterator[Finding]:
         policy.select_action(observation, noise)
         start = time.perf_counter()
         policy.select_action(observation, noise)
+    except InputError as error:
+        yield Finding(STOP, "checkpoint", f"does not act: {error}")
+        return
     except (OSError, ValueError, RuntimeError) as error:
         mend = "use a policy that fits the task"
         if config.compile:
@@ -313,6 +336,7 @@ def examine(config: "Config | None") -> Iterator[Finding]:
         ("gpu", check_gpus),
         ("memory", lambda: check_memory_and_cores(config.task.num_parallel_envs if config else None)),
         ("disk", lambda: check_output(Path(config.output_dir if config else "outputs"))),
+        ("cache", check_cache),
         ("assets", lambda: check_assets(config.task.assets if config else None)),
         ("init states", lambda: check_init_states(suite, names)),
     ]
@@ -397,4 +421,4 @@ _EGL_DEVICES = "from mujoco.egl import egl_ext; print(len(egl_ext.eglQueryDevice
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

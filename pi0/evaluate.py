@@ -16,7 +16,7 @@ import torch
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.arguments import Collect, ranged
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import run_command
 from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
 from pi0.libero.environments import Environments
@@ -151,7 +151,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

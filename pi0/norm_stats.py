@@ -18,7 +18,7 @@ from typing import get_args
 import numpy as np
 
 from pi0.base.arguments import Collect, ranged
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import run_command
 from pi0.base.files import writable_dir, write_json
 from pi0.data import Contradiction, DemonstrationSet, FeatureNames, Gripper, open_demonstrations
 from pi0.data.chunks import Chunks
@@ -186,7 +186,4 @@ def record(options: argparse.Namespace) -> tuple[Chunks, int]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

@@ -28,7 +28,7 @@ import torch
 
 from pi0 import PI0Policy, pick_device
 from pi0.base.arguments import Collect, ranged
-from pi0.base.errors import CheckpointError, InputError, exit_with
+from pi0.base.errors import CheckpointError, run_command
 from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
@@ -372,7 +372,4 @@ def score_on_training_states(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

@@ -146,6 +146,7 @@ def test_missing_pieces_are_named(tmp_path, checkpoint):
         FileNotFoundError, match=r"no model\.safetensors; it holds .*model\.pt.*never pickles"
     ):
         PI0Policy.from_pretrained(checkpoint)
+    (checkpoint / "model.pt").rename(checkpoint / "model.safetensors")
     (checkpoint / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         PI0Policy.from_pretrained(checkpoint)

@@ -1,5 +1,7 @@
 """Two pools of initial states that never mix."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pi0.libero.init_states import (
     with_demonstrated,
 )
 from pi0.libero.settings import TaskConfig
+from pi0.libero.suites import DamagedPackageError
 from pi0.model.config import Pi0Config
 
 pytestmark = pytest.mark.engine
@@ -137,6 +140,61 @@ def test_training_states_are_kept_in_a_file_with_their_provenance(environments, 
     assert drawn.provenance["assets"]["source"] == "standins"
     assert (tmp_path / "init_states").is_dir()
     assert np.array_equal(drawn.states[1].state, again.states[1].state)
+
+
+def without(file, name):
+    """The bytes of a file of arrays with one of them left out."""
+    with np.load(file) as content:
+        kept = {key: content[key] for key in content.files if key != name}
+    np.savez(file, **kept)
+
+
+DAMAGES = {
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-200]),
+    "text": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1"),
+    "altered": lambda file: file.write_bytes(file.read_bytes().replace(b"NUMPY", b"NUMBY")),
+    "without an array": lambda file: without(file, "fixtures"),
+    "of fewer states": lambda file: np.savez(file, states=[], fixtures=[], provenance=np.array("{}")),
+    "an array alone": lambda file: file.write_bytes(np.lib.format.magic(1, 0)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("folder", ["init_states", "fixtures"])
+@pytest.mark.tried("Initial states or fixtures in the cache are damaged", "They are made again")
+def test_damaged_files_of_the_cache_are_made_again(environments, tmp_path, caplog, folder, damage):
+    def states():
+        if folder == "fixtures":
+            return evaluation_pools(environments.pool, environments.tasks[:1], "pinned")[0].states
+        return training_pools(environments.pool, environments.tasks[:1], 2, 3)[0].states
+
+    before = states()
+    (file,) = (tmp_path / folder).iterdir()
+    damage(file)
+    after = states()
+    assert [state.fixtures.tolist() for state in after] == [state.fixtures.tolist() for state in before]
+    assert [state.state.tolist() for state in after] == [state.state.tolist() for state in before]
+    assert f"{file} are damaged" in caplog.text and "made again" in caplog.text
+    caplog.clear()
+    assert len(states()) == len(before)
+    assert not caplog.text, "the file was not replaced"
+
+
+def test_states_that_cannot_be_kept_are_drawn_all_the_same(environments, tmp_path, caplog):
+    (tmp_path / "init_states").write_text("a file where the folder should be")
+    drawn = training_pools(environments.pool, environments.tasks[:1], 2, 3)[0]
+    assert len(drawn) == 2
+    assert f"could not be kept in {tmp_path}/init_states" in caplog.text
+
+
+def test_damaged_states_of_the_installed_package_are_named_with_the_mend(environments, tmp_path, monkeypatch):
+    monkeypatch.setattr("pi0.libero.suites.libero_package_root", lambda: tmp_path)
+    task = replace(environments.tasks[0], init_states_file=str(tmp_path / "states.pruned_init"))
+    for make in (lambda file: None, lambda file: file.write_bytes(b"PK"), lambda file: file.touch()):
+        make(tmp_path / "states.pruned_init")
+        with pytest.raises(DamagedPackageError, match=r"states\.pruned_init.*pip install .*hf-libero==\d"):
+            task.recorded_init_states()
 
 
 def test_fixtures_follow_liberos_evaluation_or_stay_pinned(environments):

@@ -1,10 +1,14 @@
 """Frames: `exact` is LIBERO's, `fast` looks alike and is upright; broken GL is named."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from pi0 import doctor
+from pi0.base.paths import REPO_ROOT
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets, use_assets
 from pi0.libero.rendering import CAMERAS, Renderer
@@ -82,6 +86,43 @@ def test_no_working_gl_says_what_each_back_end_answered_and_what_to_install(monk
     monkeypatch.setattr(gl, "_PROBE", "raise SystemExit('no EGL here')")
     with pytest.raises(gl.GLUnavailableError, match="egl: no EGL here.*apt-get install"):
         gl.select_backend()
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "there"),
+    [
+        ("egl", "97", r"0 to \d+"),
+        ("", "97", r"0 to \d+"),  # no other back end in its place
+        ("egl", "gpu", "numbers from 0 on"),
+        ("egl", "-1", "numbers from 0 on"),
+        ("egl", "", "numbers from 0 on"),
+    ],
+)
+@pytest.mark.usefixtures("fresh_python")
+@pytest.mark.tried(
+    "MUJOCO_EGL_DEVICE_ID names a device that is not there", "One line with the devices that are"
+)
+def test_a_device_that_is_not_there_is_named_with_those_that_are(monkeypatch, backend, device, there):
+    monkeypatch.delenv("PI0_GL_PROVEN", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", backend)
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", device)
+    said = f"^MUJOCO_EGL_DEVICE_ID = '{device}' is none of EGL's devices, which are {there}; correct it or unset it$"
+    with pytest.raises(gl.GLUnavailableError, match=said):
+        gl.select_backend()
+    stop = [str(finding) for finding in doctor.check_gl() if finding.status == doctor.STOP]
+    assert len(stop) == 1 and f"MUJOCO_EGL_DEVICE_ID = '{device}'" in stop[0]
+
+
+@pytest.mark.usefixtures("fresh_python")
+def test_a_device_that_cuda_does_not_see_can_draw():
+    """robosuite takes the numbers of CUDA_VISIBLE_DEVICES for those of EGL, and refuses the others at its import."""
+    code = "from pi0.libero.libero_import import no_cuda_devices\n"
+    code += "with no_cuda_devices():\n import robosuite.utils.binding_utils\nimport os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "2", "MUJOCO_EGL_DEVICE_ID": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["2"]), done.stderr
 
 
 def test_a_rank_without_a_device_of_its_own_draws_on_the_default_one(monkeypatch):

@@ -15,7 +15,7 @@ from pi0.workers import pool as pool_module
 from pi0.workers import process as process_module
 from pi0.workers.arrays import arrays_in, nbytes
 from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool, usable_cores
-from pi0.workers.process import WorkerError
+from pi0.workers.process import WorkerError, WorkerInputError
 from tests.support.tiny_worker import count_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +138,16 @@ def test_an_error_is_raised_with_its_name_and_the_worker_lives_on(pool, losses):
     with pytest.raises(WorkerError, match="PicklingError|AttributeError.*lambda"):
         results(pool, "give_back_what_cannot_be_sent", [()])
     assert (pool.processes, losses) == (processes, [])
+
+
+def test_what_a_user_can_repair_is_an_error_of_the_input_without_a_traceback(pool, losses, caplog):
+    with pytest.raises(WorkerInputError, match=r"^worker \d: no such disk; mount it$"):
+        results(pool, "refuse", [()])
+    with pytest.raises(
+        WorkerInputError, match=r"^worker \d: .*the cache: No space left on device; set PI0_CACHE_DIR"
+    ):
+        results(pool, "write_to_a_full_disk", [()])
+    assert (caplog.text, losses) == ("", [])
 
 
 def test_what_cannot_be_sent_is_an_error_here_and_leaves_the_pool_usable(pool):

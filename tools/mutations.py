@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import Collect
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import InputError, run_command
 from pi0.base.progress import progress
 
 
@@ -140,11 +140,8 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, default=ROOT, help="checkout to copy; default: this one")
     arguments = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if mutation.package in arguments.only]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            missed = try_all(copy_of(arguments.tree, Path(folder)), chosen)
-    except InputError as error:
-        exit_with(error)
+    with tempfile.TemporaryDirectory() as folder:
+        missed = try_all(copy_of(arguments.tree, Path(folder)), chosen)
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     sys.exit(missed > 0)
 
@@ -215,4 +212,4 @@ def first_failure(copy: Path, mutation: Mutation) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

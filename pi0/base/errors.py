@@ -1,8 +1,18 @@
-"""Errors that a user can repair; commands print their message without a traceback."""
+"""Errors that a user can repair, and how a command ends: with one line at most, without a traceback."""
 
+import errno
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+# What the system says of a disk that is full, or of a file that may not be read or written, and the mend.
+_ROOM, _RIGHTS = "make room, or choose another folder", "mend its permissions, or choose another folder"
+_REFUSALS = {number: _ROOM for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)} | {
+    number: _RIGHTS for number in (errno.EROFS, errno.EACCES, errno.EPERM)
+}
 
 
 class InputError(Exception):
@@ -33,10 +43,54 @@ class CheckpointError(InputError, ValueError):
     """A checkpoint or policy folder cannot be used as it is; the message names the file and what is wrong."""
 
 
-def exit_with(error: InputError) -> NoReturn:
-    """End the program with the error's message on standard error and its exit status."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(error.status)
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Call the `main` of a program and end the process with the status that it returns; None is 0.
+
+    * `InputError`: its message, its status.
+    * A full disk, or a file that may not be read or written: the system's words, and the mend.
+    * Ctrl+C: "interrupted", status 130, as shells have it. A second one ends the process at once. One that comes
+      while packages are still being imported does not get here: Python prints a traceback.
+    * A reader of the output that has gone, as in `... | head -1`: nothing, status 141, as for SIGPIPE. The signal
+      itself stays ignored, since a worker that dies must not end its trainer by it.
+    * A file's name or content that the locale cannot express (LC_ALL=C without UTF-8): what to set.
+
+    Before, it mends the standard streams. Characters that a terminal cannot show are printed as escapes; a stream
+    that is closed (`>&-`) drops what is written.
+    """
+    _mend_streams()
+    status: object
+    try:
+        try:
+            status = main()
+        except SystemExit as end:  # of argparse
+            status = end.code
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = error.status
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            print(f"error: {error}; {_REFUSALS[error.errno]}", file=sys.stderr)
+            status = 1
+        except UnicodeError as error:
+            if sys.getfilesystemencoding() == "utf-8":
+                raise
+            print(f"error: the locale does not know a character ({error}); set PYTHONUTF8=1", file=sys.stderr)
+            status = 1
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks get it
+            print("\ninterrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        gone = [descriptor for descriptor in (1, 2) if _reader_has_gone(descriptor)]
+        if not gone:  # a pipe of the program's own
+            raise
+        for descriptor in gone:  # what is still buffered fails no more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        status = 128 + signal.SIGPIPE
+    sys.exit(status)  # type: ignore[arg-type]
 
 
 def attempt(function: Callable[..., object], *arguments: object) -> str | None:
@@ -79,3 +133,23 @@ def report_failure(failure: str, function: Callable[..., object], *arguments: ob
     """Call a function whose failure must not end the program; print a failure as "failure: reason"."""
     if (reason := attempt(function, *arguments)) is not None:
         print(f"{failure}: {reason}")
+
+
+def _mend_streams() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed when Python started
+            descriptor = os.open(
+                os.devnull, os.O_RDWR
+            )  # has its number, which other files could get otherwise
+            os.set_inheritable(descriptor, True)
+            stream = open(descriptor, mode)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _reader_has_gone(descriptor: int) -> bool:
+    events = select.poll()
+    events.register(descriptor, 0)  # an error is always told
+    return any(event & select.POLLERR for _, event in events.poll(0))

@@ -8,11 +8,15 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pi0.base.errors import OutputError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LFS_POINTER_BYTES = 1024  # at most, by that specification
+LFS_MEND = "Git LFS pointer, not the file that was meant: run git lfs pull where it was cloned"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -31,8 +35,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the name with nothing behind it
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not tell
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -58,6 +66,20 @@ def writable_dir(path: str | Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}; choose a writable folder") from error
     return path
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a few lines that Git left in place of a large file. False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, for a message: it is a Git LFS pointer, else the words of the `error` that it gave."""
+    return f"it is a {LFS_MEND}" if is_lfs_pointer(path) else str(error)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pi0.base.errors import MissingFileError
+from pi0.base.files import why_unreadable
 from pi0.data.demonstrations import DataError
 
 # Every second frame is a key frame, as in LeRobot's own videos (configs/video.py): decoding needs at most one more.
@@ -39,7 +40,8 @@ def decode_image(content: bytes | Path, where: str) -> np.ndarray:
     except FileNotFoundError as error:
         raise MissingFileError(f"{where}: image {content!s} not found") from error
     except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: not an image that can be read: {error}") from error
+        why = why_unreadable(content, error) if isinstance(content, Path) else str(error)
+        raise DataError(f"{where}: not an image that can be read: {why}") from error
 
 
 def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
@@ -77,7 +79,7 @@ def read_video(path: Path, times: np.ndarray, tolerance_s: float) -> np.ndarray:
                     if at > times[len(found)] + tolerance_s:
                         break
     except (av.FFmpegError, IndexError) as error:
-        raise DataError(f"{path}: not a video that can be read: {error}") from error
+        raise DataError(f"{path}: not a video that can be read: {why_unreadable(path, error)}") from error
     if len(found) < len(times):
         raise DataError(
             f"{path}: no frame within {tolerance_s} s of {times[len(found)]:.4f} s"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0.base.errors import MissingFileError
+from pi0.base.files import why_unreadable
 from pi0.data.demonstrations import DataError
 from pi0.policy.cameras import BASE, LEFT_WRIST, CameraNameError, How, choose_cameras, is_told
 
@@ -132,9 +133,9 @@ class DatasetInfo:
         if not path.is_file():
             raise MissingFileError(f"{path} not found: {root} is no LeRobot data set")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_bytes())
         except ValueError as error:
-            raise DataError(f"{path}: not valid JSON: {error}") from error
+            raise DataError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
         version = content.get("codebase_version") if isinstance(content, dict) else None
         if version not in (*EPISODE_FILES, SHARED_FILES):
             raise DataError(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pi0.base.errors import MissingFileError
+from pi0.base.files import why_unreadable
 from pi0.data.demonstrations import (
     DataError,
     Demonstration,
@@ -155,7 +156,7 @@ class LeRobotDemonstrations(DemonstrationSet):
         if not path.is_file():
             raise MissingFileError(f"{path} not found; perhaps the data set was not copied completely")
         episodes = []
-        for line, text in enumerate(path.read_text().splitlines(), start=1):
+        for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if not text.strip():
                 continue
             where = f"{path}, line {line}"
@@ -163,7 +164,8 @@ class LeRobotDemonstrations(DemonstrationSet):
                 record = json.loads(text)
                 number, length = int(record["episode_index"]), int(record["length"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{where}: needs JSON with episode_index, tasks and length") from error
+                why = why_unreadable(path, error)
+                raise DataError(f"{where}: needs JSON with episode_index, tasks and length: {why}") from error
             fields = {"episode_index": number, "episode_chunk": number // self.info.chunk_size}
             videos = {
                 camera: (self.root / self._format(self.info.video_path, video_key=name, **fields), 0.0)
@@ -308,7 +310,8 @@ def _parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a parquet file that can be read: {error}") from error
+        why = why_unreadable(path, error)
+        raise DataError(f"{path}: not a parquet file that can be read: {why}") from error
 
 
 def _read_table(path: Path, columns: list[str]) -> pa.Table:

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from pi0.base.errors import MissingFileError
+from pi0.base.files import why_unreadable
 from pi0.data.demonstrations import (
     DataError,
     Demonstration,
@@ -177,7 +178,8 @@ def _open(file: Path) -> h5py.File:
     try:
         return h5py.File(file, "r")
     except OSError as error:
-        raise DataError(f"{file}: not an HDF5 file that can be read: {error}") from error
+        why = why_unreadable(file, error)
+        raise DataError(f"{file}: not an HDF5 file that can be read: {why}") from error
 
 
 def _child(group: Any, key: str, kind: type, file: Path) -> Any:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from pi0.base.errors import InputError
-from pi0.base.files import locked
-from pi0.base.paths import cache_dir
+from pi0.base.files import LFS_MEND, LFS_POINTER_BYTES, is_lfs_pointer, locked
+from pi0.base.paths import cache_dir, writing_cache
 from pi0.libero import standins
 from pi0.libero.libero_import import libero_package_root, prepare_libero
 
@@ -72,7 +72,7 @@ def resolve_assets(configured: str | None = None) -> Assets:
         configured: a folder, or "standins" for the built-in ones; None reads `LIBERO_ASSETS`.
 
     Raises:
-        AssetsError: the configured folder does not exist or lacks folders that LIBERO reads.
+        AssetsError: the configured folder does not exist, lacks folders that LIBERO reads, or holds Git LFS pointers.
     """
     configured = configured or os.environ.get("LIBERO_ASSETS")
     if configured == "standins":
@@ -87,6 +87,8 @@ def resolve_assets(configured: str | None = None) -> Assets:
         missing = _missing_folders(path)
         if missing:
             raise AssetsError(f"the assets folder {path} lacks {', '.join(missing)}")
+        if pointer := _lfs_pointer_in(path):
+            raise AssetsError(f"the assets folder {path}: {pointer} is a {LFS_MEND}")
         return Assets("configured", path)
     installed = libero_package_root() / "assets"
     if installed.is_dir():
@@ -111,6 +113,13 @@ def use_assets(assets: Assets) -> None:
 
 def _missing_folders(path: Path) -> list[str]:
     return [name for name in EXPECTED_FOLDERS if not (path / name).is_dir()]
+
+
+def _lfs_pointer_in(folder: Path) -> Path | None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_size <= LFS_POINTER_BYTES and is_lfs_pointer(path):
+            return path.relative_to(folder)
+    return None
 
 
 def _fingerprint(path: Path) -> str:
@@ -139,8 +148,11 @@ def _hub_assets() -> Path | None:
     os.environ.setdefault("HF_HOME", str(cache_dir() / "huggingface"))
     prepare_libero()
     download_utils = importlib.import_module("libero.libero.utils.download_utils")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_suffix(".lock")):
+    with writing_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock")
+        lock.touch()
+    with locked(lock):
         if folder.is_dir() and not _missing_folders(folder):
             return folder
         # LIBERO's downloader treats a half-finished folder as finished, so it gets an empty one.

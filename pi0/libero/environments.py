@@ -6,11 +6,11 @@ import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, Self
 
-from pi0.base.errors import InputError
+from pi0.base.errors import CheckpointError, InputError
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
 from pi0.libero.debug import DebugOutput
-from pi0.libero.episodes import Episode, Rollout
+from pi0.libero.episodes import ROBOT, Episode, Rollout
 from pi0.libero.init_states import (
     InitStatePool,
     evaluation_pools,
@@ -51,6 +51,29 @@ class PolicySpec(Protocol):
     def action_horizon(self) -> int:
         """Actions in one of its chunks."""
 
+    @property
+    def robot_state_dim(self) -> int:
+        """Features of its robot's state."""
+
+    @property
+    def robot_action_dim(self) -> int:
+        """Features of its robot's actions."""
+
+    @property
+    def source(self) -> str:
+        """What errors call it: the file it comes from."""
+
+
+def refuse_other_robots(policy: PolicySpec) -> None:
+    """Raise `CheckpointError` for a policy whose state and actions are not as wide as those of LIBERO's robot."""
+    widths = policy.robot_state_dim, policy.robot_action_dim
+    if widths != (ROBOT.state_dim, ROBOT.action_dim):
+        raise CheckpointError(
+            f"{policy.source}: this policy is of another robot, whose state has {widths[0]} features and whose actions "
+            f"have {widths[1]}; LIBERO's have {ROBOT.state_dim} and {ROBOT.action_dim}. Take a policy that was trained "
+            "on LIBERO"
+        )
+
 
 class Environments:
     """Tasks of a suite, their initial states, and worker processes that run their episodes.
@@ -74,15 +97,16 @@ class Environments:
 
     Args:
         task: which tasks and how they are simulated, the section `task` of a configuration.
-        policy: the policy's cameras, image size and chunk length. Cameras that LIBERO does not have, such as the
-            right wrist of published policies, are left out; the policy masks them.
+        policy: the policy's cameras, image size, chunk length and robot. Cameras that LIBERO does not have, such as
+            the right wrist of published policies, are left out; the policy masks them.
         interrupts: requests to stop, which end rollouts and evaluations; None: there are none.
     Raises:
-        InputError: unknown suite or task, no camera that LIBERO has, more `replan_steps` than actions in a chunk, or
-            unusable assets.
+        InputError: unknown suite or task, a policy of another robot, no camera that LIBERO has, more `replan_steps`
+            than actions in a chunk, or unusable assets.
     """
 
     def __init__(self, task: TaskConfig, policy: PolicySpec, interrupts: Interrupts | None = None):
+        refuse_other_robots(policy)
         self.cameras = tuple(name for name in policy.cameras if name in CAMERAS)
         if not self.cameras:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pi0.base.errors import InputError
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("egl", "osmesa")
+DEVICE = "MUJOCO_EGL_DEVICE_ID"
 INSTALL_HINT = "install software GL with: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
 
 
@@ -32,7 +34,7 @@ class GLProbe:
 
 def environment(backend: str, device: str | None = None) -> dict[str, str]:
     """Environment variables that make MuJoCo, robosuite and PyOpenGL use `backend`, and EGL's device."""
-    chosen = {} if device is None else {"MUJOCO_EGL_DEVICE_ID": device}
+    chosen = {} if device is None else {DEVICE: device}
     return {"MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend, **chosen}
 
 
@@ -58,6 +60,17 @@ def probe(backend: str, device: str | None = None, timeout: float = 60.0) -> GLP
     return GLProbe(backend, device, True, done.stdout.strip())
 
 
+def wrong_device(outcome: GLProbe) -> str | None:
+    """What is wrong with `MUJOCO_EGL_DEVICE_ID` and the mend, if EGL drew nothing because of its value; else None."""
+    value = os.environ.get(DEVICE)
+    if outcome.works or outcome.backend != "egl" or outcome.device is not None or value is None:
+        return None
+    if value.isdecimal() and not (there := re.search(rf"{DEVICE}.* between 0 and (\d+)", outcome.detail)):
+        return None
+    devices = f"0 to {there[1]}" if value.isdecimal() and there else "numbers from 0 on"
+    return f"{DEVICE} = {value!r} is none of EGL's devices, which are {devices}; correct it or unset it"
+
+
 def select_backend() -> str:
     """Choose the back end, and set it in this process's environment for every process that it starts.
 
@@ -66,7 +79,8 @@ def select_backend() -> str:
     counts all devices, whatever `CUDA_VISIBLE_DEVICES` hides.
 
     Raises:
-        GLUnavailableError: none can draw a frame; the message gives the error of each and what to install.
+        GLUnavailableError: none can draw a frame; the message gives the error of each and what to install. Or the
+            device that `MUJOCO_EGL_DEVICE_ID` chooses is not there: no other is taken in its place.
     """
     asked = os.environ.get("MUJOCO_GL", "").lower()
     if asked and os.environ.get("PI0_GL_PROVEN") == asked:
@@ -86,6 +100,8 @@ def select_backend() -> str:
                 )
                 logger.info("frames are drawn by %s through %s", renderer, backend)
                 return backend
+            if wrong := wrong_device(outcome):
+                raise GLUnavailableError(wrong)
         failures.append(f"{backend}: {outcome.detail}")
     raise GLUnavailableError(f"no OpenGL back end draws a frame ({'; '.join(failures)}); {INSTALL_HINT}")
 
@@ -98,15 +114,19 @@ def renderer() -> str:
 def _devices(backend: str) -> tuple[str | None, ...]:
     """EGL devices to try; None means the back end's own choice."""
     rank = os.environ.get("LOCAL_RANK")
-    if backend != "egl" or rank is None or "MUJOCO_EGL_DEVICE_ID" in os.environ:
+    if backend != "egl" or rank is None or DEVICE in os.environ:
         return (None,)
     return (rank, None)
 
 
 _PROBE = """
-import time
+import os, sys, time
 import mujoco
 import numpy as np
+def fail(kind, error, _):
+    print(f"{kind.__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # else half-made contexts add errors of their own
+sys.excepthook = fail
 model = mujoco.MjModel.from_xml_string(
     '<mujoco><worldbody><light pos="0 0 3"/><geom size="1" rgba="1 0 0 1"/></worldbody></mujoco>')
 data = mujoco.MjData(model)

@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,8 @@ from pi0.libero.suites import Task, suite_tasks
 
 if TYPE_CHECKING:
     from pi0.libero.worker import Worker, WorkerSpec
+
+logger = logging.getLogger(__name__)
 
 # Placement of the fixtures (cabinet, stove) for evaluation; recorded states do not hold it.
 FIXTURE_MODES = {
@@ -81,24 +86,16 @@ def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[Ini
     if fixtures not in FIXTURE_MODES:
         raise ValueError(f"unknown fixture placement {fixtures!r}; use one of {', '.join(FIXTURE_MODES)}")
     recorded = [task.recorded_init_states() for task in tasks]
-    placed: dict[int, np.ndarray] = {}
-    keys = [
-        _cache_file("fixtures", pool, task, f"{fixtures}-{len(states)}")
-        for task, states in zip(tasks, recorded, strict=True)
-    ]
-    missing = [index for index, file in enumerate(keys) if not file.is_file()]
-    jobs = [(tasks[index], len(recorded[index]), fixtures) for index in missing]
-    for job, placements in pool.call(_place_fixtures, jobs):
-        _save(keys[missing[job]], {"fixtures": placements}, {})
-    for index, file in enumerate(keys):
-        placed[index] = _load(file)[0]["fixtures"]
+    jobs = [(task, len(states), fixtures) for task, states in zip(tasks, recorded, strict=True)]
+    files = [_cache_file("fixtures", pool, task, f"{fixtures}-{count}") for task, count, _ in jobs]
+    placed = _kept_or_made(pool, files, ["fixtures"], _place_fixtures, jobs)
     return [
         InitStatePool(
             task,
             "evaluation",
             [
                 InitState(state, fixture)
-                for state, fixture in zip(recorded[index], placed[index], strict=True)
+                for state, fixture in zip(recorded[index], placed[index]["fixtures"], strict=True)
             ],
             {"source": Path(task.init_states_file).name, "fixtures": fixtures, "count": len(recorded[index])},
         )
@@ -124,29 +121,12 @@ def recorded_pools(
 def training_pools(pool: Caller, tasks: list[Task], count: int, seed: int) -> list[InitStatePool]:
     """`count` states of each task, drawn with `seed`; the first ones are the same for every `count`."""
     files = [_cache_file("init_states", pool, task, f"seed{seed}-{count}") for task in tasks]
-    missing = [index for index, file in enumerate(files) if not file.is_file()]
-    for job, (states, rejected) in pool.call(
-        _draw_states, [(tasks[index], count, seed) for index in missing]
-    ):
-        index = missing[job]
-        provenance = {
-            "source": "LIBERO's placement distribution",
-            "suite": tasks[index].suite,
-            "task": tasks[index].name,
-            "seed": seed,
-            "count": count,
-            "rejected": rejected,
-            "assets": pool.spec.assets.describe(),
-        }
-        arrays = {
-            "states": np.array([state.state for state in states]),
-            "fixtures": np.array([state.fixtures for state in states]),
-        }
-        _save(files[index], arrays, provenance)
+    jobs = [(task, count, seed) for task in tasks]
+    entries = _kept_or_made(pool, files, ["states", "fixtures", "provenance"], _draw_states, jobs)
     pools = []
-    for task, file in zip(tasks, files, strict=True):
-        arrays, provenance = _load(file)
-        states = [InitState(*pair) for pair in zip(arrays["states"], arrays["fixtures"], strict=True)]
+    for task, file, entry in zip(tasks, files, entries, strict=True):
+        states = [InitState(*pair) for pair in zip(entry["states"], entry["fixtures"], strict=True)]
+        provenance = json.loads(str(entry["provenance"]))
         pools.append(InitStatePool(task, "training", states, {**provenance, "file": str(file)}))
     return pools
 
@@ -208,17 +188,20 @@ def _fixtures_in(worker: Worker, task: Task, scenes: list[str]) -> list[np.ndarr
         return str(error)
 
 
-def _place_fixtures(worker: Worker, task: Task, count: int, mode: str) -> np.ndarray:
-    """Runs in a worker: float64 [count, number of fixtures, 7]."""
+def _place_fixtures(worker: Worker, task: Task, count: int, mode: str) -> dict[str, np.ndarray]:
+    """Runs in a worker: fixtures, float64 [count, number of fixtures, 7]."""
     sim, _ = worker.open(task)
     np.random.seed(0)
     if mode == "pinned":
-        return np.repeat(sim.draw_init_state().fixtures[None], count, axis=0)
-    return np.array([sim.draw_init_state(resets=reset + 1).fixtures for reset in range(count)])
+        return {"fixtures": np.repeat(sim.draw_init_state().fixtures[None], count, axis=0)}
+    return {"fixtures": np.array([sim.draw_init_state(resets=reset + 1).fixtures for reset in range(count)])}
 
 
-def _draw_states(worker: Worker, task: Task, count: int, seed: int) -> tuple[list[InitState], int]:
-    """Runs in a worker: the states, and how many draws were rejected because objects moved or the task was solved."""
+def _draw_states(worker: Worker, task: Task, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Runs in a worker: states, their fixtures, and their provenance as JSON.
+
+    Draws are rejected, and counted, if objects moved or the task was solved.
+    """
     sim, _ = worker.open(task)
     np.random.seed(int.from_bytes(hashlib.sha256(f"{seed} {task.name}".encode()).digest()[:4], "little"))
     states: list[InitState] = []
@@ -228,7 +211,20 @@ def _draw_states(worker: Worker, task: Task, count: int, seed: int) -> tuple[lis
         if _settles(sim, state):
             states.append(state)
         if len(states) == count:
-            return states, draw - count
+            provenance = {
+                "source": "LIBERO's placement distribution",
+                "suite": task.suite,
+                "task": task.name,
+                "seed": seed,
+                "count": count,
+                "rejected": draw - count,
+                "assets": worker.spec.assets.describe(),
+            }
+            return {
+                "states": np.array([state.state for state in states]),
+                "fixtures": np.array([state.fixtures for state in states]),
+                "provenance": np.array(json.dumps(provenance)),
+            }
     raise RuntimeError(
         f"{task.name}: only {len(states)} of {MAX_DRAWS_PER_STATE * count} drawn states settle; {count} are needed"
     )
@@ -251,14 +247,51 @@ def _cache_file(folder: str, pool: Caller, task: Task, what: str) -> Path:
     return cache_dir() / folder / f"{task.suite}-{task.index}-{what}-{key}.npz"
 
 
-def _save(file: Path, arrays: dict[str, np.ndarray], provenance: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+def _kept_or_made(
+    pool: Caller,
+    files: Sequence[Path],
+    names: Sequence[str],
+    make: Callable[..., dict[str, np.ndarray]],
+    jobs: Sequence[tuple],
+) -> list[dict[str, np.ndarray]]:
+    """What each of the cache's `files` holds; what is missing or damaged is made by workers and kept.
+
+    If the cache cannot be written, this only costs time.
+
+    Args:
+        pool: workers.
+        files: a file for each job.
+        names: the arrays in a file.
+        make: makes them, in a worker.
+        jobs: its arguments: the task, the number of states and another.
+    """
+    found = [_load(file, names, count) for file, (_, count, _) in zip(files, jobs, strict=True)]
+    missing = [index for index, entry in enumerate(found) if entry is None]
+    for job, entry in pool.call(make, [jobs[index] for index in missing]):
+        found[missing[job]] = entry
+        _save(files[missing[job]], entry)
+    return [entry for entry in found if entry is not None]
+
+
+def _save(file: Path, entry: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, provenance=np.array(json.dumps(provenance)), **arrays)
-    write_whole(file, content.getvalue())
+    np.savez(content, allow_pickle=False, **entry)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content.getvalue())
+    except OSError as error:
+        logger.warning("initial states could not be kept in %s: %s", file.parent, error)
 
 
-def _load(file: Path) -> tuple[dict[str, np.ndarray], dict]:
-    with np.load(file, allow_pickle=False) as content:
-        arrays = {name: content[name] for name in content.files if name != "provenance"}
-        return arrays, json.loads(str(content["provenance"]))
+def _load(file: Path, names: Sequence[str], count: int) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            entry = {name: content[name] for name in names}
+        if any(array.ndim and len(array) != count for array in entry.values()):
+            raise ValueError(f"it does not hold {count} states")
+        return entry
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("the initial states in %s are damaged (%s); they are made again", file, error)
+        return None

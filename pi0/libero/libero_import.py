@@ -9,11 +9,14 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import yaml
 
+from pi0.base.errors import OutputError
 from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
 
@@ -38,6 +41,9 @@ def prepare_libero() -> ModuleType:
 
     If the user has set `LIBERO_CONFIG_PATH`, it is used, and an existing `config.yaml` in it is not changed. The
     function may be called again, and from several processes at once.
+
+    Raises:
+        OutputError: LIBERO's configuration cannot be written.
     """
     imported = sys.modules.get("libero.libero")
     if imported is not None:
@@ -59,10 +65,16 @@ def prepare_libero() -> ModuleType:
         }
     )
     # This project's own file is updated when the environment moves; a user's file is never changed.
-    stale = folder == ours and config_file.is_file() and config_file.read_text() != wanted
+    stale = folder == ours and config_file.is_file() and config_file.read_bytes() != wanted.encode()
     if stale or not config_file.is_file():
-        config_file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(config_file, wanted)
+        try:
+            config_file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(config_file, wanted)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {config_file}: {error.strerror}; set PI0_CACHE_DIR to a writable folder with room, "
+                "or LIBERO_CONFIG_PATH if you have set that"
+            ) from error
     return importlib.import_module("libero.libero")
 
 
@@ -76,6 +88,20 @@ def leave_out_wrappers() -> None:
     spec = importlib.util.find_spec("libero.libero.envs")
     assert spec is not None
     sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+
+
+@contextmanager
+def no_cuda_devices() -> Iterator[None]:
+    """For the import of robosuite, which refuses an EGL device whose number CUDA_VISIBLE_DEVICES does not hold.
+
+    The two count different things: EGL counts all devices, also those that are hidden from CUDA.
+    """
+    hidden = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = hidden
 
 
 def _quiet_robosuite() -> None:

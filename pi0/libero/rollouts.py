@@ -21,7 +21,7 @@ from pi0.libero.episodes import Episode, Observation, Rollout
 from pi0.libero.suites import Task
 from pi0.libero.worker import Progress, WorkerSpec
 from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool
-from pi0.workers.process import LostWorkersError, WorkerError
+from pi0.workers.process import LostWorkersError, WorkerError, WorkerInputError
 
 FRUITLESS_LOSSES = 9  # of each worker in a run that finishes nothing: it is not the rollouts
 CALL_LIMIT = 20  # a call (drawing states, a demonstration) may take so many times as long as a chunk
@@ -139,6 +139,7 @@ class RolloutPool(WorkerPool):
             (index into `rollouts`, finished episode), in order of completion.
         Raises:
             LostWorkersError: workers are lost time and again.
+            WorkerInputError: a worker met an error that a user can repair, such as a full disk.
         """
         if num_envs is not None and num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}; at least one environment is needed")
@@ -161,6 +162,8 @@ class RolloutPool(WorkerPool):
                 started = time.perf_counter()
                 for number, outcome in answers:
                     waited += time.perf_counter() - started
+                    if isinstance(outcome, WorkerInputError):  # another worker would meet the same
+                        raise outcome
                     if isinstance(
                         outcome, WorkerError
                     ):  # of memory, OpenGL, MuJoCo: its simulations are useless

@@ -19,7 +19,7 @@ import mujoco
 import numpy as np
 
 from pi0.libero.assets import Assets, use_assets
-from pi0.libero.libero_import import prepare_libero
+from pi0.libero.libero_import import no_cuda_devices, prepare_libero
 from pi0.libero.scenes import compile_scene
 from pi0.libero.suites import Task
 
@@ -82,8 +82,9 @@ class TaskSim:
         use_assets(assets)
         # MuJoCo would write its warnings to a file in the working directory; `step` raises instead.
         mujoco.set_mju_user_warning(logger.debug)
-        import libero.libero.envs.problems  # noqa: F401 they add themselves to TASK_MAPPING
-        import robosuite
+        with no_cuda_devices():
+            import libero.libero.envs.problems  # noqa: F401 they add themselves to TASK_MAPPING
+            import robosuite
         from libero.libero.envs.bddl_base_domain import TASK_MAPPING
         from libero.libero.envs.bddl_utils import get_problem_info
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import importlib.metadata
 import io
 import pickle
 import runpy
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ _ARRAY_PARTS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
 }
+
+
+class DamagedPackageError(InputError, ValueError):
+    """A file of the installed LIBERO is missing or damaged."""
 
 
 class RepeatedTaskError(InputError, ValueError):
@@ -68,14 +74,28 @@ class Task:
 
         Raises:
             ValueError: the file is not one of the installed package.
+            DamagedPackageError: it is missing or damaged.
         """
         package = libero_package_root().resolve()
         file = Path(self.init_states_file).resolve()
         if not file.is_relative_to(package):
             raise ValueError(f"{file} is not one of LIBERO's own initial-state files and is not opened")
-        with zipfile.ZipFile(file) as archive:
-            (entry,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
-            return np.asarray(_ArrayUnpickler(io.BytesIO(archive.read(entry))).load(), dtype=np.float64)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                (entry,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+                return np.asarray(_ArrayUnpickler(io.BytesIO(archive.read(entry))).load(), dtype=np.float64)
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+            pickle.UnpicklingError,
+        ) as error:
+            raise DamagedPackageError(
+                f"{file}: LIBERO's recorded initial states cannot be read ({error}); install its package again: "
+                f"pip install --force-reinstall --no-deps hf-libero=={importlib.metadata.version('hf-libero')}"
+            ) from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

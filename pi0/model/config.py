@@ -105,6 +105,8 @@ class Pi0Config:
     )
     tokenizer: str = "paligemma"  # "paligemma" or "tiny"
     tokenizer_path: str | None = None  # sentencepiece file of "paligemma"; else $PALIGEMMA_TOKENIZER
+    # The file it was read from, for errors; no key of config.json.
+    source: str = dataclasses.field(default="the policy", compare=False, repr=False)
 
     def __post_init__(self):
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -162,6 +164,7 @@ class Pi0Config:
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
         fields = dataclasses.asdict(self)
+        del fields["source"]
         kind = "siglip" if isinstance(self.vision, SiglipDims) else "conv"
         return {"pi05": fields.pop("pi05"), kind: fields.pop("vision"), **fields}
 
@@ -183,7 +186,7 @@ class Pi0Config:
             )
         tower = SiglipDims if kinds[0] == "siglip" else ConvDims
         try:
-            return _build(
+            config = _build(
                 cls,
                 content
                 | {
@@ -195,6 +198,7 @@ class Pi0Config:
                 },
                 source,
             )
+            return dataclasses.replace(config, source=source)
         except ValueError as error:
             raise error if str(error).startswith(source) else ValueError(f"{source}: {error}") from error
 
@@ -208,7 +212,7 @@ def _build(cls: type, content: Any, where: str) -> Any:
     """Make dataclass `cls` from a JSON object; unknown and missing keys raise `ValueError`."""
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object, got {content!r}")  # noqa: TRY004
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name != "source"}
     for key in content:
         if key in ("siglip", "conv") and cls is Pi0Config:
             continue

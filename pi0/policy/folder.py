@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.files import why_unreadable
 from pi0.base.progress import progress
 from pi0.base.tensors import count_not_finite, write_tensors
 from pi0.model.config import ConvDims, Pi0Config
@@ -414,6 +415,8 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _directory(path: str | Path) -> Path:
     directory = Path(path)
+    if directory.is_file():
+        raise MissingFileError(f"{directory} is a file; name its folder, which holds {MODEL_FILE}")
     if not directory.is_dir():
         raise MissingFileError(f"policy folder {directory} not found")
     return directory
@@ -422,17 +425,16 @@ def _directory(path: str | Path) -> Path:
 def _read_config_file(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
-        hint = ""
-        if (directory / MODEL_FILE).is_file():
-            hint = (
-                '. If openpi\'s training made it, write {"action_horizon": 50} there, '
-                "with the action_horizon of its training configuration"
-            )
-        raise MissingFileError(f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}{hint}")
+        if not (directory / MODEL_FILE).is_file():
+            raise MissingFileError(_no_weights(directory))
+        raise MissingFileError(
+            f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}. If openpi's training made it, write "
+            '{"action_horizon": 50} there, with the action_horizon of its training configuration'
+        )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        raise CheckpointError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected an object, got {content!r:.80}")
     return content
@@ -446,7 +448,7 @@ def _opened(path: Path):
     except SafetensorError as error:
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path} ({size} bytes) is truncated or not a safetensors file: {error}"
+            f"{path} ({size} bytes) is truncated or not a safetensors file: {why_unreadable(path, error)}"
         ) from error
 
 
@@ -462,12 +464,29 @@ def _no_weights(directory: Path) -> str:
         return (
             f"{message}. It holds an adapter only: merge it into its base model with the tool that trained it"
         )
-    for inner in ("pretrained_model", "checkpoints/last/pretrained_model"):
-        if (directory / inner / MODEL_FILE).is_file():
-            return f"{message}. The policy folder is {directory / inner}"
+    if inner := _policies_in(directory):
+        return f"{message}. The policy folder is {' or '.join(map(str, inner[:5]))}"
     if any(Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl") for name in names):
         return f"{message}; this project reads only safetensors, never pickles"
     return message
+
+
+# Where a folder that is none itself has policy folders: LeRobot's runs, this project's and their checkpoints, others.
+_RUN = ("pretrained_model", "checkpoints/last/pretrained_model", "policy")
+_STEPS = (
+    "checkpoints/*/pretrained_model",
+    "*/pretrained_model",
+    "checkpoints/step-*/policy",
+    "step-*/policy",
+)
+
+
+def _policies_in(directory: Path) -> list[Path]:
+    """Policy folders in a folder that is none; of a run only the newest."""
+    for pattern in (*_RUN, *_STEPS, "*"):
+        if found := sorted(path.parent for path in directory.glob(f"{pattern}/{MODEL_FILE}")):
+            return found[-1:] if pattern in _STEPS else found
+    return []
 
 
 def _listing(directory: Path) -> str:

@@ -414,8 +414,10 @@ class PI0Policy(nn.Module):
             else:
                 self._tokenizer = PaligemmaTokenizer(self.config.tokenizer_path, length)
             if self._tokenizer.vocab_size > self.config.vocab_size:
-                raise ValueError(
-                    f"the tokenizer knows {self._tokenizer.vocab_size} tokens, the model {self.config.vocab_size}"
+                raise CheckpointError(
+                    f"{self.config.source}: the {self.config.tokenizer} tokenizer knows "
+                    f"{self._tokenizer.vocab_size} tokens, the model {self.config.vocab_size}; name the tokenizer that "
+                    "it was trained with (tokenizer, tokenizer_path)"
                 )
         return self._tokenizer
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.files import why_unreadable
 from pi0.model.config import POSE_DIM, PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
 from pi0.policy.cameras import BASE, LEFT_WRIST, CameraChoice, choose_cameras
 from pi0.policy.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
@@ -341,11 +342,13 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
         if not path.is_file():
             raise MissingFileError(f"{directory} has a {PREPROCESSOR_FILE}, but no {file}")
         try:
-            entries = json.loads(path.read_text())["steps"]
+            entries = json.loads(path.read_bytes())["steps"]
             entry = next((e for e in entries if e.get("registry_name") == step), None)
             state_file = entry and entry.get("state_file")
             mapping = entry["config"].get("norm_map", {}) if entry else {}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
+            raise NormStatsError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
+        except (KeyError, TypeError, AttributeError) as error:
             raise NormStatsError(f"{path}: not a LeRobot processor file: {error!r}") from error
         parts[part] = {}
         if state_file is None:
@@ -357,6 +360,7 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
         try:
             vectors = {k: tensor.float().numpy() for k, tensor in load_file(directory / state_file).items()}
         except SafetensorError as error:
-            raise NormStatsError(f"{directory / state_file}: not a safetensors file: {error}") from error
+            why = why_unreadable(directory / state_file, error)
+            raise NormStatsError(f"{directory / state_file}: not a safetensors file: {why}") from error
         parts[part] = _under(vectors, feature + ".")
     return parts

@@ -23,13 +23,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.base.errors import MissingFileError
-from pi0.base.files import write_whole
+from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.files import why_unreadable, write_whole
 
 VOCABULARY_FILE = Path(__file__).with_name("tiny_vocabulary.json")
 PIECES = 125  # words and phrases of the tiny vocabulary: 384 ids with the 3 special ones and 256 bytes
 LONGEST_PHRASE = 6  # words
 STATE_BINS = 256
+_GET_IT = (
+    "Download gs://big_vision/paligemma_tokenizer.model (the tokenizer.model of google/paligemma-3b-pt-224 is the "
+    "same file)"
+)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -75,7 +79,7 @@ class Tokenizer:
             state: normalised state, float [D], to spell in the prompt of pi0.5; None for pi0.
 
         Raises:
-            ValueError: the prompt has more than `length` tokens.
+            CheckpointError: the prompt has more than `length` tokens.
         """
         if state is not None:
             return self._pad(self.token_ids(state_prompt(prompt, state), newline=False), prompt)
@@ -85,8 +89,9 @@ class Tokenizer:
 
     def _pad(self, ids: list[int], prompt: str) -> tuple[np.ndarray, np.ndarray]:
         if len(ids) > self.length:
-            raise ValueError(
-                f"prompt {prompt!r} takes {len(ids)} tokens; the model is built for {self.length}"
+            raise CheckpointError(
+                f"prompt {prompt!r} takes {len(ids)} tokens; the model is built for {self.length} (prompt_length in "
+                "its config.json): choose a task with a shorter prompt, or another policy"
             )
         padded = np.zeros(self.length, np.int64)
         padded[: len(ids)] = ids
@@ -148,6 +153,7 @@ class PaligemmaTokenizer(Tokenizer):
 
     Raises:
         FileNotFoundError: no such file; the message tells where to download it.
+        CheckpointError: it is a file of another kind.
     """
 
     def __init__(self, path: str | os.PathLike | None, length: int):
@@ -155,13 +161,19 @@ class PaligemmaTokenizer(Tokenizer):
         path = path or os.environ.get("PALIGEMMA_TOKENIZER")
         if not path or not Path(path).is_file():
             raise MissingFileError(
-                f"PaliGemma tokenizer file {path or '(not configured)'} not found. Download "
-                "gs://big_vision/paligemma_tokenizer.model (the tokenizer.model of google/paligemma-3b-pt-224 is the "
-                "same file), then set tokenizer_path in config.json or the environment variable PALIGEMMA_TOKENIZER."
+                f"PaliGemma tokenizer file {path or '(not configured)'} not found. {_GET_IT}, then set tokenizer_path "
+                "in config.json or the environment variable PALIGEMMA_TOKENIZER."
             )
         import sentencepiece  # only this tokenizer needs it
 
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise CheckpointError(
+                f"PaliGemma tokenizer file {path}: not a sentencepiece model: {why_unreadable(Path(path), error)}. "
+                f"It is called tokenizer.model, not tokenizer.json. {_GET_IT}"
+            ) from error
+        self.path = path
         self.vocab_size = self._model.vocab_size()
 
     def token_ids(self, text: str, newline: bool = True) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import run_command
 from pi0.report.declaration import FILE
 from pi0.report.html_report import write_html_report
 
@@ -35,7 +35,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pi0.base.arguments import ranged
-from pi0.base.errors import InputError, exit_with
+from pi0.base.errors import InputError, run_command
 from pi0.base.paths import REPO_ROOT
 from pi0.stages import notes as stage_notes
 from pi0.stages import pages as stage_pages
@@ -148,8 +147,4 @@ def _parser(make, description: str, epilog: str, **options) -> argparse.Argument
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` is not an error
-    try:
-        sys.exit(main())
-    except InputError as error:
-        exit_with(error)
+    run_command(main)

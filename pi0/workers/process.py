@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.base.errors import MachineError
+from pi0.base.errors import InputError, MachineError
 from pi0.base.paths import REPO_ROOT
 from pi0.workers.arrays import ArrayTable, arrays_in, nbytes
 
@@ -30,6 +30,10 @@ STOP_S = 5.0  # time a worker has to end by itself
 
 class WorkerError(RuntimeError):
     """What a worker was asked to do raised an error, or a worker was lost."""
+
+
+class WorkerInputError(WorkerError, InputError):
+    """What a worker was asked to do met an error that a user can repair."""
 
 
 class LostWorkersError(WorkerError, MachineError):
@@ -116,7 +120,7 @@ class WorkerProcess:
         """Its answer, when there is one to read.
 
         Raises:
-            WorkerError: what it called raised an error.
+            WorkerError: what it called raised an error; a `WorkerInputError` if a user can repair it.
             LostWorkerError: it ended, stopped within its answer, or sent what cannot be read.
         """
         self.deadline = float("inf")
@@ -130,6 +134,8 @@ class WorkerProcess:
             answer, error, trace, self.report = pickle.loads(content)
         except Exception as error:  # noqa: BLE001 bytes that are no pickle can raise anything
             raise LostWorkerError(f"sent what cannot be read ({error})") from None
+        if error is not None and trace is None:
+            raise WorkerInputError(f"worker {self.number}: {error}")
         if error is not None:
             logger.error("worker %d:\n%s", self.number, trace)
             raise WorkerError(f"worker {self.number}: {error}")

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from pi0.base.errors import InputError
+from pi0.base.paths import writing_cache
 from pi0.workers.arrays import arrays_in, nbytes
 
 GRACE_S = 5.0  # for what is still being done when the trainer ends
@@ -56,21 +58,24 @@ def _make(content: bytes, memory_fd: int) -> Any:
 
 
 def _answer(worker: Any, request: bytes) -> bytes:
-    """Pickled result, error in one line, its traceback, and the worker's report."""
+    """Pickled result, error in one line, its traceback unless a user can repair it, and the worker's report."""
     try:
         function, arguments = pickle.loads(request)
-        if isinstance(function, str):
-            result = getattr(worker, function)(*arguments)
-        else:
-            result = function(worker, *arguments)
+        with writing_cache():  # where libraries of the worker keep what they compile
+            if isinstance(function, str):
+                result = getattr(worker, function)(*arguments)
+            else:
+                result = function(worker, *arguments)
         return pickle.dumps((result, None, None, worker.report()), pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # noqa: BLE001 whatever it is, the trainer hears of it and decides
         return _failed(error, worker.report())
 
 
 def _failed(error: Exception, report: Any, what: str = "") -> bytes:
-    line = f"{what}{type(error).__name__}: {error}"
-    return pickle.dumps((None, line, traceback.format_exc(), report), pickle.HIGHEST_PROTOCOL)
+    mendable = isinstance(error, InputError)
+    line = f"{what}{error}" if mendable else f"{what}{type(error).__name__}: {error}"
+    trace = None if mendable else traceback.format_exc()
+    return pickle.dumps((None, line, trace, report), pickle.HIGHEST_PROTOCOL)
 
 
 def _end_after_trainer(socket_fd: int) -> None:

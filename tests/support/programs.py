@@ -303,9 +303,7 @@ def _become(job: dict, descriptors: list[int], set_by_imports: dict[str, str]) -
     np.random.seed()
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = given + [path for path in sys.path[1:] if path not in _environment.get("PYTHONPATH", "")]
-    if job["unbuffered"]:
-        raw = io.FileIO(1, "w", closefd=False)
-        sys.stdout = io.TextIOWrapper(raw, sys.__stdout__.encoding, write_through=True)
+    _open_streams(job["unbuffered"])
     words = job["words"]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
@@ -322,6 +320,17 @@ def _become(job: dict, descriptors: list[int], set_by_imports: dict[str, str]) -
         sys.argv = list(words)
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _open_streams(unbuffered: bool) -> None:
+    """As Python does at its start: those of the server are for files of another kind."""
+    errors = {"buffering": 1, "errors": "backslashreplace"}
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", 1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", **errors, closefd=False)  # noqa: SIM115
+    if unbuffered:
+        raw = io.FileIO(1, "w", closefd=False)
+        sys.stdout = sys.__stdout__ = io.TextIOWrapper(raw, sys.stdout.encoding, write_through=True)
 
 
 def _show_arguments(words: list[str]) -> None:

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from pi0.base.errors import InputError
+
 
 class Tiny:
     """What `pi0.workers.serve` holds in the tests of the room; `spec` is a folder, which `close` marks."""
@@ -54,6 +56,13 @@ class Tiny:
 
     def fail(self) -> None:
         raise ValueError("no such level")
+
+    def refuse(self) -> None:
+        raise InputError("no such disk; mount it")
+
+    def write_to_a_full_disk(self) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"0")
 
     def give_back_what_cannot_be_sent(self):
         return lambda: None

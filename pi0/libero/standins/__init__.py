@@ -2,7 +2,6 @@
 from primitives, in the folder layout and with the names that LIBERO's code asks for.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -10,7 +9,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from pi0.base.paths import cache_dir
+from pi0.base.files import locked
+from pi0.base.paths import cache_dir, writing_cache
 from pi0.libero.standins.fixtures import FIXTURES
 from pi0.libero.standins.mjcf import write_item
 from pi0.libero.standins.objects import OBJECTS
@@ -54,18 +54,17 @@ def standins_path() -> Path:
     folder = parent / _source_hash()
     if _is_intact(folder):
         return folder
-    parent.mkdir(parents=True, exist_ok=True)
-    with open(parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_intact(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix="building."))
-        try:
-            build(temporary)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with writing_cache():
+        parent.mkdir(parents=True, exist_ok=True)
+        with locked(parent / "lock"):
+            if not _is_intact(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary = Path(tempfile.mkdtemp(dir=parent, prefix="building."))
+                try:
+                    build(temporary)
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
