@@ -1,6 +1,7 @@
 """Do LeRobot and openpi load the folders of this project and act the same? Does this project load LeRobot's?
 
     python tools/check_upstream.py      # with the Python of an environment of LeRobot ("lerobot[pi]"), or of openpi
+    make upstream                       # makes an environment of openpi's PyTorch code, and runs this there
 
 It checks small policies with random weights, pi0 and pi0.5. For LeRobot this project saves in the layout "lerobot".
 LeRobot's own classes load the weights (strictly), the configuration and both processors from that folder, and both
