@@ -8,7 +8,7 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser check test soak quickstart resume
+.PHONY: help setup setup-browser check test soak upstream quickstart resume
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,11 @@ test: setup  ## check, then the tests of the engine, of whole runs and of docume
 
 soak: setup-browser  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
 	$(PYTEST) -m soak $(ARGS)
+
+# An environment of its own, of 1.3 GB: openpi asks for other versions. The check computes on the CPU.
+upstream:  ## install .venv-upstream from requirements-upstream.lock, and check that openpi's own code acts the same
+	@$(SET_UP) --torch cpu --upstream
+	.venv-upstream/bin/python tools/check_upstream.py
 
 quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table, curve, video and report at the end
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml $(ARGS)

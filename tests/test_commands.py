@@ -60,8 +60,8 @@ SPELT_OUT = {
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
-    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser]": (
-        "python3.11 tools/setup.py --torch cpu --browser"
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--upstream]": (
+        "python3.11 tools/setup.py --torch cpu --browser --upstream"
     ),
     "torchrun --nproc_per_node=1": (
         "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
@@ -76,11 +76,12 @@ class Way(NamedTuple):
     more: str = ""  # options for it, which take the place of its own of that name; {out} is a new folder
     overrides: str = ""  # further ones, for a command with or without overrides of its own
     copied: bool = False  # run a copy of the script, which writes beside itself
+    soak: bool = False  # in `make soak` alone: it takes minutes, or needs the network
     why_not: str = ""  # not run here: the test that runs the program, or what keeps it from being run
 
 
-def here(more: str = "", overrides: str = "", copied: bool = False) -> Way:
-    return Way(True, more, overrides, copied)
+def here(more: str = "", overrides: str = "", copied: bool = False, soak: bool = False) -> Way:
+    return Way(True, more, overrides, copied, soak)
 
 
 def elsewhere(test: str) -> Way:
@@ -151,10 +152,11 @@ WAYS = {
     "make setup": here(),
     "make quickstart": here(overrides=QUICKSTART),
     "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
+    "make upstream": here(soak=True),  # from the package registry, if .venv-upstream is not there
     "make check": not_run("runs these tests; the recipe's commands are looked at"),
     "make test": not_run("runs these tests; the recipe's commands are looked at"),
     "make soak": not_run("runs these tests; the recipe's commands are looked at"),
-    "tools/check_upstream.py": not_run("needs LeRobot or openpi, which ask for other versions"),
+    "tools/check_upstream.py": not_run("make upstream runs it; needs LeRobot or openpi, of other versions"),
     "tools/setup.py": not_run("installs packages"),
     "08_train_with_epochs.py": elsewhere("test_stages.py"),
     "09_train_with_config.py": here(overrides=TRAINS),
@@ -556,7 +558,7 @@ def runs_of_commands() -> Iterator:
         alike = [other for other in commands if mode(other) == mode(command)]
         # tests/test_distributed.py has two hosts that train.
         shown = mode(command) in SHOWN_BY or "--nnodes=2" in command.words
-        always = command is min(alike, key=processes) and not shown
+        always = command is min(alike, key=processes) and not shown and not command.way.soak
         marks = pytest.mark.runs if always else pytest.mark.soak
         yield pytest.param(command, marks=marks, id=command.text)
 

@@ -1,6 +1,7 @@
 """Do LeRobot and openpi load the folders of this project and act the same? Does this project load LeRobot's?
 
     python tools/check_upstream.py      # with the Python of an environment of LeRobot ("lerobot[pi]"), or of openpi
+    make upstream                       # makes an environment of openpi's PyTorch code, and runs this there
 
 It checks small policies with random weights, pi0 and pi0.5. For LeRobot this project saves in the layout "lerobot".
 LeRobot's own classes load the weights (strictly), the configuration and both processors from that folder, and both
@@ -65,18 +66,23 @@ def main() -> None:
     differences = []
     if importlib.util.find_spec("lerobot"):
         print(
-            f"LeRobot {version('lerobot')}, transformers {version('transformers')}, torch {torch.__version__}"
+            f"LeRobot {version('lerobot')}, transformers {transformers_version()}, torch {torch.__version__}"
         )
         # Relative actions are newer than release 0.4.
         known = importlib.util.find_spec("lerobot.processor.relative_action_processor")
         for relative in (False, True) if known else (False,):
             differences += [check_lerobot(kind, relative) for kind in ("pi0", "pi05")]
     if importlib.util.find_spec("openpi"):
-        print(f"openpi, transformers {version('transformers')}, torch {torch.__version__}")
+        print(f"openpi, transformers {transformers_version()}, torch {torch.__version__}")
         differences += [check_openpi(kind) for kind in ("pi0", "pi05")]
     if not differences:
         sys.exit("neither LeRobot nor openpi is installed here")
     sys.exit(0 if max(differences) <= TOLERANCE else f"a prompt differs, or numbers by more than {TOLERANCE}")
+
+
+def transformers_version() -> str:
+    """The version that its code gives itself: openpi's transformers are installed under another name."""
+    return importlib.import_module("transformers").__version__
 
 
 def check_openpi(kind: str) -> float:
@@ -96,6 +102,9 @@ def check_openpi(kind: str) -> float:
             preprocessing.preprocess_observation_pytorch, image_resolution=(config.image_size,) * 2
         )
         patches.enter_context(patch.object(preprocessing, "preprocess_observation_pytorch", prepare))
+        # Not compiled, which would need a C++ compiler. Newer code of openpi reads `pytorch_compile_mode`; that of the
+        # package registry always compiles.
+        patches.enter_context(patch.object(torch, "compile", lambda function, **_: function))
         theirs = module.PI0Pytorch(
             SimpleNamespace(
                 pi05=config.pi05,

@@ -1,6 +1,8 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--upstream]
+
+With --upstream it makes .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py.
 
 It runs with the system's Python before any package is installed, so it imports only the standard library. A second
 run with the same lock file does nothing; a run after an interrupted one continues where that one stopped.
@@ -19,12 +21,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "requirements.lock"
-VENV = ROOT / ".venv"
-VENV_PYTHON = VENV / "bin" / "python"
-STAMP = VENV / "requirements.stamp"
+
+
+class Environment(NamedTuple):
+    """A folder of its own Python, and the list of its packages."""
+
+    folder: Path
+    lock: Path
+
+    @property
+    def python(self):
+        return self.folder / "bin" / "python"
+
+    @property
+    def stamp(self):
+        return self.folder / "requirements.stamp"
+
+
+PROJECT = Environment(ROOT / ".venv", ROOT / "requirements.lock")
+UPSTREAM = Environment(ROOT / ".venv-upstream", ROOT / "requirements-upstream.lock")  # needs no OpenGL
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
 # The modules that a trainer, a rollout worker and a test import, some of them late.
 IMPORTS = """
@@ -54,30 +72,31 @@ def stop(text):
     sys.exit(f"setup: {text}")
 
 
-def missing_system_packages(browser):
+def missing_system_packages(environment, browser):
     """Names of the Debian packages whose content this machine lacks; Chromium only if `browser`."""
-    present = {
-        "libegl1": ctypes.util.find_library("EGL"),
-        "libgl1-mesa-dri": any(glob.glob(pattern) for pattern in MESA_DRIVERS),
-        "libosmesa6": ctypes.util.find_library("OSMesa"),
-        "python3.11-venv": VENV_PYTHON.exists() or importlib.util.find_spec("ensurepip"),
-    }
+    present = {"python3.11-venv": environment.python.exists() or importlib.util.find_spec("ensurepip")}
+    if environment == PROJECT:
+        present |= {
+            "libegl1": ctypes.util.find_library("EGL"),
+            "libgl1-mesa-dri": any(glob.glob(pattern) for pattern in MESA_DRIVERS),
+            "libosmesa6": ctypes.util.find_library("OSMesa"),
+        }
     if browser:
         present["chromium"] = any(map(shutil.which, BROWSERS))
     return [name for name, found in present.items() if not found]
 
 
-def install_system_packages(browser):
-    """Install what is missing (as root), or print how; stop if nothing could render or .venv could not be made."""
-    missing = missing_system_packages(browser)
+def install_system_packages(environment, browser):
+    """Install what is missing (as root), or print how; stop if nothing could render or `environment` not be made."""
+    missing = missing_system_packages(environment, browser)
     if not missing:
         return
     command = f"apt-get update && apt-get install -y --no-install-recommends {' '.join(missing)}"
     if os.geteuid() == 0 and shutil.which("apt-get"):
         say(f"installing {' '.join(missing)}")
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(command.replace("apt-get", "apt-get -q"), shell=True, env=environment, check=False)
-        missing = missing_system_packages(browser)
+        variables = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(command.replace("apt-get", "apt-get -q"), shell=True, env=variables, check=False)
+        missing = missing_system_packages(environment, browser)
     if "python3.11-venv" in missing:
         stop(f"Python's venv module is incomplete; install it with: sudo sh -c '{command}'")
     # An NVIDIA driver brings its own EGL device, so Mesa's driver is needed only without one.
@@ -96,30 +115,31 @@ def has_nvidia_gpu():
     return listing.returncode == 0 and "GPU" in listing.stdout
 
 
-def has_working_pip():
-    if not VENV_PYTHON.exists():
+def has_working_pip(environment):
+    if not environment.python.exists():
         return False
-    version = subprocess.run([VENV_PYTHON, "-m", "pip", "--version"], check=False, capture_output=True)
+    version = subprocess.run([environment.python, "-m", "pip", "--version"], check=False, capture_output=True)
     return version.returncode == 0
 
 
-def pip(*arguments):
+def pip(environment, *arguments):
     """Run pip install; returns what it wrote to standard error, or None when it succeeded."""
-    command = [VENV_PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *arguments]
-    run = subprocess.run(list(map(str, command)), check=False, stderr=subprocess.PIPE, text=True)
+    install = [environment.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
+    command = list(map(str, [*install, *arguments]))
+    run = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     return run.stderr if run.returncode else None
 
 
-def pip_or_stop(*arguments):
-    errors = pip(*arguments)
+def pip_or_stop(environment, *arguments):
+    errors = pip(environment, *arguments)
     if errors is not None:
         stop(f"pip could not install the packages; run the same command again to continue\n{errors}")
 
 
-def install_torch(requirement, build):
+def install_torch(environment, requirement, build):
     """Install torch: without CUDA packages for the CPU, with all its requirements on a GPU machine."""
     if build == "cpu":
-        errors = pip("--no-deps", f"{requirement}+cpu")
+        errors = pip(environment, "--no-deps", f"{requirement}+cpu")
         if errors is None:
             return
         if "No matching distribution" not in errors:
@@ -130,12 +150,13 @@ def install_torch(requirement, build):
             "configuration (PIP_EXTRA_INDEX_URL) and run the same command again"
         )
     # The constraint keeps torch's requirements at the locked versions; a CPU build would also satisfy `==`.
-    pip_or_stop("--constraint", LOCK, f"{requirement},!={requirement.partition('==')[2]}+cpu")
+    default_build = f"{requirement},!={requirement.partition('==')[2]}+cpu"
+    pip_or_stop(environment, "--constraint", environment.lock, default_build)
 
 
-def discard_half_installed():
+def discard_half_installed(environment):
     """Remove packages whose installation was interrupted: pip writes RECORD last, but skips a package with a name."""
-    for information in VENV.glob("lib/python*/site-packages/*.dist-info"):
+    for information in environment.folder.glob("lib/python*/site-packages/*.dist-info"):
         if not (information / "RECORD").exists():
             shutil.rmtree(information)
 
@@ -147,10 +168,10 @@ def compile_what_runs_import():
     seconds on it. A module that cannot be imported here fails when it is needed.
     """
     refused = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
-    environment = {name: value for name, value in os.environ.items() if name not in refused}
-    command = [VENV_PYTHON, "-c", IMPORTS]
+    variables = {name: value for name, value in os.environ.items() if name not in refused}
+    command = [PROJECT.python, "-c", IMPORTS]
     with contextlib.suppress(subprocess.TimeoutExpired):  # it is worth seconds, not more
-        subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, timeout=120)
+        subprocess.run(command, cwd=ROOT, env=variables, check=False, capture_output=True, timeout=120)
 
 
 def main():
@@ -166,35 +187,40 @@ def main():
     parser.add_argument(
         "--browser", action="store_true", help="also Chromium, in which the tests open the report"
     )
+    parser.add_argument(
+        "--upstream", action="store_true", help="make .venv-upstream, an environment of openpi's PyTorch code"
+    )
     options = parser.parse_args()
+    environment = UPSTREAM if options.upstream else PROJECT
     build = options.torch
     if build == "auto":
         build = "cuda" if has_nvidia_gpu() else "cpu"
 
-    install_system_packages(options.browser)
-    lock_text = LOCK.read_text()
+    install_system_packages(environment, options.browser)
+    lock_text = environment.lock.read_text()
     stamp = f"{hashlib.sha256(lock_text.encode()).hexdigest()} torch-{build}\n"
-    if STAMP.exists() and STAMP.read_text() == stamp and VENV_PYTHON.exists():
+    if environment.stamp.exists() and environment.stamp.read_text() == stamp and environment.python.exists():
         return
 
     start = time.monotonic()
-    STAMP.unlink(missing_ok=True)
+    environment.stamp.unlink(missing_ok=True)
     requirements = re.findall(r"^[\w.-]+==\S+", lock_text, flags=re.MULTILINE)
     torch = next(requirement for requirement in requirements if requirement.startswith("torch=="))
-    setuptools = next(requirement for requirement in requirements if requirement.startswith("setuptools=="))
-    if not has_working_pip():
-        say("making .venv")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
-    discard_half_installed()
-    say(f"installing {len(requirements)} packages from {LOCK.name}, torch for {build}")
-    install_torch(torch, build)
-    # Without build isolation the locked setuptools builds bddl, not the newest one.
-    pip_or_stop("--no-deps", setuptools)
-    others = [requirement for requirement in requirements if requirement not in (torch, setuptools)]
-    pip_or_stop("--no-deps", "--no-build-isolation", "--use-pep517", *others)
-    compile_what_runs_import()
-    STAMP.write_text(stamp)
-    say(f".venv is ready after {time.monotonic() - start:.0f} s")
+    builders = [requirement for requirement in requirements if requirement.startswith("setuptools==")]
+    if not has_working_pip(environment):
+        say(f"making {environment.folder.name}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment.folder)], check=True)
+    discard_half_installed(environment)
+    say(f"installing {len(requirements)} packages from {environment.lock.name}, torch for {build}")
+    install_torch(environment, torch, build)
+    if builders:  # without build isolation the locked setuptools builds bddl, not the newest one
+        pip_or_stop(environment, "--no-deps", *builders)
+    others = [requirement for requirement in requirements if requirement not in (torch, *builders)]
+    pip_or_stop(environment, "--no-deps", "--no-build-isolation", "--use-pep517", *others)
+    if environment == PROJECT:
+        compile_what_runs_import()
+    environment.stamp.write_text(stamp)
+    say(f"{environment.folder.name} is ready after {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
