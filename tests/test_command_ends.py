@@ -132,6 +132,15 @@ def test_a_reader_that_goes_ends_a_command_quietly(line, tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    done = shell('"$PYTHON" -m pi0.stages > /dev/full', tmp_path)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "error: cannot write results: No space left on device; make room, or choose another disk\n"
+    )
+
+
 @pytest.mark.soak
 def test_closed_streams_drop_what_is_written(tmp_path):
     done = shell(f"{EVALUATED} >&- 2>&- <&-", tmp_path)

@@ -1,11 +1,14 @@
 """Errors that a user can repair, and how a command ends: with one line at most, without a traceback."""
 
+import errno
 import os
 import select
 import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of disks
 
 
 class InputError(Exception):
@@ -44,6 +47,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
       while packages are still being imported does not get here: Python prints a traceback.
     * A reader of the output that has gone, as in `... | head -1`: nothing, status 141, as for SIGPIPE. The signal
       itself stays ignored, since a worker that dies must not end its trainer by it.
+    * A disk that is full or read-only, where nothing else has told so: which one, status 1.
     * A file's name or content that the locale cannot express (LC_ALL=C without UTF-8): what to set.
 
     Before, it mends the standard streams. Characters that a terminal cannot show are printed as escapes; a stream
@@ -74,9 +78,21 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         gone = [descriptor for descriptor in (1, 2) if _reader_has_gone(descriptor)]
         if not gone:  # a pipe of the program's own
             raise
-        for descriptor in gone:  # what is still buffered fails no more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        _drop_output(*gone)
         status = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        what = error.filename or "results"
+        print(
+            f"error: cannot write {what}: {error.strerror}; make room, or choose another disk",
+            file=sys.stderr,
+        )
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output(1)
+        status = 1
     sys.exit(status)  # type: ignore[arg-type]
 
 
@@ -110,6 +126,12 @@ def _mend_streams() -> None:
             setattr(sys, f"__{name}__", stream)
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _drop_output(*descriptors: int) -> None:
+    """What is still buffered for them shall not fail at the end of the process."""
+    for descriptor in descriptors:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _reader_has_gone(descriptor: int) -> bool:
