@@ -156,6 +156,12 @@ def test_a_reader_that_goes_ends_a_command_quietly(line, tmp_path):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_output_to_a_full_disk_is_one_line(tmp_path):
+    done = shell('"$PYTHON" -m pi0.stages > /dev/full', tmp_path)
+    said = "error: [Errno 28] No space left on device; make room, or choose another folder\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 @pytest.mark.soak
 def test_closed_streams_drop_what_is_written(tmp_path):
     done = shell(f"{EVALUATED} >&- 2>&- <&-", tmp_path)

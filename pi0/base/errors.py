@@ -67,11 +67,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             status = error.status
-        except OSError as error:
-            if error.errno not in _REFUSALS:
-                raise
-            print(f"error: {error}; {_REFUSALS[error.errno]}", file=sys.stderr)
-            status = 1
         except UnicodeError as error:
             if sys.getfilesystemencoding() == "utf-8":
                 raise
@@ -87,9 +82,17 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         gone = [descriptor for descriptor in (1, 2) if _reader_has_gone(descriptor)]
         if not gone:  # a pipe of the program's own
             raise
-        for descriptor in gone:  # what is still buffered fails no more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        _drop_output(*gone)
         status = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        print(f"error: {error}; {_REFUSALS[error.errno]}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output(1)
+        status = 1
     sys.exit(status)  # type: ignore[arg-type]
 
 
@@ -147,6 +150,12 @@ def _mend_streams() -> None:
             setattr(sys, f"__{name}__", stream)
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _drop_output(*descriptors: int) -> None:
+    """What is still buffered for them shall not fail at the end of the process."""
+    for descriptor in descriptors:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _reader_has_gone(descriptor: int) -> bool:
