@@ -114,8 +114,8 @@ class DescriptorTap:
                     return
                 if not data:
                     return
+                self.heard(data)  # first, so that a crash costs the log less than the console
                 if self._echo:
                     self.say(data)
-                self.heard(data)
             elif ended:
                 return
