@@ -1,6 +1,6 @@
 """What do updates, cloning and acting cost beside another busy process? With libgomp's waiting and with the project's.
 
-    python benchmarks/neighbour.py                  # about 8 minutes on a machine with nothing else to do
+    python benchmarks/neighbour.py                  # about 6 minutes on a machine with nothing else to do
     python benchmarks/neighbour.py --work update --turns 5 --settings libraries project sleep 1000 3000 10000 one_thread
 
 Each setting has a process of its own, with the quickstart's policy and random observations: minibatches of updates as
@@ -65,7 +65,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--work", action=Collect, nargs="+", default=list(WORK), choices=WORK)
     parser.add_argument("--turns", type=ranged(int, low=1), default=7, help="turns of each measurement")
-    parser.add_argument("--seconds", type=ranged(float, above=0), default=3.0, help="length of a turn")
+    parser.add_argument("--seconds", type=ranged(float, above=0), default=2.0, help="length of a turn")
     parser.add_argument(
         "--others", type=ranged(float, above=0), default=0.2, help="cores that further processes may take"
     )
