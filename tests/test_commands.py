@@ -211,6 +211,9 @@ WAYS = {
     "benchmarks/pi0.py --tables sampling sharing --compile": here(
         f"{TINY} --dtypes float32 --batches 1 --steps 1"
     ),
+    "benchmarks/neighbour.py": here(
+        "--turns 1 --seconds 0.1 --tries 1 --settings libraries project --output {out}/neighbour.json"
+    ),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(
         f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pi0.model import cpu_math
+from pi0.model import cpu_math, cpu_waiting
 from pi0.model.config import ConvDims, GemmaDims, Pi0Config
 from pi0.model.lora import LoRALinear, is_lora
 from pi0.model.precision import without_autocast
@@ -61,6 +61,7 @@ class Pi0Network(nn.Module):
 
     def __init__(self, config: Pi0Config):
         super().__init__()
+        cpu_waiting.watch_cores()
         self.config = config
         width = config.action_expert.width
         if isinstance(config.vision, ConvDims):
