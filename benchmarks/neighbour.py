@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 
@@ -342,4 +343,4 @@ def spread(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -132,6 +132,10 @@ def test_threads_beside_a_sleeping_team_use_no_processor_time_to_wait_and_comput
 @several_cores
 @pytest.mark.runs
 @pytest.mark.usefixtures("fresh_python")
+@pytest.mark.tried(
+    "Another process is busy on all cores",
+    "Threads of an operation sleep instead of spinning; the same numbers, and the times of docs/performance.md",
+)
 def test_busy_processes_on_all_cores_are_noticed():
     seen = on_two_threads("neighbours")
     assert seen["crowded"], seen
