@@ -62,7 +62,7 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
-from pi0.ript.results import check_machine, require_rows, summarize, write_report
+from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.resume import SETTINGS, compare_outside
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, SamplerState, state_name
@@ -73,7 +73,7 @@ from pi0.training.flow_loss import Augmentation
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.log_file import LogFile
 from pi0.training.memory import RELEASE_EVERY, growth, memory_use, release
-from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
+from pi0.training.metrics import TensorBoard, append_line, finish_wandb, require_rows, start_wandb
 from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import GlobalStreams, OwnStream, set_seed
 from pi0.training.run_folder import new_run_dir, run_to_resume, take_run

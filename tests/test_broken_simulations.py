@@ -179,7 +179,11 @@ def test_a_command_whose_workers_are_killed_again_and_again_has_no_score(tmp_pat
     def kill_those_of_some_age() -> None:
         born: dict[int, float] = {}
         while not ended.wait(0.05):
-            for child, arguments in children_of(process.pid).items():
+            try:
+                children = children_of(process.pid)
+            except FileNotFoundError:  # it has just ended
+                return
+            for child, arguments in children.items():
                 if (
                     "pi0.workers" in arguments
                     and time.monotonic() > born.setdefault(child, time.monotonic()) + age_s

@@ -189,6 +189,7 @@ WAYS = {
     "pi0.warmstart --tasks 3 8 --write-dataset demonstrations": not_run("runs for what the others read"),
     "pi0.warmstart --tasks 3 8 --dataset LIBERO/datasets/libero_spatial": here(CLONED),
     "tools/mutations.py": here("--only base"),
+    "tools/reliability.py": here(),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),

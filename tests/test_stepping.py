@@ -11,7 +11,7 @@ from pi0.libero import suites
 from pi0.libero.assets import resolve_assets, use_assets
 from pi0.libero.libero_import import prepare_libero
 from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim, quat_to_axis_angle
-from pi0.libero.suites import find_tasks, suite_tasks
+from pi0.libero.suites import DamagedPackageError, find_tasks, suite_tasks
 
 # A table, an open drawer, a floor of groceries, a stove to turn on, a kitchen with articulated doors.
 TASKS = [
@@ -151,7 +151,7 @@ def test_recorded_states_are_arrays_and_nothing_else(tmp_path, monkeypatch):
     task = suite_tasks("libero_spatial")[0]
     monkeypatch.setattr(suites, "libero_package_root", lambda: tmp_path)
     task = replace(task, init_states_file=str(file))
-    with pytest.raises(pickle.UnpicklingError, match="no place in an array"):
+    with pytest.raises(DamagedPackageError, match="no place in an array"):
         task.recorded_init_states()
 
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pi0.base.errors import OutputError
 from pi0.base.files import write_json
 from pi0.base.stats import format_rate, paired_difference
 from pi0.libero.evaluation import EvaluationResult, describe_broken, paired_outcomes, refuse_broken
 from pi0.report.html_report import write_learning_curve
 from pi0.ript.metrics import METRICS
 from pi0.training.machine import machine
-from pi0.training.metrics import count_lines
 
 
 def write_report(
@@ -66,19 +64,6 @@ def write_report(
     written = [name for name in ("results.json", "policy", "config.yaml") if name not in missing]
     there = [run_dir / name for name in [*written, *([curve.name] if curve else [])]]
     print("\n".join(f"  {path}" for path in there if path.exists()))
-
-
-def require_rows(run_dir: Path, count: int) -> None:
-    """Print how many rows metrics.jsonl has.
-
-    Raises:
-        OutputError: they are not `count`.
-    """
-    path = run_dir / "metrics.jsonl"
-    recorded = count_lines(path)
-    print(f"metrics recorded: {recorded} of {count} steps in {path}")
-    if recorded != count:
-        raise OutputError(f"{path} has {recorded} of {count} rows")
 
 
 def results_table(results: dict[str, Any]) -> str:

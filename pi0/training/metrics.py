@@ -18,6 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from pi0.base.errors import OutputError
 from pi0.base.files import write_whole
 from pi0.training.settings import LoggingConfig
 
@@ -46,6 +47,19 @@ def rewrite_metrics(run_dir: Path, history: Sequence[Mapping[str, Any]], evaluat
 def count_lines(path: Path) -> int:
     """Lines of a JSON-lines file; 0 if there is none."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def require_rows(run_dir: Path, count: int) -> None:
+    """Print how many rows metrics.jsonl has.
+
+    Raises:
+        OutputError: they are not `count`.
+    """
+    path = run_dir / "metrics.jsonl"
+    recorded = count_lines(path)
+    print(f"metrics recorded: {recorded} of {count} steps in {path}")
+    if recorded != count:
+        raise OutputError(f"{path} has {recorded} of {count} rows")
 
 
 def start_wandb(settings: LoggingConfig, run_dir: Path, config: dict[str, Any]) -> wandb.Run | None:

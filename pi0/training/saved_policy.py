@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -77,8 +76,8 @@ class SavedPolicy:
 
 def _require_same(saved: Pi0Config, now: Pi0Config, path: Path) -> None:
     """Raise `CheckpointError` if the policy that was loaded is not built like the one of the checkpoint."""
-    old, new = asdict(saved), asdict(now)
-    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in old if old[key] != new[key]]
+    old, new = saved.to_dict(), now.to_dict()
+    changed = [f"{key} was {old[key]!r} and is {new[key]!r}" for key in old if old[key] != new.get(key)]
     if changed := [text for text in changed if text.split()[0] not in _FREE]:
         raise CheckpointError(
             f"{path}: the run's policy is built otherwise than the one of policy_path now ({'; '.join(changed)}); restore "
