@@ -62,7 +62,7 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.learner import Learner, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
-from pi0.ript.results import check_machine, summarize, write_report
+from pi0.ript.results import check_machine, summarize, write_page, write_report
 from pi0.ript.resume import SETTINGS, compare_outside
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
 from pi0.ript.rollout_stats import RolloutStats, SamplerState, state_name
@@ -481,7 +481,7 @@ def write_results(
     outputs.write("results.json", write_report, *results)
     if config.features.save_video:
         outputs.write("before_after.mp4", film_before_after, run_dir, env_runner, *policies, *scores)
-    outputs.write("report.html", write_html_report, run_dir)
+    outputs.write("report.html", write_page, run_dir)
 
 
 def evaluate_periodically(
@@ -544,6 +544,8 @@ def train(
         add_parts(state, learner, states, noise)
         load_checkpoint(safe, learner, newest)
         state.facts |= on_rank_zero(compare_outside, config, env_runner, state.facts)
+        saved = ("policy", learner.average.module.save_pretrained, run_dir / "policy")
+        on_rank_zero(outputs.write, *saved)
         started -= state.facts.get("seconds", 0.0)
         note_facts(config, safe, learner, time.monotonic() - started)
         weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
@@ -578,7 +580,7 @@ def train(
             state.finish_iteration(metrics)
             if rank == 0:
                 log_metrics(config, run_dir, metrics, run, board)
-            on_rank_zero(outputs.write, "policy", learner.average.module.save_pretrained, run_dir / "policy")
+            on_rank_zero(outputs.write, *saved)
             print(summarize(metrics))
             monitor_memory(state.history)
             evaluate_periodically(config, env_runner, acting, step + 1, *evaluated)

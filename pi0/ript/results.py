@@ -13,7 +13,7 @@ import numpy as np
 from pi0.base.files import write_json
 from pi0.base.stats import format_rate, paired_difference
 from pi0.libero.evaluation import EvaluationResult, describe_broken, paired_outcomes, refuse_broken
-from pi0.report.html_report import write_learning_curve
+from pi0.report.html_report import write_html_report, write_learning_curve
 from pi0.ript.metrics import METRICS
 from pi0.training.machine import machine
 
@@ -64,6 +64,11 @@ def write_report(
     written = [name for name in ("results.json", "policy", "config.yaml") if name not in missing]
     there = [run_dir / name for name in [*written, *([curve.name] if curve else [])]]
     print("\n".join(f"  {path}" for path in there if path.exists()))
+
+
+def write_page(run_dir: Path) -> None:
+    """Write report.html of a run, and print its place."""
+    print(f"  {write_html_report(run_dir, METRICS)}")
 
 
 def results_table(results: dict[str, Any]) -> str:
