@@ -95,7 +95,10 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_it_was_started
     number, terminal = pty.fork()
     if number == 0:  # in a session whose terminal this is
         os.chdir(REPO_ROOT)
-        os.execvp("nohup" if nohup else command[0], ["nohup", *command] if nohup else command)
+        ignored = (
+            ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"] if nohup else []
+        )  # as nohup, but with this terminal
+        os.execvp([*ignored, *command][0], [*ignored, *command])
     reader = threading.Thread(target=drain, args=(terminal,), daemon=True)
     reader.start()
     try:
