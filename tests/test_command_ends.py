@@ -47,6 +47,7 @@ DOORS = [
 INTERRUPTED = """
 import argparse, runpy, signal, sys
 from pi0 import PI0Policy
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
 interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)
 argparse.ArgumentParser.parse_args = PI0Policy.from_pretrained = interrupt
 sys.argv = sys.argv[1:]
@@ -81,7 +82,7 @@ def test_ctrl_c_while_workers_start_leaves_none_of_them(tmp_path, command):
     place = [f"{command[-1]}{tmp_path}"] if command[-1].endswith("=") else [command[-1], str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, *command[:-1], *place], cwd=REPO_ROOT, text=True, stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     limit = time.monotonic() + 60
     while not (workers := [c for c, words in children_of(process.pid).items() if "pi0.workers" in words]):

@@ -95,6 +95,7 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_it_was_started
     number, terminal = pty.fork()
     if number == 0:  # in a session whose terminal this is
         os.chdir(REPO_ROOT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests themselves run with nohup
         ignored = (
             ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"] if nohup else []
         )  # as nohup, but with this terminal
