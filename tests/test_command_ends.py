@@ -55,6 +55,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# Python with these words, and with Ctrl+C, which is ignored if the tests run in the background.
+HEARS_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -81,8 +87,8 @@ def test_ctrl_c_ends_every_program_with_one_line(path):
 def test_ctrl_c_while_workers_start_leaves_none_of_them(tmp_path, command):
     place = [f"{command[-1]}{tmp_path}"] if command[-1].endswith("=") else [command[-1], str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, *command[:-1], *place], cwd=REPO_ROOT, text=True, stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, "-c", HEARS_CTRL_C, *command[:-1], *place], cwd=REPO_ROOT, text=True, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )  # fmt: skip
     limit = time.monotonic() + 60
     while not (workers := [c for c, words in children_of(process.pid).items() if "pi0.workers" in words]):
