@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,23 @@ DOORS = [
     *sorted(REPO_ROOT.glob("benchmarks/*.py")),
     REPO_ROOT / "tools" / "mutations.py",
 ]
+# One of each kind; the others are started in the same way.
+EXAMPLES = (
+    "08_train_with_epochs.py",
+    "13_train_production_ready.py",
+    "pi0/evaluate.py",
+    "pi0/stages/__main__.py",
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(REPO_ROOT))
+
+
+def soaked(path: Path) -> list[pytest.MarkDecorator]:
+    return [] if name_of(path) in EXAMPLES else [pytest.mark.soak]
+
+
 # Runs a script as it is started, with a signal where it reads its arguments or, without any, loads its policy.
 INTERRUPTED = """
 import argparse, runpy, signal, sys
@@ -71,7 +89,7 @@ def run(*words, **options) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("path", DOORS, ids=lambda path: str(path.relative_to(REPO_ROOT)))
+@pytest.mark.parametrize("path", [pytest.param(path, marks=soaked(path), id=name_of(path)) for path in DOORS])
 @pytest.mark.tried(
     "Ctrl+C while a program reads its arguments or loads its policy", '"interrupted", status 130'
 )

@@ -213,7 +213,8 @@ WAYS = {
         f"{TINY} --dtypes float32 --batches 1 --steps 1"
     ),
     "benchmarks/neighbour.py": here(
-        "--turns 1 --seconds 0.1 --tries 1 --settings libraries project --output {out}/neighbour.json"
+        "--turns 1 --seconds 0.1 --tries 1 --settings libraries project --output {out}/neighbour.json",
+        soak=True,
     ),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(
