@@ -10,6 +10,7 @@ import pytest
 from pi0 import doctor
 from pi0.base.errors import OutputError
 from pi0.base.paths import REPO_ROOT, cache_dir, writing_cache
+from tests.support.programs import SET_BY_IMPORTS
 
 MEND = "; set PI0_CACHE_DIR to a writable folder with room"
 SIMULATED = "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --assets standins"
@@ -33,7 +34,8 @@ def in_own_mounts(mount: str, command: str, tmp_path, **environment) -> subproce
     }
     (tmp_path / "cache").mkdir()
     (tmp_path / "out").mkdir()
-    variables = {name: value for name, value in os.environ.items() if name != "PI0_CACHE_DIR"}
+    theirs = ("PI0_CACHE_DIR", *SET_BY_IMPORTS)  # which the tests' own imports may have set
+    variables = {name: value for name, value in os.environ.items() if name not in theirs}
     return subprocess.run(
         [*ALONE, "sh", "-ec", f'{mount}; cd "$REPO"; exec "$PYTHON" {command}'],
         env=variables | {name: str(place) for name, place in places.items()} | environment,
