@@ -186,6 +186,9 @@ def test_stated_cameras_come_first_and_the_converted_folder_names_them(tmp_path,
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="names its cameras itself"):
         main(["convert", str(tmp_path / "out"), str(tmp_path / "again"), *stated])
+    openpis = write_openpi(tmp_path / "openpi", weights())
+    with pytest.raises(ValueError, match="names its cameras itself"):
+        main(["convert", str(openpis), str(tmp_path / "again"), *stated])
     with pytest.raises(ValueError, match="there is no tablet; images are phone, laptop"):
         main(["convert", str(directory), str(tmp_path / "other"), "--cameras", "base_0_rgb=tablet"])
 

@@ -227,8 +227,8 @@ def test_one_place_written_in_two_ways_is_the_same(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.tried(
-    "Assets or simulator are others on resume; policy, data sets, OpenGL or packages are",
-    "The first are refused; the others are said, and recorded with each score",
+    "A run is resumed with other assets or another simulator; or with another policy folder, data set, OpenGL or package version",
+    "Other assets and simulators are refused. The rest is printed, and every score records OpenGL and versions",
 )
 def test_what_decides_results_outside_a_run_is_compared(tmp_path, capsys):
     shutil.copytree(CHECKPOINT, tmp_path / "policy")

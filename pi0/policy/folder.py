@@ -142,12 +142,12 @@ def read_config(directory: str | Path, cameras: Mapping[str, str] | None = None)
     """
     content = _read_config_file(_directory(directory))
     source = str(Path(directory) / CONFIG_FILE)
-    if is_lerobot(content) or is_openpi(content):
-        return published_config(content, read_header(directory).shapes, source, cameras)
-    if cameras:
+    if cameras and not is_lerobot(content):
         raise CheckpointError(
             f"{source} names its cameras itself; cameras can be stated for LeRobot's folders only"
         )
+    if is_lerobot(content) or is_openpi(content):
+        return published_config(content, read_header(directory).shapes, source, cameras)
     try:
         return Pi0Config.from_dict(content, source)
     except ValueError as error:
