@@ -329,7 +329,7 @@ class StreamOnly:
 
     busy = False
 
-    def __init__(self, number, worker, spec, table, stream, environment):
+    def __init__(self, number, worker, spec, table, stream, environment, common):
         self.work = ()
         self.random = np.random.default_rng(stream)
 

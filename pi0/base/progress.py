@@ -24,10 +24,10 @@ class Bar:
 
 
 @contextmanager
-def progress(total: int, label: str, unit: str, delay: float = 0) -> Iterator[Bar]:
+def progress(total: int, label: str, unit: str, delay: float = 0, initial: int = 0) -> Iterator[Bar]:
     """A bar over `total` units; in a file or pipe it is redrawn every 10 seconds only. Under torchrun rank 0 shows it.
 
-    What takes less than `delay` seconds gets no bar.
+    What takes less than `delay` seconds gets no bar. `initial` units were done earlier.
     """
     hidden = os.environ.get("RANK", "0") != "0"
     interval = 0.1 if sys.stderr.isatty() else 10.0
@@ -39,5 +39,6 @@ def progress(total: int, label: str, unit: str, delay: float = 0) -> Iterator[Ba
         dynamic_ncols=True,
         disable=hidden,
         delay=delay,
+        initial=initial,
     ) as bar:
         yield Bar(bar)

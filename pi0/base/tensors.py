@@ -26,6 +26,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OutputError: the disk refuses.
     """
     try:
-        save_file(tensors, path, metadata=metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     except (SafetensorError, OSError) as error:
         raise OutputError(f"{path} is not written: {error}; make room or choose another folder") from error

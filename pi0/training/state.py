@@ -152,7 +152,8 @@ class TrainingState:
         shared, own: parts by name; they may be added when they are made.
         step: iterations done.
         history: metrics of each iteration.
-        evaluations: scores of the policy during training, each with its `step` and `success_rate`.
+        evaluations: scores of the policy during training, each with its `step` and its `scored_by`.
+        scored_by: name of the score by which checkpoints are compared.
         facts: other values that a resumed run needs, JSON only.
         last: the last finished iteration; None before the first has begun.
         weights_moved: an update has begun since then, so there is nothing whole to save.
@@ -164,6 +165,7 @@ class TrainingState:
         self.step = 0
         self.history: list[dict] = []
         self.evaluations: list[dict] = []
+        self.scored_by = "success_rate"
         self.facts: dict[str, Any] = {}
         self.last: FinishedIteration | None = None
         self.weights_moved = False
@@ -175,8 +177,8 @@ class TrainingState:
 
     @property
     def score(self) -> float | None:
-        """Success rate after `step` iterations, if the policy was evaluated then."""
-        return {entry["step"]: entry["success_rate"] for entry in self.evaluations}.get(self.step)
+        """The policy's score after `step` iterations, if it was evaluated then."""
+        return {entry["step"]: entry[self.scored_by] for entry in self.evaluations}.get(self.step)
 
     def begin(self) -> None:
         """Note that all parts are present and whole, as after `step` iterations."""

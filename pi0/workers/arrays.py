@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +32,28 @@ def arrays_in(block: Any, table: ArrayTable) -> dict[str, np.ndarray]:
         arrays[name] = np.ndarray(shape, dtype, buffer=block, offset=offset)
         offset += _size(shape, dtype)
     return arrays
+
+
+class SharedArrays:
+    """A table's arrays in a block of memory that child processes can open by its descriptor; all 0 at first.
+
+    Attributes:
+        table: the table.
+        arrays: the arrays by name.
+        descriptor: of the memory; -1 once it is closed. The arrays stay usable.
+    """
+
+    def __init__(self, name: str, table: ArrayTable):
+        self.table = table
+        self.descriptor = os.memfd_create(name)
+        os.ftruncate(self.descriptor, nbytes(table))
+        self.arrays = arrays_in(mmap.mmap(self.descriptor, nbytes(table)), table)
+
+    def close(self) -> None:
+        """Close the descriptor: no further process can be given the memory."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
 
 
 def _size(shape: tuple[int, ...], dtype: DTypeLike) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.workers.arrays import ArrayTable
+from pi0.workers.arrays import ArrayTable, SharedArrays
 from pi0.workers.process import LostWorkerError, LostWorkersError, WorkerError, WorkerProcess
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class WorkerPool:
 
     Attributes:
         losses: every worker that was replaced, in order.
+        common: the arrays that all workers share with this process, by name; a replacement finds them as they are.
 
     Args:
         worker: what makes the object, as `module:name`; called in the process as `name(spec, arrays, random)`, with a
@@ -68,6 +70,7 @@ class WorkerPool:
         limit_s: seconds after which a worker that has not answered counts as hung.
         check: called every second or sooner while workers are waited for; what it raises ends the waiting.
         environment: variables of the processes, unless they are set already.
+        common: the arrays that all workers share; each gets them beside its own, so no name may be in both.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class WorkerPool:
         limit_s: float = 180.0,
         check: Callable[[], None] = lambda: None,
         environment: Mapping[str, str] | None = None,
+        common: ArrayTable | None = None,
     ):
         self.spec = spec
         self.limit_s = limit_s
@@ -88,6 +92,8 @@ class WorkerPool:
         self.losses: list[Loss] = []
         self._made_of = worker, spec, table
         self._environment = environment or {}
+        self._common = SharedArrays("pi0-workers", common or {})
+        self.common = self._common.arrays
         self._streams = streams.spawn(workers or usable_cores())
         self._workers = [self._start(number) for number in range(len(self._streams))]
 
@@ -125,6 +131,27 @@ class WorkerPool:
         """
         name = function if isinstance(function, str) else function.__name__
         self._workers[number].send(function, arguments, limit_s or self.limit_s, work or (name,))
+
+    def next_outcome(self, patience_s: float = math.inf) -> tuple[int, Any] | None:
+        """What becomes of something that was sent: (worker, outcome) as in `answers`; the next one that is there.
+
+        Returns None if no worker owes an answer, or none has come in `patience_s` seconds.
+        """
+        end = time.monotonic() + patience_s
+        while busy := [worker for worker in self._workers if worker.busy]:
+            self.check()
+            patience = min(min(worker.deadline for worker in busy), end) - time.monotonic()
+            ready = wait([worker.connection for worker in busy], min(CHECK_S, max(0.0, patience)))
+            now = time.monotonic()  # an answer that comes while another is handled is in time
+            for worker in busy:
+                if worker.connection in ready:
+                    return worker.number, self._outcome(worker)
+            for worker in busy:
+                if now >= worker.deadline:
+                    return worker.number, self.lose(worker.number, f"hung for {worker.limit_s:.0f} s")
+            if now >= end:
+                return None
+        return None
 
     @contextmanager
     def answers(self) -> Iterator[Iterator[tuple[int, Any]]]:
@@ -194,32 +221,28 @@ class WorkerPool:
         return loss
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers; one that still owes an answer at once."""
         workers, self._workers = self._workers, []
         for worker in workers:
-            worker.close()
+            if worker.busy:
+                worker.kill()
+            else:
+                worker.close()
         for worker in workers:
             worker.wait()
+        self._common.close()
 
     def _start(self, number: int) -> WorkerProcess:
         (stream,) = self._streams[number].spawn(1)  # the next one: a replacement's is another
-        return WorkerProcess(number, *self._made_of, stream, self._environment)
+        return WorkerProcess(number, *self._made_of, stream, self._environment, self._common)
 
     def _replace(self, number: int) -> None:
         self._workers[number].kill()
         self._workers[number] = self._start(number)
 
     def _outcomes(self) -> Iterator[tuple[int, Any]]:
-        while busy := [worker for worker in self._workers if worker.busy]:
-            self.check()
-            patience = min(worker.deadline for worker in busy) - time.monotonic()
-            ready = wait([worker.connection for worker in busy], min(CHECK_S, max(0.0, patience)))
-            now = time.monotonic()  # an answer that comes while another is handled is in time
-            for worker in busy:
-                if worker.connection in ready:
-                    yield worker.number, self._outcome(worker)
-                elif now >= worker.deadline:
-                    yield worker.number, self.lose(worker.number, f"hung for {worker.limit_s:.0f} s")
+        while (outcome := self.next_outcome()) is not None:
+            yield outcome
 
     def _outcome(self, worker: WorkerProcess) -> Any:
         try:

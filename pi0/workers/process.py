@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import pickle
 import signal
@@ -20,7 +19,7 @@ import numpy as np
 
 from pi0.base.errors import InputError, MachineError
 from pi0.base.paths import REPO_ROOT
-from pi0.workers.arrays import ArrayTable, arrays_in, nbytes
+from pi0.workers.arrays import ArrayTable, SharedArrays
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +57,7 @@ class WorkerProcess:
     Args:
         worker, spec, table, environment: as in `pi0.workers.pool.WorkerPool`.
         stream: of its random numbers.
+        common: the arrays that all workers share; not closed here.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class WorkerProcess:
         table: ArrayTable,
         stream: np.random.SeedSequence,
         environment: Mapping[str, str],
+        common: SharedArrays,
     ):
         self.number = number
         self.deadline, self.limit_s = float("inf"), float("inf")
@@ -76,12 +77,12 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALL_S, 0))
-        memory = os.memfd_create(f"pi0-worker-{number}")
-        os.ftruncate(memory, nbytes(table))
-        self.arrays = arrays_in(mmap.mmap(memory, nbytes(table)), table)
+        own = SharedArrays(f"pi0-worker-{number}", table)
+        self.arrays = own.arrays
+        descriptors = [theirs.fileno(), own.descriptor, common.descriptor]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pi0.workers.serve", str(theirs.fileno()), str(memory)],
-            pass_fds=[theirs.fileno(), memory],
+            [sys.executable, "-m", "pi0.workers.serve", *map(str, descriptors)],
+            pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
             # One thread each: the processes are the parallelism. This package comes first, so that a worker finds
             # the same one whatever its directory.
@@ -95,9 +96,9 @@ class WorkerProcess:
             process_group=0,  # Ctrl+C is for the trainer, which then closes the socket
         )
         theirs.close()
-        os.close(memory)
+        own.close()
         self.connection = Connection(ours.detach())
-        self._send((worker, spec, table, stream))
+        self._send((worker, spec, table, common.table, stream))
 
     @property
     def pid(self) -> int:

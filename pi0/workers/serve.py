@@ -1,4 +1,4 @@
-"""The worker's side: `python -m pi0.workers.serve SOCKET MEMORY`, started by `pi0.workers.process` and nobody else.
+"""The worker's side: `python -m pi0.workers.serve SOCKET OWN COMMON`, started by `pi0.workers.process` and nobody else.
 
 The first message says which object to make (see `pi0.workers.pool.WorkerPool`); each later one calls one of its
 methods, or a function with it, and gets one answer. The process ends when the socket closes: no worker outlives its
@@ -28,14 +28,14 @@ from pi0.workers.arrays import arrays_in, nbytes
 GRACE_S = 5.0  # for what is still being done when the trainer ends
 
 
-def serve(socket_fd: int, memory_fd: int) -> None:
+def serve(socket_fd: int, own_fd: int, common_fd: int) -> None:
     """Answer calls until the trainer closes the socket."""
     threading.Thread(target=_end_after_trainer, args=(socket_fd,), daemon=True).start()
     connection = Connection(socket_fd)
     try:
         first = connection.recv_bytes()
         try:
-            worker = _make(first, memory_fd)
+            worker = _make(first, own_fd, common_fd)
         except Exception as error:  # noqa: BLE001 whatever it is, the first call hears of it
             connection.recv_bytes()
             connection.send_bytes(_failed(error, None, "it could not start: "))
@@ -49,11 +49,15 @@ def serve(socket_fd: int, memory_fd: int) -> None:
         pass  # the trainer has ended, or wants no more
 
 
-def _make(content: bytes, memory_fd: int) -> Any:
-    path, spec, table, stream = pickle.loads(content)
+def _make(content: bytes, own_fd: int, common_fd: int) -> Any:
+    path, spec, own, common, stream = pickle.loads(content)
     module, _, name = path.partition(":")
     maker = getattr(importlib.import_module(module), name)
-    arrays = arrays_in(mmap.mmap(memory_fd, nbytes(table)), table)
+    arrays = {
+        name: array
+        for descriptor, table in ((own_fd, own), (common_fd, common))
+        for name, array in arrays_in(mmap.mmap(descriptor, nbytes(table)), table).items()
+    }
     return maker(spec, arrays, np.random.default_rng(stream))
 
 
@@ -88,4 +92,4 @@ def _end_after_trainer(socket_fd: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve(*map(int, sys.argv[1:]))

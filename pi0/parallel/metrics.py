@@ -1,0 +1,68 @@
+"""The metrics that runs of the parallel trainer record, and how their report shows them (docs/parallel.md)."""
+
+from pi0.report.declaration import Curve, Declaration, Metric, Plot
+from pi0.training import memory
+
+PLOTS = (
+    Plot("learning_curve", "Learning curve"),
+    Plot("speed", "Speed"),
+    Plot("training", "Losses"),
+    Plot("phases", "Where the time goes"),
+    Plot("memory", "Memory"),
+)
+METRICS = Declaration(
+    PLOTS,
+    (
+        Metric("step", "updates", "number of the update, from 0"),
+        Metric("seconds", "s", "wall time since the run began, earlier parts of a resumed run included"),
+        Metric("recent_score", "points", "mean raw score of the last 100 episodes of all workers",
+               curves=(Curve("learning_curve", "raw score", "last 100 episodes"),), column="score, last 100",
+               format=".1f", tile="Score, last 100"),
+        Metric("score", "points", "raw scores of the episodes that ended: `mean`, `min`, `max`; null if none did",
+               curves=(Curve("learning_curve", "raw score", "this update", part="mean"),)),
+        Metric("best_score", "points", "best raw score until now", column="best", format=".0f", tile="Best score"),
+        Metric("steps", "steps", "steps of all workers until now", column="steps", format=",.0f"),
+        Metric("transitions", "transitions", "transitions that this update learned from"),
+        Metric("episodes", "episodes", "episodes until now", column="episodes", format=",.0f"),
+        Metric("finished", "episodes", "episodes that ended in this update's slices"),
+        Metric("episode_steps", "steps", "mean length of these episodes"),
+        Metric("steps_per_s", "1/s", "steps a second since the last update",
+               curves=(Curve("speed", "steps/s", span=(0, None)),), column="steps/s", format=".0f", tile="Steps/s"),
+        Metric("frames_per_s", "1/s", "frames of the game a second, skipped ones included", format=".0f"),
+        Metric("episodes_per_hour", "1/h", "episodes an hour since the last update",
+               curves=(Curve("speed", "episodes/h", span=(0, None)),), column="episodes/h", format=",.0f"),
+        Metric("cpu_percent", "%", "share of all cores that was busy, also with other programs",
+               curves=(Curve("speed", "CPU and memory (%)", "CPU", span=(0, 100)),), column="CPU %", format=".0f"),
+        Metric("memory_percent", "%", "share of the machine's memory that is used, also by other programs",
+               curves=(Curve("speed", "CPU and memory (%)", "memory"),)),
+        Metric("lag", "updates", "updates between the weights that collected the oldest slice and those that learn",
+               column="lag", format=".0f"),
+        Metric("dropped", "slices", "slices that were too old to learn from, until now"),
+        Metric("workers", "workers", "slices of this update; a worker may fill several in mode async"),
+        Metric("worker_episodes", "episodes", "episodes of each worker that ended in this update's slices"),
+        Metric("worker_seconds", "s", "mean time of a slice: `game` with its preprocessing, `policy`, and `all`"),
+        Metric("respawns", "lines", "workers that were replaced, with the cause; their slices were filled again",
+               trouble=("replaced: ", "no worker was replaced")),
+        Metric("rollbacks", "returns", "returns to a checkpoint until now, because of gradients that were not finite"),
+        Metric("loss", "", "mean loss over the minibatches", curves=(Curve("training", "loss"),), column="loss",
+               format=".4f"),
+        Metric("policy_loss", "", "clipped surrogate"),
+        Metric("value_loss", "", "value loss", curves=(Curve("training", "value loss"),)),
+        Metric("entropy", "nats", "entropy of the policy", curves=(Curve("training", "entropy"),), column="entropy",
+               format=".3f"),
+        Metric("kl", "nats", "estimate of how far the policy has moved from the one that acted",
+               curves=(Curve("training", "KL"),)),
+        Metric("clipped", "0 to 1", "share of the ratios beyond the clip"),
+        Metric("explained_variance", "at most 1", "how much of the returns the values explain"),
+        Metric("grad_norm", "", "norm of the gradient before it is scaled down"),
+        Metric("lr", "", "learning rate"),
+        Metric("updates", "steps", "steps of the optimizer"),
+        Metric("bad_updates", "steps", "steps that were left out, since the gradient was not finite"),
+        *(Metric(f"phases/{name}", "s", meaning, curves=(Curve("phases", "seconds", name, "area", color=color),))
+          for name, meaning, color in (
+              ("wait", "waiting for slices", "grey"), ("batch", "advantages and indices", "green"),
+              ("update", "epochs over the transitions", "blue"), ("other", "the rest", "orange"))),
+        *memory.METRICS,
+    ),
+    planned="max_updates",
+)  # fmt: skip

@@ -1,0 +1,711 @@
+"""The trainer: workers collect slices, the agent learns from them, checkpoints hold both, to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import wandb
+
+from pi0.base.errors import InputError, Outputs
+from pi0.base.progress import Bar, progress
+from pi0.parallel import config as configuration
+from pi0.parallel import worker
+from pi0.parallel.actor import NEWEST, Episode, Filled
+from pi0.parallel.collector import Collector, SerialCollector, SliceError
+from pi0.parallel.config import Config, make_config, to_dict
+from pi0.parallel.games import GameSpec, parse_options
+from pi0.parallel.machine_load import WARN_MEMORY, CpuMeter, choose_workers, memory_percent, require_memory
+from pi0.parallel.metrics import METRICS
+from pi0.parallel.network import ActorCritic, default_precision
+from pi0.parallel.ppo import Batch, PPOAgent, PPOSettings
+from pi0.parallel.results import Scorer, write_results
+from pi0.parallel.returns import gae, vtrace
+from pi0.parallel.slices import Layout
+from pi0.report.html_report import write_html_report
+from pi0.training.interrupts import Interrupted, Interrupts
+from pi0.training.memory import resident_mb
+from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
+from pi0.training.random_state import OwnStream, set_seed
+from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
+from pi0.training.safeguards import Safeguards
+from pi0.training.state import States, Weights
+from pi0.workers.pool import usable_cores
+
+RECENT = 100  # episodes of the score that is shown
+BUFFERS = {"sync": 1, "overlap": 2, "async": 3}  # slices of a worker that there is room for
+PATIENCE_S = 10.0  # how long an update may go on after a request to stop
+
+
+class Progress:
+    """What has been collected until now, as a part of a checkpoint; everything that decides what is asked for next.
+
+    Attributes:
+        states, numbers: where each worker's next slice begins, and how many it has filled.
+        generations: how often each worker has begun without continuing anything.
+        behaviour: the weights with which the slices were asked for that the next update learns from; None: the
+            newest.
+        episodes, steps: collected, of all workers.
+        scores: the last raw scores, oldest first, as (worker, score).
+        best: the episode with the best score.
+        dropped: slices that were too old to learn from.
+    """
+
+    def __init__(self, workers: int):
+        self.states: list[Mapping[str, Any]] = []
+        self.numbers = [0] * workers
+        self.generations = [0] * workers
+        self.behaviour: np.ndarray | None = None
+        self.episodes = self.steps = self.dropped = 0
+        self.scores: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self.best: Episode | None = None
+
+    def take(self, filled: Filled) -> None:
+        """Count a slice."""
+        self.steps += filled.steps
+        for episode in filled.episodes:
+            self.episodes += 1
+            self.scores.append((filled.worker, episode.score))
+            if self.best is None or episode.score > self.best.score:
+                self.best = episode
+
+    @property
+    def score(self) -> float | None:
+        """Mean raw score of the last episodes; None before the first has ended."""
+        return float(np.mean([score for _, score in self.scores])) if self.scores else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of plain values and tensors."""
+        best = self.best
+        return {
+            "states": [{name: _plain(value) for name, value in state.items()} for state in self.states],
+            "numbers": list(self.numbers),
+            "generations": list(self.generations),
+            "behaviour": None if self.behaviour is None else torch.from_numpy(self.behaviour),
+            "counts": [self.episodes, self.steps, self.dropped],
+            "scores": [list(pair) for pair in self.scores],
+            "best": best and {name: _plain(value) for name, value in vars(best).items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.states = [{name: _restored(value) for name, value in each.items()} for each in state["states"]]
+        self.numbers, self.generations = list(state["numbers"]), list(state["generations"])
+        self.behaviour = None if state["behaviour"] is None else state["behaviour"].numpy()
+        self.episodes, self.steps, self.dropped = state["counts"]
+        self.scores = deque(((number, score) for number, score in state["scores"]), maxlen=RECENT)
+        best = state["best"]
+        self.best = best and Episode(**{name: _restored(value) for name, value in best.items()})
+
+    def join_state_dicts(self, states: list[dict], place: Any) -> None:
+        """There is one process that learns."""
+        raise NotImplementedError
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return torch.from_numpy(np.frombuffer(value, np.uint8).copy())
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def _restored(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.numpy().tobytes() if value.ndim == 1 else value.numpy()
+
+
+@dataclass(frozen=True)
+class _Safety:
+    """The settings of checkpoints as `Safeguards` calls them."""
+
+    num_train_steps: int
+    save_freq: int
+    keep_checkpoints: int
+    max_bad_updates: int
+    max_rollbacks: int
+    save_best: bool = True
+
+
+class ParallelTrainer:
+    """Trains a policy for a game with N worker processes.
+
+    Attributes:
+        config: all settings.
+        run_dir: folder of the run; None before `train`.
+        agent: network and optimizer; None before `train`.
+
+    Args:
+        game: name of a game (`pi0.parallel.config.Config.game`).
+        n_workers: number of workers.
+        render: write videos.
+        save_interval: updates from one checkpoint to the next.
+        max_checkpoints: newest checkpoints that stay, beside the best.
+        resume: folder of a run to continue, or "newest"; empty: a new run.
+        settings: other keys of `Config`.
+    """
+
+    worker_process = staticmethod(worker.worker_process)
+
+    def __init__(
+        self,
+        game: str = configuration.DEFAULT_GAME,
+        n_workers: int = 8,
+        render: bool = False,
+        save_interval: int = 10,
+        max_checkpoints: int = 100,
+        *,
+        resume: str = "",
+        **settings: Any,
+    ):
+        self.config = make_config(
+            game=game,
+            n_workers=n_workers,
+            render=render,
+            save_interval=save_interval,
+            max_checkpoints=max_checkpoints,
+            **settings,
+        )
+        self.run_dir: Path | None = None
+        self.agent: PPOAgent | None = None
+        self._resume = resume
+
+    @classmethod
+    def of(cls, config: Config, resume: str = "") -> ParallelTrainer:
+        """A trainer with a whole configuration."""
+        trainer = cls(resume=resume)
+        trainer.config = config
+        return trainer
+
+    def train(
+        self, max_episodes: int | None = None, max_steps: int | None = None, update_interval: int | None = None
+    ) -> Path:
+        """Train until so many episodes, or `max_updates` updates, are done; returns the run's folder.
+
+        Args:
+            max_episodes: episodes of all workers; None for the configuration's, 1000.
+            max_steps: steps after which an episode is truncated; None: the configuration's, 10000.
+            update_interval: transitions of an update; None: the configuration's, 2048.
+
+        Raises:
+            InputError: something outside the program is wrong; what was learned is in a checkpoint.
+        """
+        given = {"max_episodes": max_episodes, "max_steps": max_steps, "update_interval": update_interval}
+        changes = {name: value for name, value in given.items() if value is not None}
+        config = self.config = make_config(**{**vars(self.config), **changes})
+        interrupts = Interrupts()
+        interrupts.install()
+        config = self.config = _resolve_workers(config)
+        spec = GameSpec(config.game, config.state, config.skip, parse_options(config.game_options), config.image)
+        actions = worker.count_actions(spec)
+        set_seed(config.seed)
+        place = (config.output_dir, config.exp_name, to_dict(config))
+        if self._resume:
+            self.run_dir = run_to_resume(self._resume, *place, configuration.fixed())
+        else:
+            self.run_dir = new_run_dir(*place)
+        take_run(self.run_dir, to_dict(config))
+        print(f"training started: {config.n_workers} workers play {config.game}, writing to {self.run_dir}")
+        with _Run(config, self.run_dir, spec, actions, interrupts) as run:
+            self.agent = run.agent
+            run.train(resume=bool(self._resume))
+        return self.run_dir
+
+
+class _Run:
+    """One call of `ParallelTrainer.train`."""
+
+    def __init__(self, config: Config, run_dir: Path, game: GameSpec, actions: int, interrupts: Interrupts):
+        self.config = config
+        self.run_dir = run_dir
+        self.interrupts = interrupts
+        self.outputs = Outputs()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        auto = config.precision == "auto"
+        precision = default_precision(self.device) if auto else getattr(torch, config.precision)
+        network = ActorCritic(actions, precision).to(self.device)
+        generator = torch.Generator().manual_seed(config.seed)
+        coefficients = {name: getattr(config, name) for name in PPOSettings.__dataclass_fields__}
+        self.agent = PPOAgent(network, PPOSettings(**coefficients), config.lr, generator)
+        layout = Layout(config.n_workers, BUFFERS[config.mode], _longest_slice(config), actions)
+        self.spec = worker.PlayerSpec(game, layout, config.max_steps, config.idle, config.nice)
+        make = SerialCollector if config.workers == "0" else Collector
+        self.collector = make(
+            self.spec, deadline_s=config.deadline_s, memory_mb=config.worker_memory_mb, check=interrupts.check
+        )
+        self.frames = torch.from_numpy(self.collector.arrays["frames"])
+        safety = _Safety(
+            config.max_updates or 0,
+            config.save_interval,
+            config.max_checkpoints,
+            config.max_bad_updates,
+            config.max_rollbacks,
+        )
+        self.safe = Safeguards.of(run_dir, safety, interrupts)
+        self.state = self.safe.state
+        self.state.scored_by = "mean_score"
+        self.progress = Progress(config.n_workers)
+        self.noise = OwnStream(generator, config.seed)
+        self.state.shared = {
+            "policy": Weights(network, "resume with the same game"),
+            "optimizer": States(optimizer=self.agent.optimizer),
+        }
+        self.state.own = {"progress": self.progress, "generator": self.noise}
+        self.board = TensorBoard(run_dir / "tensorboard")
+        self.wandb: wandb.Run | None = None
+        self.cpu = CpuMeter()
+        self.started = time.monotonic()
+        self.pending: list[Filled] = []
+        self._respawns_told = 0
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.collector.close()
+
+    # ---------------------------------------------------------------------------------------- the loop
+
+    def train(self, resume: bool) -> None:
+        """Score, train, score again."""
+        config = self.config
+        newest = self.safe.find() if resume else None
+        if newest is not None and config.logging.wandb_run_id is None:
+            config.logging.wandb_run_id = self.safe.store.facts(newest).get("wandb_run_id")
+        self.wandb = start_wandb(config.logging, self.run_dir, to_dict(config))
+        config.logging.wandb_run_id = self.wandb.id if self.wandb else config.logging.wandb_run_id
+        self.collector.begin(config.seed, self.progress.generations)
+        self.progress.states = list(self.collector.states)
+        self.safe.begin(newest)
+        if newest is not None:
+            self.collector.resume(self.progress.states, self.progress.numbers)
+        self.started = time.monotonic() - self.state.facts.get("seconds", 0.0)
+        self._publish_both()
+        with Scorer(self.spec, config, self.agent.network) as scorer, self._ends_with_checkpoint():
+            if "before" not in self.state.facts:
+                self.state.facts["before"] = scorer.score(self.agent.network.flat(), "before")
+            if self.state.step == 0:
+                self._save()
+            torch.set_num_threads(config.threads or _threads(config))
+            if not self._finished():
+                with self._bar() as bar:
+                    (self._train_async if config.mode == "async" else self._train_in_turns)(bar)
+            self.state.facts["after"] = scorer.score(self.agent.network.flat(), "after")
+            seconds = time.monotonic() - self.started
+            self.outputs.write(
+                "results.json", write_results, self.run_dir, config, self.state.facts, self.state.history, seconds
+            )
+            if config.render:
+                self.outputs.write("videos", scorer.film, self.run_dir, self.progress.best, self.state.facts)
+            self.outputs.write("report.html", write_html_report, self.run_dir, METRICS)
+        finish_wandb(self.wandb, {})
+        self.outputs.check()
+
+    def _train_in_turns(self, bar: Bar) -> None:
+        """`sync` and `overlap`: every update learns from one slice of each worker."""
+        overlap = self.config.mode == "overlap"
+        self._ask_all(self.state.step)
+        while True:
+            began, step = time.monotonic(), self.state.step
+            share_left = self._share_left()
+            filled = self._collect_all()
+            waited = time.monotonic() - began
+            last = self._finished(step + 1)
+            behaviour = self.agent.network.flat() if overlap else None
+            if overlap and not last:
+                self._ask_all(step + 1)
+            metrics = self._learn(filled, share_left, waited, began)
+            if metrics is None:  # the run has returned to a checkpoint
+                self._ask_all(self.state.step)
+                continue
+            self.progress.behaviour = behaviour
+            self.collector.publish(self.agent.network.flat(), step + 1)
+            self._finish_update(metrics, bar)
+            if last:
+                return
+            if not overlap:
+                self._ask_all(step + 1)
+
+    def _train_async(self, bar: Bar) -> None:
+        """`async`: an update whenever enough transitions are there; workers go on meanwhile."""
+        config = self.config
+        free = {number: list(range(BUFFERS["async"])) for number in range(config.n_workers)}
+
+        def ask(number: int) -> None:
+            if free[number]:
+                self.collector.ask(
+                    number, free[number].pop(0), self.spec.layout.steps, NEWEST, self._exploration(number)
+                )
+
+        def take(filled: Filled) -> None:
+            self.progress.take(filled)
+            self.progress.states[filled.worker] = filled.state
+            self.progress.numbers[filled.worker] += 1
+            self.pending.append(filled)
+            ask(filled.worker)
+
+        def take_what_is_there() -> None:
+            while (filled := self.collector.next_filled(0.0)) is not None:
+                take(filled)
+
+        for number in free:
+            ask(number)
+        while not self._finished():
+            began, share_left = time.monotonic(), self._share_left()
+            while sum(filled.steps for filled in self.pending) < config.min_batch_size:
+                arrived = self.collector.next_filled()
+                assert arrived is not None, "every worker is busy, or its slices fill the batch"
+                take(arrived)
+                oldest = self.state.step - config.max_policy_lag
+                for old in [each for each in self.pending if each.version < oldest]:
+                    self.progress.dropped += 1
+                    self.pending.remove(old)
+                    free[old.worker].append(old.buffer)
+                    if free[old.worker] and old.worker not in self.collector.workers_asked:
+                        ask(old.worker)
+            waited = time.monotonic() - began
+            learned, self.pending = self.pending, []
+            metrics = self._learn(learned, share_left, waited, began, take_what_is_there)
+            for filled in learned:
+                free[filled.worker].append(filled.buffer)
+            for number in sorted({filled.worker for filled in learned} - self.collector.workers_asked):
+                ask(number)
+            if metrics is None:
+                self.collector.publish(self.agent.network.flat(), self.state.step)
+                continue
+            self.collector.publish(self.agent.network.flat(), self.state.step + 1)
+            self._finish_update(metrics, bar)
+
+    # ---------------------------------------------------------------------------------------- collecting
+
+    def _ask_all(self, update: int) -> None:
+        """Ask for the slices of an update, with the newest weights that workers may use then."""
+        config = self.config
+        version = update if config.mode == "sync" else max(0, update - 1)
+        buffer = update % BUFFERS[config.mode]
+        for number, steps in self._lengths(update).items():
+            self.collector.ask(number, buffer, steps, version, self._exploration(number))
+
+    def _lengths(self, update: int) -> dict[int, int]:
+        """Steps of each worker that collects for an update; they depend only on what is counted in `Progress`."""
+        config = self.config
+        schedule = config.workers_schedule or [config.n_workers]
+        done = 1 - self._share_left(update)
+        workers = schedule[min(len(schedule) - 1, int(done * len(schedule)))]
+        shares = np.ones(workers)
+        if config.priority:
+            shares = _priorities(self.progress.scores, workers)
+        ends = np.round(np.cumsum(shares) * config.update_interval / workers).astype(int)
+        return {number: int(steps) for number, steps in enumerate(np.diff(ends, prepend=0))}
+
+    def _exploration(self, number: int) -> float:
+        shares = self.config.exploration
+        if not shares:
+            return 0.0
+        return shares[0] if number < self.config.n_workers / 2 else shares[-1]
+
+    def _collect_all(self) -> list[Filled]:
+        found = {}
+        while (filled := self.collector.next_filled()) is not None:
+            found[filled.worker] = filled
+        in_order = [found[number] for number in sorted(found)]  # not in that of arrival
+        for filled in in_order:
+            self.progress.take(filled)
+        self.progress.states = list(self.collector.states)
+        self.progress.numbers = list(self.collector.numbers)
+        return in_order
+
+    def _publish_both(self) -> None:
+        """The weights of the next update, and those with which its slices are collected."""
+        step = self.state.step
+        if self.progress.behaviour is not None:
+            self.collector.publish(self.progress.behaviour, step - 1)
+        self.collector.publish(self.agent.network.flat(), step)
+
+    # ---------------------------------------------------------------------------------------- learning
+
+    def _batch(self, slices: Sequence[Filled]) -> Batch:
+        """The transitions of slices, one after another, with their advantages."""
+        config, arrays, layout = self.config, self.collector.arrays, self.spec.layout
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("stacks", "actions", "log_probs", "values")}
+        for filled in slices:
+            at, own = (filled.buffer, filled.worker), slice(filled.steps)
+            ages = arrays["ages"][at][: filled.steps + 1]
+            columns["stacks"].append(layout.stacks(*at, ages))
+            for name in ("actions", "log_probs", "values"):
+                columns[name].append(arrays[name][at][own].copy())
+        after = [stacks[-1:] for stacks in columns["stacks"]]
+        stacks = np.concatenate([stacks[:-1] for stacks in columns["stacks"]])
+        joined = {name: np.concatenate(columns[name]) for name in ("actions", "log_probs", "values")}
+        zeros = torch.zeros(len(stacks))
+        whole = Batch(
+            self.frames,
+            torch.from_numpy(stacks),
+            *(torch.from_numpy(joined[name]) for name in ("actions", "log_probs")),
+            zeros,
+            zeros,
+            torch.from_numpy(joined["values"]),
+        )
+        if config.mode == "async":
+            now_logs, now_values = self.agent.evaluate(whole)
+            ends = Batch(self.frames, torch.from_numpy(np.concatenate(after)), *[torch.zeros(len(after)).long()] * 5)
+            last_values = self.agent.evaluate(ends)[1]
+            log_ratios = now_logs - joined["log_probs"]
+            whole = replace(whole, values=torch.from_numpy(now_values))
+        advantages, returns, start = [], [], 0
+        for number, filled in enumerate(slices):
+            at, own = (filled.buffer, filled.worker), slice(filled.steps)
+            rewards = np.sign(arrays["rewards"][at][own])
+            ends_of = arrays["ended"][at][own], arrays["bootstraps"][at][own]
+            rows = slice(start, start + filled.steps)
+            if config.mode == "async":
+                given = (rewards, now_values[rows], *ends_of, float(last_values[number]), log_ratios[rows])
+                found = vtrace(*given, config.gamma, config.gae_lambda)
+            else:
+                given = (rewards, joined["values"][rows], *ends_of, float(arrays["last_values"][at]))
+                found = gae(*given, config.gamma, config.gae_lambda)
+            advantages.append(found[0])
+            returns.append(found[1])
+            start += filled.steps
+        advantage = torch.from_numpy(np.concatenate(advantages))
+        if config.shuffle_advantages:
+            advantage = advantage[torch.randperm(len(advantage), generator=self.agent.generator)]
+        return replace(whole, advantages=advantage, returns=torch.from_numpy(np.concatenate(returns)))
+
+    def _learn(
+        self,
+        slices: Sequence[Filled],
+        share_left: float,
+        waited: float,
+        began: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any] | None:
+        """An update; returns its metrics, or None if it failed and the run has returned to a checkpoint."""
+        step, progress_ = self.state.step, self.progress
+        noticed: list[float] = []
+
+        def between(finite: bool) -> None:
+            self.safe.recovery.count_gradient(finite)
+            self.safe.recovery.check()
+            meanwhile()
+            if self.interrupts.stop_asked:
+                noticed.append(time.monotonic())
+                if noticed[-1] - noticed[0] > PATIENCE_S:
+                    raise Interrupted
+
+        before = time.monotonic()
+        batch = self._batch(slices)
+        prepared = time.monotonic()
+        self.state.begin_update()
+        try:
+            learned = self.agent.update(batch, share_left, between)
+            if not all(bool(torch.isfinite(weight).all()) for weight in self.agent.network.parameters()):
+                raise FloatingPointError("the weights are not finite")
+        except FloatingPointError as error:
+            self.collector.drop()
+            self.pending = []
+            self.safe.roll_back(error, self.noise)
+            self.collector.resume(progress_.states, progress_.numbers)
+            self._publish_both()
+            return None
+        updated = time.monotonic()
+        episodes = [episode for filled in slices for episode in filled.episodes]
+        scores = [episode.score for episode in episodes]
+        seconds = updated - began
+        explained = _explained_variance(batch.values.numpy(), batch.returns.numpy())
+        return {
+            "step": step,
+            "seconds": updated - self.started,
+            "steps": progress_.steps,
+            "transitions": len(batch),
+            "episodes": progress_.episodes,
+            "finished": len(episodes),
+            "score": {"mean": float(np.mean(scores)), "min": min(scores), "max": max(scores)} if scores else None,
+            "recent_score": progress_.score,
+            "best_score": progress_.best.score if progress_.best else None,
+            "episode_steps": float(np.mean([episode.length for episode in episodes])) if episodes else None,
+            **learned,
+            "explained_variance": explained,
+            "lr": self.config.lr * share_left,
+            "lag": step - min(filled.version for filled in slices),
+            "dropped": progress_.dropped,
+            "workers": len(slices),
+            "worker_episodes": [sum(f.worker == n for f in slices for _ in f.episodes) for n in range(self.config.n_workers)],
+            "worker_seconds": {
+                name: float(np.mean([filled.seconds[name] for filled in slices])) for name in ("game", "policy", "all")
+            },
+            "phases": {"wait": waited, "batch": prepared - before, "update": updated - prepared,
+                       "other": max(0.0, seconds - waited - (updated - before))},
+        }
+
+    # ---------------------------------------------------------------------------------------- the end of an update
+
+    def _finish_update(self, metrics: dict[str, Any], bar: Bar) -> None:
+        config, history = self.config, self.state.history
+        last_seconds = history[-1]["seconds"] if history else 0.0
+        last_steps = history[-1]["steps"] if history else 0
+        last_episodes = history[-1]["episodes"] if history else 0
+        seconds = max(1e-9, metrics["seconds"] - last_seconds)
+        metrics["steps_per_s"] = (metrics["steps"] - last_steps) / seconds
+        metrics["frames_per_s"] = metrics["steps_per_s"] * config.skip
+        metrics["episodes_per_hour"] = 3600 * (metrics["episodes"] - last_episodes) / seconds
+        metrics["cpu_percent"] = self.cpu.percent()
+        metrics["memory_percent"] = memory_percent()
+        each = {str(n): resident_mb(process) for n, process in enumerate(self.collector.processes)}
+        metrics["memory"] = {
+            "rss_mb": resident_mb(),
+            "workers_mb": sum(each.values()),
+            "worker_mb": each,
+            "gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None,
+            "other_ranks": {},
+        }
+        metrics["respawns"] = self.collector.respawns[self._respawns_told :]
+        self._respawns_told = len(self.collector.respawns)
+        metrics["rollbacks"] = self.safe.recovery.rollbacks
+        of_run = {"wandb_run_id": config.logging.wandb_run_id, "config": to_dict(config)}
+        self.state.facts |= {**of_run, "seconds": metrics["seconds"], **self.safe.recovery.facts()}
+        step = self.state.step + 1
+        score = self.progress.score
+        if score is not None and (step % config.save_interval == 0 or self._finished(step)):
+            self.state.evaluations.append({"step": step, "mean_score": score, "n": len(self.progress.scores)})
+        self.state.finish_iteration(metrics)
+        self._log(metrics, bar)
+        asked = self.interrupts.take_checkpoint_request()
+        if self.safe.store.is_due(step, self.state.score, asked) or self._finished(step):
+            self._save()
+        if self.interrupts.stop_asked:
+            raise Interrupted
+
+    def _log(self, metrics: dict[str, Any], bar: Bar) -> None:
+        config, step, numbers = self.config, metrics["step"], METRICS.flatten(metrics)
+        try:
+            append_line(self.run_dir / "metrics.jsonl", metrics)
+            self.board.add(numbers, step)
+            if (step + 1) % (10 * config.logging.log_freq) == 0 or step == 0:
+                write_html_report(self.run_dir, METRICS)
+            if self.wandb is not None:
+                self.wandb.log(numbers)
+        except (OSError, InputError, wandb.Error) as error:
+            print(f"update {step}: metrics or report not written: {error}")
+        score = "none ended yet" if metrics["recent_score"] is None else f"{metrics['recent_score']:.1f}"
+        state = (
+            f"score {score}, {metrics['steps_per_s']:.0f} steps/s, {metrics['episodes_per_hour']:.0f} episodes/h, "
+            f"CPU {metrics['cpu_percent']:.0f}%, lag {metrics['lag']}"
+        )
+        done = 1 if config.max_updates else metrics["finished"]
+        bar.update(done, state)
+        if (step + 1) % config.logging.log_freq == 0 or metrics["respawns"]:
+            print(f"update {step}: {state}")
+        for line in metrics["respawns"]:
+            print(f"replaced: {line}")
+        if metrics["memory_percent"] > WARN_MEMORY and (step + 1) % config.logging.log_freq == 0:
+            print(f"memory is {metrics['memory_percent']:.0f}% full; fewer workers need less (--n_workers)")
+
+    def _save(self) -> None:
+        if self.safe.recovery.bad_in_a_row:
+            print(f"no checkpoint of update {self.state.step}: the last gradient was not finite")
+        elif problem := self.safe.write():
+            print(f"update {self.state.step}: {problem}")
+
+    @contextmanager
+    def _ends_with_checkpoint(self) -> Iterator[None]:
+        try:
+            yield
+        except (Interrupted, SliceError) as reason:
+            if self.state.can_be_saved and not self.safe.store.has(self.state.step):
+                self._save()
+            print(f"stopped; --resume continues from {self.safe.store.resume_point(self.state.step)}")
+            if not isinstance(reason, Interrupted):
+                raise
+            raise Stopped from None
+
+    # ---------------------------------------------------------------------------------------- how far it is
+
+    def _share_left(self, update: int | None = None) -> float:
+        """Share of training that is left before an update (the next one)."""
+        config = self.config
+        done = self.progress.episodes / config.max_episodes
+        if config.max_updates:
+            done = max(done, (self.state.step if update is None else update) / config.max_updates)
+        return max(0.0, 1 - done)
+
+    def _finished(self, step: int | None = None) -> bool:
+        return self._share_left(step) <= 0
+
+    @contextmanager
+    def _bar(self) -> Iterator[Bar]:
+        config = self.config
+        if config.max_updates:
+            total, done, unit = config.max_updates, self.state.step, "update"
+        else:
+            total, done, unit = config.max_episodes, self.progress.episodes, "episode"
+        with progress(total, "training", unit, initial=done) as bar:
+            yield bar
+
+
+class Stopped(InputError):
+    """Somebody asked the run to stop, and it has; the status is that of a command ended by Ctrl+C."""
+
+    status = 130
+
+    def __str__(self) -> str:
+        return "stopped as asked"
+
+
+def _longest_slice(config: Config) -> int:
+    if config.mode == "async":
+        return max(1, config.min_batch_size // config.n_workers)
+    fewest = min([config.n_workers, *config.workers_schedule])
+    longest = -(-config.update_interval // fewest)
+    return 2 * longest + 1 if config.priority else longest
+
+
+def _priorities(scores: Sequence[tuple[int, float]], workers: int) -> np.ndarray:
+    """Share of the steps of each worker, with mean 1: by its mean score in the last episodes, from 0.5 to 2."""
+    means = np.array([
+        np.mean([score for number, score in scores if number == worker] or [np.nan]) for worker in range(workers)
+    ])
+    if np.isnan(means).all():
+        return np.ones(workers)
+    means = np.where(np.isnan(means), np.nanmean(means), means)
+    spread = means.max() - means.min()
+    if spread == 0:
+        return np.ones(workers)
+    shares = 0.5 + 1.5 * (means - means.min()) / spread  # 0.5 to 2
+    return _with_mean_one(shares)
+
+
+def _with_mean_one(shares: np.ndarray) -> np.ndarray:
+    """Scale shares to a mean of 1, and keep each from 0.5 to 2."""
+    low, high = 0.0, 4.0
+    for _ in range(60):  # the mean rises with the factor
+        factor = (low + high) / 2
+        low, high = (factor, high) if np.clip(factor * shares, 0.5, 2).mean() < 1 else (low, factor)
+    return np.clip(high * shares, 0.5, 2)
+
+
+def _explained_variance(values: np.ndarray, returns: np.ndarray) -> float | None:
+    variance = float(np.var(returns))
+    return None if variance == 0 else 1 - float(np.var(returns - values)) / variance
+
+
+def _threads(config: Config) -> int:
+    """Torch threads of an update: where workers work at the same time, the cores that they leave."""
+    cores = usable_cores()
+    return cores if config.mode == "sync" or config.workers == "0" else max(1, cores - config.n_workers)
+
+
+def _resolve_workers(config: Config) -> Config:
+    """The configuration with the number of workers that `workers` stands for; checks that there is memory for them."""
+    if config.workers == "auto":
+        config = replace(config, n_workers=choose_workers(), workers="each")
+    elif config.workers not in ("each", "0"):
+        config = replace(config, n_workers=int(config.workers), workers="each")
+    require_memory(0 if config.workers == "0" else config.n_workers)
+    return make_config(**vars(config))
