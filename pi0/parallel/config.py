@@ -39,7 +39,13 @@ class Config:
     workers_schedule: list[int] = key(
         [], "numbers of workers that collect in equal parts of the run, such as 8,4; empty: all, always", low=1, fixed=True
     )
-    nice: int = key(0, "by how much the workers' priority is lowered", low=0, high=19)
+    nice: int | None = key(
+        None,
+        "by how much the workers' priority is lowered; null: 0, or 15 where they work while the trainer learns and "
+        "there are fewer cores than processes, since all wait for the trainer",
+        low=0,
+        high=19,
+    )
     deadline_s: float = key(120.0, "a worker that needs longer for a slice is replaced", unit="s", above=0)
     worker_memory_mb: float = key(1500.0, "a worker that uses more is replaced between two slices", unit="MB", above=0)
     exploration: list[float] = key(

@@ -35,9 +35,10 @@ class ActorCritic(nn.Module):
 
     def forward(self, stacks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, actions] and values [B], float32, of stacks, uint8 [B, 4, 84, 84], oldest frame first."""
-        pixels = stacks.to(self.precision, memory_format=torch.channels_last) / 255
+        pixels = stacks.to(self.precision, memory_format=torch.channels_last)  # bfloat16 has 0 to 255 exactly
         with torch.autocast(stacks.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            features = self.conv1(pixels).relu_()
+            first = self.conv1.weight / 255  # fewer numbers to divide than the pixels
+            features = nn.functional.conv2d(pixels, first, self.conv1.bias, self.conv1.stride).relu_()
             features = self.conv2(features).relu_()
             features = self.conv3(features).relu_()
             features = self.hidden(features.flatten(1)).relu_()

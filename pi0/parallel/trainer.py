@@ -41,6 +41,7 @@ from pi0.workers.pool import usable_cores
 
 RECENT = 100  # episodes of the score that is shown
 BUFFERS = {"sync": 1, "overlap": 2, "async": 3}  # slices of a worker that there is room for
+NICE = 15  # a trainer beside eight workers on two cores then has most of a core
 PATIENCE_S = 10.0  # how long an update may go on after a request to stop
 
 
@@ -234,7 +235,7 @@ class _Run:
         coefficients = {name: getattr(config, name) for name in PPOSettings.__dataclass_fields__}
         self.agent = PPOAgent(network, PPOSettings(**coefficients), config.lr, generator)
         layout = Layout(config.n_workers, BUFFERS[config.mode], _longest_slice(config), actions)
-        self.spec = worker.PlayerSpec(game, layout, config.max_steps, config.idle, config.nice)
+        self.spec = worker.PlayerSpec(game, layout, config.max_steps, config.idle, _niceness(config))
         make = SerialCollector if config.workers == "0" else Collector
         self.collector = make(
             self.spec, deadline_s=config.deadline_s, memory_mb=config.worker_memory_mb, check=interrupts.check
@@ -699,6 +700,13 @@ def _threads(config: Config) -> int:
     """Torch threads of an update: where workers work at the same time, the cores that they leave."""
     cores = usable_cores()
     return cores if config.mode == "sync" or config.workers == "0" else max(1, cores - config.n_workers)
+
+
+def _niceness(config: Config) -> int:
+    """By how much the workers' priority is lowered."""
+    if config.nice is not None or config.workers == "0":
+        return config.nice or 0
+    return NICE if config.mode != "sync" and usable_cores() <= config.n_workers else 0
 
 
 def _resolve_workers(config: Config) -> Config:
