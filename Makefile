@@ -8,10 +8,10 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser check test soak upstream quickstart resume
+.PHONY: help setup setup-browser game peers check test soak upstream quickstart quickstart-game resume resume-game
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## install .venv from requirements.lock, and the software-GL libraries; quick if they are there
 	@$(SET_UP)
@@ -20,15 +20,21 @@ setup:  ## install .venv from requirements.lock, and the software-GL libraries; 
 setup-browser:
 	@$(SET_UP) --browser
 
-check: setup  ## lint, check types, run the tests that start no process and simulate nothing
+game: setup  ## install the emulator for pi0.parallel: stable-retro with Airstriker, whose ROM is for non-commercial use
+	@$(SET_UP) --game
+
+peers:  ## install .venv-peers from requirements-peers.lock: Stable-Baselines3 and Atari, for benchmarks/parallel.py
+	@$(SET_UP) --torch cpu --peers
+
+check: game  ## lint, check types, run the tests that start no process and simulate nothing
 	$(LINT)
 	$(PYTEST) -m "not engine and not runs and not soak" $(ARGS)
 
-test: setup  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
+test: game  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
 	$(LINT)
 	$(PYTEST) $(ARGS)
 
-soak: setup-browser  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
+soak: setup-browser game  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
 	$(PYTEST) -m soak $(ARGS)
 
 # An environment of its own, of 1.3 GB: openpi asks for other versions. The check computes on the CPU.
@@ -41,3 +47,9 @@ quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table
 
 resume: setup  ## resume an interrupted quickstart
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)
+
+quickstart-game: game  ## train a policy for Airstriker by parallel PPO; table, curve, videos and report at the end
+	.venv/bin/python -m pi0.parallel.train_parallel --config_path configs/parallel_quickstart.yaml $(ARGS)
+
+resume-game: game  ## resume an interrupted quickstart-game
+	.venv/bin/python -m pi0.parallel.train_parallel --config_path configs/parallel_quickstart.yaml --resume $(ARGS)

@@ -1,8 +1,10 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--upstream]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream | --peers]
 
-With --upstream it makes .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py.
+With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel. With --upstream it makes
+.venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from
+requirements-peers.lock, for benchmarks/parallel.py.
 
 It runs with the system's Python before any package is installed, so it imports only the standard library. A second
 run with the same lock file does nothing; a run after an interrupted one continues where that one stopped.
@@ -43,6 +45,8 @@ class Environment(NamedTuple):
 
 PROJECT = Environment(ROOT / ".venv", ROOT / "requirements.lock")
 UPSTREAM = Environment(ROOT / ".venv-upstream", ROOT / "requirements-upstream.lock")  # needs no OpenGL
+PEERS = Environment(ROOT / ".venv-peers", ROOT / "requirements-peers.lock")
+GAME_LOCK = ROOT / "requirements-game.lock"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
 # The modules that a trainer, a rollout worker and a test import, some of them late.
 IMPORTS = """
@@ -190,13 +194,24 @@ def main():
     parser.add_argument(
         "--upstream", action="store_true", help="make .venv-upstream, an environment of openpi's PyTorch code"
     )
+    parser.add_argument(
+        "--peers", action="store_true", help="make .venv-peers, an environment of other projects' trainers"
+    )
+    parser.add_argument("--game", action="store_true", help="also the emulator for pi0.parallel (500 MB)")
     options = parser.parse_args()
-    environment = UPSTREAM if options.upstream else PROJECT
+    environment = UPSTREAM if options.upstream else PEERS if options.peers else PROJECT
     build = options.torch
     if build == "auto":
         build = "cuda" if has_nvidia_gpu() else "cpu"
 
     install_system_packages(environment, options.browser)
+    install_environment(environment, build)
+    if options.game:
+        install_game()
+
+
+def install_environment(environment, build):
+    """Install the packages of an environment's lock file, unless they are there."""
     lock_text = environment.lock.read_text()
     stamp = f"{hashlib.sha256(lock_text.encode()).hexdigest()} torch-{build}\n"
     if environment.stamp.exists() and environment.stamp.read_text() == stamp and environment.python.exists():
@@ -221,6 +236,20 @@ def main():
         compile_what_runs_import()
     environment.stamp.write_text(stamp)
     say(f"{environment.folder.name} is ready after {time.monotonic() - start:.0f} s")
+
+
+def install_game():
+    """Install the optional packages of the game into .venv, unless they are there."""
+    stamp = PROJECT.folder / "requirements-game.stamp"
+    lock = GAME_LOCK.read_text()
+    found = hashlib.sha256((PROJECT.stamp.read_text() + lock).encode()).hexdigest() + "\n"
+    if stamp.exists() and stamp.read_text() == found:
+        return
+    stamp.unlink(missing_ok=True)
+    requirements = re.findall(r"^[\w.-]+==\S+", lock, flags=re.MULTILINE)
+    say(f"installing {len(requirements)} packages from {GAME_LOCK.name}")
+    pip_or_stop(PROJECT, "--no-deps", *requirements)
+    stamp.write_text(found)
 
 
 if __name__ == "__main__":
