@@ -68,7 +68,7 @@ class Filled:
     """A slice that was filled.
 
     Attributes:
-        task: what was asked, without its state.
+        worker, number, buffer, steps: as in its `Task`.
         version: version of the weights that acted.
         state: where the next slice begins.
         episodes: the episodes that ended in it, in order.
@@ -85,9 +85,14 @@ class Filled:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+def stream_seed(seed: int, worker: int, generation: int) -> np.random.SeedSequence:
+    """What a worker's random stream begins from; `generation` counts its beginnings that continue nothing."""
+    return np.random.SeedSequence((seed, worker, generation))
+
+
 def new_stream(seed: int, worker: int, generation: int) -> np.random.Generator:
-    """The random stream of a worker; `generation` counts its beginnings that continue nothing."""
-    return np.random.default_rng(np.random.SeedSequence((seed, worker, generation)))
+    """The random stream of a worker, for `stream_seed`."""
+    return np.random.default_rng(stream_seed(seed, worker, generation))
 
 
 class Actor:
@@ -160,7 +165,9 @@ class Actor:
         """
         if self._at != (task.worker, task.number):
             if task.state is None:
-                raise RuntimeError(f"this worker is at {self._at}, not at slice {task.number} of {task.worker}")
+                raise RuntimeError(
+                    f"this worker is at {self._at}, not at slice {task.number} of {task.worker}"
+                )
             self.restore(task.state)
         self._load(task.version)
         started = time.perf_counter()
@@ -217,7 +224,14 @@ class Actor:
         self._at = worker, task.number + 1
         seconds = {"game": playing, "policy": thinking, "all": clock() - started}
         return Filled(
-            worker, task.number, buffer, task.steps, self._version or 0, self.state(), tuple(episodes), seconds
+            worker,
+            task.number,
+            buffer,
+            task.steps,
+            self._version or 0,
+            self.state(),
+            tuple(episodes),
+            seconds,
         )
 
     def play(self, episodes: int, greedy: bool, random: np.random.Generator) -> list[Episode]:

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from pi0.base.errors import InputError, MachineError
 from pi0.parallel.actor import Filled, Task
-from pi0.parallel.slices import WEIGHT_BUFFERS, Layout
+from pi0.parallel.slices import WEIGHT_BUFFERS
 from pi0.parallel.worker import Player, PlayerSpec
 from pi0.workers.arrays import arrays_in, nbytes
 from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool
@@ -220,7 +220,9 @@ class SerialCollector(Collector):
         self._check()
         if not self._waiting:
             return None
-        with threadpool_limits(1, "blas"):  # a worker has one thread, and another number could give other bits
+        with threadpool_limits(
+            1, "blas"
+        ):  # a worker has one thread, and another number could give other bits
             filled = self._player.fill(self._waiting.popleft())
         self._take(filled)
         return filled

@@ -123,7 +123,8 @@ def resolve(name: str, retro: Any) -> str:
     environments = [each for each in gymnasium.registry if not each.startswith("GymV")]
     near = difflib.get_close_matches(name, [*known, *environments], 4, 0.5)
     raise InputError(
-        f"game = {name!r}: there is no such game" + (f"; did you mean {', '.join(near)}?" if near else "")
+        f"game = {name!r}: there is no such game"
+        + (f"; did you mean {', '.join(near)}?" if near else "")
         + " A gymnasium environment is named by its id, one of another package as package.module:ID"
     )
 
@@ -296,8 +297,10 @@ class GymGame:
 
     def screen(self) -> np.ndarray:
         """The last image that the policy saw, in colour where the environment has it."""
-        return np.broadcast_to(self._last, (*self._last.shape[:2], 3)) if self._last.ndim == 3 else (
-            np.repeat(self._last[..., None], 3, -1)
+        return (
+            np.broadcast_to(self._last, (*self._last.shape[:2], 3))
+            if self._last.ndim == 3
+            else (np.repeat(self._last[..., None], 3, -1))
         )
 
     def close(self) -> None:
@@ -329,7 +332,11 @@ def _image_key(spec: GameSpec, space: gymnasium.Space, path: tuple[str, ...] = (
         return [path] if is_image else []
 
     found = images(space, ())
-    chosen = [path for path in found if spec.image is None or "/".join(path) == spec.image or path[-1:] == (spec.image,)]
+    chosen = [
+        path
+        for path in found
+        if spec.image is None or "/".join(path) == spec.image or path[-1:] == (spec.image,)
+    ]
     if not chosen:
         there = ", ".join("/".join(path) for path in found) or "no images, uint8 [height, width, 1 or 3]"
         wanted = "" if spec.image is None else f"image = {spec.image!r}: "
@@ -343,7 +350,9 @@ def _action_table(name: str, space: gymnasium.Space) -> Sequence[Any]:
     if isinstance(space, spaces.Discrete):
         return [int(space.start) + action for action in range(int(space.n))]
     if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
-        sizes = space.nvec.ravel() if isinstance(space, spaces.MultiDiscrete) else [2] * int(np.prod(space.shape))
+        sizes = (
+            space.nvec.ravel() if isinstance(space, spaces.MultiDiscrete) else [2] * int(np.prod(space.shape))
+        )
         if np.prod(np.asarray(sizes, float)) <= 1024:
             ranges = (range(int(size)) for size in sizes)
             return [np.array(each, space.dtype).reshape(space.shape) for each in itertools.product(*ranges)]

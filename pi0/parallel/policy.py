@@ -23,7 +23,11 @@ def shapes(actions: int) -> dict[str, tuple[int, ...]]:
     named: dict[str, tuple[int, ...]] = {}
     for number, (inputs, outputs, kernel, _) in enumerate(_CONVOLUTIONS, 1):
         named |= {f"conv{number}.weight": (outputs, inputs, kernel, kernel), f"conv{number}.bias": (outputs,)}
-    for name, inputs, outputs in (("hidden", 64 * 7 * 7, _FEATURES), ("actor", _FEATURES, actions), ("critic", _FEATURES, 1)):
+    for name, inputs, outputs in (
+        ("hidden", 64 * 7 * 7, _FEATURES),
+        ("actor", _FEATURES, actions),
+        ("critic", _FEATURES, 1),
+    ):
         named |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
     return named
 

@@ -114,9 +114,7 @@ class PPOAgent:
         generator: draws the order of the minibatches.
     """
 
-    def __init__(
-        self, network: ActorCritic, settings: PPOSettings, lr: float, generator: torch.Generator
-    ):
+    def __init__(self, network: ActorCritic, settings: PPOSettings, lr: float, generator: torch.Generator):
         self.network = network
         self.settings = settings
         self.lr = lr
@@ -124,20 +122,24 @@ class PPOAgent:
         self.device = next(network.parameters()).device
         self.optimizer = torch.optim.Adam(network.parameters(), lr=lr, eps=1e-5, fused=True)
 
-    def stacks(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        """The observations of some rows, uint8 [B, 4, 84, 84] on the device."""
-        return batch.frames[batch.stacks[rows]].to(self.device, non_blocking=True)
+    def evaluate(
+        self, frames: torch.Tensor, stacks: torch.Tensor, actions: torch.Tensor | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of actions (0 without any) and values under the present weights, float32 [N].
 
-    def evaluate(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities of the actions and values under the present weights, float32 [N]."""
+        Args:
+            frames, stacks, actions: as in `Batch`.
+        """
         logs, values = [], []
         with torch.inference_mode():
-            for rows in torch.arange(len(batch)).split(EVALUATE_AT_ONCE):
-                logits, value = self.network(self.stacks(batch, rows))
-                chosen = logits.log_softmax(-1).gather(-1, batch.actions[rows, None].to(self.device))
-                logs.append(chosen.squeeze(-1).cpu())
+            for rows in torch.arange(len(stacks)).split(EVALUATE_AT_ONCE):
+                logits, value = self.network(self._observations(frames, stacks[rows]))
+                if actions is not None:
+                    chosen = actions[rows, None].to(self.device)
+                    logs.append(logits.log_softmax(-1).gather(-1, chosen).squeeze(-1).cpu())
                 values.append(value.cpu())
-        return torch.cat(logs).numpy(), torch.cat(values).numpy()
+        found = torch.cat(logs).numpy() if logs else np.zeros(len(stacks), np.float32)
+        return found, torch.cat(values).numpy()
 
     def update(
         self,
@@ -162,10 +164,11 @@ class PPOAgent:
             for rows in order.split(settings.minibatch):
                 if len(rows) < 2:  # a single advantage cannot be normalised
                     continue
-                logits, values = self.network(self.stacks(batch, rows))
-                of_rows = (batch.actions, batch.log_probs, batch.advantages, batch.returns, batch.values)
-                parts = [part[rows].to(self.device) for part in of_rows]
-                loss = ppo_loss(logits, values, *parts, settings)
+                logits, values = self.network(self._observations(batch.frames, batch.stacks[rows]))
+                names = ("actions", "log_probs", "advantages", "returns")
+                parts = {name: getattr(batch, name)[rows].to(self.device) for name in names}
+                old_values = batch.values[rows].to(self.device)
+                loss = ppo_loss(logits, values, **parts, old_values=old_values, settings=settings)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.total.backward()
                 norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.grad_norm)
@@ -173,10 +176,19 @@ class PPOAgent:
                 if finite:
                     self.optimizer.step()
                     named = {"loss": loss.total, "policy_loss": loss.policy, "value_loss": loss.value}
-                    named |= {"entropy": loss.entropy, "kl": loss.kl, "clipped": loss.clipped, "grad_norm": norm}
+                    named |= {
+                        "entropy": loss.entropy,
+                        "kl": loss.kl,
+                        "clipped": loss.clipped,
+                        "grad_norm": norm,
+                    }
                     for name, value in named.items():
                         sums[name] = sums.get(name, 0.0) + value.item()
                     steps += 1
                 bad += not finite
                 between(finite)
         return {name: total / steps for name, total in sums.items()} | {"updates": steps, "bad_updates": bad}
+
+    def _observations(self, frames: torch.Tensor, stacks: torch.Tensor) -> torch.Tensor:
+        """Stacks of frames, uint8 [B, 4, 84, 84], on the device."""
+        return frames[stacks].to(self.device, non_blocking=True)

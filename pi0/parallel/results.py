@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Scorer:
         )
         self._version = 0
 
-    def __enter__(self) -> Scorer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +65,8 @@ class Scorer:
         Returns:
             "sampled" and "greedy", each with `scores`, and under `episode` the middle one of the sampled.
         """
-        episodes, result = self._config.evaluation_episodes, {}
+        episodes = self._config.evaluation_episodes
+        result: dict[str, Any] = {}
         self._version += 2  # always the same buffer
         arrays = self._pool.common
         arrays["weights"][0] = weights

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from pi0.base import typed_yaml
 from pi0.base.errors import run_command
@@ -38,7 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, str]:
     keys = typed_yaml.describe_keys(Config)
     for description in keys:
         names = dict.fromkeys([f"--{description.name}", f"--{description.name.replace('_', '-')}"])
-        flag = {"nargs": "?", "const": "true"} if description.type is bool else {}
+        flag: dict[str, Any] = {"nargs": "?", "const": "true"} if description.type is bool else {}
         parser.add_argument(*names, dest=description.name, metavar="VALUE", help=argparse.SUPPRESS, **flag)
     options = vars(parser.parse_args(arguments))
     overrides = []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,16 +17,18 @@ from pi0.base.errors import InputError, Outputs
 from pi0.base.progress import Bar, progress
 from pi0.parallel import config as configuration
 from pi0.parallel import worker
-from pi0.parallel.actor import NEWEST, Episode, Filled
+from pi0.parallel.actor import NEWEST, Filled
+from pi0.parallel.batches import explained_variance, make_batch
+from pi0.parallel.collected import Progress
 from pi0.parallel.collector import Collector, SerialCollector, SliceError
 from pi0.parallel.config import Config, make_config, to_dict
 from pi0.parallel.games import GameSpec, parse_options
 from pi0.parallel.machine_load import WARN_MEMORY, CpuMeter, choose_workers, memory_percent, require_memory
 from pi0.parallel.metrics import METRICS
 from pi0.parallel.network import ActorCritic, default_precision
-from pi0.parallel.ppo import Batch, PPOAgent, PPOSettings
+from pi0.parallel.ppo import PPOAgent, PPOSettings
 from pi0.parallel.results import Scorer, write_results
-from pi0.parallel.returns import gae, vtrace
+from pi0.parallel.shares import priorities
 from pi0.parallel.slices import Layout
 from pi0.report.html_report import write_html_report
 from pi0.training.interrupts import Interrupted, Interrupts
@@ -39,90 +40,12 @@ from pi0.training.safeguards import Safeguards
 from pi0.training.state import States, Weights
 from pi0.workers.pool import usable_cores
 
-RECENT = 100  # episodes of the score that is shown
 BUFFERS = {"sync": 1, "overlap": 2, "async": 3}  # slices of a worker that there is room for
 NICE = 15  # a trainer beside eight workers on two cores then has most of a core
 PATIENCE_S = 10.0  # how long an update may go on after a request to stop
 
 
-class Progress:
-    """What has been collected until now, as a part of a checkpoint; everything that decides what is asked for next.
-
-    Attributes:
-        states, numbers: where each worker's next slice begins, and how many it has filled.
-        generations: how often each worker has begun without continuing anything.
-        behaviour: the weights with which the slices were asked for that the next update learns from; None: the
-            newest.
-        episodes, steps: collected, of all workers.
-        scores: the last raw scores, oldest first, as (worker, score).
-        best: the episode with the best score.
-        dropped: slices that were too old to learn from.
-    """
-
-    def __init__(self, workers: int):
-        self.states: list[Mapping[str, Any]] = []
-        self.numbers = [0] * workers
-        self.generations = [0] * workers
-        self.behaviour: np.ndarray | None = None
-        self.episodes = self.steps = self.dropped = 0
-        self.scores: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        self.best: Episode | None = None
-
-    def take(self, filled: Filled) -> None:
-        """Count a slice."""
-        self.steps += filled.steps
-        for episode in filled.episodes:
-            self.episodes += 1
-            self.scores.append((filled.worker, episode.score))
-            if self.best is None or episode.score > self.best.score:
-                self.best = episode
-
-    @property
-    def score(self) -> float | None:
-        """Mean raw score of the last episodes; None before the first has ended."""
-        return float(np.mean([score for _, score in self.scores])) if self.scores else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of plain values and tensors."""
-        best = self.best
-        return {
-            "states": [{name: _plain(value) for name, value in state.items()} for state in self.states],
-            "numbers": list(self.numbers),
-            "generations": list(self.generations),
-            "behaviour": None if self.behaviour is None else torch.from_numpy(self.behaviour),
-            "counts": [self.episodes, self.steps, self.dropped],
-            "scores": [list(pair) for pair in self.scores],
-            "best": best and {name: _plain(value) for name, value in vars(best).items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.states = [{name: _restored(value) for name, value in each.items()} for each in state["states"]]
-        self.numbers, self.generations = list(state["numbers"]), list(state["generations"])
-        self.behaviour = None if state["behaviour"] is None else state["behaviour"].numpy()
-        self.episodes, self.steps, self.dropped = state["counts"]
-        self.scores = deque(((number, score) for number, score in state["scores"]), maxlen=RECENT)
-        best = state["best"]
-        self.best = best and Episode(**{name: _restored(value) for name, value in best.items()})
-
-    def join_state_dicts(self, states: list[dict], place: Any) -> None:
-        """There is one process that learns."""
-        raise NotImplementedError
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return torch.from_numpy(np.frombuffer(value, np.uint8).copy())
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
-
-def _restored(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.numpy().tobytes() if value.ndim == 1 else value.numpy()
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Safety:
     """The settings of checkpoints as `Safeguards` calls them."""
 
@@ -185,7 +108,10 @@ class ParallelTrainer:
         return trainer
 
     def train(
-        self, max_episodes: int | None = None, max_steps: int | None = None, update_interval: int | None = None
+        self,
+        max_episodes: int | None = None,
+        max_steps: int | None = None,
+        update_interval: int | None = None,
     ) -> Path:
         """Train until so many episodes, or `max_updates` updates, are done; returns the run's folder.
 
@@ -203,7 +129,9 @@ class ParallelTrainer:
         interrupts = Interrupts()
         interrupts.install()
         config = self.config = _resolve_workers(config)
-        spec = GameSpec(config.game, config.state, config.skip, parse_options(config.game_options), config.image)
+        spec = GameSpec(
+            config.game, config.state, config.skip, parse_options(config.game_options), config.image
+        )
         actions = worker.count_actions(spec)
         set_seed(config.seed)
         place = (config.output_dir, config.exp_name, to_dict(config))
@@ -240,7 +168,6 @@ class _Run:
         self.collector = make(
             self.spec, deadline_s=config.deadline_s, memory_mb=config.worker_memory_mb, check=interrupts.check
         )
-        self.frames = torch.from_numpy(self.collector.arrays["frames"])
         safety = _Safety(
             config.max_updates or 0,
             config.save_interval,
@@ -265,7 +192,7 @@ class _Run:
         self.pending: list[Filled] = []
         self._respawns_told = 0
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -300,7 +227,13 @@ class _Run:
             self.state.facts["after"] = scorer.score(self.agent.network.flat(), "after")
             seconds = time.monotonic() - self.started
             self.outputs.write(
-                "results.json", write_results, self.run_dir, config, self.state.facts, self.state.history, seconds
+                "results.json",
+                write_results,
+                self.run_dir,
+                config,
+                self.state.facts,
+                self.state.history,
+                seconds,
             )
             if config.render:
                 self.outputs.write("videos", scorer.film, self.run_dir, self.progress.best, self.state.facts)
@@ -401,7 +334,7 @@ class _Run:
         workers = schedule[min(len(schedule) - 1, int(done * len(schedule)))]
         shares = np.ones(workers)
         if config.priority:
-            shares = _priorities(self.progress.scores, workers)
+            shares = priorities(self.progress.scores, workers)
         ends = np.round(np.cumsum(shares) * config.update_interval / workers).astype(int)
         return {number: int(steps) for number, steps in enumerate(np.diff(ends, prepend=0))}
 
@@ -431,54 +364,6 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------- learning
 
-    def _batch(self, slices: Sequence[Filled]) -> Batch:
-        """The transitions of slices, one after another, with their advantages."""
-        config, arrays, layout = self.config, self.collector.arrays, self.spec.layout
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("stacks", "actions", "log_probs", "values")}
-        for filled in slices:
-            at, own = (filled.buffer, filled.worker), slice(filled.steps)
-            ages = arrays["ages"][at][: filled.steps + 1]
-            columns["stacks"].append(layout.stacks(*at, ages))
-            for name in ("actions", "log_probs", "values"):
-                columns[name].append(arrays[name][at][own].copy())
-        after = [stacks[-1:] for stacks in columns["stacks"]]
-        stacks = np.concatenate([stacks[:-1] for stacks in columns["stacks"]])
-        joined = {name: np.concatenate(columns[name]) for name in ("actions", "log_probs", "values")}
-        zeros = torch.zeros(len(stacks))
-        whole = Batch(
-            self.frames,
-            torch.from_numpy(stacks),
-            *(torch.from_numpy(joined[name]) for name in ("actions", "log_probs")),
-            zeros,
-            zeros,
-            torch.from_numpy(joined["values"]),
-        )
-        if config.mode == "async":
-            now_logs, now_values = self.agent.evaluate(whole)
-            ends = Batch(self.frames, torch.from_numpy(np.concatenate(after)), *[torch.zeros(len(after)).long()] * 5)
-            last_values = self.agent.evaluate(ends)[1]
-            log_ratios = now_logs - joined["log_probs"]
-            whole = replace(whole, values=torch.from_numpy(now_values))
-        advantages, returns, start = [], [], 0
-        for number, filled in enumerate(slices):
-            at, own = (filled.buffer, filled.worker), slice(filled.steps)
-            rewards = np.sign(arrays["rewards"][at][own])
-            ends_of = arrays["ended"][at][own], arrays["bootstraps"][at][own]
-            rows = slice(start, start + filled.steps)
-            if config.mode == "async":
-                given = (rewards, now_values[rows], *ends_of, float(last_values[number]), log_ratios[rows])
-                found = vtrace(*given, config.gamma, config.gae_lambda)
-            else:
-                given = (rewards, joined["values"][rows], *ends_of, float(arrays["last_values"][at]))
-                found = gae(*given, config.gamma, config.gae_lambda)
-            advantages.append(found[0])
-            returns.append(found[1])
-            start += filled.steps
-        advantage = torch.from_numpy(np.concatenate(advantages))
-        if config.shuffle_advantages:
-            advantage = advantage[torch.randperm(len(advantage), generator=self.agent.generator)]
-        return replace(whole, advantages=advantage, returns=torch.from_numpy(np.concatenate(returns)))
-
     def _learn(
         self,
         slices: Sequence[Filled],
@@ -488,7 +373,7 @@ class _Run:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, Any] | None:
         """An update; returns its metrics, or None if it failed and the run has returned to a checkpoint."""
-        step, progress_ = self.state.step, self.progress
+        config, step, progress_ = self.config, self.state.step, self.progress
         noticed: list[float] = []
 
         def between(finite: bool) -> None:
@@ -501,7 +386,7 @@ class _Run:
                     raise Interrupted
 
         before = time.monotonic()
-        batch = self._batch(slices)
+        batch = make_batch(slices, self.spec.layout, self.collector.arrays, self.agent, config)
         prepared = time.monotonic()
         self.state.begin_update()
         try:
@@ -519,7 +404,7 @@ class _Run:
         episodes = [episode for filled in slices for episode in filled.episodes]
         scores = [episode.score for episode in episodes]
         seconds = updated - began
-        explained = _explained_variance(batch.values.numpy(), batch.returns.numpy())
+        explained = explained_variance(batch)
         return {
             "step": step,
             "seconds": updated - self.started,
@@ -527,7 +412,9 @@ class _Run:
             "transitions": len(batch),
             "episodes": progress_.episodes,
             "finished": len(episodes),
-            "score": {"mean": float(np.mean(scores)), "min": min(scores), "max": max(scores)} if scores else None,
+            "score": {"mean": float(np.mean(scores)), "min": min(scores), "max": max(scores)}
+            if scores
+            else None,
             "recent_score": progress_.score,
             "best_score": progress_.best.score if progress_.best else None,
             "episode_steps": float(np.mean([episode.length for episode in episodes])) if episodes else None,
@@ -537,12 +424,19 @@ class _Run:
             "lag": step - min(filled.version for filled in slices),
             "dropped": progress_.dropped,
             "workers": len(slices),
-            "worker_episodes": [sum(f.worker == n for f in slices for _ in f.episodes) for n in range(self.config.n_workers)],
+            "worker_episodes": [
+                sum(f.worker == n for f in slices for _ in f.episodes) for n in range(self.config.n_workers)
+            ],
             "worker_seconds": {
-                name: float(np.mean([filled.seconds[name] for filled in slices])) for name in ("game", "policy", "all")
+                name: float(np.mean([filled.seconds[name] for filled in slices]))
+                for name in ("game", "policy", "all")
             },
-            "phases": {"wait": waited, "batch": prepared - before, "update": updated - prepared,
-                       "other": max(0.0, seconds - waited - (updated - before))},
+            "phases": {
+                "wait": waited,
+                "batch": prepared - before,
+                "update": updated - prepared,
+                "other": max(0.0, seconds - waited - (updated - before)),
+            },
         }
 
     # ---------------------------------------------------------------------------------------- the end of an update
@@ -665,35 +559,6 @@ def _longest_slice(config: Config) -> int:
     fewest = min([config.n_workers, *config.workers_schedule])
     longest = -(-config.update_interval // fewest)
     return 2 * longest + 1 if config.priority else longest
-
-
-def _priorities(scores: Sequence[tuple[int, float]], workers: int) -> np.ndarray:
-    """Share of the steps of each worker, with mean 1: by its mean score in the last episodes, from 0.5 to 2."""
-    means = np.array([
-        np.mean([score for number, score in scores if number == worker] or [np.nan]) for worker in range(workers)
-    ])
-    if np.isnan(means).all():
-        return np.ones(workers)
-    means = np.where(np.isnan(means), np.nanmean(means), means)
-    spread = means.max() - means.min()
-    if spread == 0:
-        return np.ones(workers)
-    shares = 0.5 + 1.5 * (means - means.min()) / spread  # 0.5 to 2
-    return _with_mean_one(shares)
-
-
-def _with_mean_one(shares: np.ndarray) -> np.ndarray:
-    """Scale shares to a mean of 1, and keep each from 0.5 to 2."""
-    low, high = 0.0, 4.0
-    for _ in range(60):  # the mean rises with the factor
-        factor = (low + high) / 2
-        low, high = (factor, high) if np.clip(factor * shares, 0.5, 2).mean() < 1 else (low, factor)
-    return np.clip(high * shares, 0.5, 2)
-
-
-def _explained_variance(values: np.ndarray, returns: np.ndarray) -> float | None:
-    variance = float(np.var(returns))
-    return None if variance == 0 else 1 - float(np.var(returns - values)) / variance
 
 
 def _threads(config: Config) -> int:

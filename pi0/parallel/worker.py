@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pi0.parallel.actor import Actor, Episode, Filled, Task, begin, new_stream
+from pi0.parallel.actor import NEWEST, Actor, Episode, Filled, Task, begin, new_stream, stream_seed
 from pi0.parallel.games import Game, GameSpec, make_game
 from pi0.parallel.slices import Layout
 
@@ -26,7 +26,7 @@ class PlayerSpec:
         layout: the shared memory.
         max_steps, idle: as for `Actor`.
         nice: by how much its priority is lowered.
-        bad_seed: every worker gets the same stream, to show that this is found.
+        one_stream: every worker gets the same stream, to show that this is found.
     """
 
     game: GameSpec
@@ -34,7 +34,7 @@ class PlayerSpec:
     max_steps: int
     idle: int
     nice: int = 0
-    bad_seed: bool = False
+    one_stream: bool = False
 
 
 class Player:
@@ -46,7 +46,9 @@ class Player:
         random: not used: a worker's streams depend on the run's seed and its number alone, whoever replaces it.
     """
 
-    def __init__(self, spec: PlayerSpec, arrays: Mapping[str, np.ndarray], random: np.random.Generator | None = None):
+    def __init__(
+        self, spec: PlayerSpec, arrays: Mapping[str, np.ndarray], random: np.random.Generator | None = None
+    ):
         cv2.setNumThreads(1)  # processes are the parallelism
         if spec.nice:
             os.nice(spec.nice)
@@ -57,7 +59,7 @@ class Player:
 
     def begin(self, seed: int, worker: int, generation: int) -> Mapping[str, Any]:
         """Begin a worker's first episode; returns the state before its first slice."""
-        stream = new_stream(seed, 0 if self._spec.bad_seed else worker, generation)
+        stream = new_stream(seed, 0 if self._spec.one_stream else worker, generation)
         return self._actor(worker).begin(worker, stream)
 
     def fill(self, task: Task) -> Filled:
@@ -79,14 +81,18 @@ class Player:
                 screens.append(game.screen().copy())
         return screens
 
-    def look(self, steps: int, seed: int, worker: int) -> tuple[list[int], np.ndarray]:
-        """What a worker does and sees in its first steps under the newest weights: actions, and frames."""
+    def look(self, steps: int, draws: int, seed: int, worker: int) -> tuple[int, bytes, bytes, bytes]:
+        """What a worker has and does under the newest weights: the seed of its stream, the stream's first numbers, its
+        first actions and the frames that it sees."""
+        whose = 0 if self._spec.one_stream else worker
+        seed_of_stream = int(stream_seed(seed, whose, 0).generate_state(1, np.uint64)[0])
+        numbers = new_stream(seed, whose, 0).random(draws)
         self.begin(seed, worker, 0)
-        task = Task(worker, 0, 0, steps, -1)
-        self.fill(task)
+        self.fill(Task(worker, 0, 0, steps, NEWEST))
         first = self._spec.layout.first_frame(0, worker)
-        frames = self._arrays["frames"][first : first + steps].copy()
-        return self._arrays["actions"][0, worker, :steps].tolist(), frames
+        frames = self._arrays["frames"][first : first + steps]
+        actions = self._arrays["actions"][0, worker, :steps]
+        return seed_of_stream, numbers.tobytes(), actions.tobytes(), frames.tobytes()
 
     def report(self) -> dict[str, float]:
         """Memory of this process, MB, and the CPU time that it has used, s."""
@@ -128,10 +134,6 @@ def count_actions(spec: GameSpec) -> int:
         game.close()
 
 
-
-
-def worker_process(
-    spec: PlayerSpec, arrays: Mapping[str, np.ndarray], random: np.random.Generator
-) -> Player:
+def worker_process(spec: PlayerSpec, arrays: Mapping[str, np.ndarray], random: np.random.Generator) -> Player:
     """What runs in a worker process (`pi0.workers.serve` calls it): a `Player`, which answers the trainer's calls."""
     return Player(spec, arrays, random)
