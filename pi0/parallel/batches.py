@@ -71,9 +71,7 @@ def make_batch(
         lasts = [arrays["last_values"][each.buffer, each.worker] for each in slices]
         found = [
             gae(reward, value, ended, bootstraps, float(last), config.gamma, config.gae_lambda)
-            for (reward, ended, bootstraps), value, last in zip(
-                given, column("values"), last_values, strict=True
-            )
+            for (reward, ended, bootstraps), value, last in zip(given, column("values"), lasts, strict=True)
         ]
     advantages, returns = (torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True))
     if config.shuffle_advantages:

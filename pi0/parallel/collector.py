@@ -180,6 +180,8 @@ class Collector:
         task = self._asked[worker]
         self._failures[worker] += 1
         self.respawns.append(str(failure))
+        if not isinstance(failure, Loss):  # it lives on, but nobody knows in what state
+            self._pool.lose(worker, "raised an error")
         if self._failures[worker] == ATTEMPTS:
             del self._asked[worker]
             raise SliceError(

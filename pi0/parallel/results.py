@@ -119,6 +119,8 @@ def format_mean(scores: Sequence[float]) -> str:
     """A mean as text: "212.0 (95% interval 180.3 to 243.7, 20 episodes)"."""
     if not len(scores):
         return "no episodes"
+    if len(scores) == 1:
+        return f"{scores[0]:.1f} (1 episode)"
     mean, low, high = mean_interval(scores)
     return f"{mean:.1f} (95% interval {low:.1f} to {high:.1f}, {len(scores)} episodes)"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,11 +140,14 @@ class ParallelTrainer:
             self.run_dir = run_to_resume(self._resume, *place, configuration.fixed())
         else:
             self.run_dir = new_run_dir(*place)
-        take_run(self.run_dir, to_dict(config))
+        lock = take_run(self.run_dir, to_dict(config))
         print(f"training started: {config.n_workers} workers play {config.game}, writing to {self.run_dir}")
-        with _Run(config, self.run_dir, spec, actions, interrupts) as run:
-            self.agent = run.agent
-            run.train(resume=bool(self._resume))
+        try:
+            with _Run(config, self.run_dir, spec, actions, interrupts) as run:
+                self.agent = run.agent
+                run.train(resume=bool(self._resume))
+        finally:
+            os.close(lock)
         return self.run_dir
 
 
@@ -284,6 +288,19 @@ class _Run:
             self.pending.append(filled)
             ask(filled.worker)
 
+        def release(slices: list[Filled]) -> None:
+            for filled in slices:
+                free[filled.worker].append(filled.buffer)
+            for number in sorted({filled.worker for filled in slices} - self.collector.workers_asked):
+                ask(number)
+
+        def drop_old() -> None:
+            oldest = self.state.step - config.max_policy_lag
+            old = [filled for filled in self.pending if filled.version < oldest]
+            self.pending = [filled for filled in self.pending if filled.version >= oldest]
+            self.progress.dropped += len(old)
+            release(old)
+
         def take_what_is_there() -> None:
             while (filled := self.collector.next_filled(0.0)) is not None:
                 take(filled)
@@ -292,24 +309,16 @@ class _Run:
             ask(number)
         while not self._finished():
             began, share_left = time.monotonic(), self._share_left()
+            drop_old()
             while sum(filled.steps for filled in self.pending) < config.min_batch_size:
                 arrived = self.collector.next_filled()
-                assert arrived is not None, "every worker is busy, or its slices fill the batch"
+                assert arrived is not None, "a worker that fills no slice has filled the batch"
                 take(arrived)
-                oldest = self.state.step - config.max_policy_lag
-                for old in [each for each in self.pending if each.version < oldest]:
-                    self.progress.dropped += 1
-                    self.pending.remove(old)
-                    free[old.worker].append(old.buffer)
-                    if free[old.worker] and old.worker not in self.collector.workers_asked:
-                        ask(old.worker)
+                drop_old()
             waited = time.monotonic() - began
             learned, self.pending = self.pending, []
             metrics = self._learn(learned, share_left, waited, began, take_what_is_there)
-            for filled in learned:
-                free[filled.worker].append(filled.buffer)
-            for number in sorted({filled.worker for filled in learned} - self.collector.workers_asked):
-                ask(number)
+            release(learned)
             if metrics is None:
                 self.collector.publish(self.agent.network.flat(), self.state.step)
                 continue

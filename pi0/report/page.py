@@ -52,6 +52,7 @@ def build_page(record: RunRecord, pictures: Sequence[Picture]) -> str:
     parts = [
         _header(record, state),
         _headline(record),
+        _results(record),
         f'<div class="plots">{figures}</div>',
         _tasks_table(record),
         _steps_table(record),
@@ -183,6 +184,12 @@ def _gained_and_lost(results: Row) -> str:
         return ""
     pair = paired_difference([first for first, _ in ran], [second for _, second in ran])
     return f"; {pair.gained} gained and {pair.lost} lost of {pair.n} on the same states and noise"
+
+
+def _results(record: RunRecord) -> str:
+    """The table that the trainer has written into results.json, its first row as the head."""
+    head, *rows = record.results.get("table", [[]])
+    return _card("Results", _table(head, rows), "wide") if rows else ""
 
 
 def _tasks_table(record: RunRecord) -> str:

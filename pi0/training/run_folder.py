@@ -120,13 +120,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     )
 
 
-def take_run(run_dir: Path, config: dict[str, Any]) -> None:
-    """Lock a run's folder for this process until it ends, and write its configuration into the folder.
+def take_run(run_dir: Path, config: dict[str, Any]) -> int:
+    """Lock a run's folder for this process, and write its configuration into the folder.
+
+    Returns the lock's descriptor, with which the lock ends: when it is closed, or with the process.
 
     Raises:
         OutputError: another process has taken it, or the folder cannot be written.
     """
-    lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)  # open until the process ends
+    lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -135,6 +137,7 @@ def take_run(run_dir: Path, config: dict[str, Any]) -> None:
             f"another process writes to {run_dir}; stop it first, or choose another exp_name"
         ) from error
     _write_config(run_dir, config)
+    return lock
 
 
 def _write_config(run_dir: Path, config: dict[str, Any]) -> None:

@@ -1,0 +1,432 @@
+"""Whole runs of `pi0.parallel`: the same numbers whatever the processes do, checkpoints, resume, faults, results."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
+from pi0.parallel import trainer as trainer_module
+from pi0.parallel.trainer import ParallelTrainer
+
+pytestmark = pytest.mark.engine
+DOT = "tests.support.games:Dot-v0"
+SMALL = {
+    "n_workers": 2,
+    "update_interval": 64,
+    "max_updates": 5,
+    "max_episodes": 100_000,
+    "evaluation_episodes": 0,
+    "save_interval": 2,
+    "threads": 1,
+    "idle": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A trainer receives the signals of its process."""
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    }
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def make_trainer(folder: Path, resume: str = "", **settings) -> ParallelTrainer:
+    logging = trainer_module.Config().logging
+    logging.use_wandb = False
+    return ParallelTrainer(
+        resume=resume, output_dir=str(folder), logging=logging, **{**SMALL, "game": DOT, **settings}
+    )
+
+
+def weights(run_dir: Path, step: int = 5) -> dict[str, np.ndarray]:
+    return load_file(run_dir / "checkpoints" / f"step-{step:06d}" / "policy.safetensors")
+
+
+def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def children() -> list[int]:
+    """Worker processes of this process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (path / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == os.getpid() and b"pi0.workers.serve" in command:
+            found.append(int(path.name))
+    return found
+
+
+# The same numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["sync", "overlap"])
+@pytest.mark.parametrize("game", [DOT, "Airstriker-Genesis-v0"])
+def test_workers_in_this_process_give_the_same_bits(tmp_path, mode, game):
+    parallel = make_trainer(tmp_path / "parallel", mode=mode, game=game).train()
+    serial = make_trainer(tmp_path / "serial", mode=mode, game=game, workers="0").train()
+    assert same(weights(parallel), weights(serial))
+    assert not same(weights(parallel), weights(parallel, 0)), "they have learned"
+
+
+def test_priorities_exploration_and_a_schedule_give_the_same_bits(tmp_path):
+    settings = {"n_workers": 3, "workers_schedule": [3, 2], "priority": True, "exploration": [0.3, 0.1]}
+    settings |= {"update_interval": 120, "max_steps": 7}
+    parallel = make_trainer(tmp_path / "parallel", **settings).train()
+    serial = make_trainer(tmp_path / "serial", workers="0", **settings).train()
+    assert same(weights(parallel), weights(serial))
+    found = rows(parallel)
+    assert [row["workers"] for row in found] == [3, 3, 3, 2, 2]
+    assert {row["transitions"] for row in found} == {120}
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    assert not same(
+        weights(make_trainer(tmp_path / "a").train()), weights(make_trainer(tmp_path / "b", seed=1).train())
+    )
+
+
+def test_the_lag_is_one_in_overlap_and_none_in_sync(tmp_path):
+    assert [row["lag"] for row in rows(make_trainer(tmp_path / "a").train())] == [0, 1, 1, 1, 1]
+    assert [row["lag"] for row in rows(make_trainer(tmp_path / "b", mode="sync").train())] == [0] * 5
+
+
+def test_a_slow_trainer_keeps_the_lag_within_its_limit_in_async(tmp_path, monkeypatch):
+    update = trainer_module.PPOAgent.update
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        return update(*arguments)
+
+    monkeypatch.setattr(trainer_module.PPOAgent, "update", slow)
+    trainer = make_trainer(
+        tmp_path, mode="async", min_batch_size=32, max_policy_lag=1, n_workers=4, max_updates=12, epochs=1
+    )
+    found = rows(trainer.train())
+    assert len(found) == 12
+    assert {row["lag"] for row in found} <= {0, 1}
+    assert all(row["transitions"] >= 32 for row in found)
+
+
+# Checkpoints and resume -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["sync", "overlap"])
+def test_a_resumed_run_gives_the_same_bits_in_the_middle_of_episodes(tmp_path, mode):
+    settings = {"mode": mode, "game": "Airstriker-Genesis-v0"}
+    whole = make_trainer(tmp_path / "whole", **settings).train()
+    part = make_trainer(tmp_path / "part", **settings, max_updates=5)
+    stop_after(part, 2)
+    with pytest.raises(trainer_module.Stopped):
+        part.train()
+    make_trainer(tmp_path / "part", **settings, resume="newest").train()
+    assert same(weights(whole), weights(part.run_dir))
+    keys = ("step", "steps", "episodes", "loss", "kl", "recent_score", "lag")
+    assert [[row[key] for key in keys] for row in rows(whole)] == [
+        [row[key] for key in keys] for row in rows(part.run_dir)
+    ]
+
+
+def stop_after(trainer: ParallelTrainer, updates: int) -> None:
+    """Send this process SIGTERM when the run has so many rows of metrics."""
+
+    def watch():
+        while trainer.run_dir is None or not (trainer.run_dir / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        while len((trainer.run_dir / "metrics.jsonl").read_text().splitlines()) < updates:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.tried(
+    "the trainer is killed (SIGKILL), again and again",
+    "nothing; `--resume` goes on, with the same numbers to the bit",
+)
+def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
+    kill_main(tmp_path, kills=2, seed=0)
+
+
+@pytest.mark.soak
+def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(tmp_path):
+    kill_main(tmp_path, kills=20, seed=1, max_updates=40)
+
+
+def kill_main(folder: Path, kills: int, seed: int, max_updates: int = 8) -> None:
+    draw = random.Random(seed)
+    whole = make_trainer(folder / "whole", max_updates=max_updates, save_interval=1).train()
+    command = [
+        sys.executable,
+        "-m",
+        "pi0.parallel.train_parallel",
+        "--logging.use_wandb",
+        "false",
+        "--game",
+        DOT,
+    ]
+    command += [
+        "--output_dir",
+        str(folder / "killed"),
+        "--save_interval",
+        "1",
+        "--max_updates",
+        str(max_updates),
+    ]
+    for name, value in SMALL.items():
+        if name not in ("save_interval", "max_updates"):
+            command += [f"--{name}", str(value)]
+    run = None
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if run else [])],
+            cwd=REPO_ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        limit = time.monotonic() + 60
+        while run is None and time.monotonic() < limit:  # until there is something to resume
+            run = next(iter((folder / "killed").glob("*/checkpoints/step-*")), None)
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 3.0))
+        workers = [
+            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
+        process.kill()
+        process.wait()
+        require_gone(workers)
+    process = subprocess.run(
+        [*command, "--resume"], cwd=REPO_ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    (killed,) = (folder / "killed").iterdir()
+    assert same(weights(whole, max_updates), weights(killed, max_updates))
+    assert [row["step"] for row in rows(killed)] == list(range(max_updates))
+
+
+def require_gone(processes: list[int]) -> None:
+    """Within ten seconds none of the processes is left."""
+    limit = time.monotonic() + 10
+    while left := [pid for pid in processes if is_worker(pid)]:
+        assert time.monotonic() < limit, f"workers {left} outlive their trainer"
+        time.sleep(0.05)
+
+
+def is_worker(pid: int) -> bool:
+    try:
+        return b"pi0.workers.serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_newest_checkpoints_and_the_best_stay(tmp_path):
+    run = make_trainer(tmp_path, save_interval=1, max_checkpoints=2, max_updates=6, lr=1e-9).train()
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    scores = {
+        json.loads((run / "checkpoints" / name / "manifest.json").read_text())["score"]: name for name in kept
+    }
+    evaluations = json.loads((run / "checkpoints" / kept[-1] / "run.json").read_text())["evaluations"]
+    best = max(evaluations, key=lambda entry: (entry["mean_score"], entry["step"]))
+    assert kept[-2:] == ["step-000005", "step-000006"]
+    assert set(kept) == {"step-000005", "step-000006", f"step-{best['step']:06d}"}
+    assert max(score for score in scores if score is not None) == best["mean_score"]
+
+
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    make_trainer(tmp_path, max_updates=2).train()
+    with pytest.raises(InputError, match=r"gamma was 0.99 and is 0.5"):
+        make_trainer(tmp_path, max_updates=2, gamma=0.5, resume="newest").train()
+
+
+# Faults ---------------------------------------------------------------------------------------------------
+
+
+def disturb(trainer: ParallelTrainer, times: int, seed: int, signals: tuple[int, ...]) -> threading.Thread:
+    """Kill or stop random workers, so many times, while the trainer runs; stops when none is left to disturb."""
+    draw = random.Random(seed)
+
+    def run():
+        done = 0
+        while done < times:
+            time.sleep(draw.uniform(0.02, 0.3))
+            started = trainer.run_dir is not None and (trainer.run_dir / "metrics.jsonl").exists()
+            if started and (workers := children()):
+                try:
+                    os.kill(draw.choice(workers), draw.choice(signals))
+                except ProcessLookupError:
+                    continue
+                done += 1
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.tried(
+    "a worker of `pi0.parallel` is killed, or stopped (SIGSTOP) past its deadline",
+    "`replaced: worker 1 ended (SIGKILL) while it ran slice 3 of worker 1`; the same numbers",
+)
+def test_workers_that_are_killed_or_stopped_change_no_number(tmp_path):
+    lose_workers(tmp_path, times=3, max_updates=8)
+
+
+@pytest.mark.soak
+def test_twenty_workers_that_are_killed_or_stopped_change_no_number(tmp_path):
+    lose_workers(tmp_path, times=20, max_updates=60)
+
+
+def lose_workers(folder: Path, times: int, max_updates: int) -> None:
+    settings = {"game": "Airstriker-Genesis-v0", "max_updates": max_updates, "update_interval": 256}
+    whole = make_trainer(folder / "whole", **settings).train()
+    trainer = make_trainer(folder / "lost", **settings, deadline_s=2.0)
+    thread = disturb(trainer, times, seed=times, signals=(signal.SIGKILL, signal.SIGSTOP))
+    lost = trainer.train()
+    thread.join(0)
+    assert sum(len(row["respawns"]) for row in rows(lost)) >= min(2, times)
+    assert same(weights(whole, max_updates), weights(lost, max_updates))
+
+
+@pytest.mark.tried(
+    "a game of `pi0.parallel` hangs, or raises an error",
+    "`replaced: worker 0 hung for 2 s ...` or `replaced: worker 0: ZeroDivisionError: ...`; the same numbers",
+)
+@pytest.mark.parametrize(("fault", "line"), [("hang", "hung for 2 s"), ("raise", "the dot is lost")])
+def test_a_game_that_hangs_or_raises_is_started_again(tmp_path, fault, line):
+    whole = make_trainer(tmp_path / "whole").train()
+    options = [f"once={tmp_path / 'done'}", f"fault={fault}"]
+    lost = make_trainer(tmp_path / "lost", game_options=options, deadline_s=2.0).train()
+    assert [line in told for row in rows(lost) for told in row["respawns"]] == [True]
+    assert same(weights(whole), weights(lost))
+
+
+def test_a_worker_whose_memory_grows_is_replaced_and_changes_no_number(tmp_path):
+    whole = make_trainer(tmp_path / "whole").train()
+    small = make_trainer(tmp_path / "small", worker_memory_mb=1.0).train()
+    assert all(len(row["respawns"]) == 2 for row in rows(small)[1:])
+    assert same(weights(whole), weights(small))
+
+
+@pytest.mark.tried(
+    "a game of `pi0.parallel` fails three times in the same slice",
+    "a checkpoint, then `error: slice 1 of worker 0 failed 3 times, the last time so: ... ZeroDivisionError: ...`",
+)
+def test_a_slice_that_fails_three_times_ends_the_run_with_a_checkpoint_and_the_error(tmp_path):
+    trainer = make_trainer(tmp_path, game_options=["cliff=true"], save_interval=100)
+    with pytest.raises(
+        InputError, match=r"slice \d of worker \d failed 3 times.*ZeroDivisionError: the dot fell off"
+    ):
+        trainer.train()
+    assert list((trainer.run_dir / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.tried(
+    "a game does not start in a worker",
+    "`error: Worker 0 failed to start: ...` with the cause and what to do",
+)
+def test_a_worker_that_fails_to_start_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"Worker \d failed to start: .*no display here.*--workers 0"):
+        make_trainer(tmp_path, game_options=[f"only_in={os.getpid()}"]).train()
+
+
+@pytest.mark.tried(
+    "`pi0.parallel` gets Ctrl+C", "`stopped; --resume continues from ...`, status 130, no worker is left"
+)
+def test_ctrl_c_leaves_a_checkpoint_and_no_worker(tmp_path):
+    command = [sys.executable, "-m", "pi0.parallel.train_parallel", "--logging.use_wandb", "false"]
+    command += [
+        "--game",
+        DOT,
+        "--output_dir",
+        str(tmp_path),
+        "--evaluation_episodes",
+        "0",
+        "--n_workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 60
+    while not any(tmp_path.glob("*/metrics.jsonl")):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    workers = [
+        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped; --resume continues from" in out
+    assert "Traceback" not in err
+    require_gone(workers)
+
+
+# Results --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_table_report_and_videos(tmp_path, capsys):
+    run = make_trainer(
+        tmp_path,
+        game="Airstriker-Genesis-v0",
+        max_updates=2,
+        evaluation_episodes=2,
+        max_steps=60,
+        render=True,
+    ).train()
+    results = json.loads((run / "results.json").read_text())
+    assert [row[0] for row in results["table"]] == ["raw score", "sampled", "greedy"]
+    assert len(results["scores"]["after"]["sampled"]["scores"]) == 2
+    assert "after training" in capsys.readouterr().out
+    for name in ("before_after.mp4", "best_episode.mp4"):
+        assert (run / name).stat().st_size > 1000
+    page = (run / "report.html").read_text()
+    assert '<th scope="col">after training</th>' in page
+    assert trainer_module.METRICS.undeclared(rows(run)[0]) == []
+
+
+def test_it_trains_on_this_packages_libero_environment(tmp_path):
+    run = make_trainer(
+        tmp_path,
+        game="pi0.libero.gym_env:pi0/LIBERO-v0",
+        game_options=["image_size=84"],
+        max_updates=1,
+        max_steps=20,
+        update_interval=32,
+        skip=1,
+        idle=0,
+    ).train()
+    (row,) = rows(run)
+    assert row["transitions"] == 32
+    assert np.isfinite(row["loss"])
+
+
+def test_it_learns_to_move_the_dot(tmp_path):
+    run = make_trainer(
+        tmp_path, update_interval=512, max_updates=12, lr=1e-3, skip=1, mode="sync", threads=2
+    ).train()
+    found = rows(run)
+    assert found[-1]["recent_score"] > found[1]["recent_score"] + 4
