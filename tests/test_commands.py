@@ -46,6 +46,7 @@ SCRIPTS = [
     *sorted(REPO_ROOT.glob("benchmarks/*.py")),
     *sorted(REPO_ROOT.glob("pi0/*.py")),
     *sorted(REPO_ROOT.glob("pi0/*/__main__.py")),
+    *sorted(REPO_ROOT.glob("pi0/parallel/t*_parallel.py")),
     *sorted(REPO_ROOT.glob("tools/*.py")),
 ]
 CONFIGS = sorted(REPO_ROOT.glob("configs/*.yaml"))
@@ -60,8 +61,8 @@ SPELT_OUT = {
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
-    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--upstream]": (
-        "python3.11 tools/setup.py --torch cpu --browser --upstream"
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream | --peers]": (
+        "python3.11 tools/setup.py --torch cpu --browser --game --upstream"
     ),
     "torchrun --nproc_per_node=1": (
         "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
@@ -145,6 +146,10 @@ TRAINS = (
 )
 # Into a folder of its own, which ends with what a user is promised.
 QUICKSTART = TRAINS.replace("features.save_video=false", "features.save_video=true")
+PLAYS = (
+    "--game Airstriker-Genesis-v0 --n_workers 2 --update_interval 32 --max_updates 1 --evaluation_episodes 1"
+    " --max_steps 20 --logging.use_wandb false --output_dir {out}"
+)
 STAGES = f"--stages 08 13 two --iterations 1 --output {{out}}/stages.json --override {LEARNS}"
 
 # By the beginning of a command, without what starts Python; the longest that fits counts.
@@ -153,6 +158,10 @@ WAYS = {
     "make quickstart": here(overrides=QUICKSTART),
     "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
     "make upstream": here(soak=True),  # from the package registry, if .venv-upstream is not there
+    "make game": here(),
+    "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
+    "make quickstart-game": elsewhere("test_parallel_runs.py"),
+    "make resume-game": elsewhere("test_parallel_runs.py"),
     "make check": not_run("runs these tests; the recipe's commands are looked at"),
     "make test": not_run("runs these tests; the recipe's commands are looked at"),
     "make soak": not_run("runs these tests; the recipe's commands are looked at"),
@@ -188,6 +197,11 @@ WAYS = {
     "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --write-dataset demonstrations": not_run("runs for what the others read"),
     "pi0.warmstart --tasks 3 8 --dataset LIBERO/datasets/libero_spatial": here(CLONED),
+    "pi0.parallel.train_parallel": here(PLAYS),
+    "pi0.parallel.train_parallel --resume": here(f"{PLAYS} --max_updates 2 --save_interval 1"),
+    "pi0.parallel.train_parallel --help": here(),
+    "pi0.parallel.test_parallel": here("--n_workers 2 --steps 20"),
+    "pi0.parallel.test_parallel --seed-bug": elsewhere("test_parallel_runs.py"),
     "tools/mutations.py": here("--only base"),
     "tools/reliability.py": here(),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),

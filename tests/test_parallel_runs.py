@@ -150,6 +150,19 @@ def test_a_resumed_run_gives_the_same_bits_in_the_middle_of_episodes(tmp_path, m
     ]
 
 
+def test_a_resumed_async_run_goes_on_from_whole_slices(tmp_path):
+    settings = {"mode": "async", "min_batch_size": 64, "max_updates": 6}
+    part = make_trainer(tmp_path, **settings)
+    stop_after(part, 3)
+    with pytest.raises(trainer_module.Stopped):
+        part.train()
+    done = len(rows(part.run_dir))
+    make_trainer(tmp_path, **settings, resume="newest").train()
+    found = rows(part.run_dir)
+    assert [row["step"] for row in found] == list(range(6))
+    assert found[done]["steps"] > found[done - 1]["steps"], "counts go on"
+
+
 def stop_after(trainer: ParallelTrainer, updates: int) -> None:
     """Send this process SIGTERM when the run has so many rows of metrics."""
 
@@ -385,6 +398,17 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_worker(tmp_path):
     require_gone(workers)
 
 
+@pytest.mark.soak
+def test_ten_thousand_episodes_leave_the_memory_as_it_was(tmp_path):
+    trainer = make_trainer(
+        tmp_path, game="Airstriker-Genesis-v0", max_steps=1, idle=0, update_interval=1000, max_updates=None
+    )
+    found = rows(ParallelTrainer.of(trainer.config).train(max_episodes=10_000))
+    assert found[-1]["episodes"] >= 10_000
+    early, late = ([row["memory"]["workers_mb"] for row in part] for part in (found[1:3], found[-2:]))
+    assert max(late) < 1.02 * max(early)
+
+
 # Results --------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +446,66 @@ def test_it_trains_on_this_packages_libero_environment(tmp_path):
     (row,) = rows(run)
     assert row["transitions"] == 32
     assert np.isfinite(row["loss"])
+
+
+def test_the_quickstart_of_the_game_ends_with_its_table_and_goes_on_where_it_is_asked_to(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pi0.parallel.train_parallel",
+        "--config_path",
+        "configs/parallel_quickstart.yaml",
+    ]
+    command += [
+        "--logging.use_wandb",
+        "false",
+        "--output_dir",
+        str(tmp_path),
+        "--n_workers",
+        "2",
+        "--render",
+        "false",
+    ]
+    command += [
+        "--update_interval",
+        "64",
+        "--evaluation_episodes",
+        "1",
+        "--max_steps",
+        "50",
+        "--save_interval",
+        "1",
+    ]
+    for more in (["--max_updates", "1"], ["--max_updates", "2", "--resume"]):
+        done = subprocess.run([*command, *more], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "raw score  before training" in done.stdout
+    assert "continuing from" in done.stdout
+    (run,) = tmp_path.iterdir()
+    assert [row["step"] for row in rows(run)] == [0, 1]
+
+
+def test_the_check_of_sequences_passes_and_can_fail():
+    command = [sys.executable, "-m", "pi0.parallel.test_parallel", "--steps", "30"]
+    passes = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False)
+    assert passes.returncode == 0, passes.stderr
+    lines = passes.stdout.splitlines()
+    assert [line.partition(": Seed: ")[0] for line in lines[:8]] == [
+        f"Worker {number}" for number in range(8)
+    ]
+    assert lines[8:] == [
+        "✓ SUCCESS: All workers have different random sequences!",
+        "✓ SUCCESS: All workers have different seeds!",
+    ]
+    fails = subprocess.run(
+        [*command, "--seed-bug", "--n_workers", "2"],
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert fails.returncode == 1, fails.stderr
+    assert "✗ WARNING: Some workers have identical random sequences" in fails.stdout
 
 
 def test_it_learns_to_move_the_dot(tmp_path):

@@ -4,51 +4,50 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from pi0.base.errors import InputError
 from pi0.base.files import write_json
 from pi0.base.stats import mean_interval
 from pi0.base.video import captioned, write_video
 from pi0.parallel.actor import Episode
 from pi0.parallel.config import Config, to_dict
-from pi0.parallel.network import ActorCritic
 from pi0.parallel.slices import Layout
 from pi0.parallel.worker import PlayerSpec
 from pi0.training.machine import machine
-from pi0.workers.pool import Loss, WorkerPool
-from pi0.workers.process import WorkerError
+from pi0.workers.pool import WorkerPool
 
 EVALUATION_SEED = 1_000_003  # added to the run's seed: no episode of a score is one of training
+WAYS = ("sampled", "greedy")  # how actions are chosen for a score
 FILM_EVERY = 2  # steps from one frame of a video to the next
 FILM_FPS = 15  # twice as fast as the game, which makes 15 steps of 4 frames a second
 FILM_STEPS = 2000  # a video shows at most so many steps of an episode
 
 
 class Scorer:
-    """Scores policies and films episodes, in a process of its own.
+    """Scores policies and films episodes, in processes of its own.
 
     Args:
         spec: the game as the workers play it.
         config: the run's settings.
-        network: gives the number of weights.
+        check: called while it waits; what it raises ends the waiting.
     """
 
-    def __init__(self, spec: PlayerSpec, config: Config, network: ActorCritic):
+    def __init__(self, spec: PlayerSpec, config: Config, check: Callable[[], None]):
         layout = Layout(1, 1, 1, spec.layout.actions)
         self._config = config
         self._pool = WorkerPool(
             "pi0.parallel.worker:worker_process",
             replace(spec, layout=layout, nice=0),
             {},
-            1,
+            len(WAYS),
             streams=np.random.SeedSequence(0),
             limit_s=3600.0,
+            check=check,
             common=layout.table,
         )
         self._version = 0
@@ -63,17 +62,18 @@ class Scorer:
         """Raw scores of whole episodes, sampled as in training and greedy, always on the same seeds.
 
         Returns:
-            "sampled" and "greedy", each with `scores`, and under `episode` the middle one of the sampled.
+            "sampled" and "greedy", each with its `scores`, and as `episode` the one with the middle score.
         """
-        episodes = self._config.evaluation_episodes
-        result: dict[str, Any] = {}
+        if not self._config.evaluation_episodes:
+            return {}
         self._version += 2  # always the same buffer
         arrays = self._pool.common
         arrays["weights"][0] = weights
         arrays["versions"][0] = self._version
-        for how in ("sampled", "greedy") if episodes else ():
-            seed = self._config.seed + EVALUATION_SEED
-            played: list[Episode] = self._call("play", (episodes, how == "greedy", seed))
+        seed = self._config.seed + EVALUATION_SEED
+        calls = [(self._config.evaluation_episodes, how == "greedy", seed) for how in WAYS]
+        result: dict[str, Any] = {}
+        for how, played in zip(WAYS, self._call("play", calls), strict=True):
             scores = [episode.score for episode in played]
             middle = played[int(np.argsort(scores)[len(scores) // 2])]
             result[how] = {"scores": scores, "episode": {**asdict(middle), "actions": middle.actions.hex()}}
@@ -99,15 +99,12 @@ class Scorer:
 
     def _screens(self, episode: Episode) -> list[np.ndarray]:
         shown = replace(episode, actions=episode.actions[: 2 * FILM_STEPS])
-        return self._call("film", (shown, FILM_EVERY))
+        (screens,) = self._call("film", [(shown, FILM_EVERY)])
+        return screens
 
-    def _call(self, function: str, arguments: tuple) -> Any:
-        self._pool.send(0, function, arguments)
-        outcome = self._pool.next_outcome()
-        assert outcome is not None
-        if isinstance(outcome[1], Loss | WorkerError):
-            raise InputError(f"the process that scores policies: {outcome[1]}")
-        return outcome[1]
+    def _call(self, function: str, calls: Sequence[tuple]) -> list[Any]:
+        """Results of calls, in their order, each in a process of its own."""
+        return [result for _, result in sorted(self._pool.call(function, calls), key=lambda pair: pair[0])]
 
 
 def _even(frame: np.ndarray) -> np.ndarray:
@@ -128,7 +125,7 @@ def format_mean(scores: Sequence[float]) -> str:
 def results_table(facts: Mapping[str, Any]) -> list[list[str]]:
     """Rows: how, mean score before and after, each with its interval; the first row is the head."""
     rows = [["raw score", "before training", "after training"]]
-    for how in ("sampled", "greedy"):
+    for how in WAYS:
         cells = [facts.get(when, {}).get(how, {}).get("scores", []) for when in ("before", "after")]
         if any(cells):
             rows.append([how, *map(format_mean, cells)])

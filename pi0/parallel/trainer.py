@@ -219,7 +219,7 @@ class _Run:
             self.collector.resume(self.progress.states, self.progress.numbers)
         self.started = time.monotonic() - self.state.facts.get("seconds", 0.0)
         self._publish_both()
-        with Scorer(self.spec, config, self.agent.network) as scorer, self._ends_with_checkpoint():
+        with Scorer(self.spec, config, self.interrupts.check) as scorer, self._ends_with_checkpoint():
             if "before" not in self.state.facts:
                 self.state.facts["before"] = scorer.score(self.agent.network.flat(), "before")
             if self.state.step == 0:
@@ -388,11 +388,12 @@ class _Run:
         def between(finite: bool) -> None:
             self.safe.recovery.count_gradient(finite)
             self.safe.recovery.check()
-            meanwhile()
-            if self.interrupts.stop_asked:
-                noticed.append(time.monotonic())
-                if noticed[-1] - noticed[0] > PATIENCE_S:
-                    raise Interrupted
+            if not self.interrupts.stop_asked:
+                meanwhile()
+                return
+            noticed.append(time.monotonic())
+            if noticed[-1] - noticed[0] > PATIENCE_S:
+                raise Interrupted
 
         before = time.monotonic()
         batch = make_batch(slices, self.spec.layout, self.collector.arrays, self.agent, config)
