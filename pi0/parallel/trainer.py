@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import wandb
+import yaml
 
 from pi0.base.errors import InputError, Outputs
 from pi0.base.progress import Bar, progress
@@ -129,7 +130,8 @@ class ParallelTrainer:
         config = self.config = make_config(**{**vars(self.config), **changes})
         interrupts = Interrupts()
         interrupts.install()
-        config = self.config = _resolve_workers(config)
+        chosen_before = bool(self._resume) and config.workers == "auto"  # the run that is resumed has chosen
+        config = self.config = config if chosen_before else _resolve_workers(config)
         spec = GameSpec(
             config.game, config.state, config.skip, parse_options(config.game_options), config.image
         )
@@ -137,7 +139,13 @@ class ParallelTrainer:
         set_seed(config.seed)
         place = (config.output_dir, config.exp_name, to_dict(config))
         if self._resume:
-            self.run_dir = run_to_resume(self._resume, *place, configuration.fixed())
+            ours = dict if not chosen_before else lambda settings: {**settings, "n_workers": None}
+            self.run_dir = run_to_resume(self._resume, *place, configuration.fixed(), ours)
+            if chosen_before:
+                earlier = yaml.safe_load((self.run_dir / "config.yaml").read_text())
+                config = self.config = _resolve_workers(
+                    replace(config, n_workers=earlier["n_workers"], workers="each")
+                )
         else:
             self.run_dir = new_run_dir(*place)
         lock = take_run(self.run_dir, to_dict(config))
@@ -528,7 +536,6 @@ class _Run:
             print(f"stopped; --resume continues from {self.safe.store.resume_point(self.state.step)}")
             if not isinstance(reason, Interrupted):
                 raise
-            raise Stopped from None
 
     # ---------------------------------------------------------------------------------------- how far it is
 
@@ -552,15 +559,6 @@ class _Run:
             total, done, unit = config.max_episodes, self.progress.episodes, "episode"
         with progress(total, "training", unit, initial=done) as bar:
             yield bar
-
-
-class Stopped(InputError):
-    """Somebody asked the run to stop, and it has; the status is that of a command ended by Ctrl+C."""
-
-    status = 130
-
-    def __str__(self) -> str:
-        return "stopped as asked"
 
 
 def _longest_slice(config: Config) -> int:
