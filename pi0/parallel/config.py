@@ -112,7 +112,7 @@ class Config:
         "torch threads of an update; null: the cores, less the workers where they work at the same time",
         low=1,
     )
-    seed: int = key(0, "of everything that is random", low=0, fixed=True)
+    seed: int = key(0, "of everything that is random", low=0, high=2**32 - 1, fixed=True)
 
     render: bool = key(False, "write videos: the best episode, and one before and after training")
     evaluation_episodes: int = key(
@@ -158,10 +158,11 @@ def conflicts(config: Config) -> list[str]:
         found.append(
             "exploration: expected one share, or one for the upper and one for the lower half, as 0.3,0.1"
         )
-    most = max([config.n_workers, *config.workers_schedule])
-    if config.workers_schedule and config.n_workers != most:
+    most = int(config.workers) if re.fullmatch(r"[1-9]\d*", config.workers) else config.n_workers
+    greatest = max(config.workers_schedule, default=most)
+    if most != greatest:
         found.append(
-            f"workers_schedule = {config.workers_schedule}: n_workers must be its greatest number, {most}"
+            f"workers_schedule = {config.workers_schedule}: n_workers must be its greatest number, {greatest}"
         )
     if config.mode == "async" and config.workers == "0":
         found.append("workers = 0 collects and learns in turns, so mode must be sync or overlap")

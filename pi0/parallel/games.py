@@ -122,10 +122,10 @@ def resolve(name: str, retro: Any) -> str:
             return candidate
     environments = [each for each in gymnasium.registry if not each.startswith("GymV")]
     near = difflib.get_close_matches(name, [*known, *environments], 4, 0.5)
+    meant = f"; did you mean {', '.join(near)}?" if near else "."
     raise InputError(
-        f"game = {name!r}: there is no such game"
-        + (f"; did you mean {', '.join(near)}?" if near else "")
-        + " A gymnasium environment is named by its id, one of another package as package.module:ID"
+        f"game = {name!r}: there is no such game{meant} "
+        "A gymnasium environment is named by its id, one of another package as package.module:ID"
     )
 
 
@@ -311,7 +311,7 @@ class GymGame:
         image = observation
         for key in self._key:
             image = image[key]
-        self._last = np.asarray(image)
+        self._last = np.array(image)  # an environment may draw the next one into the same array
         return self._last
 
 

@@ -14,6 +14,9 @@ folder holds checkpoints, metrics.jsonl, report.html, videos and results.json. C
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +43,30 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, str]:
     for description in keys:
         names = dict.fromkeys([f"--{description.name}", f"--{description.name.replace('_', '-')}"])
         flag: dict[str, Any] = {"nargs": "?", "const": "true"} if description.type is bool else {}
+        if description.type == list[str]:  # KEY=VALUE, whose value may have commas
+            flag["action"] = "append"
         parser.add_argument(*names, dest=description.name, metavar="VALUE", help=argparse.SUPPRESS, **flag)
-    options = vars(parser.parse_args(arguments))
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        there = ["--config_path", "--resume", *(f"--{description.name}" for description in keys)]
+        near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), there, 1, 0.0)
+        parser.error(f"there is no option {word}; the nearest one is {near[0]}, and --help lists all")
+    options = vars(known)
     overrides = []
     for description in keys:
         if (text := options[description.name]) is not None:
-            overrides.append(f"{description.name}={_as_yaml(text, description.type)}")
+            written = json.dumps(text) if isinstance(text, list) else _as_yaml(text, description.type)
+            overrides.append(f"{description.name}={written}")
     return load_config(options["config_path"], overrides), options["resume"]
 
 
 def _as_yaml(text: str, kind: object) -> str:
-    """An option's text as YAML: `0.3,0.1` is a list, and a number may be the text of an option that takes text."""
-    if getattr(kind, "__origin__", None) is list and not text.startswith("["):
-        return f"[{text}]"
-    return f'"{text}"' if kind is str and not text.startswith(('"', "'")) else text
+    """An option's text as YAML: `0.3,0.1` is a list, and what takes text takes numbers, too."""
+    if typing.get_origin(kind) is list:
+        return text if text.startswith("[") else f"[{text}]"
+    takes_text = kind is str or (str in typing.get_args(kind) and text != "null")
+    return json.dumps(text) if takes_text else text
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -326,10 +326,12 @@ class _Run:
             waited = time.monotonic() - began
             learned, self.pending = self.pending, []
             metrics = self._learn(learned, share_left, waited, began, take_what_is_there)
-            release(learned)
-            if metrics is None:
-                self.collector.publish(self.agent.network.flat(), self.state.step)
+            if metrics is None:  # the run has returned to a checkpoint, and nothing is collected
+                free.update((number, list(range(BUFFERS["async"]))) for number in free)
+                for number in free:
+                    ask(number)
                 continue
+            release(learned)
             self.collector.publish(self.agent.network.flat(), self.state.step + 1)
             self._finish_update(metrics, bar)
 
@@ -347,8 +349,8 @@ class _Run:
         """Steps of each worker that collects for an update; they depend only on what is counted in `Progress`."""
         config = self.config
         schedule = config.workers_schedule or [config.n_workers]
-        done = 1 - self._share_left(update)
-        workers = schedule[min(len(schedule) - 1, int(done * len(schedule)))]
+        part = int(self._done(update) * len(schedule) + 1e-9)  # k / n times n may be a little less than k
+        workers = schedule[min(len(schedule) - 1, part)]
         shares = np.ones(workers)
         if config.priority:
             shares = priorities(self.progress.scores, workers)
@@ -539,16 +541,20 @@ class _Run:
 
     # ---------------------------------------------------------------------------------------- how far it is
 
-    def _share_left(self, update: int | None = None) -> float:
-        """Share of training that is left before an update (the next one)."""
+    def _done(self, update: int | None = None) -> float:
+        """Share of training that is done before an update (the next one); above 1 if more than planned is done."""
         config = self.config
         done = self.progress.episodes / config.max_episodes
         if config.max_updates:
             done = max(done, (self.state.step if update is None else update) / config.max_updates)
-        return max(0.0, 1 - done)
+        return done
+
+    def _share_left(self) -> float:
+        """Share of training that is left before the next update."""
+        return max(0.0, 1 - self._done())
 
     def _finished(self, step: int | None = None) -> bool:
-        return self._share_left(step) <= 0
+        return self._done(step) >= 1
 
     @contextmanager
     def _bar(self) -> Iterator[Bar]:
