@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
+from pi0.parallel import ppo as ppo_module
 from pi0.parallel import trainer as trainer_module
 from pi0.parallel.trainer import ParallelTrainer
 
@@ -303,6 +305,27 @@ def disturb(trainer: ParallelTrainer, times: int, seed: int, signals: tuple[int,
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
+
+
+@pytest.mark.tried(
+    "a gradient of `pi0.parallel` is not finite, again and again",
+    "`update 2: 5 gradients in a row are not finite; back to the last good checkpoint, with other noise`",
+)
+@pytest.mark.parametrize("mode", ["sync", "overlap", "async"])
+def test_bad_gradients_lead_back_to_a_checkpoint(tmp_path, monkeypatch, mode):
+    loss, calls = ppo_module.ppo_loss, []
+
+    def spoilt(*arguments, **more):
+        calls.append(1)
+        found = loss(*arguments, **more)
+        return replace(found, total=found.total * np.nan) if 9 <= len(calls) < 14 else found
+
+    monkeypatch.setattr(ppo_module, "ppo_loss", spoilt)
+    trainer = make_trainer(tmp_path, mode=mode, save_interval=1, min_batch_size=64)
+    found = rows(trainer.train())
+    assert [row["step"] for row in found] == list(range(5))
+    assert found[-1]["rollbacks"] == 1
+    assert all(np.isfinite(row["loss"]) and row["lag"] >= 0 for row in found)
 
 
 @pytest.mark.tried(

@@ -377,6 +377,7 @@ class _Run:
     def _publish_both(self) -> None:
         """The weights of the next update, and those with which its slices are collected."""
         step = self.state.step
+        self.collector.arrays["versions"][:] = -1  # after a return to a checkpoint there are newer ones, of no use
         if self.progress.behaviour is not None:
             self.collector.publish(self.progress.behaviour, step - 1)
         self.collector.publish(self.agent.network.flat(), step)
