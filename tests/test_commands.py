@@ -61,8 +61,8 @@ SPELT_OUT = {
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
-    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream | --peers]": (
-        "python3.11 tools/setup.py --torch cpu --browser --game --upstream"
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers]": (
+        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers"
     ),
     "torchrun --nproc_per_node=1": (
         "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
@@ -159,6 +159,7 @@ WAYS = {
     "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
     "make upstream": here(soak=True),  # from the package registry, if .venv-upstream is not there
     "make game": here(),
+    "make game peers": here(soak=True),
     "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
     "make quickstart-game": elsewhere("test_parallel_runs.py"),
     "make resume-game": elsewhere("test_parallel_runs.py"),
@@ -230,6 +231,11 @@ WAYS = {
         "--turns 1 --seconds 0.1 --tries 1 --settings libraries project --output {out}/neighbour.json",
         soak=True,
     ),
+    # The other trainers are in .venv-peers, which only `make peers` makes.
+    "benchmarks/parallel.py": here(
+        "--part scaling --turns 1 --updates 1 --workers 1 --output {out}/parallel.json", soak=True
+    ),
+    "benchmarks/parallel.py --table": not_run("prints what a whole measurement has written"),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(
         f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"

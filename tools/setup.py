@@ -1,6 +1,6 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream | --peers]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers]
 
 With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel. With --upstream it makes
 .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from

@@ -149,13 +149,16 @@ def write_results(
     }
     write_json(run_dir / "results.json", results)
     widths = [max(len(row[column]) for row in table) for column in range(3)]
-    for row in table:
+    for row in table if len(table) > 1 else []:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if history:
         last = history[-1]
         speed = last["steps"] / max(1e-9, last["seconds"])
+        best = (
+            "no episode has ended" if last["best_score"] is None else f"best score {last['best_score']:.0f}"
+        )
         print(
             f"{last['steps']:,} steps, {last['episodes']:,} episodes in {seconds / 60:.1f} minutes with scores; "
-            f"{speed:.0f} steps/s, best episode {last['best_score']}"
+            f"{speed:.0f} steps/s, {best}"
         )
     print(f"  {run_dir}")

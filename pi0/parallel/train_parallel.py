@@ -3,7 +3,7 @@
     python -m pi0.parallel.train_parallel                                  # Airstriker, 8 workers
     python -m pi0.parallel.train_parallel --config_path configs/parallel_quickstart.yaml
     python -m pi0.parallel.train_parallel --n_workers 2 --mode sync --max_updates 20
-    python -m pi0.parallel.train_parallel --game ALE/Pong-v5 --workers auto
+    python -m pi0.parallel.train_parallel --game pi0.libero.gym_env:pi0/LIBERO-v0 --workers auto
     python -m pi0.parallel.train_parallel --resume                          # the newest run, or name its folder
 
 Every key below is an option (--save_interval 5) and a line of the YAML file (save_interval: 5); options win. The run's
@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pi0.base import typed_yaml
 from pi0.base.errors import run_command
@@ -28,9 +29,22 @@ from pi0.parallel.trainer import ParallelTrainer
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "parallel.yaml"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option where there is none."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            word = re.split(r"[= ]", unknown)[0]
+            there = [name for action in self._actions for name in action.option_strings]
+            (near,) = difflib.get_close_matches(word, there, 1, 0.0)
+            message = f"there is no option {word}; the nearest one is {near}, and --help lists all"
+        super().error(message)
+
+
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, str]:
     """The command line: the configuration, and which run to resume."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m pi0.parallel.train_parallel",
         description=__doc__,
         epilog=typed_yaml.help_text(Config),
@@ -46,13 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, str]:
         if description.type == list[str]:  # KEY=VALUE, whose value may have commas
             flag["action"] = "append"
         parser.add_argument(*names, dest=description.name, metavar="VALUE", help=argparse.SUPPRESS, **flag)
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        there = ["--config_path", "--resume", *(f"--{description.name}" for description in keys)]
-        near = difflib.get_close_matches(word.replace("-", "_").replace("__", "--", 1), there, 1, 0.0)
-        parser.error(f"there is no option {word}; the nearest one is {near[0]}, and --help lists all")
-    options = vars(known)
+    options = vars(parser.parse_args(arguments))
     overrides = []
     for description in keys:
         if (text := options[description.name]) is not None:

@@ -377,7 +377,9 @@ class _Run:
     def _publish_both(self) -> None:
         """The weights of the next update, and those with which its slices are collected."""
         step = self.state.step
-        self.collector.arrays["versions"][:] = -1  # after a return to a checkpoint there are newer ones, of no use
+        self.collector.arrays["versions"][
+            :
+        ] = -1  # after a return to a checkpoint there are newer ones, of no use
         if self.progress.behaviour is not None:
             self.collector.publish(self.progress.behaviour, step - 1)
         self.collector.publish(self.agent.network.flat(), step)
@@ -579,7 +581,7 @@ def _longest_slice(config: Config) -> int:
 def _threads(config: Config) -> int:
     """Torch threads of an update: where workers work at the same time, the cores that they leave."""
     cores = usable_cores()
-    return cores if config.mode == "sync" or config.workers == "0" else max(1, cores - config.n_workers)
+    return cores if config.mode == "sync" else max(1, cores - config.n_workers)
 
 
 def _niceness(config: Config) -> int:

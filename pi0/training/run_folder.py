@@ -72,9 +72,10 @@ def run_to_resume(
     differences = [difference for difference in _differences(earlier, config) if difference[0] in differing]
     if changed := [difference for difference in differences if difference[0] in fixed]:
         changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
+        with_its_policy = f" with policy_path = {run / 'policy'}" if "policy_path" in config else ""
         raise OutputError(
-            f"{run} cannot be resumed with other settings ({changes}); restore them, or start a new run with "
-            f"policy_path = {run / 'policy'}"
+            f"{run} cannot be resumed with other settings ({changes}); restore them, or start a new run"
+            f"{with_its_policy}"
         )
     for key, was, now in differences:
         print(f"resuming with {key} = {now!r}, which was {was!r}")

@@ -27,7 +27,9 @@ def parse_and_end(parser, *arguments):
 
 def look_up(options: dict) -> None:
     """Find what the arguments name; raises `InputError` or `AssertionError`."""
-    if options.get("config_path"):
+    if options.get("config_path") and "override" not in options:  # a trainer whose keys are options
+        assert Path(options["config_path"]).is_file(), options["config_path"]
+    elif options.get("config_path"):
         config = load_config(options["config_path"], options["override"])
         check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
         assert is_there(config.policy_path), config.policy_path
