@@ -2,15 +2,24 @@
 
 import ctypes.util
 
+import pytest
+
 from pi0.doctor import locked_versions
 from tools import setup
 
 
-def test_what_both_environments_have_has_one_version():
-    project, upstream = locked_versions(setup.PROJECT.lock), locked_versions(setup.UPSTREAM.lock)
-    shared = project.keys() & upstream.keys()
+@pytest.mark.parametrize("other", [setup.UPSTREAM, setup.PEERS], ids=lambda other: other.folder.name)
+def test_what_two_environments_have_has_one_version(other):
+    project, others = locked_versions(setup.PROJECT.lock), locked_versions(other.lock)
+    shared = project.keys() & others.keys()
     assert "torch" in shared
-    assert {name: upstream[name] for name in shared} == {name: project[name] for name in shared}
+    assert {name: others[name] for name in shared} == {name: project[name] for name in shared}
+
+
+def test_the_game_is_the_one_that_is_measured_and_nothing_of_the_project():
+    game, peers = locked_versions(setup.GAME_LOCK), locked_versions(setup.PEERS.lock)
+    assert {name: peers[name] for name in game} == game
+    assert not game.keys() & locked_versions(setup.PROJECT.lock).keys()
 
 
 def test_only_the_project_s_environment_asks_for_libraries_that_draw(monkeypatch):
