@@ -324,7 +324,7 @@ def our_collector(workers: int) -> tuple[Any, Any]:
     torch.manual_seed(config.seed)
     game = GameSpec(config.game)
     layout = Layout(workers, 2, UPDATE_INTERVAL // workers, count_actions(game))
-    spec = PlayerSpec(game, layout, config.max_steps, config.idle)
+    spec = PlayerSpec(game, layout, config.max_steps, config.noop_max)
     collector = Collector(spec, deadline_s=config.deadline_s)
     collector.begin(config.seed, [0] * workers)
     network = ActorCritic(layout.actions)

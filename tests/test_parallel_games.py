@@ -134,7 +134,7 @@ class Played:
     """An episode: what was asked of the game, and what it showed."""
 
     seed: int
-    idle: int
+    noops: int
     actions: list[int] = field(default_factory=list)
     frames: list[np.ndarray | None] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -146,9 +146,9 @@ class Played:
         self.ends.append((step.terminated, step.truncated))
 
 
-def play(game, seed: int, idle: int, random: np.random.Generator, most: int = 10_000) -> Played:
+def play(game, seed: int, noops: int, random: np.random.Generator, most: int = 10_000) -> Played:
     """Random actions until the end, or so many."""
-    played = Played(seed, idle, frames=[begin(game, seed, idle)])
+    played = Played(seed, noops, frames=[begin(game, seed, noops)])
     while len(played.actions) < most and not any(played.ends[-1:] and played.ends[-1]):
         played.actions.append(int(random.integers(game.actions)))
         played.take(game.step(played.actions[-1]))
@@ -156,15 +156,15 @@ def play(game, seed: int, idle: int, random: np.random.Generator, most: int = 10
 
 
 def reference(
-    env: gymnasium.Env, seed: int, idle: int, actions, skip: int = 4, nothing=0
+    env: gymnasium.Env, seed: int, noops: int, actions, skip: int = 4, nothing=0
 ) -> tuple[np.ndarray, list[float], list[tuple[bool, bool]]]:
     """Stable-Baselines3's stacks of an episode, [T + 1, 4, 84, 84], the last one after its end.
 
     Also the rewards, and whether the episode was terminated and whether truncated, after each step.
     """
-    if idle:
+    if noops:
         env = NoopResetEnv(env)
-        env.override_num_noops, env.noop_action = idle, nothing
+        env.override_num_noops, env.noop_action = noops, nothing
     stacked = VecFrameStack(DummyVecEnv([lambda: WarpFrame(MaxAndSkipEnv(env, skip))]), STACK)
     stacked.seed(seed)
     stacks, rewards, ends = [stacked.reset()[0]], [], []
@@ -224,12 +224,12 @@ SAVED_AT = 150  # steps
 def airstriker() -> tuple[list[Played], list[list[tuple[float, bool]]], bytes]:
     """Twenty whole episodes of random actions; what a reader of every frame saw; a save state of the first one."""
     random, episodes, witnessed, saved = np.random.default_rng(7), [], [], b""
-    idles = [30, 0, 1, *(int(each) for each in random.integers(31, size=17))]
+    noops_of_each = [30, 0, 1, *(int(each) for each in random.integers(31, size=17))]
     with playing() as game:
         witness = Witness(game)
         witness.begin()
-        for number, idle in enumerate(idles):
-            played = Played(number, idle, frames=[begin(game, number, idle)])
+        for number, noops in enumerate(noops_of_each):
+            played = Played(number, noops, frames=[begin(game, number, noops)])
             witness.begin()
             seen: list[tuple[float, bool]] = []
             while not seen or not seen[-1][1]:
@@ -248,7 +248,7 @@ def test_frames_rewards_and_ends_of_airstriker_are_those_of_stable_baselines3(ai
     episodes, _, _ = airstriker
     with emulator() as env:
         for played in episodes[:3]:
-            stacks, rewards, ends = reference(env, played.seed, played.idle, played.actions)
+            stacks, rewards, ends = reference(env, played.seed, played.noops, played.actions)
             assert played.rewards == rewards
             assert played.ends == ends
             assert np.array_equal(played.frames[:-1], stacks[:-1, -1])
@@ -272,7 +272,7 @@ def test_a_game_whose_memory_is_read_after_every_frame_plays_the_same(airstriker
     played = airstriker[0][1]
     monkeypatch.setattr(games, "READ_ONCE_A_STEP", ())
     with playing() as game:
-        again = Played(played.seed, played.idle, frames=[begin(game, played.seed, played.idle)])
+        again = Played(played.seed, played.noops, frames=[begin(game, played.seed, played.noops)])
         for action in played.actions:
             again.take(game.step(action))
     assert (again.rewards, again.ends) == (played.rewards, played.ends)
@@ -303,7 +303,7 @@ def test_an_episode_that_is_played_again_is_the_same(airstriker):
     played = airstriker[0][3]
     half = len(played.actions) // 2
     with playing() as game:
-        replay(game, Episode(played.seed, played.idle, np.array(played.actions[:half], np.uint16).tobytes()))
+        replay(game, Episode(played.seed, played.noops, np.array(played.actions[:half], np.uint16).tobytes()))
         again = Played(0, 0)
         for action in played.actions[half:]:
             again.take(game.step(action))
@@ -335,10 +335,10 @@ def test_frames_rewards_and_ends_of_a_gymnasium_environment_are_those_of_stable_
     with playing("Splashes-v0", skip=skip, options=options) as game:
         assert game.actions == len(table)
         ends_seen = set()
-        for seed, idle in ((11, 0), (12, 1), (13, 30), (14, 7)):
-            played = play(game, seed, idle, np.random.default_rng(seed))
+        for seed, noops in ((11, 0), (12, 1), (13, 30), (14, 7)):
+            played = play(game, seed, noops, np.random.default_rng(seed))
             stacks, rewards, ends = reference(
-                Splashes(**options), seed, idle, [table[each] for each in played.actions], skip, table[0]
+                Splashes(**options), seed, noops, [table[each] for each in played.actions], skip, table[0]
             )
             assert np.allclose(played.rewards, rewards, rtol=1e-6)
             assert played.ends == ends
@@ -373,7 +373,7 @@ def test_an_episode_that_ends_before_its_first_step_is_begun_anew_with_other_num
         assert begin(game, 0, 10) is None
         actor, _ = make_actor(game, steps=4)
         for seed in range(10):
-            assert actor.begin(0, new_stream(seed, 0, 0))["idle"] < 10
+            assert actor.begin(0, new_stream(seed, 0, 0))["noops"] < 10
 
 
 def test_an_image_is_found_in_a_dictionary_or_named():
@@ -392,14 +392,14 @@ def test_an_image_is_found_in_a_dictionary_or_named():
 # The actor ------------------------------------------------------------------------------------------------
 
 
-def make_actor(game, steps: int, max_steps: int = 15, idle: int = 30) -> tuple[Actor, dict[str, np.ndarray]]:
+def make_actor(game, steps: int, max_steps: int = 15, noops: int = 30) -> tuple[Actor, dict[str, np.ndarray]]:
     """An actor with room for two slices, and a policy that prefers some actions."""
     layout = Layout(1, 2, steps, game.actions)
     arrays = arrays_in(bytearray(nbytes(layout.table)), layout.table)
     arrays["frames"][:-1] = 77  # what nobody writes shows
     arrays["weights"][0] = make_network(game.actions).flat()
     arrays["versions"][:] = 0, -1
-    return Actor(game, layout, arrays, max_steps, idle), arrays
+    return Actor(game, layout, arrays, max_steps, noops), arrays
 
 
 def make_network(actions: int) -> ActorCritic:
@@ -456,7 +456,7 @@ def episodes_of(slices) -> list[Episode]:
     """Those that have ended, and the one that has not."""
     state = slices[-1][0].state
     ended = [episode for filled, _ in slices for episode in filled.episodes]
-    return [*ended, Episode(state["seed"], state["idle"], state["actions"], state["score"])]
+    return [*ended, Episode(state["seed"], state["noops"], state["actions"], state["score"])]
 
 
 def references(slices) -> list[tuple[np.ndarray, list[float], list[tuple[bool, bool]]]]:
@@ -466,7 +466,7 @@ def references(slices) -> list[tuple[np.ndarray, list[float], list[tuple[bool, b
         reference(
             Splashes(**HARD),
             episode.seed,
-            episode.idle,
+            episode.noops,
             [table[each] for each in np.frombuffer(episode.actions, np.uint16)],
             skip=2,
             nothing=table[0],

@@ -10,6 +10,7 @@ import pytest
 
 from pi0.base import typed_yaml
 from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
 from pi0.base.typed_yaml import ConfigError
 from pi0.parallel import machine_load
 from pi0.parallel import trainer as trainer_module
@@ -19,6 +20,7 @@ from pi0.parallel.collector import Collector, SerialCollector, require_distinct
 from pi0.parallel.config import Config, load_config, make_config
 from pi0.parallel.games import GameSpec
 from pi0.parallel.machine_load import require_memory, workers_for
+from pi0.parallel.metrics import METRICS
 from pi0.parallel.policy import log_probabilities
 from pi0.parallel.shares import priorities
 from pi0.parallel.slices import Layout
@@ -198,10 +200,10 @@ def test_workers_whom_the_schedule_never_asks_are_refused():
         (79.9, 64_000, 4),
         (80, 64_000, 2),
         (100, 64_000, 2),
-        (0, 700 + 8 * 150, 8),
-        (0, 700 + 8 * 150 - 1, 4),
-        (60, 700 + 4 * 150 - 1, 2),
-        (0, 700 + 4 * 150 - 1, 2),
+        (0, 900 + 8 * 150, 8),
+        (0, 900 + 8 * 150 - 1, 4),
+        (60, 900 + 4 * 150 - 1, 2),
+        (0, 900 + 4 * 150 - 1, 2),
         (0, 100, 2),  # `require_memory` refuses it
     ],
 )
@@ -369,7 +371,7 @@ def test_the_upper_half_of_the_workers_has_the_first_share_and_the_lower_the_sec
 
 
 def make_player(workers: int = 2, **settings) -> PlayerSpec:
-    return PlayerSpec(GameSpec(DOT), Layout(workers, 1, 300, 3), max_steps=50, idle=4, **settings)
+    return PlayerSpec(GameSpec(DOT), Layout(workers, 1, 300, 3), max_steps=50, noop_max=4, **settings)
 
 
 def test_actions_are_drawn_from_the_mixture_and_its_log_probability_is_kept():
@@ -471,3 +473,17 @@ def test_workers_with_the_same_stream_are_refused():
     with pytest.raises(InputError, match="workers 0 and 1 have identical random sequences"):
         collector.begin(0, [0, 0, 0])
     collector.close()
+
+
+# The pages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["parallel.md", "parallel.zh-CN.md"])
+def test_the_pages_describe_every_metric(page):
+    text = (REPO_ROOT / "docs" / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| (.+?) \| (.+?) \|$", text.rpartition("\n## ")[2], re.MULTILINE)
+    assert [row[0] for row in rows] == [metric.name for metric in METRICS.metrics]
+    if page == "parallel.md":
+        assert [row[1:] for row in rows] == [
+            (metric.unit or "–", metric.meaning) for metric in METRICS.metrics
+        ]

@@ -31,7 +31,7 @@ SMALL = {
     "evaluation_episodes": 0,
     "save_interval": 2,
     "threads": 1,
-    "idle": 4,
+    "noop_max": 4,
 }
 
 
@@ -428,7 +428,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_worker(tmp_path):
 @pytest.mark.soak
 def test_ten_thousand_episodes_leave_the_memory_as_it_was(tmp_path):
     trainer = make_trainer(
-        tmp_path, game="Airstriker-Genesis-v0", max_steps=1, idle=0, update_interval=1000, max_updates=None
+        tmp_path,
+        game="Airstriker-Genesis-v0",
+        max_steps=1,
+        noop_max=0,
+        update_interval=1000,
+        max_updates=None,
     )
     found = rows(ParallelTrainer.of(trainer.config).train(max_episodes=10_000))
     assert found[-1]["episodes"] >= 10_000
@@ -468,7 +473,7 @@ def test_it_trains_on_this_packages_libero_environment(tmp_path):
         max_steps=20,
         update_interval=32,
         skip=1,
-        idle=0,
+        noop_max=0,
     ).train()
     (row,) = rows(run)
     assert row["transitions"] == 32

@@ -24,13 +24,13 @@ class Episode:
 
     Attributes:
         seed: what the game was reset with.
-        idle: single frames without an action at its beginning.
+        noops: single frames without an action at its beginning.
         actions: uint16 numbers of the actions.
         score: sum of the raw rewards.
     """
 
     seed: int
-    idle: int
+    noops: int
     actions: bytes = b""
     score: float = 0.0
 
@@ -102,17 +102,17 @@ class Actor:
         game: the game; nobody else uses it.
         layout, arrays: the shared memory.
         max_steps: steps after which an episode is truncated.
-        idle: most frames without an action at the beginning of an episode.
+        noop_max: most frames without an action at the beginning of an episode.
     """
 
     def __init__(
-        self, game: Game, layout: Layout, arrays: Mapping[str, np.ndarray], max_steps: int, idle: int
+        self, game: Game, layout: Layout, arrays: Mapping[str, np.ndarray], max_steps: int, noop_max: int
     ):
         self.game = game
         self._layout = layout
         self._arrays = arrays
         self._max_steps = max_steps
-        self._idle = idle
+        self._noop_max = noop_max
         self._policy = FramePolicy(layout.actions)
         self._version: int | None = None
         self._at: tuple[int, int] | None = None  # worker and number of the slice that comes next
@@ -135,7 +135,7 @@ class Actor:
             "game": self.game.save(),
             "frames": self._frames.copy(),
             "seed": self._episode.seed,
-            "idle": self._episode.idle,
+            "noops": self._episode.noops,
             "actions": bytes(self._actions),
             "score": self._episode.score,
         }
@@ -144,13 +144,13 @@ class Actor:
         """Continue from `state()`, of this process or another."""
         self._random = np.random.default_rng()
         self._random.bit_generator.state = json.loads(state["random"])
-        self._episode = Episode(state["seed"], state["idle"], b"", state["score"])
+        self._episode = Episode(state["seed"], state["noops"], b"", state["score"])
         self._actions = bytearray(state["actions"])
         self._frames = np.array(state["frames"])
         if state["game"]:
             self.game.restore(state["game"])
         else:
-            replay(self.game, Episode(state["seed"], state["idle"], state["actions"]))
+            replay(self.game, Episode(state["seed"], state["noops"], state["actions"]))
         self._version = None  # after a return to a checkpoint a version may have other weights
         self._policy.clear()
         age = len(self._actions) // 2
@@ -196,7 +196,7 @@ class Actor:
             playing += clock() - decided
             self._actions += action.to_bytes(2, "little")
             self._episode = Episode(
-                self._episode.seed, self._episode.idle, b"", self._episode.score + played.reward
+                self._episode.seed, self._episode.noops, b"", self._episode.score + played.reward
             )
             arrays["actions"][step] = action
             arrays["log_probs"][step] = logs[action]
@@ -212,7 +212,9 @@ class Actor:
                     arrays["bootstraps"][step] = self._policy(age + 1)[1]
             if ends:
                 episodes.append(
-                    Episode(self._episode.seed, self._episode.idle, bytes(self._actions), self._episode.score)
+                    Episode(
+                        self._episode.seed, self._episode.noops, bytes(self._actions), self._episode.score
+                    )
                 )
                 before = clock()
                 self._reset()
@@ -249,14 +251,14 @@ class Actor:
                 step = self.game.step(action)
                 self._actions += action.to_bytes(2, "little")
                 self._episode = Episode(
-                    self._episode.seed, self._episode.idle, b"", self._episode.score + step.reward
+                    self._episode.seed, self._episode.noops, b"", self._episode.score + step.reward
                 )
                 ends = step.terminated or step.truncated or age + 1 >= self._max_steps
                 if not ends:
                     assert step.frame is not None
                     self._see(step.frame)
             played.append(
-                Episode(self._episode.seed, self._episode.idle, bytes(self._actions), self._episode.score)
+                Episode(self._episode.seed, self._episode.noops, bytes(self._actions), self._episode.score)
             )
         return played
 
@@ -266,12 +268,12 @@ class Actor:
         return int(min(np.searchsorted(total, self._random.random() * total[-1], "right"), len(logs) - 1))
 
     def _reset(self) -> None:
-        """Begin an episode; its seed and its idle frames come from the worker's stream."""
-        frame, seed, idle = None, 0, 0
+        """Begin an episode; its seed and its no-ops come from the worker's stream."""
+        frame, seed, noops = None, 0, 0
         while frame is None:  # an episode may end while nothing is done
-            seed, idle = (int(self._random.integers(high)) for high in (2**31, self._idle + 1))
-            frame = begin(self.game, seed, idle)
-        self._episode, self._actions = Episode(seed, idle), bytearray()
+            seed, noops = (int(self._random.integers(high)) for high in (2**31, self._noop_max + 1))
+            frame = begin(self.game, seed, noops)
+        self._episode, self._actions = Episode(seed, noops), bytearray()
         self._frames[:] = 0
         self._frames[-1] = frame
         self._policy.clear()
@@ -299,14 +301,14 @@ class Actor:
                 raise RuntimeError(f"weights {version} are not there, but {versions.tolist()}")
 
 
-def begin(game: Game, seed: int, idle: int) -> np.ndarray | None:
+def begin(game: Game, seed: int, noops: int) -> np.ndarray | None:
     """Begin an episode of a game; None if it has ended before its first step."""
     frame = game.reset(seed)
-    return game.idle(idle) if idle else frame
+    return game.noop(noops) if noops else frame
 
 
 def replay(game: Game, episode: Episode) -> None:
     """Play an episode again."""
-    begin(game, episode.seed, episode.idle)
+    begin(game, episode.seed, episode.noops)
     for action in np.frombuffer(episode.actions, np.uint16):
         game.step(int(action))

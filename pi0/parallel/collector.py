@@ -35,7 +35,6 @@ class Collector:
         states: where each worker's next slice begins.
         numbers: how many slices each worker has filled.
         respawns: why workers were replaced, in words.
-        idle_s: time that the trainer has waited for slices, s.
 
     Args:
         spec: what the workers play.

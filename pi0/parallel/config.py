@@ -27,8 +27,12 @@ class Config:
     game_options: list[str] = key([], "KEY=VALUE arguments of gymnasium.make", fixed=True)
     image: str | None = key(None, "key of the image in an observation that is a dictionary", fixed=True)
     skip: int = key(4, "frames that an action is held", unit="frames", low=1, fixed=True)
-    idle: int = key(
-        30, "an episode begins with 0 to so many frames without action", unit="frames", low=0, fixed=True
+    noop_max: int = key(
+        30,
+        "an episode begins with 0 to so many frames without action (no-ops)",
+        unit="frames",
+        low=0,
+        fixed=True,
     )
     max_steps: int = key(
         10000, "an episode is truncated after so many steps", unit="steps", low=1, high=1_000_000, fixed=True

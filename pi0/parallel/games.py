@@ -82,7 +82,7 @@ class Game(Protocol):
     def reset(self, seed: int) -> np.ndarray:
         """Begin an episode; returns its first frame, uint8 [84, 84]."""
 
-    def idle(self, frames: int) -> np.ndarray | None:
+    def noop(self, frames: int) -> np.ndarray | None:
         """Do nothing for so many single frames; returns the frame after them, or None if the episode has ended."""
 
     def step(self, action: int) -> Step:
@@ -188,7 +188,7 @@ class RetroWrapper:
         self._screens = [screen, screen]
         return small_grey(screen)
 
-    def idle(self, frames: int) -> np.ndarray | None:
+    def noop(self, frames: int) -> np.ndarray | None:
         """Do nothing for so many single frames."""
         screen = self._screens[-1]
         for _ in range(frames):
@@ -271,7 +271,7 @@ class GymGame:
         observation, _ = self._env.reset(seed=seed)
         return small_grey(self._see(observation))
 
-    def idle(self, frames: int) -> np.ndarray | None:
+    def noop(self, frames: int) -> np.ndarray | None:
         """Take action 0 for so many single steps of the environment."""
         for _ in range(frames):
             observation, _, terminated, truncated, _ = self._env.step(self._table[0])

@@ -9,7 +9,9 @@ from pathlib import Path
 from pi0.base.errors import InputError
 
 WORKER_MB = 150  # a worker of a console game; measured by benchmarks/parallel.py
-LEARNER_MB = 700  # the trainer with its network, its optimizer and the transitions of an update
+LEARNER_MB = (
+    900  # the trainer with its network, its optimizer and the transitions of an update, and two scorers
+)
 WARN_MEMORY = 80  # percent
 
 

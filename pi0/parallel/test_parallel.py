@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     require_memory(options.n_workers)
     game = GameSpec(options.game)
     layout = Layout(options.n_workers, 1, options.steps, count_actions(game))
-    spec = PlayerSpec(game, layout, Config().max_steps, Config().idle, one_stream=options.seed_bug)
+    spec = PlayerSpec(game, layout, Config().max_steps, Config().noop_max, one_stream=options.seed_bug)
     return compare(_play(spec, options.seed))
 
 

@@ -29,12 +29,13 @@ from pi0.parallel.machine_load import WARN_MEMORY, CpuMeter, choose_workers, mem
 from pi0.parallel.metrics import METRICS
 from pi0.parallel.network import ActorCritic, default_precision
 from pi0.parallel.ppo import PPOAgent, PPOSettings
+from pi0.parallel.records import of_progress, of_slices, speeds
 from pi0.parallel.results import Scorer, write_results
 from pi0.parallel.shares import priorities
 from pi0.parallel.slices import Layout
 from pi0.report.html_report import write_html_report
 from pi0.training.interrupts import Interrupted, Interrupts
-from pi0.training.memory import resident_mb
+from pi0.training.memory import memory_use
 from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
 from pi0.training.random_state import OwnStream, set_seed
 from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
@@ -175,7 +176,7 @@ class _Run:
         coefficients = {name: getattr(config, name) for name in PPOSettings.__dataclass_fields__}
         self.agent = PPOAgent(network, PPOSettings(**coefficients), config.lr, generator)
         layout = Layout(config.n_workers, BUFFERS[config.mode], _longest_slice(config), actions)
-        self.spec = worker.PlayerSpec(game, layout, config.max_steps, config.idle, _niceness(config))
+        self.spec = worker.PlayerSpec(game, layout, config.max_steps, config.noop_max, _niceness(config))
         make = SerialCollector if config.workers == "0" else Collector
         self.collector = make(
             self.spec, deadline_s=config.deadline_s, memory_mb=config.worker_memory_mb, check=interrupts.check
@@ -209,8 +210,6 @@ class _Run:
 
     def __exit__(self, *_: object) -> None:
         self.collector.close()
-
-    # ---------------------------------------------------------------------------------------- the loop
 
     def train(self, resume: bool) -> None:
         """Score, train, score again."""
@@ -335,8 +334,6 @@ class _Run:
             self.collector.publish(self.agent.network.flat(), self.state.step + 1)
             self._finish_update(metrics, bar)
 
-    # ---------------------------------------------------------------------------------------- collecting
-
     def _ask_all(self, update: int) -> None:
         """Ask for the slices of an update, with the newest weights that workers may use then."""
         config = self.config
@@ -377,14 +374,11 @@ class _Run:
     def _publish_both(self) -> None:
         """The weights of the next update, and those with which its slices are collected."""
         step = self.state.step
-        self.collector.arrays["versions"][
-            :
-        ] = -1  # after a return to a checkpoint there are newer ones, of no use
+        # After a return to a checkpoint there are newer ones, which are of no use.
+        self.collector.arrays["versions"][:] = -1
         if self.progress.behaviour is not None:
             self.collector.publish(self.progress.behaviour, step - 1)
         self.collector.publish(self.agent.network.flat(), step)
-
-    # ---------------------------------------------------------------------------------------- learning
 
     def _learn(
         self,
@@ -424,65 +418,25 @@ class _Run:
             self._publish_both()
             return None
         updated = time.monotonic()
-        episodes = [episode for filled in slices for episode in filled.episodes]
-        scores = [episode.score for episode in episodes]
-        seconds = updated - began
-        explained = explained_variance(batch)
+        phases = {"wait": waited, "batch": prepared - before, "update": updated - prepared}
+        phases["other"] = max(0.0, updated - began - sum(phases.values()))
         return {
             "step": step,
             "seconds": updated - self.started,
-            "steps": progress_.steps,
-            "transitions": len(batch),
-            "episodes": progress_.episodes,
-            "finished": len(episodes),
-            "score": {"mean": float(np.mean(scores)), "min": min(scores), "max": max(scores)}
-            if scores
-            else None,
-            "recent_score": progress_.score,
-            "best_score": progress_.best.score if progress_.best else None,
-            "episode_steps": float(np.mean([episode.length for episode in episodes])) if episodes else None,
+            **of_slices(slices, config.n_workers, step),
+            **of_progress(progress_),
             **learned,
-            "explained_variance": explained,
-            "lr": self.config.lr * share_left,
-            "lag": step - min(filled.version for filled in slices),
-            "dropped": progress_.dropped,
-            "workers": len(slices),
-            "worker_episodes": [
-                sum(f.worker == n for f in slices for _ in f.episodes) for n in range(self.config.n_workers)
-            ],
-            "worker_seconds": {
-                name: float(np.mean([filled.seconds[name] for filled in slices]))
-                for name in ("game", "policy", "all")
-            },
-            "phases": {
-                "wait": waited,
-                "batch": prepared - before,
-                "update": updated - prepared,
-                "other": max(0.0, seconds - waited - (updated - before)),
-            },
+            "explained_variance": explained_variance(batch),
+            "lr": config.lr * share_left,
+            "phases": phases,
         }
-
-    # ---------------------------------------------------------------------------------------- the end of an update
 
     def _finish_update(self, metrics: dict[str, Any], bar: Bar) -> None:
         config, history = self.config, self.state.history
-        last_seconds = history[-1]["seconds"] if history else 0.0
-        last_steps = history[-1]["steps"] if history else 0
-        last_episodes = history[-1]["episodes"] if history else 0
-        seconds = max(1e-9, metrics["seconds"] - last_seconds)
-        metrics["steps_per_s"] = (metrics["steps"] - last_steps) / seconds
-        metrics["frames_per_s"] = metrics["steps_per_s"] * config.skip
-        metrics["episodes_per_hour"] = 3600 * (metrics["episodes"] - last_episodes) / seconds
+        metrics |= speeds(metrics, history[-1] if history else None, config.skip)
         metrics["cpu_percent"] = self.cpu.percent()
         metrics["memory_percent"] = memory_percent()
-        each = {str(n): resident_mb(process) for n, process in enumerate(self.collector.processes)}
-        metrics["memory"] = {
-            "rss_mb": resident_mb(),
-            "workers_mb": sum(each.values()),
-            "worker_mb": each,
-            "gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None,
-            "other_ranks": {},
-        }
+        metrics["memory"] = memory_use(self.collector.processes)
         metrics["respawns"] = self.collector.respawns[self._respawns_told :]
         self._respawns_told = len(self.collector.respawns)
         metrics["rollbacks"] = self.safe.recovery.rollbacks
@@ -541,8 +495,6 @@ class _Run:
             print(f"stopped; --resume continues from {self.safe.store.resume_point(self.state.step)}")
             if not isinstance(reason, Interrupted):
                 raise
-
-    # ---------------------------------------------------------------------------------------- how far it is
 
     def _done(self, update: int | None = None) -> float:
         """Share of training that is done before an update (the next one); above 1 if more than planned is done."""

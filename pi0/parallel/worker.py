@@ -24,7 +24,7 @@ class PlayerSpec:
     Attributes:
         game: its game.
         layout: the shared memory.
-        max_steps, idle: as for `Actor`.
+        max_steps, noop_max: as for `Actor`.
         nice: by how much its priority is lowered.
         one_stream: every worker gets the same stream, to show that this is found.
     """
@@ -32,7 +32,7 @@ class PlayerSpec:
     game: GameSpec
     layout: Layout
     max_steps: int
-    idle: int
+    noop_max: int
     nice: int = 0
     one_stream: bool = False
 
@@ -73,7 +73,7 @@ class Player:
     def film(self, episode: Episode, every: int) -> list[np.ndarray]:
         """Every so many steps' screen of an episode that is played again."""
         game = self._any_game()
-        begin(game, episode.seed, episode.idle)
+        begin(game, episode.seed, episode.noops)
         screens = [game.screen().copy()]
         for number, action in enumerate(np.frombuffer(episode.actions, np.uint16), 1):
             game.step(int(action))
@@ -121,7 +121,7 @@ class Player:
         if key not in self._actors:
             own = game if not self._actors else make_game(self._spec.game)
             spec = self._spec
-            self._actors[key] = Actor(own, spec.layout, self._arrays, spec.max_steps, spec.idle)
+            self._actors[key] = Actor(own, spec.layout, self._arrays, spec.max_steps, spec.noop_max)
         return self._actors[key]
 
 
