@@ -20,7 +20,7 @@ from pi0.parallel.actor import Actor, Episode, Filled, Task, begin, new_stream, 
 from pi0.parallel.games import READ_ONCE_A_STEP, GameSpec, make_game, parse_options, resolve
 from pi0.parallel.network import ActorCritic
 from pi0.parallel.policy import STACK, FramePolicy, views
-from pi0.parallel.slices import Layout
+from pi0.parallel.slices import Layout, publish
 from pi0.workers.arrays import arrays_in, nbytes
 
 AIRSTRIKER = "Airstriker-Genesis-v0"
@@ -397,8 +397,8 @@ def make_actor(game, steps: int, max_steps: int = 15, noops: int = 30) -> tuple[
     layout = Layout(1, 2, steps, game.actions)
     arrays = arrays_in(bytearray(nbytes(layout.table)), layout.table)
     arrays["frames"][:-1] = 77  # what nobody writes shows
-    arrays["weights"][0] = make_network(game.actions).flat()
-    arrays["versions"][:] = 0, -1
+    arrays["versions"][:] = -1
+    publish(layout, arrays, views(make_network(game.actions).flat(), game.actions), 0)
     return Actor(game, layout, arrays, max_steps, noops), arrays
 
 

@@ -12,7 +12,7 @@ from pi0.parallel.actor import Filled
 from pi0.parallel.batches import explained_variance, make_batch
 from pi0.parallel.config import Config
 from pi0.parallel.network import ActorCritic
-from pi0.parallel.policy import STACK, count, shapes, views
+from pi0.parallel.policy import STACK, shapes, views
 from pi0.parallel.ppo import Batch, PPOAgent, PPOSettings, ppo_loss
 from pi0.parallel.returns import gae, vtrace
 from pi0.parallel.slices import Layout
@@ -229,7 +229,7 @@ def make_network(seed: int = 0, actions: int = 3, precision: torch.dtype = torch
 def test_the_parameters_in_one_array_are_those_of_the_network_and_come_back():
     first, second = make_network(0), make_network(1)
     flat = first.flat()
-    assert (flat.dtype, len(flat)) == (np.float32, count(3))
+    assert (flat.dtype, len(flat)) == (np.float32, sum(map(math.prod, shapes(3).values())))
     named = views(flat, 3)
     assert list(named) == list(shapes(3)) == [name for name, _ in first.named_parameters()]
     for name, parameter in first.named_parameters():

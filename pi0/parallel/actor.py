@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from pi0.parallel import policy
 from pi0.parallel.games import SIDE, Game
 from pi0.parallel.policy import STACK, FramePolicy, log_probabilities
 from pi0.parallel.slices import WEIGHT_BUFFERS, Layout
@@ -285,16 +284,20 @@ class Actor:
         self._policy.show(frame, len(self._actions) // 2)
 
     def _load(self, version: int) -> None:
-        """Take the weights of a version, or the newest ones. The trainer may be writing the oldest buffer."""
+        """Act with the weights of a version, or the newest ones.
+
+        Those of a version stay as they are until its slices are filled, so all workers read the same memory, which then
+        stays in the processor's cache. The newest ones are copied: the trainer may write two versions meanwhile.
+        """
         weights, versions = self._arrays["weights"], self._arrays["versions"]
-        while self._version is None or version == NEWEST or self._version != version:
+        while self._version is None or self._version != version:
             wanted = int(versions.max()) if version == NEWEST else version
             buffer = wanted % WEIGHT_BUFFERS
             if wanted == self._version:
                 return
-            copy = weights[buffer].copy() if versions[buffer] == wanted else None
-            if copy is not None and versions[buffer] == wanted:
-                self._policy.load(policy.views(copy, self._layout.actions))
+            found = weights[buffer].copy() if version == NEWEST else weights[buffer]
+            if versions[buffer] == wanted:
+                self._policy.use(self._layout.weights_in(found))
                 self._version = wanted
                 return
             if version != NEWEST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from pi0.base.errors import InputError, MachineError
 from pi0.parallel.actor import Filled, Task
-from pi0.parallel.slices import WEIGHT_BUFFERS
+from pi0.parallel.policy import views
+from pi0.parallel.slices import publish
 from pi0.parallel.worker import Player, PlayerSpec
 from pi0.workers.arrays import arrays_in, nbytes
 from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool
@@ -114,11 +116,8 @@ class Collector:
         self._strange = set(range(self.layout.workers))
 
     def publish(self, weights: np.ndarray, version: int) -> None:
-        """Give workers the weights of a version, in place of those of the version before the last."""
-        buffer = version % WEIGHT_BUFFERS
-        self.arrays["versions"][buffer] = -1  # nobody takes what is half written
-        self.arrays["weights"][buffer] = weights
-        self.arrays["versions"][buffer] = version
+        """Give workers the weights of a version (`ActorCritic.flat`), in place of those of the version before the last."""
+        publish(self.layout, self.arrays, views(weights, self.layout.actions), version)
 
     def ask(self, worker: int, buffer: int, steps: int, version: int, exploration: float) -> None:
         """Ask for a worker's next slice; see `Task`."""
@@ -194,7 +193,8 @@ class SerialCollector(Collector):
     """The same workers, one after another in this process; with the same numbers, to the bit."""
 
     def _open(self, spec: PlayerSpec) -> None:
-        self.arrays = arrays_in(bytearray(nbytes(self.layout.table)), self.layout.table)
+        # Aligned as what processes share is, since a sum may be rounded differently elsewhere.
+        self.arrays = arrays_in(mmap.mmap(-1, nbytes(self.layout.table)), self.layout.table)
         self._player = Player(spec, self.arrays)
         self._waiting: deque[Task] = deque()
 

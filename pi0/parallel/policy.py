@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from numpy.typing import DTypeLike
 
 from pi0.parallel.games import SIDE
 
@@ -32,11 +33,6 @@ def shapes(actions: int) -> dict[str, tuple[int, ...]]:
     return named
 
 
-def count(actions: int) -> int:
-    """Number of parameters."""
-    return sum(int(np.prod(shape)) for shape in shapes(actions).values())
-
-
 def views(flat: np.ndarray, actions: int) -> dict[str, np.ndarray]:
     """The parameters in a flat float32 array, by name."""
     named, offset = {}, 0
@@ -45,6 +41,44 @@ def views(flat: np.ndarray, actions: int) -> dict[str, np.ndarray]:
         named[name] = flat[offset : offset + size].reshape(shape)
         offset += size
     return named
+
+
+def arranged_shapes(actions: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays that `FramePolicy` computes with (see `arrange`)."""
+    return {
+        "first": (STACK, STACK * 64, 32),
+        "second": (512, 64),
+        "third": (576, 64),
+        "hidden": (64 * 7 * 7, _FEATURES),
+        "heads": (_FEATURES, actions + 1),
+        "biases": (32 + 64 + 64 + _FEATURES + actions + 1,),
+    }
+
+
+def arranged_table(actions: int) -> dict[str, tuple[tuple[int, ...], DTypeLike]]:
+    """The same with their types, as `pi0.workers.arrays` lays them out."""
+    return {name: (shape, np.float32) for name, shape in arranged_shapes(actions).items()}
+
+
+def arrange(parameters: Mapping[str, np.ndarray], into: Mapping[str, np.ndarray]) -> None:
+    """Write the parameters in the orders in which `FramePolicy` uses them.
+
+    Args:
+        parameters: by their names in `ActorCritic`.
+        into: float32 arrays of `arranged_shapes`.
+    """
+    first = parameters["conv1.weight"].transpose(1, 2, 3, 0).reshape(STACK, 64, 32) / np.float32(255)
+    for newest in range(STACK):
+        order = [STACK - 1 - (newest - place) % STACK for place in range(STACK)]
+        into["first"][newest] = first[order].reshape(STACK * 64, 32)
+    into["second"][:] = parameters["conv2.weight"].transpose(2, 3, 1, 0).reshape(512, 64)
+    into["third"][:] = parameters["conv3.weight"].transpose(2, 3, 1, 0).reshape(576, 64)
+    # Flattened features are in torch's order (channel, row, column); here a channel comes last.
+    hidden = parameters["hidden.weight"].reshape(_FEATURES, 64, 7, 7).transpose(2, 3, 1, 0)
+    into["hidden"][:] = hidden.reshape(-1, _FEATURES)
+    into["heads"][:] = np.concatenate([parameters["actor.weight"], parameters["critic.weight"]]).T
+    names = ("conv1", "conv2", "conv3", "hidden", "actor", "critic")
+    into["biases"][:] = np.concatenate([parameters[f"{name}.bias"] for name in names])
 
 
 class FramePolicy:
@@ -65,22 +99,18 @@ class FramePolicy:
         self._columns2 = np.empty((9, 9, 4, 4, 32), np.float32)
         self._columns3 = np.empty((7, 7, 3, 3, 64), np.float32)
 
+    def use(self, arranged: Mapping[str, np.ndarray]) -> None:
+        """Act with arrays that `arrange` has written; they are not copied."""
+        self._weights = arranged
+        self._biases = np.split(arranged["biases"], np.cumsum([32, 64, 64, _FEATURES]))
+
     def load(self, parameters: Mapping[str, np.ndarray]) -> None:
-        """Take a copy of the parameters, in the orders in which they are used."""
-        first = parameters["conv1.weight"].transpose(1, 2, 3, 0).reshape(STACK, 64, 32) / np.float32(255)
-        self._weights1 = [
-            np.concatenate([first[STACK - 1 - (newest - place) % STACK] for place in range(STACK)])
-            for newest in range(STACK)
-        ]
-        self._weights2 = parameters["conv2.weight"].transpose(2, 3, 1, 0).reshape(512, 64).copy()
-        self._weights3 = parameters["conv3.weight"].transpose(2, 3, 1, 0).reshape(576, 64).copy()
-        # Flattened features are in torch's order (channel, row, column); here a channel comes last.
-        hidden = parameters["hidden.weight"].reshape(_FEATURES, 64, 7, 7).transpose(2, 3, 1, 0)
-        self._weights4 = np.ascontiguousarray(hidden.reshape(-1, _FEATURES))
-        heads = np.concatenate([parameters["actor.weight"], parameters["critic.weight"]])
-        self._weights5 = np.ascontiguousarray(heads.T)
-        self._biases = [parameters[f"{name}.bias"].copy() for name in ("conv1", "conv2", "conv3", "hidden")]
-        self._biases.append(np.concatenate([parameters["actor.bias"], parameters["critic.bias"]]))
+        """Act with a copy of parameters."""
+        arranged = {
+            name: np.empty(shape, np.float32) for name, shape in arranged_shapes(self._actions).items()
+        }
+        arrange(parameters, arranged)
+        self.use(arranged)
 
     def clear(self) -> None:
         """An episode begins: frames before its first count as black."""
@@ -95,18 +125,18 @@ class FramePolicy:
         """Logits, float32 [actions], and value, where `number` is the newest frame's."""
         bias1, bias2, bias3, bias4, bias5 = self._biases
         first = self._first.reshape(400, 32)
-        np.dot(self._columns.reshape(400, 256), self._weights1[number % STACK], out=first)
+        np.dot(self._columns.reshape(400, 256), self._weights["first"][number % STACK], out=first)
         _rectify(first, bias1)
         self._columns2[...] = _windows(self._first, 4, 2, 9)
         second = self._second.reshape(81, 64)
-        np.dot(self._columns2.reshape(81, 512), self._weights2, out=second)
+        np.dot(self._columns2.reshape(81, 512), self._weights["second"], out=second)
         _rectify(second, bias2)
         self._columns3[...] = _windows(self._second, 3, 1, 7)
-        third = self._columns3.reshape(49, 576) @ self._weights3
+        third = self._columns3.reshape(49, 576) @ self._weights["third"]
         _rectify(third, bias3)
-        hidden = third.reshape(-1) @ self._weights4
+        hidden = third.reshape(-1) @ self._weights["hidden"]
         _rectify(hidden, bias4)
-        heads = hidden @ self._weights5 + bias5
+        heads = hidden @ self._weights["heads"] + bias5
         return heads[: self._actions], float(heads[self._actions])
 
 

@@ -16,7 +16,8 @@ from pi0.base.stats import mean_interval
 from pi0.base.video import captioned, write_video
 from pi0.parallel.actor import Episode
 from pi0.parallel.config import Config, to_dict
-from pi0.parallel.slices import Layout
+from pi0.parallel.policy import views
+from pi0.parallel.slices import Layout, publish
 from pi0.parallel.worker import PlayerSpec
 from pi0.training.machine import machine
 from pi0.workers.pool import WorkerPool
@@ -38,7 +39,7 @@ class Scorer:
     """
 
     def __init__(self, spec: PlayerSpec, config: Config, check: Callable[[], None]):
-        layout = Layout(1, 1, 1, spec.layout.actions)
+        layout = self._layout = Layout(1, 1, 1, spec.layout.actions)
         self._config = config
         self._pool = WorkerPool(
             "pi0.parallel.worker:worker_process",
@@ -67,9 +68,7 @@ class Scorer:
         if not self._config.evaluation_episodes:
             return {}
         self._version += 2  # always the same buffer
-        arrays = self._pool.common
-        arrays["weights"][0] = weights
-        arrays["versions"][0] = self._version
+        publish(self._layout, self._pool.common, views(weights, self._layout.actions), self._version)
         seed = self._config.seed + EVALUATION_SEED
         calls = [(self._config.evaluation_episodes, how == "greedy", seed) for how in WAYS]
         result: dict[str, Any] = {}

@@ -6,6 +6,7 @@ stored; the trainer stacks them when it learns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from pi0.parallel import policy
 from pi0.parallel.games import SIDE
 from pi0.parallel.policy import STACK
-from pi0.workers.arrays import ArrayTable
+from pi0.workers.arrays import ArrayTable, arrays_in, nbytes
 
 WEIGHT_BUFFERS = 2  # the newest weights, and those before them, with which a slice may still be collected
 
@@ -43,7 +44,7 @@ class Layout:
     def table(self) -> ArrayTable:
         """The arrays.
 
-        The last of `frames` stays black. `ages` are numbers of steps since the episode began, at most 3.
+        The last of `frames` stays black. `weights` hold what `weights_in` finds there. `ages` are numbers of steps since the episode began, at most 3.
         """
         each = (self.buffers, self.workers, self.steps)
         return {
@@ -56,9 +57,13 @@ class Layout:
             "ended": (each, np.uint8),
             "bootstraps": (each, np.float32),
             "last_values": ((self.buffers, self.workers), np.float32),
-            "weights": ((WEIGHT_BUFFERS, policy.count(self.actions)), np.float32),
+            "weights": ((WEIGHT_BUFFERS, nbytes(policy.arranged_table(self.actions))), np.uint8),
             "versions": ((WEIGHT_BUFFERS,), np.int64),
         }
+
+    def weights_in(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of `pi0.parallel.policy.arrange` in one of the two buffers of `weights`."""
+        return arrays_in(buffer, policy.arranged_table(self.actions))
 
     def first_frame(self, buffer: int, worker: int) -> int:
         """Index in `frames` of a slice's first own frame."""
@@ -74,3 +79,13 @@ class Layout:
         back = np.arange(STACK - 1, -1, -1)
         black = self.buffers * self.workers * self.positions
         return np.where(back <= ages[:, None], numbers[:, None] - back, black)
+
+
+def publish(
+    layout: Layout, arrays: Mapping[str, np.ndarray], parameters: Mapping[str, np.ndarray], version: int
+) -> None:
+    """Write the weights of a version, in place of those of the version before the last."""
+    buffer = version % WEIGHT_BUFFERS
+    arrays["versions"][buffer] = -1  # nobody takes what is half written
+    policy.arrange(parameters, layout.weights_in(arrays["weights"][buffer]))
+    arrays["versions"][buffer] = version

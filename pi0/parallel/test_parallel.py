@@ -19,8 +19,8 @@ from pi0.base.errors import InputError, run_command
 from pi0.parallel.config import DEFAULT_GAME, Config
 from pi0.parallel.games import GameSpec
 from pi0.parallel.machine_load import require_memory
-from pi0.parallel.policy import count
-from pi0.parallel.slices import Layout
+from pi0.parallel.policy import shapes
+from pi0.parallel.slices import Layout, publish
 from pi0.parallel.worker import PlayerSpec, count_actions
 from pi0.workers.pool import Loss, WorkerPool
 from pi0.workers.process import WorkerError
@@ -63,8 +63,10 @@ def _play(spec: PlayerSpec, seed: int) -> list[tuple[int, bytes, bytes, bytes]]:
         common=spec.layout.table,
     )
     try:
-        weights = np.random.default_rng(seed).normal(0, 0.01, count(spec.layout.actions))
-        pool.common["weights"][0] = weights
+        draw = np.random.default_rng(seed)
+        named = shapes(spec.layout.actions).items()
+        parameters = {name: draw.normal(0, 0.01, shape).astype(np.float32) for name, shape in named}
+        publish(spec.layout, pool.common, parameters, 0)
         found: dict[int, tuple[int, bytes, bytes, bytes]] = {}
         for worker in range(spec.layout.workers):
             pool.send(worker, "look", (spec.layout.steps, DRAWS, seed, worker))
