@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/parallel.json")
     parser.add_argument("--table", metavar="FILE", help="only print the tables of this file")
     parser.add_argument("--picture", metavar="FILE", help="draw `scaling` there, a PNG")
-    parser.add_argument("--process", nargs="+", help=argparse.SUPPRESS)  # how this script calls itself
+    parser.add_argument(
+        "--process", nargs="+", action=Collect, help=argparse.SUPPRESS
+    )  # how this script calls itself
     options = parser.parse_args()
     if options.process:
         name, *arguments = options.process

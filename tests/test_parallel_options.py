@@ -476,6 +476,13 @@ def test_workers_with_the_same_stream_are_refused():
     collector.close()
 
 
+@pytest.mark.parametrize(
+    "path", sorted((REPO_ROOT / "configs").glob("parallel*.yaml")), ids=lambda path: path.name
+)
+def test_every_shipped_configuration_is_valid(path):
+    load_config(path, [])
+
+
 # The pages ------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from pi0.base.paths import REPO_ROOT
 from pi0.parallel import ppo as ppo_module
 from pi0.parallel import trainer as trainer_module
 from pi0.parallel.trainer import ParallelTrainer
+from tests.support.programs import children_of
 
 pytestmark = pytest.mark.engine
 DOT = "tests.support.games:Dot-v0"
@@ -66,20 +67,6 @@ def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
 
 def rows(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def children() -> list[int]:
-    """Worker processes of this process."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (path / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if parent == os.getpid() and b"pi0.workers.serve" in command:
-            found.append(int(path.name))
-    return found
 
 
 # The same numbers -----------------------------------------------------------------------------------------
@@ -226,9 +213,7 @@ def kill_main(folder: Path, kills: int, seed: int, max_updates: int = 8) -> None
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 3.0))
-        workers = [
-            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ]
+        workers = workers_of(process)
         process.kill()
         process.wait()
         require_gone(workers)
@@ -241,17 +226,28 @@ def kill_main(folder: Path, kills: int, seed: int, max_updates: int = 8) -> None
     assert [row["step"] for row in rows(killed)] == list(range(max_updates))
 
 
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """The workers of a trainer that has them."""
+    limit = time.monotonic() + 60
+    while (
+        len(workers := [pid for pid, words in children_of(process.pid).items() if "pi0.workers" in words]) < 2
+    ):
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.02)
+    return workers
+
+
 def require_gone(processes: list[int]) -> None:
     """Within ten seconds none of the processes is left."""
     limit = time.monotonic() + 10
-    while left := [pid for pid in processes if is_worker(pid)]:
+    while left := [pid for pid in processes if is_running(pid)]:
         assert time.monotonic() < limit, f"workers {left} outlive their trainer"
         time.sleep(0.05)
 
 
-def is_worker(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     try:
-        return b"pi0.workers.serve" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -295,7 +291,7 @@ def disturb(trainer: ParallelTrainer, times: int, seed: int, signals: tuple[int,
         while done < times:
             time.sleep(draw.uniform(0.02, 0.3))
             started = trainer.run_dir is not None and (trainer.run_dir / "metrics.jsonl").exists()
-            if started and (workers := children()):
+            if started and (workers := trainer.processes):
                 try:
                     os.kill(draw.choice(workers), draw.choice(signals))
                 except ProcessLookupError:
@@ -414,9 +410,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_worker(tmp_path):
     while not any(tmp_path.glob("*/metrics.jsonl")):
         assert time.monotonic() < limit
         time.sleep(0.05)
-    workers = [
-        int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ]
+    workers = workers_of(process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

@@ -12,13 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 from games import STACK, NatureNetwork, make_console, make_env, parameters, resident_mb
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
+
+from pi0.base.arguments import ranged
 
 WARM_UP = 100  # calls before a measurement
 
@@ -103,9 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the measurement")
+    parser.add_argument("--envs", type=ranged(int, 1), default=8)
+    parser.add_argument("--threads", type=ranged(int, 1), default=1, help="torch threads")
+    parser.add_argument(
+        "--seconds", type=ranged(float, above=0), default=10.0, help="length of the measurement"
+    )
     parser.add_argument("--parts", action="store_true", help="the parts of a step instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

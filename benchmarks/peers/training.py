@@ -35,6 +35,7 @@ from games import (
 )
 from torch import nn
 
+from pi0.base.arguments import ranged
 from pi0.parallel.machine_load import CpuMeter
 
 GAMMA, LAMBDA, CLIP, ENTROPY, VALUE, NORM, LR = 0.99, 0.95, 0.1, 0.01, 0.5, 0.5, 2.5e-4
@@ -198,10 +199,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("trainer", choices=TRAINERS)
-    parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
-    parser.add_argument("--warm-up", type=int, default=2, help="updates before the measurement")
-    parser.add_argument("--updates", type=int, default=10, help="updates that are measured")
+    parser.add_argument("--envs", type=ranged(int, 1), default=8)
+    parser.add_argument("--threads", type=ranged(int, 1), default=1, help="torch threads")
+    parser.add_argument("--warm-up", type=ranged(int, 0), default=2, help="updates before the measurement")
+    parser.add_argument("--updates", type=ranged(int, 1), default=10, help="updates that are measured")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

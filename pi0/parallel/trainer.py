@@ -102,6 +102,7 @@ class ParallelTrainer:
         self.run_dir: Path | None = None
         self.agent: PPOAgent | None = None
         self._resume = resume
+        self._run: _Run | None = None
 
     @classmethod
     def of(cls, config: Config, resume: str = "") -> ParallelTrainer:
@@ -109,6 +110,11 @@ class ParallelTrainer:
         trainer = cls(resume=resume)
         trainer.config = config
         return trainer
+
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the workers; none while it does not train."""
+        return self._run.collector.processes if self._run else []
 
     def train(
         self,
@@ -141,7 +147,8 @@ class ParallelTrainer:
         place = (config.output_dir, config.exp_name, to_dict(config))
         if self._resume:
             ours = dict if not chosen_before else lambda settings: {**settings, "n_workers": None}
-            self.run_dir = run_to_resume(self._resume, *place, configuration.fixed(), ours)
+            fixed = configuration.fixed()
+            self.run_dir = run_to_resume(self._resume, *place, fixed, ours, "start a new run")
             if chosen_before:
                 earlier = yaml.safe_load((self.run_dir / "config.yaml").read_text())
                 config = self.config = _resolve_workers(
@@ -153,9 +160,10 @@ class ParallelTrainer:
         print(f"training started: {config.n_workers} workers play {config.game}, writing to {self.run_dir}")
         try:
             with _Run(config, self.run_dir, spec, actions, interrupts) as run:
-                self.agent = run.agent
+                self.agent, self._run = run.agent, run
                 run.train(resume=bool(self._resume))
         finally:
+            self._run = None
             os.close(lock)
         return self.run_dir
 

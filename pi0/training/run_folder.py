@@ -53,6 +53,7 @@ def run_to_resume(
     config: dict[str, Any],
     fixed: Collection[str],
     comparable: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    otherwise: str = "start a new run with policy_path = {run}/policy",
 ) -> Path:
     """The folder of the run that `--resume` means; prints how its configuration differed.
 
@@ -62,6 +63,7 @@ def run_to_resume(
         config: configuration for the resumed run.
         fixed: dotted names of the keys that must keep their values.
         comparable: returns settings in which whatever is the same is written in the same way.
+        otherwise: what to do if a fixed key must differ; {run} is the run's folder.
     Raises:
         OutputError: there is no run to resume, or a fixed key differs.
         MissingFileError: its configuration is not there or damaged.
@@ -72,10 +74,8 @@ def run_to_resume(
     differences = [difference for difference in _differences(earlier, config) if difference[0] in differing]
     if changed := [difference for difference in differences if difference[0] in fixed]:
         changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
-        with_its_policy = f" with policy_path = {run / 'policy'}" if "policy_path" in config else ""
         raise OutputError(
-            f"{run} cannot be resumed with other settings ({changes}); restore them, or start a new run"
-            f"{with_its_policy}"
+            f"{run} cannot be resumed with other settings ({changes}); restore them, or {otherwise.format(run=run)}"
         )
     for key, was, now in differences:
         print(f"resuming with {key} = {now!r}, which was {was!r}")
