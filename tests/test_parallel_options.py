@@ -263,7 +263,7 @@ def test_too_little_memory_is_said_before_workers_are_started(monkeypatch, free,
     assert str(error.value) == f"too little memory for 8 workers: {text}"
     with pytest.raises(InputError, match="too little memory for 8 workers"):
         trainer_module._resolve_workers(make_config())
-    require_memory(2 if free > 1000 else -2)
+    require_memory(1 if free > 1000 else -3)
 
 
 # Who collects how much ------------------------------------------------------------------------------------

@@ -173,10 +173,10 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.soak
 def test_a_run_that_is_killed_twenty_times_ends_with_the_same_bits(tmp_path):
-    kill_main(tmp_path, kills=20, seed=1, max_updates=40)
+    kill_main(tmp_path, kills=20, seed=1, max_updates=200)
 
 
-def kill_main(folder: Path, kills: int, seed: int, max_updates: int = 8) -> None:
+def kill_main(folder: Path, kills: int, seed: int, max_updates: int = 20) -> None:
     draw = random.Random(seed)
     whole = make_trainer(folder / "whole", max_updates=max_updates, save_interval=1).train()
     command = [
@@ -212,8 +212,8 @@ def kill_main(folder: Path, kills: int, seed: int, max_updates: int = 8) -> None
             run = next(iter((folder / "killed").glob("*/checkpoints/step-*")), None)
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.02)
-        time.sleep(draw.uniform(0, 3.0))
         workers = workers_of(process)
+        time.sleep(draw.uniform(0, 1.0))
         process.kill()
         process.wait()
         require_gone(workers)

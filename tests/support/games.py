@@ -43,8 +43,7 @@ class Dot(gymnasium.Env):
 
     def step(self, action):
         self._life += 1
-        if self._once and self._life == 50 and not Path(self._once).exists():
-            Path(self._once).touch()
+        if self._once and self._life == 50 and is_first(Path(self._once)):
             if self._fault == "hang":
                 time.sleep(3600)
             raise ZeroDivisionError("the dot is lost")
@@ -58,6 +57,15 @@ class Dot(gymnasium.Env):
         image = np.zeros((84, 84, 3), np.uint8)
         image[:, max(0, self._place - 3) : self._place + 3] = 200
         return image
+
+
+def is_first(file: Path) -> bool:
+    """Whether no other process has made the file, which is there then."""
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 gymnasium.register("Dot-v0", entry_point=Dot)
