@@ -523,7 +523,7 @@ def fastest(turns: Turns, names: Sequence[str]) -> str:
 
 
 def ratios(ours: Sequence[Values], theirs: Sequence[Values]) -> list[float]:
-    """Of each turn."""
+    """The values of each turn."""
     return [mine["steps_per_s"] / other["steps_per_s"] for mine, other in zip(ours, theirs, strict=True)]
 
 

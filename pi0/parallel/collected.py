@@ -75,7 +75,7 @@ class Progress:
         self.best = best and Episode(**{name: _restored(value) for name, value in best.items()})
 
     def join_state_dicts(self, states: list[dict], place: Any) -> None:
-        """There is one process that learns."""
+        """Never called: one process learns, so its number never changes."""
         raise NotImplementedError
 
 

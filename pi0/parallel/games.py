@@ -24,7 +24,7 @@ from pi0.base.errors import InputError
 SIDE = 84  # pixels of a frame as the policy sees it (Mnih et al. 2015)
 INSTALL = "run `make game` to install it"
 # Games of which it was tested that one reading of the memory at the end of a step misses no end of an episode and
-# no reward (tests/test_parallel_games.py). A reading costs a fifth of a frame.
+# no reward (tests/test_parallel_games.py). A reading takes a quarter of the time of a frame.
 READ_ONCE_A_STEP = ("Airstriker-Genesis-v0",)
 
 
@@ -229,7 +229,7 @@ class RetroWrapper:
         return zlib.compress(state, 1)
 
     def restore(self, saved: bytes) -> None:
-        """Continue from a save state; what rewards are counted from is read anew from the game's memory."""
+        """Continue from a save state; the game's memory is read, so that the next reward is counted from it."""
         if not self._screens:
             self.reset(0)
         self._env.em.set_state(zlib.decompress(saved))
@@ -327,7 +327,7 @@ def small_grey(screen: np.ndarray) -> np.ndarray:
     return cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
-def _image_key(spec: GameSpec, space: gymnasium.Space, path: tuple[str, ...] = ()) -> tuple[str, ...]:
+def _image_key(spec: GameSpec, space: gymnasium.Space) -> tuple[str, ...]:
     """Where in an observation the image is."""
 
     def images(space: gymnasium.Space, path: tuple[str, ...]) -> list[tuple[str, ...]]:

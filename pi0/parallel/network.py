@@ -29,7 +29,7 @@ class ActorCritic(nn.Module):
         self.hidden = _initialised(nn.Linear(64 * 7 * 7, 512))
         self.actor = _initialised(nn.Linear(512, actions), 0.01)
         self.critic = _initialised(nn.Linear(512, 1), 1.0)
-        self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+        self.to(memory_format=torch.channels_last)  # faster on a CPU
         named = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
         assert named == policy.shapes(actions), "workers act with the same network"
 
