@@ -29,13 +29,10 @@ at most (t_w + t_u) / max(t_w / N, t_u) if they play during the update and the t
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,21 +44,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from processes import PEERS, PEERS_PYTHON, end_on_sigterm, require_peers, run, start
+
 from pi0.base.arguments import Collect, ranged
-from pi0.base.errors import InputError, run_command
+from pi0.base.errors import run_command
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import mean_interval
 from pi0.workers.pool import usable_cores
 
-PEERS = ROOT / "benchmarks" / "peers"
-PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PARTS = ("training", "rollouts", "scaling", "parts")
 NEED_PEERS = ("training", "rollouts", "parts")
 WARM_UP = 2  # updates
 UPDATE_INTERVAL = 2048
-LIMIT_S = 1800.0  # for a measurement
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 SB3, CLEANRL = "stable-baselines3", "cleanrl-style"
 SUBPROC = "SubprocVecEnv"
 # At least and aim of a ratio, by part, precision of ours and peer; for two cores.
@@ -77,7 +72,6 @@ WORKER_MB = (300.0, 150.0)
 WANTED = {4: 3.6, 8: 7.0, 16: 12.0}  # times one worker
 MODEL = (1, 2, 4, 8, 16)
 PART_NAMES = ("emulator", "preprocessing", "inference", "transport")
-LIBC = ctypes.CDLL(None)
 Values = dict[str, Any]
 Turns = dict[str, list[Values]]
 
@@ -134,11 +128,11 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All parts, in turns; what is complete is in the file after each turn."""
-    if set(options.part) & set(NEED_PEERS) and not PEERS_PYTHON.exists():
-        raise InputError("the other trainers are not installed (.venv-peers): run `make peers`")
+    if set(options.part) & set(NEED_PEERS):
+        require_peers()
     from pi0.training.machine import machine  # takes seconds: not for `--help`
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # processes end, as after Ctrl+C
+    end_on_sigterm()
     sides = {part: SIDES[part](options) for part in PARTS if part in options.part}
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -262,50 +256,6 @@ def our_training(workers: int, updates: int, mode: str, precision: str) -> Value
 def own_process(name: str, *arguments: float) -> Values:
     """A measurement of ours in a process of this script."""
     return run(sys.executable, __file__, "--process", name, *arguments)
-
-
-def run(*command: object) -> Values:
-    """The JSON that a command prints last."""
-    return json.loads(start(*command).splitlines()[-1])
-
-
-def start(*command: object) -> str:
-    """What a command prints. It and its processes end with this function.
-
-    Raises:
-        InputError: it failed, with its last line.
-    """
-    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
-    texts = [str(word) for word in command]
-    process = subprocess.Popen(
-        texts,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, no lock
-    )
-    try:
-        printed, errors = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise InputError(f"`{' '.join(texts)}` took longer than {LIMIT_S:.0f} s") from None
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all have ended
-        process.wait()
-    if process.returncode:
-        last = (errors.strip() or printed.strip() or "it printed nothing").splitlines()[-1]
-        raise InputError(f"`{' '.join(texts)}` failed: {last}")
-    return printed
-
-
-def end_with_parent() -> None:
-    """Let this process end when its parent does, even if that is killed; workers end with theirs."""
-    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # Ours, in a process of its own --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
 from pi0.parallel import ppo as ppo_module
 from pi0.parallel import trainer as trainer_module
+from pi0.parallel.scorer import WAYS, Scorer
 from pi0.parallel.trainer import ParallelTrainer
 from tests.support.programs import children_of
 
@@ -448,7 +451,12 @@ def test_a_run_leaves_its_table_report_and_videos(tmp_path, capsys):
         render=True,
     ).train()
     results = json.loads((run / "results.json").read_text())
-    assert [row[0] for row in results["table"]] == ["raw score", "sampled", "greedy"]
+    assert [row[0] for row in results["table"]] == [
+        "raw score",
+        "sampled",
+        "greedy",
+        "first and last of training",
+    ]
     assert len(results["scores"]["after"]["sampled"]["scores"]) == 2
     assert "after training" in capsys.readouterr().out
     for name in ("before_after.mp4", "best_episode.mp4"):
@@ -456,6 +464,56 @@ def test_a_run_leaves_its_table_report_and_videos(tmp_path, capsys):
     page = (run / "report.html").read_text()
     assert '<th scope="col">after training</th>' in page
     assert trainer_module.METRICS.undeclared(rows(run)[0]) == []
+
+
+def during(run_dir: Path) -> list[dict]:
+    return json.loads((run_dir / "results.json").read_text())["scores"]["during"]
+
+
+def test_scores_beside_training_are_those_of_the_checkpoints_and_change_no_number(tmp_path):
+    settings = {"evaluation_episodes": 3, "evaluation_interval": 2}
+    scored = make_trainer(tmp_path / "scored", **settings)
+    run = scored.train()
+    assert same(weights(run), weights(make_trainer(tmp_path / "not").train()))
+    assert [score["step"] for score in during(run)] == [2, 4]
+    spec = trainer_module.worker.PlayerSpec(
+        trainer_module.GameSpec(DOT), trainer_module.Layout(1, 1, 1, 3), 10000, scored.config.noop_max
+    )
+    scorer = Scorer(spec, scored.config, lambda: None)
+    for found in during(run):
+        network = trainer_module.ActorCritic(3)
+        network.load_state_dict(
+            {name: torch.from_numpy(each) for name, each in weights(run, found["step"]).items()}
+        )
+        again = scorer.score(network.flat(), "again")
+        assert {how: again[how]["scores"] for how in WAYS} == {how: found[how] for how in WAYS}
+    scorer.close()
+    evaluations = [row["evaluation"] for row in rows(run) if row["evaluation"]]
+    assert evaluations[0] == {
+        "step": 2.0,
+        "sampled": np.mean(during(run)[0]["sampled"]),
+        "greedy": np.mean(during(run)[0]["greedy"]),
+    }
+
+
+@pytest.mark.tried("a stop while a score is under way", "the resumed run has the same scores")
+def test_a_score_that_was_under_way_is_made_by_the_resumed_run(tmp_path, monkeypatch):
+    settings = {"evaluation_episodes": 100, "evaluation_interval": 2}
+    whole = make_trainer(tmp_path / "whole", **settings).train()
+    log = trainer_module._Run._log
+
+    def stopped(run, metrics, bar):
+        log(run, metrics, bar)
+        if metrics["step"] == 2:
+            assert not run.scorer.during, "the score of step 2 is still under way"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer_module._Run, "_log", stopped)
+    run = make_trainer(tmp_path / "stopped", **settings).train()
+    assert not (run / "results.json").exists()
+    monkeypatch.setattr(trainer_module._Run, "_log", log)
+    resumed = make_trainer(tmp_path / "stopped", resume=str(run), **settings).train()
+    assert during(resumed) == during(whole)
 
 
 def test_it_trains_on_this_packages_libero_environment(tmp_path):
@@ -505,7 +563,7 @@ def test_the_quickstart_of_the_game_ends_with_its_table_and_goes_on_where_it_is_
     for more in (["--max_updates", "1"], ["--max_updates", "2", "--resume"]):
         done = subprocess.run([*command, *more], cwd=REPO_ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert "raw score  before training" in done.stdout
+        assert re.search("raw score +before training", done.stdout)
     assert "continuing from" in done.stdout
     (run,) = tmp_path.iterdir()
     assert [row["step"] for row in rows(run)] == [0, 1]

@@ -39,6 +39,14 @@ def make_env() -> gymnasium.Env:
     return gymnasium.wrappers.TimeLimit(ClipRewardEnv(env), MAX_STEPS)
 
 
+def make_scored_env() -> gymnasium.Env:
+    """As `make_env`; at the end of an episode its information has the raw score, as `episode`."""
+    env = WarpFrame(
+        MaxAndSkipEnv(NoopResetEnv(gymnasium.wrappers.RecordEpisodeStatistics(make_console()), 30), 4)
+    )
+    return gymnasium.wrappers.TimeLimit(ClipRewardEnv(env), MAX_STEPS)
+
+
 def make_stacked_env() -> gymnasium.Env:
     """Stacks of grey frames, uint8 [4, 84, 84, 1], stacked in the process of the environment."""
     return gymnasium.wrappers.FrameStackObservation(make_env(), STACK)

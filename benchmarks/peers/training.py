@@ -33,6 +33,9 @@ from games import (
     parameters,
     resident_mb,
 )
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecFrameStack
 from torch import nn
 
 from pi0.base.arguments import ranged
@@ -83,12 +86,17 @@ class Clock:
         }
 
 
+def stable_baselines3_ppo(envs: VecEnv, seed: int) -> PPO:
+    """Its PPO with the settings that all trainers have; the learning rate falls to 0."""
+    return PPO(
+        "CnnPolicy", envs, learning_rate=lambda left: LR * left, n_steps=UPDATE_INTERVAL // envs.num_envs,
+        batch_size=MINIBATCH, n_epochs=EPOCHS, gamma=GAMMA, gae_lambda=LAMBDA, clip_range=CLIP, clip_range_vf=CLIP,
+        ent_coef=ENTROPY, vf_coef=VALUE, max_grad_norm=NORM, seed=seed, device="cpu",
+    )  # fmt: skip
+
+
 def stable_baselines3(envs: int, clock: Clock) -> nn.Module:
     """Train with Stable-Baselines3; returns the network."""
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
-
     games = SubprocVecEnv([make_env] * envs)
     processes = [process.pid for process in games.processes]
 
@@ -105,11 +113,7 @@ def stable_baselines3(envs: int, clock: Clock) -> nn.Module:
             return not clock.over
 
     stacked = VecFrameStack(games, STACK)
-    ppo = PPO(
-        "CnnPolicy", stacked, learning_rate=LR, n_steps=UPDATE_INTERVAL // envs, batch_size=MINIBATCH, n_epochs=EPOCHS,
-        gamma=GAMMA, gae_lambda=LAMBDA, clip_range=CLIP, clip_range_vf=CLIP, ent_coef=ENTROPY, vf_coef=VALUE,
-        max_grad_norm=NORM, seed=0, device="cpu",
-    )  # fmt: skip
+    ppo = stable_baselines3_ppo(stacked, seed=0)
     ppo.learn((clock.warm_up + clock.updates + 1) * UPDATE_INTERVAL, Ticks())
     stacked.close()
     return ppo.policy

@@ -143,3 +143,13 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
     half_width = float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
     return mean, mean - half_width, mean + half_width
+
+
+def format_mean(scores: Sequence[float]) -> str:
+    """A mean as text: "212.0 (95% interval 180.3 to 243.7, 20 episodes)"."""
+    if not scores:
+        return "no episodes"
+    if len(scores) == 1:
+        return f"{scores[0]:.1f} (1 episode)"
+    mean, low, high = mean_interval(scores)
+    return f"{mean:.1f} (95% interval {low:.1f} to {high:.1f}, {len(scores)} episodes)"

@@ -122,6 +122,12 @@ class Config:
     evaluation_episodes: int = key(
         20, "episodes of each score, before and after; 0: none", unit="episodes", low=0
     )
+    evaluation_interval: int | None = key(
+        None,
+        "updates from one score to the next, made by processes beside the training; null: only before and after",
+        unit="updates",
+        low=1,
+    )
     save_interval: int = key(10, "updates from one checkpoint to the next", unit="updates", low=1)
     max_checkpoints: int = key(100, "newest checkpoints that stay, beside the best", low=1)
     max_bad_updates: int = key(

@@ -14,12 +14,17 @@ METRICS = Declaration(
     PLOTS,
     (
         Metric("step", "updates", "number of the update, from 0"),
-        Metric("seconds", "s", "wall time since the run began, earlier parts of a resumed run included"),
+        Metric("seconds", "s", "wall time of training, earlier parts of a resumed run included; scoring before it is not"),
         Metric("recent_score", "points", "mean raw score of the last 100 episodes of all workers",
                curves=(Curve("learning_curve", "raw score", "last 100 episodes"),), column="score, last 100",
                format=".1f", tile="Score, last 100"),
         Metric("score", "points", "raw scores of the episodes that ended: `mean`, `min`, `max`; null if none did",
                curves=(Curve("learning_curve", "raw score", "this update", part="mean"),)),
+        Metric("scores", "points", "raw scores of the episodes that ended, by worker, in order"),
+        Metric("evaluation", "points", "a score that came since the last update: mean raw scores of whole episodes, "
+               "`sampled` and `greedy`, with the weights of `step`; null if none came",
+               curves=(Curve("learning_curve", "raw score", "evaluation, sampled", part="sampled"),
+                       Curve("learning_curve", "raw score", "evaluation, greedy", part="greedy"))),
         Metric("best_score", "points", "best raw score until now", column="best", format=".0f", tile="Best score"),
         Metric("steps", "steps", "steps of all workers until now", column="steps", format=",.0f"),
         Metric("transitions", "transitions", "transitions that this update learned from"),

@@ -27,6 +27,7 @@ def of_slices(slices: Sequence[Filled], workers: int, update: int) -> dict[str, 
     return {
         "transitions": sum(filled.steps for filled in slices),
         "finished": len(episodes),
+        "scores": scores,
         "score": {"mean": _mean(scores), "min": min(scores), "max": max(scores)} if scores else None,
         "episode_steps": _mean([episode.length for episode in episodes]) if episodes else None,
         "lag": update - min(filled.version for filled in slices),

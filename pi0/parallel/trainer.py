@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,8 @@ from pi0.parallel.metrics import METRICS
 from pi0.parallel.network import ActorCritic, default_precision
 from pi0.parallel.ppo import PPOAgent, PPOSettings
 from pi0.parallel.records import of_progress, of_slices, speeds
-from pi0.parallel.results import Scorer, write_results
+from pi0.parallel.results import write_results
+from pi0.parallel.scorer import Scorer
 from pi0.parallel.shares import priorities
 from pi0.parallel.slices import Layout
 from pi0.report.html_report import write_html_report
@@ -42,6 +44,7 @@ from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
 from pi0.training.safeguards import Safeguards
 from pi0.training.state import States, Weights
 from pi0.workers.pool import usable_cores
+from pi0.workers.process import WorkerError
 
 BUFFERS = {"sync": 1, "overlap": 2, "async": 3}  # slices of a worker that there is room for
 NICE = 15  # a trainer beside eight workers on two cores then has most of a core
@@ -205,7 +208,8 @@ class _Run:
             "policy": Weights(network, "resume with the same game"),
             "optimizer": States(optimizer=self.agent.optimizer),
         }
-        self.state.own = {"progress": self.progress, "generator": self.noise}
+        self.scorer = Scorer(self.spec, config, interrupts.check)
+        self.state.own = {"progress": self.progress, "generator": self.noise, "scores": self.scorer}
         self.board = TensorBoard(run_dir / "tensorboard")
         self.wandb: wandb.Run | None = None
         self.cpu = CpuMeter()
@@ -218,6 +222,7 @@ class _Run:
 
     def __exit__(self, *_: object) -> None:
         self.collector.close()
+        self.scorer.close()
 
     def train(self, resume: bool) -> None:
         """Score, train, score again."""
@@ -232,33 +237,41 @@ class _Run:
         self.safe.begin(newest)
         if newest is not None:
             self.collector.resume(self.progress.states, self.progress.numbers)
-        self.started = time.monotonic() - self.state.facts.get("seconds", 0.0)
         self._publish_both()
-        with Scorer(self.spec, config, self.interrupts.check) as scorer, self._ends_with_checkpoint():
+        with self._ends_with_checkpoint():
             if "before" not in self.state.facts:
-                self.state.facts["before"] = scorer.score(self.agent.network.flat(), "before")
+                self._score("before")
             if self.state.step == 0:
                 self._save()
+            if not config.evaluation_interval:
+                self.scorer.close()  # not needed before the end
+            self.cpu = CpuMeter()
+            self.started = time.monotonic() - self.state.facts.get("seconds", 0.0)
             torch.set_num_threads(config.threads or _threads(config))
             if not self._finished():
                 with self._bar() as bar:
                     (self._train_async if config.mode == "async" else self._train_in_turns)(bar)
-            self.state.facts["after"] = scorer.score(self.agent.network.flat(), "after")
-            seconds = time.monotonic() - self.started
+            self._score("after")
+            facts, run_dir = self.state.facts, self.run_dir
             self.outputs.write(
-                "results.json",
-                write_results,
-                self.run_dir,
-                config,
-                self.state.facts,
-                self.state.history,
-                seconds,
+                "results.json", write_results, run_dir, config, facts, self.scorer.during, self.state.history
             )
             if config.render:
-                self.outputs.write("videos", scorer.film, self.run_dir, self.progress.best, self.state.facts)
+                self.outputs.write("videos", self.scorer.film, run_dir, self.progress.best, facts)
             self.outputs.write("report.html", write_html_report, self.run_dir, METRICS)
         finish_wandb(self.wandb, {})
         self.outputs.check()
+
+    def _score(self, when: str) -> None:
+        """Score the policy `before` or `after` training."""
+        scores = self.state.facts[when] = self.scorer.score(self.agent.network.flat(), when)
+        numbers = {f"scores/{when}/{how}": float(np.mean(of_way["scores"])) for how, of_way in scores.items()}
+        try:
+            self.board.add(numbers, self.state.step)
+            if self.wandb is not None:
+                self.wandb.summary.update(numbers)
+        except (OSError, InputError, wandb.Error) as error:
+            print(f"scores {when} training are not logged: {error}")
 
     def _train_in_turns(self, bar: Bar) -> None:
         """`sync` and `overlap`: every update learns from one slice of each worker."""
@@ -448,6 +461,7 @@ class _Run:
         metrics["respawns"] = self.collector.respawns[self._respawns_told :]
         self._respawns_told = len(self.collector.respawns)
         metrics["rollbacks"] = self.safe.recovery.rollbacks
+        metrics["evaluation"] = self._evaluation()
         of_run = {"wandb_run_id": config.logging.wandb_run_id, "config": to_dict(config)}
         self.state.facts |= {**of_run, "seconds": metrics["seconds"], **self.safe.recovery.facts()}
         step = self.state.step + 1
@@ -461,6 +475,17 @@ class _Run:
             self._save()
         if self.interrupts.stop_asked:
             raise Interrupted
+
+    def _evaluation(self) -> dict[str, float] | None:
+        """Begin what is due after this update; return what has come since the last one, each score once."""
+        every, step = self.config.evaluation_interval, self.state.step + 1
+        if not every or not self.config.evaluation_episodes:
+            return None
+        due = step % every == 0 and not self._finished(step)
+        found = self.scorer.finish(math.inf if due else 0.0)  # the next one must not pass it
+        if due:
+            self.scorer.begin(step, self.agent.network.flat())
+        return found and {name: float(np.mean(value)) for name, value in found.items()}
 
     def _log(self, metrics: dict[str, Any], bar: Bar) -> None:
         config, step, numbers = self.config, metrics["step"], METRICS.flatten(metrics)
@@ -497,7 +522,7 @@ class _Run:
     def _ends_with_checkpoint(self) -> Iterator[None]:
         try:
             yield
-        except (Interrupted, SliceError) as reason:
+        except (Interrupted, SliceError, WorkerError) as reason:
             if self.state.can_be_saved and not self.safe.store.has(self.state.step):
                 self._save()
             print(f"stopped; --resume continues from {self.safe.store.resume_point(self.state.step)}")

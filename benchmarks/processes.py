@@ -1,0 +1,80 @@
+"""Commands that benchmarks measure, each in a process group that ends with the benchmark."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pi0.base.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / "benchmarks" / "peers"
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+LIMIT_S = 3600.0  # for a command
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LIBC = ctypes.CDLL(None)
+
+
+def require_peers() -> None:
+    """Check that the other trainers are there.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not PEERS_PYTHON.exists():
+        raise InputError("the other trainers are not installed (.venv-peers): run `make peers`")
+
+
+def end_on_sigterm() -> None:
+    """End the commands' processes on SIGTERM, too, as Ctrl+C does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def run(*command: object) -> dict[str, Any]:
+    """The JSON that a command prints last."""
+    return json.loads(start(*command).splitlines()[-1])
+
+
+def start(*command: object) -> str:
+    """What a command prints. It and its processes end with this function.
+
+    Raises:
+        InputError: it failed, with its last line.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    texts = [str(word) for word in command]
+    process = subprocess.Popen(
+        texts,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, no lock
+    )
+    try:
+        printed, errors = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"`{' '.join(texts)}` took longer than {LIMIT_S:.0f} s") from None
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # all have ended
+        process.wait()
+    if process.returncode:
+        last = (errors.strip() or printed.strip() or "it printed nothing").splitlines()[-1]
+        raise InputError(f"`{' '.join(texts)}` failed: {last}")
+    return printed
+
+
+def end_with_parent() -> None:
+    """Let this process end when its parent does, even if that is killed; workers end with theirs."""
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
