@@ -232,7 +232,7 @@ def our_training(workers: int, updates: int, mode: str, precision: str) -> Value
         start(
             sys.executable, "-m", "pi0.parallel.train_parallel", "--n_workers", workers, "--mode", mode,
             "--precision", precision, "--update_interval", UPDATE_INTERVAL, "--max_updates", WARM_UP + updates + 1,
-            "--max_episodes", 10**9, "--evaluation_episodes", 0, "--logging.use_wandb", "false", "--output_dir", folder,
+            "--factored", "false", "--max_episodes", 10**9, "--evaluation_episodes", 0, "--logging.use_wandb", "false", "--output_dir", folder,
         )  # fmt: skip
         (file,) = Path(folder).glob("*/metrics.jsonl")
         records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -270,16 +270,16 @@ def our_collector(workers: int) -> tuple[Any, Any]:
     from pi0.parallel.games import GameSpec
     from pi0.parallel.network import ActorCritic
     from pi0.parallel.slices import Layout
-    from pi0.parallel.worker import PlayerSpec, count_actions
+    from pi0.parallel.worker import PlayerSpec, action_parts
 
     config = Config()
     torch.manual_seed(config.seed)
     game = GameSpec(config.game)
-    layout = Layout(workers, 2, UPDATE_INTERVAL // workers, count_actions(game))
+    layout = Layout(workers, 2, UPDATE_INTERVAL // workers, math.prod(action_parts(game)))
     spec = PlayerSpec(game, layout, config.max_steps, config.noop_max)
     collector = Collector(spec, deadline_s=config.deadline_s)
     collector.begin(config.seed, [0] * workers)
-    network = ActorCritic(layout.actions)
+    network = ActorCritic((layout.actions,))
     collector.publish(network.flat(), 0)
     return collector, network
 
@@ -338,8 +338,8 @@ def our_parts(seconds: float) -> Values:
     settings = PPOSettings(epochs=1, minibatch=config.minibatch)
     batch = None
     for precision in ("bfloat16", "float32"):
-        learned = ActorCritic(collector.layout.actions, getattr(torch, precision)).to(device)
-        learned.load_flat(network.flat())
+        learned = ActorCritic((collector.layout.actions,), getattr(torch, precision)).to(device)
+        learned.load_state_dict(network.state_dict())
         agent = PPOAgent(learned, settings, config.lr, torch.Generator().manual_seed(0))
         for threads in sorted({1, usable_cores()}):
             torch.set_num_threads(threads)

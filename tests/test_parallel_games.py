@@ -347,6 +347,32 @@ def test_frames_rewards_and_ends_of_a_gymnasium_environment_are_those_of_stable_
         assert len(ends_seen) > 1
 
 
+@pytest.mark.parametrize(
+    ("actions", "parts"),
+    [("discrete", (4,)), ("binary", (2, 2, 2)), ("several", (2, 3)), ("continuous", (5,))],
+)
+def test_the_parts_of_an_action_are_those_of_its_space(actions, parts):
+    table = ACTIONS[actions][1]
+    with playing("Splashes-v0", options={"actions": actions}) as game:
+        assert game.parts == parts
+        if len(parts) > 1:
+            chosen = [np.unravel_index(action, parts) for action in range(game.actions)]
+            assert np.array_equal(np.array(chosen), np.array(table).reshape(len(table), -1))
+
+
+def test_each_part_of_a_console_games_action_presses_its_own_buttons():
+    with playing() as game, emulator() as env:
+        assert game.parts == (14, 3, 3)
+        pressed = [env.action_to_array(action)[0].astype(bool) for action in range(game.actions)]
+    for action, buttons in enumerate(pressed):
+        parts = np.unravel_index(action, game.parts)
+        alone = [
+            [choice if part == number else 0 for number in range(3)] for part, choice in enumerate(parts)
+        ]
+        joined = np.any([pressed[np.ravel_multi_index(each, game.parts)] for each in alone], axis=0)
+        assert np.array_equal(buttons, joined)
+
+
 @pytest.mark.filterwarnings("ignore:.*share an object")
 def test_an_environment_that_draws_into_one_array_is_seen_like_any_other():
     seen = []
@@ -404,7 +430,7 @@ def make_actor(game, steps: int, max_steps: int = 15, noops: int = 30) -> tuple[
 
 def make_network(actions: int) -> ActorCritic:
     torch.manual_seed(3)
-    network = ActorCritic(actions)
+    network = ActorCritic((actions,))
     with torch.no_grad():
         network.actor.weight *= 50
         for name, parameter in network.named_parameters():

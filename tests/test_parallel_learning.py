@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pi0.parallel.actor import Filled
 from pi0.parallel.batches import explained_variance, make_batch
 from pi0.parallel.config import Config
 from pi0.parallel.network import ActorCritic
-from pi0.parallel.policy import STACK, shapes, views
+from pi0.parallel.policy import STACK, FramePolicy, shapes, views
 from pi0.parallel.ppo import Batch, PPOAgent, PPOSettings, ppo_loss
 from pi0.parallel.returns import gae, vtrace
 from pi0.parallel.slices import Layout
@@ -223,23 +224,41 @@ def test_beyond_the_clip_range_there_is_no_gradient_that_leads_further():
 
 def make_network(seed: int = 0, actions: int = 3, precision: torch.dtype = torch.float32) -> ActorCritic:
     torch.manual_seed(seed)
-    return ActorCritic(actions, precision)
+    return ActorCritic((actions,), precision)
 
 
-def test_the_parameters_in_one_array_are_those_of_the_network_and_come_back():
-    first, second = make_network(0), make_network(1)
-    flat = first.flat()
+def test_the_parameters_in_one_array_are_those_of_the_network():
+    network = make_network(0)
+    flat = network.flat()
     assert (flat.dtype, len(flat)) == (np.float32, sum(map(math.prod, shapes(3).values())))
     named = views(flat, 3)
-    assert list(named) == list(shapes(3)) == [name for name, _ in first.named_parameters()]
-    for name, parameter in first.named_parameters():
+    assert list(named) == list(shapes(3)) == [name for name, _ in network.named_parameters()]
+    for name, parameter in network.named_parameters():
         assert np.array_equal(named[name], parameter.detach().numpy()), name
-    second.load_flat(flat)
-    assert np.array_equal(second.flat(), flat)
+
+
+def test_the_parts_of_an_action_are_chosen_independently():
+    torch.manual_seed(0)
+    network = ActorCritic((2, 3, 4))
+    nn.init.normal_(network.actor.weight)
     stacks = random_frames(3)[torch.arange(3)[:, None].expand(3, STACK)]
     with torch.no_grad():
-        for one, other in zip(first(stacks), second(stacks), strict=True):
-            assert torch.equal(one, other)
+        logits, _ = network(stacks)
+        of_parts = []
+        network.actor.register_forward_hook(lambda *call: of_parts.append(call[2]))
+        network(stacks)
+    independent = [part.log_softmax(-1) for part in of_parts[0].split((2, 3, 4), -1)]
+    found = logits.log_softmax(-1)
+    for action in range(24):
+        chosen = np.unravel_index(action, (2, 3, 4))
+        expected = sum(part[:, choice] for part, choice in zip(independent, chosen, strict=True))
+        assert torch.allclose(found[:, action], expected, atol=1e-5)
+    policy = FramePolicy(24)
+    policy.load(views(network.flat(), 24))
+    for row in range(3):
+        for number, frame in enumerate(stacks[row].numpy()):
+            policy.show(frame, number)
+        assert np.allclose(policy(STACK - 1)[0], logits[row].numpy(), atol=1e-3)
 
 
 def test_the_array_is_a_copy():

@@ -52,6 +52,13 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def reports(request, monkeypatch):
+    """No report but in the test of reports: drawing takes half the time of a short run."""
+    if "report" not in request.node.name:
+        monkeypatch.setattr(trainer_module, "write_html_report", lambda *_: None)
+
+
 def make_trainer(folder: Path, resume: str = "", **settings) -> ParallelTrainer:
     logging = trainer_module.Config().logging
     logging.use_wandb = False
@@ -481,7 +488,7 @@ def test_scores_beside_training_are_those_of_the_checkpoints_and_change_no_numbe
     )
     scorer = Scorer(spec, scored.config, lambda: None)
     for found in during(run):
-        network = trainer_module.ActorCritic(3)
+        network = trainer_module.ActorCritic((3,))
         network.load_state_dict(
             {name: torch.from_numpy(each) for name, each in weights(run, found["step"]).items()}
         )

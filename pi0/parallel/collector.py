@@ -61,7 +61,9 @@ class Collector:
         self._deadline_s = deadline_s
         self._memory_mb = memory_mb
         self._check = check
-        self._strange = set(range(layout.workers))  # workers that must be told where their next slice begins
+        self._without_state = set(
+            range(layout.workers)
+        )  # workers that must be told where their next slice begins
         self._asked: dict[int, Task] = {}
         self._failures: dict[int, int] = {}
         self._open(spec)
@@ -107,13 +109,13 @@ class Collector:
             if isinstance(state, Loss | WorkerError):
                 raise InputError(_failed_to_start(worker, state, self.layout.workers))
             self.states[worker] = state
-            self._strange.discard(worker)
+            self._without_state.discard(worker)
         require_distinct([state["random"] for state in self.states])
 
     def resume(self, states: Sequence[Mapping[str, Any]], numbers: Sequence[int]) -> None:
         """Continue from the states before each worker's next slice."""
         self.states, self.numbers = list(states), list(numbers)
-        self._strange = set(range(self.layout.workers))
+        self._without_state = set(range(self.layout.workers))
 
     def publish(self, weights: np.ndarray, version: int) -> None:
         """Give workers the weights of a version (`ActorCritic.flat`), in place of those of the version before the last."""
@@ -145,7 +147,7 @@ class Collector:
             if memory > self._memory_mb:
                 self._pool.lose(worker, f"uses {memory:.0f} MB, more than worker_memory_mb")
                 self.respawns.append(f"worker {worker} used {memory:.0f} MB")
-                self._strange.add(worker)
+                self._without_state.add(worker)
             return filled
         return None
 
@@ -167,9 +169,9 @@ class Collector:
 
     def _send(self, worker: int) -> None:
         task = self._asked[worker]
-        if worker in self._strange:
+        if worker in self._without_state:
             task = replace(task, state=self.states[worker])
-            self._strange.discard(worker)
+            self._without_state.discard(worker)
         name = f"slice {task.number} of worker {worker}"
         self._pool.send(worker, "fill", (task,), work=(name,))
 
@@ -185,7 +187,7 @@ class Collector:
             raise SliceError(
                 f"slice {task.number} of worker {worker} failed {ATTEMPTS} times, the last time so: {failure}"
             )
-        self._strange.add(worker)
+        self._without_state.add(worker)
         self._send(worker)
 
 

@@ -106,6 +106,12 @@ class Config:
     shuffle_advantages: bool = key(
         False, "control: give each transition the advantage of another", fixed=True
     )
+    factored: bool = key(
+        True,
+        "if an action has several parts, such as buttons, each part is chosen independently given the screen; false: "
+        "each combination has a logit of its own",
+        fixed=True,
+    )
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto",
         "of the convolutions in an update; auto: bfloat16 where the processor or GPU computes with it",

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,10 +73,14 @@ class Game(Protocol):
     """A game in this process.
 
     Attributes:
-        actions: number of actions; action 0 does nothing, where the game has such an action.
+        parts: choices of each part of an action, such as buttons and axes of a pad; a game that has plain actions has
+            one part.
+        actions: number of actions, all combinations of `parts`, the last part changing fastest (NumPy's C order).
+            Action 0 does nothing, where the game has such an action.
         shares_process: whether several can be in one process.
     """
 
+    parts: tuple[int, ...]
     actions: int
     shares_process: bool
 
@@ -175,7 +180,9 @@ class RetroWrapper:
             render_mode="rgb_array",
         )
         self.name = name
+        self.parts = tuple(len(buttons) for buttons in reversed(self._env.button_combos))
         self.actions = int(self._env.action_space.n)
+        assert math.prod(self.parts) == self.actions
         self._skip = spec.skip
         self._read_often = name not in READ_ONCE_A_STEP
         self._masks = [self._env.action_to_array(action)[0] for action in range(self.actions)]
@@ -261,7 +268,7 @@ class GymGame:
             text = " ".join(str(error).split())
             raise InputError(f"game = {spec.name!r}: {text}") from error
         self._key = _image_key(spec, self._env.observation_space)
-        self._table = _action_table(spec.name, self._env.action_space)
+        self._table, self.parts = _action_table(spec.name, self._env.action_space)
         self.actions = len(self._table)
         self._skip = spec.skip
         self._last: np.ndarray = np.zeros((SIDE, SIDE, 3), np.uint8)
@@ -350,18 +357,19 @@ def _image_key(spec: GameSpec, space: gymnasium.Space) -> tuple[str, ...]:
     return chosen[0]
 
 
-def _action_table(name: str, space: gymnasium.Space) -> Sequence[Any]:
-    """The actions to choose from, each as the environment takes it."""
+def _action_table(name: str, space: gymnasium.Space) -> tuple[Sequence[Any], tuple[int, ...]]:
+    """The actions to choose from, each as the environment takes it, and their `Game.parts`."""
     spaces = gymnasium.spaces
     if isinstance(space, spaces.Discrete):
-        return [int(space.start) + action for action in range(int(space.n))]
+        return [int(space.start) + action for action in range(int(space.n))], (int(space.n),)
     if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
         sizes = (
             space.nvec.ravel() if isinstance(space, spaces.MultiDiscrete) else [2] * int(np.prod(space.shape))
         )
         if np.prod(np.asarray(sizes, float)) <= 1024:
-            ranges = (range(int(size)) for size in sizes)
-            return [np.array(each, space.dtype).reshape(space.shape) for each in itertools.product(*ranges)]
+            parts = tuple(int(size) for size in sizes)
+            combinations = itertools.product(*map(range, parts))
+            return [np.array(each, space.dtype).reshape(space.shape) for each in combinations], parts
     if isinstance(space, spaces.Box) and space.is_bounded():
         middle = ((space.low + space.high) / 2).astype(space.dtype)
         table = [middle]
@@ -370,7 +378,7 @@ def _action_table(name: str, space: gymnasium.Space) -> Sequence[Any]:
                 action = middle.copy()
                 action[index] = end[index]
                 table.append(action)
-        return table
+        return table, (len(table),)
     raise InputError(f"game = {name!r}: actions of {space} cannot be listed; wrap the environment")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,23 +17,26 @@ class ActorCritic(nn.Module):
 
     The convolutions run in `precision`; the heads, and all weights, are float32.
 
+    An action may have several parts, such as the buttons and axes of a pad (`Game.parts`). Then there is a logit for each
+    choice of each part, and the logit of an action is the sum of its parts': they are chosen independently, given the
+    stack, as Stable-Baselines3 does it for `MultiDiscrete`. What is learned of a part counts for all actions that have it.
+
     Args:
-        actions: number of actions.
+        parts: choices of each part of an action; a single number for plain actions.
         precision: of the convolutions and the hidden layer.
     """
 
-    def __init__(self, actions: int, precision: torch.dtype = torch.float32):
+    def __init__(self, parts: Sequence[int], precision: torch.dtype = torch.float32):
         super().__init__()
+        self.parts = tuple(parts)
         self.precision = precision
         self.conv1 = _initialised(nn.Conv2d(STACK, 32, 8, 4))
         self.conv2 = _initialised(nn.Conv2d(32, 64, 4, 2))
         self.conv3 = _initialised(nn.Conv2d(64, 64, 3, 1))
         self.hidden = _initialised(nn.Linear(64 * 7 * 7, 512))
-        self.actor = _initialised(nn.Linear(512, actions), 0.01)
+        self.actor = _initialised(nn.Linear(512, sum(self.parts)), 0.01)
         self.critic = _initialised(nn.Linear(512, 1), 1.0)
         self.to(memory_format=torch.channels_last)  # faster on a CPU
-        named = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
-        assert named == policy.shapes(actions), "workers act with the same network"
 
     def forward(self, stacks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, actions] and values [B], float32, of stacks, uint8 [B, 4, 84, 84], oldest frame first."""
@@ -43,19 +48,25 @@ class ActorCritic(nn.Module):
             features = self.conv3(features).relu_()
             features = self.hidden(features.flatten(1)).relu_()
         features = features.float()
-        return self.actor(features), self.critic(features).squeeze(-1)
+        return self._joint(self.actor(features)), self.critic(features).squeeze(-1)
 
     def flat(self) -> np.ndarray:
-        """A copy of the parameters, float32, one after the other, as `pi0.parallel.policy.views` reads them."""
-        return torch.cat([parameter.detach().reshape(-1).cpu() for parameter in self.parameters()]).numpy()
+        """A copy of the parameters, float32, one after the other, as `pi0.parallel.policy.views` reads them.
 
-    def load_flat(self, flat: np.ndarray) -> None:
-        """Take what `flat` returned."""
-        rest = torch.from_numpy(np.array(flat))
+        Workers have a row of the actor's weights for each action, whatever its parts.
+        """
         with torch.no_grad():
-            for parameter in self.parameters():
-                part, rest = rest[: parameter.numel()], rest[parameter.numel() :]
-                parameter.copy_(part.view(parameter.shape))
+            named = dict(self.named_parameters())
+            named["actor.weight"] = self._joint(self.actor.weight.T).T
+            named["actor.bias"] = self._joint(self.actor.bias[None])[0]
+            return torch.cat([named[name].reshape(-1).cpu() for name in policy.shapes(1)]).numpy()
+
+    def _joint(self, of_parts: torch.Tensor) -> torch.Tensor:
+        """For each action the sum over its parts: [N, sum of `parts`] to [N, actions], in the order of `Game.actions`."""
+        first, *others = of_parts.split(self.parts, -1)
+        for other in others:
+            first = (first[:, :, None] + other[:, None, :]).flatten(1)
+        return first
 
 
 def default_precision(device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import math
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from pi0.parallel.games import GameSpec
 from pi0.parallel.machine_load import require_memory
 from pi0.parallel.policy import shapes
 from pi0.parallel.slices import Layout, publish
-from pi0.parallel.worker import PlayerSpec, count_actions
+from pi0.parallel.worker import PlayerSpec, action_parts
 from pi0.workers.pool import Loss, WorkerPool
 from pi0.workers.process import WorkerError
 
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     require_memory(options.n_workers)
     game = GameSpec(options.game)
-    layout = Layout(options.n_workers, 1, options.steps, count_actions(game))
+    layout = Layout(options.n_workers, 1, options.steps, math.prod(action_parts(game)))
     spec = PlayerSpec(game, layout, Config().max_steps, Config().noop_max, one_stream=options.seed_bug)
     return compare(_play(spec, options.seed))
 

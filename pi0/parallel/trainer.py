@@ -145,7 +145,7 @@ class ParallelTrainer:
         spec = GameSpec(
             config.game, config.state, config.skip, parse_options(config.game_options), config.image
         )
-        actions = worker.count_actions(spec)
+        parts = worker.action_parts(spec)
         set_seed(config.seed)
         place = (config.output_dir, config.exp_name, to_dict(config))
         if self._resume:
@@ -162,7 +162,7 @@ class ParallelTrainer:
         lock = take_run(self.run_dir, to_dict(config))
         print(f"training started: {config.n_workers} workers play {config.game}, writing to {self.run_dir}")
         try:
-            with _Run(config, self.run_dir, spec, actions, interrupts) as run:
+            with _Run(config, self.run_dir, spec, parts, interrupts) as run:
                 self.agent, self._run = run.agent, run
                 run.train(resume=bool(self._resume))
         finally:
@@ -174,7 +174,9 @@ class ParallelTrainer:
 class _Run:
     """One call of `ParallelTrainer.train`."""
 
-    def __init__(self, config: Config, run_dir: Path, game: GameSpec, actions: int, interrupts: Interrupts):
+    def __init__(
+        self, config: Config, run_dir: Path, game: GameSpec, parts: tuple[int, ...], interrupts: Interrupts
+    ):
         self.config = config
         self.run_dir = run_dir
         self.interrupts = interrupts
@@ -182,7 +184,8 @@ class _Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         auto = config.precision == "auto"
         precision = default_precision(self.device) if auto else getattr(torch, config.precision)
-        network = ActorCritic(actions, precision).to(self.device)
+        actions = math.prod(parts)
+        network = ActorCritic(parts if config.factored else (actions,), precision).to(self.device)
         generator = torch.Generator().manual_seed(config.seed)
         coefficients = {name: getattr(config, name) for name in PPOSettings.__dataclass_fields__}
         self.agent = PPOAgent(network, PPOSettings(**coefficients), config.lr, generator)

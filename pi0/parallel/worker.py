@@ -125,11 +125,11 @@ class Player:
         return self._actors[key]
 
 
-def count_actions(spec: GameSpec) -> int:
-    """Number of actions of a game, for a process of its own (the emulator cannot be freed)."""
+def action_parts(spec: GameSpec) -> tuple[int, ...]:
+    """`Game.parts` of a game."""
     game = make_game(spec)
     try:
-        return game.actions
+        return game.parts
     finally:
         game.close()
 
