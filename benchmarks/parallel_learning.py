@@ -8,10 +8,12 @@
 
 | run | what it is |
 |---|---|
-| overlap, sync, async | `python -m pi0.parallel.train_parallel` in that mode, its other settings unchanged |
+| overlap, sync, async | `python -m pi0.parallel.train_parallel` in that mode with configs/parallel_quickstart.yaml |
 | float32 | overlap, with convolutions in float32 |
 | shuffled | overlap, but each transition has the advantage of another |
-| stable-baselines3 | its PPO with 8 environments, the same settings, network and frames |
+| combinations | overlap, with a logit for each combination of buttons |
+| defaults | overlap, with the trainer's defaults: CleanRL's settings for Atari |
+| stable-baselines3 | its PPO with 8 environments; settings, network, actions (`MultiDiscrete`) and frames as of overlap |
 
 Each run first gets a short one of its own that shows how many updates fit the minutes; the learning rate falls to 0 over
 that number. Stable-Baselines3 runs with 1 or 2 torch threads, whichever is faster. Scores are raw ones of whole
@@ -40,7 +42,11 @@ from pi0.base.errors import run_command
 from pi0.base.files import write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_mean, mean_interval
+from pi0.parallel.config import Config, load_config
 
+CONFIG = ROOT / "configs" / "parallel_quickstart.yaml"
+# What that file changes of how the agent learns.
+DEFAULTS = {name: getattr(Config(), name) for name in ("lr", "clip", "entropy_weight")}
 SB3 = "stable-baselines3"
 OURS: dict[str, list[str]] = {
     "overlap": [],
@@ -48,6 +54,8 @@ OURS: dict[str, list[str]] = {
     "async": ["--mode", "async"],
     "float32": ["--precision", "float32"],
     "shuffled": ["--shuffle_advantages", "true"],
+    "combinations": ["--factored", "false"],
+    "defaults": [f"--{name}={default}" for name, default in DEFAULTS.items()],
 }
 RUNS = (*OURS, SB3)
 SHORT = 6  # updates of the run that shows the speed; the first two do not count
@@ -153,15 +161,15 @@ def train(
         file = place / "lines.jsonl"
         start(
             PEERS_PYTHON, PEERS / "learning.py", "--updates", updates, "--seed", seed, "--threads", threads,
-            "--output", file,
+            "--output", file, *(f"--{name}={getattr(load_config(CONFIG, []), name)}" for name in DEFAULTS),
         )  # fmt: skip
         return read(file), {}
     start(
-        sys.executable, "-m", "pi0.parallel.train_parallel", *OURS[run], "--max_updates", updates, "--seed", seed,
-        "--max_episodes", 10**9, "--evaluation_episodes", episodes, "--render", "true" if episodes else "false",
-        "--max_checkpoints", 2, "--logging.use_wandb", "false", "--output_dir", place,
+        sys.executable, "-m", "pi0.parallel.train_parallel", "--config_path", CONFIG, *OURS[run], "--seed", seed,
+        "--max_updates", updates, "--max_episodes", 10**9, "--evaluation_episodes", episodes, "--render", "true" if episodes else "false",
+        "--max_checkpoints", 2, "--logging.use_wandb", "false", "--output_dir", place, "--exp_name", "run",
     )  # fmt: skip
-    (made,) = place.glob("parallel-*")
+    (made,) = place.glob("run-*")
     lines = [
         {name: line[name] for name in ("seconds", "steps", "scores")} for line in read(made / "metrics.jsonl")
     ]

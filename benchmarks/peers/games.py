@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import stable_retro
 import torch
 from stable_baselines3.common.atari_wrappers import ClipRewardEnv, MaxAndSkipEnv, NoopResetEnv, WarpFrame
@@ -24,12 +25,10 @@ MINIBATCH = 256
 EPOCHS = 4
 
 
-def make_console() -> gymnasium.Env:
+def make_console(actions: stable_retro.Actions = stable_retro.Actions.DISCRETE) -> gymnasium.Env:
     """The game without wrappers."""
-    env = stable_retro.make(
-        GAME, use_restricted_actions=stable_retro.Actions.DISCRETE, render_mode="rgb_array"
-    )
-    env.get_action_meanings = lambda: ["NOOP"] * int(env.action_space.n)  # NoopResetEnv asks for the first
+    env = stable_retro.make(GAME, use_restricted_actions=actions, render_mode="rgb_array")
+    env.get_action_meanings = lambda: ["NOOP"]  # NoopResetEnv asks for the first
     return env
 
 
@@ -40,11 +39,11 @@ def make_env() -> gymnasium.Env:
 
 
 def make_scored_env() -> gymnasium.Env:
-    """As `make_env`; at the end of an episode its information has the raw score, as `episode`."""
-    env = WarpFrame(
-        MaxAndSkipEnv(NoopResetEnv(gymnasium.wrappers.RecordEpisodeStatistics(make_console()), 30), 4)
-    )
-    return gymnasium.wrappers.TimeLimit(ClipRewardEnv(env), MAX_STEPS)
+    """As `make_env`, with `MultiDiscrete` actions; at the end of an episode `info["episode"]` has its raw score."""
+    console = gymnasium.wrappers.RecordEpisodeStatistics(make_console(stable_retro.Actions.MULTI_DISCRETE))
+    resets = NoopResetEnv(console, 30)
+    resets.noop_action = np.zeros(console.action_space.shape, int)
+    return gymnasium.wrappers.TimeLimit(ClipRewardEnv(WarpFrame(MaxAndSkipEnv(resets, 4))), MAX_STEPS)
 
 
 def make_stacked_env() -> gymnasium.Env:

@@ -19,7 +19,7 @@ import torch
 from games import STACK, UPDATE_INTERVAL, make_scored_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
-from training import stable_baselines3_ppo
+from training import CLIP, ENTROPY, LR, stable_baselines3_ppo
 
 from pi0.base.arguments import ranged
 
@@ -66,14 +66,16 @@ def main() -> None:
     parser.add_argument("--threads", type=ranged(int, 1), default=1, help="torch threads")
     parser.add_argument("--updates", type=ranged(int, 1), default=50)
     parser.add_argument("--seed", type=ranged(int, 0), default=0)
+    parser.add_argument("--lr", type=ranged(float, above=0), default=LR)
+    parser.add_argument("--clip", type=ranged(float, above=0), default=CLIP)
+    parser.add_argument("--entropy_weight", type=ranged(float, low=0), default=ENTROPY)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     games = VecFrameStack(SubprocVecEnv([make_scored_env] * options.envs), STACK)
-    stable_baselines3_ppo(games, options.seed).learn(
-        options.updates * UPDATE_INTERVAL, Scores(options.output)
-    )
+    ppo = stable_baselines3_ppo(games, options.seed, options.lr, options.clip, options.entropy_weight)
+    ppo.learn(options.updates * UPDATE_INTERVAL, Scores(options.output))
     games.close()
 
 

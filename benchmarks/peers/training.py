@@ -86,12 +86,14 @@ class Clock:
         }
 
 
-def stable_baselines3_ppo(envs: VecEnv, seed: int) -> PPO:
+def stable_baselines3_ppo(
+    envs: VecEnv, seed: int, lr: float = LR, clip: float = CLIP, entropy_weight: float = ENTROPY
+) -> PPO:
     """Its PPO with the settings that all trainers have; the learning rate falls to 0."""
     return PPO(
-        "CnnPolicy", envs, learning_rate=lambda left: LR * left, n_steps=UPDATE_INTERVAL // envs.num_envs,
-        batch_size=MINIBATCH, n_epochs=EPOCHS, gamma=GAMMA, gae_lambda=LAMBDA, clip_range=CLIP, clip_range_vf=CLIP,
-        ent_coef=ENTROPY, vf_coef=VALUE, max_grad_norm=NORM, seed=seed, device="cpu",
+        "CnnPolicy", envs, learning_rate=lambda left: lr * left, n_steps=UPDATE_INTERVAL // envs.num_envs,
+        batch_size=MINIBATCH, n_epochs=EPOCHS, gamma=GAMMA, gae_lambda=LAMBDA, clip_range=clip, clip_range_vf=clip,
+        ent_coef=entropy_weight, vf_coef=VALUE, max_grad_norm=NORM, seed=seed, device="cpu",
     )  # fmt: skip
 
 
