@@ -236,6 +236,10 @@ WAYS = {
         "--part scaling --turns 1 --updates 1 --workers 1 --output {out}/parallel.json", soak=True
     ),
     "benchmarks/parallel.py --table": not_run("prints what a whole measurement has written"),
+    "benchmarks/parallel_learning.py": here(
+        "--runs overlap --seeds 0 --minutes 0.1 --episodes 2 --output {out}/learning", soak=True
+    ),
+    "benchmarks/parallel_learning.py --table": not_run("prints what a whole measurement has written"),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(
         f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"
