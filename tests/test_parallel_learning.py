@@ -150,6 +150,7 @@ def made_minibatch(seed: int = 0, size: int = 64, actions: int = 5) -> dict[str,
         "advantages": 3 + normal(size, scale=2.0),
         "returns": values + normal(size),
         "old_values": values + normal(size, scale=0.2),
+        "weights": normal(size, scale=0.3).exp(),
     }
 
 
@@ -170,7 +171,7 @@ def test_the_loss_is_that_of_a_loop_over_samples():
         ratio = math.exp(log_ratio)
         advantage = (given["advantages"][n] - mean) / deviation
         limited = min(max(ratio, 0.9), 1.1)
-        policy -= min(ratio * advantage, limited * advantage) / size
+        policy -= given["weights"][n] * min(ratio * advantage, limited * advantage) / size
         sides.add((ratio < 0.9, ratio > 1.1, advantage > 0))
         old, new, target = given["old_values"][n], given["values"][n], given["returns"][n]
         near = old + min(max(new - old, -0.1), 0.1)
@@ -186,7 +187,7 @@ def test_the_loss_is_that_of_a_loop_over_samples():
     assert float(found.total) == pytest.approx(policy - 0.02 * entropy + 0.7 * value, rel=1e-4)
 
 
-def test_at_ratio_1_the_gradient_is_the_plain_policy_gradient():
+def test_at_ratio_1_the_gradient_is_the_policy_gradient_with_importance_weights():
     made = made_minibatch()
     logits = made["logits"].requires_grad_()
     probabilities = logits.detach().double().softmax(-1)
@@ -199,7 +200,7 @@ def test_at_ratio_1_the_gradient_is_the_plain_policy_gradient():
     advantages = made["advantages"].double()
     advantages = (advantages - advantages.mean()) / advantages.std()
     chosen = torch.nn.functional.one_hot(made["actions"], logits.shape[1])
-    expected = -advantages[:, None] * (chosen - probabilities) / size
+    expected = -(made["weights"].double() * advantages)[:, None] * (chosen - probabilities) / size
     assert torch.allclose(logits.grad.double(), expected, atol=1e-6)
     assert torch.allclose(values.grad, (values - made["returns"]).detach() / size, atol=1e-6)
     assert (float(loss.kl), float(loss.clipped)) == (pytest.approx(0, abs=1e-6), 0)
@@ -278,7 +279,8 @@ def test_in_bfloat16_the_loss_is_close_to_that_in_float32():
     for precision in (torch.float32, torch.bfloat16):
         logits, values = make_network(precision=precision)(batch.frames[batch.stacks])
         assert logits.dtype == values.dtype == torch.float32
-        made = {name: getattr(batch, name) for name in ("actions", "log_probs", "advantages", "returns")}
+        names = ("actions", "log_probs", "advantages", "returns", "weights")
+        made = {name: getattr(batch, name) for name in names}
         loss = ppo_loss(logits, values, **made, old_values=batch.values, settings=PPOSettings())
         losses.append([getattr(loss, name).item() for name in ("total", "policy", "value", "entropy")])
     assert losses[0] != losses[1]
@@ -304,7 +306,8 @@ def made_batch(agent: PPOAgent, size: int) -> Batch:
     actions = torch.randint(3, (size,), generator=random)
     log_probs, values = (torch.from_numpy(each) for each in agent.evaluate(frames, stacks, actions))
     advantages = torch.randn(size, generator=random)
-    return Batch(frames, stacks, actions, log_probs, advantages, values + advantages, values)
+    weights = torch.ones(size)
+    return Batch(frames, stacks, actions, log_probs, advantages, values + advantages, values, weights)
 
 
 def test_an_update_takes_every_transition_once_an_epoch():
@@ -419,7 +422,8 @@ def test_it_learns_which_action_suits_which_picture():
         rewards = (actions == pictures).float()
         right.append(float(rewards.mean()))
         log_probs = logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
-        agent.update(Batch(frames, stacks, actions, log_probs, rewards - values, rewards, values))
+        batch = Batch(frames, stacks, actions, log_probs, rewards - values, rewards, values, torch.ones(64))
+        agent.update(batch)
     assert 0.3 < right[0] < 0.7
     assert np.mean(right[-3:]) > 0.9, right
 
@@ -444,7 +448,7 @@ def slices_of(layout: Layout, lengths: list[int]) -> tuple[list[Filled], dict[st
     return filled, arrays
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", "overlap", "async"])
 def test_a_batch_is_its_slices_one_after_another_with_the_signs_of_rewards(mode):
     layout = Layout(workers=3, buffers=2, steps=6, actions=3)
     slices, arrays = slices_of(layout, [6, 2, 5])
@@ -462,15 +466,20 @@ def test_a_batch_is_its_slices_one_after_another_with_the_signs_of_rewards(mode)
         stacks = layout.stacks(1, worker, arrays["ages"][1, worker, : steps + 1])
         assert np.array_equal(batch.stacks[rows], stacks[:-1])
         actions = arrays["actions"][1, worker, :steps]
-        if mode == "sync":
-            expected = gae(**made, gamma=GAMMA, gae_lambda=LAMBDA)
-        else:  # the values are those of the present weights
+        acted = log_probs = arrays["log_probs"][1, worker, :steps]
+        if mode != "sync":  # values and log-probabilities are those of the present weights
             logs, values = agent.evaluate(
                 batch.frames, torch.from_numpy(stacks), torch.from_numpy(np.append(actions, 0))
             )
-            ratios = logs[:-1] - arrays["log_probs"][1, worker, :steps]
+            log_probs = logs[:-1]
             made |= {"values": values[:-1], "last_value": float(values[-1])}
-            expected = vtrace(**made, log_ratios=ratios, gamma=GAMMA, gae_lambda=LAMBDA)
+        if mode == "async":
+            expected = vtrace(**made, log_ratios=log_probs - acted, gamma=GAMMA, gae_lambda=LAMBDA)
+        else:
+            expected = gae(**made, gamma=GAMMA, gae_lambda=LAMBDA)
+        weights = np.exp(log_probs - acted) if mode == "overlap" else np.ones(steps)
+        assert np.allclose(batch.weights[rows], weights, rtol=1e-4)
+        assert np.allclose(batch.log_probs[rows], log_probs, atol=1e-4)
         assert np.allclose(batch.advantages[rows], expected[0], atol=1e-4)
         assert np.allclose(batch.returns[rows], expected[1], atol=1e-4)
         assert np.allclose(batch.values[rows], made["values"], atol=1e-4)

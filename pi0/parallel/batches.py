@@ -24,9 +24,12 @@ def make_batch(
 ) -> Batch:
     """The transitions of slices, one slice after another.
 
-    The loss sees only the sign of a reward. In mode async the values are those of the present weights, and V-trace
-    corrects for the age of the policy that acted; the value of a truncated episode's last observation stays that of the
-    policy that acted. The other modes take the values of the policy that acted, and GAE.
+    The loss sees only the sign of a reward. In mode sync the policy that acted is the one that learns, and its values
+    and log-probabilities are taken as they are. In overlap and async the present weights evaluate the transitions again,
+    because a ratio against an older policy would be clipped before it has moved. The age is then corrected for by
+    importance weights: in overlap by those of decoupled PPO (Hilton et al. 2021, "Batch size-invariance for policy
+    optimization"), with GAE; in async by V-trace. The value of a truncated episode's last observation stays that of the
+    policy that acted.
 
     Args:
         slices: what workers have filled.
@@ -52,27 +55,30 @@ def make_batch(
         values=torch.from_numpy(np.concatenate(column("values"))),
         advantages=torch.zeros(0),
         returns=torch.zeros(0),
+        weights=torch.ones(sum(each.steps for each in slices)),
     )
     rewards = [np.sign(each) for each in column("rewards")]
     given = list(zip(rewards, column("ended"), column("bootstraps"), strict=True))
-    if config.mode == "async":
-        log_probs, values = agent.evaluate(frames, batch.stacks, batch.actions)
-        _, last_values = agent.evaluate(
-            frames, torch.from_numpy(np.concatenate([each[-1:] for each in stacks]))
-        )
-        batch = replace(batch, values=torch.from_numpy(values))
-        ends = np.cumsum([each.steps for each in slices])[:-1]
-        of_slices = np.split(values, ends), np.split(log_probs - batch.log_probs.numpy(), ends), last_values
-        found = [
-            vtrace(reward, value, ended, bootstraps, float(last), ratio, config.gamma, config.gae_lambda)
-            for (reward, ended, bootstraps), value, ratio, last in zip(given, *of_slices, strict=True)
-        ]
-    else:
-        lasts = [arrays["last_values"][each.buffer, each.worker] for each in slices]
-        found = [
-            gae(reward, value, ended, bootstraps, float(last), config.gamma, config.gae_lambda)
-            for (reward, ended, bootstraps), value, last in zip(given, column("values"), lasts, strict=True)
-        ]
+    lasts = np.array([arrays["last_values"][each.buffer, each.worker] for each in slices])
+    log_ratios = np.zeros(len(batch), np.float32)
+    if config.mode != "sync":
+        log_probs, values = map(torch.from_numpy, agent.evaluate(frames, batch.stacks, batch.actions))
+        log_ratios = (log_probs - batch.log_probs).numpy()
+        _, lasts = agent.evaluate(frames, torch.from_numpy(np.concatenate([each[-1:] for each in stacks])))
+        batch = replace(batch, log_probs=log_probs, values=values)
+    if config.mode == "overlap":
+        batch = replace(batch, weights=torch.from_numpy(np.exp(log_ratios)))
+    ends = np.cumsum([each.steps for each in slices])[:-1]
+    of_slices = np.split(batch.values.numpy(), ends), np.split(log_ratios, ends), lasts
+    found = []
+    for (reward, ended, bootstraps), value, ratios, last in zip(given, *of_slices, strict=True):
+        if config.mode == "async":
+            made = vtrace(
+                reward, value, ended, bootstraps, float(last), ratios, config.gamma, config.gae_lambda
+            )
+        else:
+            made = gae(reward, value, ended, bootstraps, float(last), config.gamma, config.gae_lambda)
+        found.append(made)
     advantages, returns = (torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True))
     if config.shuffle_advantages:
         advantages = advantages[torch.randperm(len(advantages), generator=agent.generator)]

@@ -22,9 +22,11 @@ class Batch:
         frames: uint8 [F, 84, 84], shared with the workers.
         stacks: indices into `frames`, int64 [N, 4], oldest first.
         actions: int64 [N].
-        log_probs: of the actions under the policy that acted, exploration included, float32 [N].
+        log_probs: of the actions under the policy from which ratios are taken, float32 [N]: the one that acted,
+            exploration included, or the present one.
         advantages, returns: float32 [N].
-        values: of the policy that acted, float32 [N].
+        values: from which the value loss is clipped, of the same policy, float32 [N].
+        weights: how much more likely that policy takes the action than the one that acted, float32 [N].
     """
 
     frames: torch.Tensor
@@ -34,6 +36,7 @@ class Batch:
     advantages: torch.Tensor
     returns: torch.Tensor
     values: torch.Tensor
+    weights: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -79,9 +82,13 @@ def ppo_loss(
     advantages: torch.Tensor,
     returns: torch.Tensor,
     old_values: torch.Tensor,
+    weights: torch.Tensor,
     settings: PPOSettings,
 ) -> Loss:
     """The clipped surrogate, the clipped value loss and the entropy of a minibatch.
+
+    With weights it is the decoupled surrogate of Hilton et al. (2021, equation 2): a transition counts by its importance
+    weight, and the ratio is clipped around the policy at the beginning of the update.
 
     Advantages are normalised within the minibatch. `kl` is the estimate (ratio - 1) - log ratio (Schulman 2020).
 
@@ -93,7 +100,8 @@ def ppo_loss(
     ratio = log_ratio.exp()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clip = settings.clip
-    surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
+    limited = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    surrogate = (weights * limited).mean()
     near = old_values + (values - old_values).clamp(-clip, clip)
     value = 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()
     entropy = -(logs.exp() * logs).sum(-1).mean()
@@ -165,7 +173,7 @@ class PPOAgent:
                 if len(rows) < 2:  # a single advantage cannot be normalised
                     continue
                 logits, values = self.network(self._observations(batch.frames, batch.stacks[rows]))
-                names = ("actions", "log_probs", "advantages", "returns")
+                names = ("actions", "log_probs", "advantages", "returns", "weights")
                 parts = {name: getattr(batch, name)[rows].to(self.device) for name in names}
                 old_values = batch.values[rows].to(self.device)
                 loss = ppo_loss(logits, values, **parts, old_values=old_values, settings=settings)
