@@ -55,7 +55,7 @@ METRICS = Declaration(
         Metric("value_loss", "", "value loss", curves=(Curve("training", "value loss"),)),
         Metric("entropy", "nats", "entropy of the policy", curves=(Curve("training", "entropy"),), column="entropy",
                format=".3f"),
-        Metric("kl", "nats", "estimate of how far the policy has moved from the one that acted",
+        Metric("kl", "nats", "estimate of how far an update moves the policy, mean over its steps",
                curves=(Curve("training", "KL"),)),
         Metric("clipped", "0 to 1", "share of the ratios beyond the clip"),
         Metric("explained_variance", "at most 1", "how much of the returns the values explain"),
