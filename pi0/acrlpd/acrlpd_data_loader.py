@@ -11,6 +11,7 @@ from pi0 import PI0Policy
 from pi0.acrlpd.caches import ObservationCaches
 from pi0.acrlpd.episodes import RecordedEpisode
 from pi0.acrlpd.replay import ReplayBuffer
+from pi0.training.state import Place
 
 
 class ACRLPDDataLoader:
@@ -60,6 +61,27 @@ class ACRLPDDataLoader:
             made["candidates"] = caches.candidates[windows.seen].transpose(0, 1)
             made["next_candidates"] = caches.candidates[windows.then].transpose(0, 1)
         return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Episodes, candidates and the random stream; inputs and features follow from the episodes."""
+        return {
+            "replay": self.replay.state_dict(),
+            "candidates": self.caches.candidates,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.replay.load_state_dict(state["replay"])
+        self.caches.begin(self.replay, state["candidates"])
+        self.generator.set_state(state["generator"])
+
+    def join_state_dicts(self, states: list[dict[str, Any]], place: Place) -> None:
+        """Continue with this rank's share of the earlier ranks' episodes; candidates are drawn again."""
+        share = states[place.rank :: place.world_size]
+        episodes = [each for state in share for each in state["replay"]["episodes"]]
+        self.replay.load_state_dict({"added": len(episodes), "episodes": episodes})
+        self.caches.begin(self.replay, None)
 
     def get_dataset_statistics(self) -> dict[str, Any]:
         """Episodes, solved ones, windows, steps, bytes."""

@@ -129,13 +129,13 @@ class ACRLPDPi0Agent:
             if log_temperature is None
             else log_temperature
         )
-        self.target_critic = copy.deepcopy(critic_networks).requires_grad_(False)
+        self.target_critic = copy.deepcopy(critic_networks)
         self.pi0_ema: Any = pi0_model
         self.critic_ema: CriticNetworks = critic_networks
         self._averages: list[AveragedModule] = []
         if use_ema:
-            self.pi0_ema = pi0_model.copy().requires_grad_(False)  # type: ignore[attr-defined]
-            self.critic_ema = copy.deepcopy(critic_networks).requires_grad_(False)
+            self.pi0_ema = pi0_model.copy()
+            self.critic_ema = copy.deepcopy(critic_networks)
             self._averages = [
                 AveragedModule(pi0_model, self.pi0_ema, pi0_ema_decay),  # type: ignore[type-var]
                 AveragedModule(critic_networks, self.critic_ema, critic_ema_decay),
@@ -276,7 +276,7 @@ class ACRLPDPi0Agent:
     def _bc_loss(self, batch: Batch, flow: Tensor) -> tuple[Tensor, Info]:
         solved = batch["success"].to(flow)
         loss = (flow * solved).sum() / solved.sum().clamp(min=1)
-        return loss, {"bc_loss": loss.item(), "solved": solved.mean().item()}
+        return loss, {"bc_loss": loss.item(), "solved_share": solved.mean().item()}
 
     def _features(self, batch: Batch, name: str, observations: Observations) -> Tensor:
         """Kept features, or new ones."""

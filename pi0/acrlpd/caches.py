@@ -52,6 +52,13 @@ class ObservationCaches:
         self.features = torch.cat([self.features[left:], *fresh] if len(self.features) else fresh)
         self.candidates = None
 
+    def begin(self, replay: ReplayBuffer, candidates: Tensor | None) -> None:
+        """Take a whole buffer, with the candidates that were drawn for it."""
+        self.inputs, self.features = {}, torch.zeros(0)
+        if len(replay):
+            self.follow(replay, 0)
+        self.candidates = candidates
+
     def refresh(self, replay: ReplayBuffer, sample: Callable[[dict[str, Any]], Tensor]) -> None:
         """Draw new candidates for all observations: `sample` gives [N, B, C, A] for observations of a batch."""
         parts = []

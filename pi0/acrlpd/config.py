@@ -97,12 +97,12 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class ScheduleConfig:
+class ACRLPDTrainingConfig:
     """What is done in which order. An iteration collects, then learns."""
 
-    offline_iterations: int = key(4, "iterations that collect nothing", unit="iterations", low=0, fixed=True)
-    online_iterations: int = key(
-        4, "iterations that collect after these", unit="iterations", low=0, fixed=True
+    num_train_steps: int = key(8, "iterations: collect, then learn", unit="iterations", low=0, fixed=True)
+    offline_iterations: int = key(
+        4, "the first so many of them collect nothing", unit="iterations", low=0, fixed=True
     )
     rollouts: int = key(100, "rollouts that an online iteration collects", unit="rollouts", low=1)
     critic_updates: int = key(
@@ -113,6 +113,9 @@ class ScheduleConfig:
         2, "further updates of the critics with each of these", unit="updates", low=0
     )
     seed: int = key(0, "seed of all random numbers", low=0, high=MAX_SEED - 1, fixed=True)
+    periodic_episodes: int = key(
+        0, "episodes of a score every logging.log_freq iterations; 0: none", unit="episodes", low=0
+    )
     save_freq: int = key(1, "iterations from one checkpoint to the next", unit="iterations", low=1)
     keep_checkpoints: int = key(2, "how many of the newest to keep", unit="checkpoints", low=1)
     save_best: bool = key(True, "keep the checkpoint with the best periodic evaluation, however old")
@@ -138,7 +141,7 @@ class RLTrainConfig:
     data: DataConfig = section(DataConfig)
     acrlpd: ACRLPDHyperparams = section(ACRLPDHyperparams)
     qchunking: QChunkingConfig = section(QChunkingConfig)
-    training: ScheduleConfig = section(ScheduleConfig)
+    training: ACRLPDTrainingConfig = section(ACRLPDTrainingConfig)
     evaluation: ScoreConfig = section(ScoreConfig)
     logging: LoggingConfig = section(LoggingConfig)
     features: FeaturesConfig = section(FeaturesConfig)

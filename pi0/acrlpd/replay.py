@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,38 @@ class ReplayBuffer:
         if not len(self):
             raise InputError("the buffer holds no episode; record some first")
         return torch.randint(len(self), (count,), generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Episodes as tensors and plain values; they never change, so nothing is copied."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                return torch.from_numpy(value)
+            return (
+                {name: plain(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+            )
+
+        return {
+            "added": self.added,
+            "episodes": [
+                {name: plain(value) for name, value in vars(each).items()} for each in self.episodes
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+
+        def arrays(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.numpy()
+            return {name: arrays(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+        self.added = state["added"]
+        self.episodes = [
+            RecordedEpisode(**{name: arrays(value) for name, value in each.items()})
+            for each in state["episodes"]
+        ]
+        self._lay_out()
 
     def statistics(self) -> dict[str, Any]:
         """Counts: episodes, solved ones, windows, control steps, and bytes."""
