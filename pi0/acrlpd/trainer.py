@@ -43,6 +43,7 @@ class ACRLPDTrainer:
     """A run of ACRLPD in its folder.
 
     Attributes:
+        policy: the policy in training.
         agent: actor, critics, averages and optimizers.
         loader: the episodes.
         environments: tasks and workers.
@@ -58,7 +59,7 @@ class ACRLPDTrainer:
         self.run_dir = run_dir
         self.interrupts = interrupts
         self.outputs = Outputs()
-        policy = PI0Policy.from_pretrained(
+        policy = self.policy = PI0Policy.from_pretrained(
             config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
         )
         self.start = ActingPolicy(policy.copy())
@@ -80,7 +81,7 @@ class ACRLPDTrainer:
         """What a checkpoint holds."""
         agent, mend = self.agent, "resume with the same policy and critics"
         self.state.shared = {
-            "pi0_params": Weights(agent.pi0_model.policy.network, mend),
+            "pi0_params": Weights(self.policy.network, mend),
             "pi0_ema_params": Weights(agent.pi0_ema.policy.network, mend),
             "critic_params": Weights(agent.critic_networks, mend),
             "critic_ema_params": Weights(agent.critic_ema, mend),
