@@ -24,8 +24,10 @@ from pi0.libero.evaluation import describe_broken, evaluate, refuse_broken
 from pi0.libero.films import film_episodes
 from pi0.libero.init_states import FIXTURE_MODES
 from pi0.libero.rendering import MODES
+from pi0.libero.rollouts import Policy
 from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.policy.acting import ActingPolicy
+from pi0.policy.critics import BestOfPolicy, load_critic
 from pi0.training.machine import machine
 
 
@@ -59,6 +61,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--guidance_weight",
         type=ranged(float, low=0),
         help="act by classifier-free guidance with this weight",
+    )
+    parser.add_argument(
+        "--critic_path", help="folder of a critic (pi0.acrlpd), which chooses among --samples chunks"
+    )
+    parser.add_argument(
+        "--samples", type=ranged(int, low=1), default=8, help="chunks among which the critic chooses"
     )
     parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; searched for by default")
     parser.add_argument(
@@ -105,7 +113,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
     parser.add_argument("--videos", type=ranged(int, low=0), default=0, help="episodes of each task to film")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.critic_path and options.guidance_weight is not None:
+        parser.error("--critic_path chooses among unguided chunks; leave --guidance_weight out")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -124,7 +135,9 @@ def main(arguments: list[str] | None = None) -> None:
     output = writable_dir(options.output)
     task = task_of_command(options, replan_steps=options.replan_steps or min(10, horizon))
     with Environments(task, policy.config) as environments:
-        acting = ActingPolicy(policy, options.guidance_weight)
+        acting: Policy = ActingPolicy(policy, options.guidance_weight)
+        if options.critic_path:
+            acting = BestOfPolicy(policy, *load_critic(options.critic_path, policy.device), options.samples)
         result = evaluate(environments, acting, options.episodes, options.seed)
         write_json(
             output / "results.json",
@@ -132,7 +145,12 @@ def main(arguments: list[str] | None = None) -> None:
                 "date": time.strftime("%Y-%m-%d"),
                 "command": " ".join(sys.argv),
                 "policy_path": options.policy_path,
-                "protocol": {**result.protocol, "guidance_weight": options.guidance_weight},
+                "protocol": {
+                    **result.protocol,
+                    "guidance_weight": options.guidance_weight,
+                    "critic_path": options.critic_path,
+                    "samples": options.samples if options.critic_path else 1,
+                },
                 "dtype": options.dtype,
                 "compiled": options.compile,
                 "machine": machine(),

@@ -1,0 +1,1 @@
+"""ACRLPD: an actor-critic on action chunks, from recorded episodes to online practice."""

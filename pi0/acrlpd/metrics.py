@@ -1,0 +1,66 @@
+"""The metrics that runs of ACRLPD record, and how their report shows them (docs/acrlpd.md)."""
+
+from pi0.report.declaration import SUCCESS, Curve, Declaration, Metric, Plot
+from pi0.training import memory
+
+PLOTS = (
+    Plot("learning_curve", "Learning curve", "all tasks, evaluation on states never trained on"),
+    Plot("values", "Values"),
+    Plot("losses", "Losses"),
+    Plot("weights", "What the actor learns from"),
+    Plot("phases", "Where the time goes"),
+    Plot("memory", "Memory"),
+)
+METRICS = Declaration(
+    PLOTS,
+    (
+        Metric("step", "iterations", "number of the iteration, from 0"),
+        Metric("seconds", "s", "wall time since the run began, earlier parts of a resumed run included"),
+        Metric("tasks", "[successes, rollouts]", "practice by task, with the best of N chunks", merge="by task",
+               curves=(Curve("learning_curve", SUCCESS, "practice", "success"),), column="solved", tile="Practice",
+               flat=("successes/*", "rollouts/*"), rate="success_rate"),
+        Metric("rollouts", "rollouts", "rollouts of this iteration", merge="sum"),
+        Metric("successes", "rollouts", "those that succeeded", merge="sum"),
+        Metric("failed_rollouts", "lines", "rollouts whose simulation broke, with cause", merge="sum",
+               trouble=("failed and left out: ", "no rollout failed")),
+        Metric("control_steps", "control steps", "control steps of all rollouts", merge="sum"),
+        Metric("episodes", "episodes", "episodes in the buffer", merge="sum", column="episodes"),
+        Metric("solved", "episodes", "successful ones among them", merge="sum"),
+        Metric("windows", "windows", "windows in the buffer", merge="sum"),
+        Metric("critic_loss", "", "mean squared error of the critics", curves=(Curve("losses", "critics"),),
+               column="critic loss", format=".4f"),
+        Metric("value", "return", "mean value of the windows", curves=(Curve("values", "value", "critics"),),
+               column="value", format=".3f"),
+        Metric("target", "return", "mean target", curves=(Curve("values", "value", "target"),)),
+        Metric("value_spread", "return", "standard deviation between critics", curves=(Curve("values", "spread"),)),
+        Metric("known", "0 to 1", "share of windows whose target is known"),
+        Metric("actor_loss", "", "weighted flow loss plus that on the best samples",
+               curves=(Curve("losses", "actor"),), column="actor loss", format=".4f"),
+        Metric("weighted_loss", "", "flow loss weighted by exp(A / temperature)"),
+        Metric("best_loss", "", "flow loss on the best of N samples"),
+        Metric("bc_loss", "", "flow loss on windows of successful episodes"),
+        Metric("solved_share", "0 to 1", "share of such windows in a batch"),
+        Metric("loss", "", "sum of the losses, as the agent weighs them"),
+        Metric("advantage", "return", "mean advantage of the windows' chunks over the samples"),
+        Metric("advantage_spread", "return", "its standard deviation", curves=(Curve("weights", "advantage"),)),
+        Metric("best_over_mean", "return", "value of the best sample less the mean of all",
+               curves=(Curve("values", "best over mean"),)),
+        Metric("sample_size", "windows", "effective sample size of the weights",
+               curves=(Curve("weights", "effective sample size", span=(0, None)),)),
+        Metric("largest_weight", "", "largest weight in a batch, whose mean is 1"),
+        Metric("weights_divergence", "nats", "KL of the weights from equal ones"),
+        Metric("temperature", "return", "temperature of the weights"),
+        Metric("critic_grad_norm", "", "norm of the critics' gradient before it is shortened"),
+        Metric("actor_grad_norm", "", "norm of the actor's"),
+        Metric("critic_updates", "updates", "updates of the critics in this iteration"),
+        Metric("actor_updates", "updates", "updates of the actor"),
+        Metric("rollbacks", "returns", "returns to a checkpoint until now, because of numbers that were not finite"),
+        *(Metric(f"phases/{name}", "s", meaning, curves=(Curve("phases", "seconds", name, "area", color=color),))
+          for name, meaning, color in (
+              ("rollouts", "collecting", "blue"), ("caches", "features and candidate chunks", "orange"),
+              ("critic", "updates of the critics alone", "green"), ("update", "updates of both", "purple"),
+              ("other", "the rest", "grey"))),
+        *memory.METRICS,
+    ),
+    planned="training.num_train_steps",
+)  # fmt: skip

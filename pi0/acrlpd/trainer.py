@@ -1,0 +1,396 @@
+"""The trainer: record, learn critics, improve the policy from what is recorded, then practise and learn in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import wandb
+
+from pi0 import PI0Policy, pick_device
+from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
+from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Info, LossSettings
+from pi0.acrlpd.actor import Pi0Actor
+from pi0.acrlpd.config import RLTrainConfig, to_dict
+from pi0.acrlpd.critic_networks import CriticNetworks, FixedFeatures
+from pi0.acrlpd.loss_functions import possible_values
+from pi0.acrlpd.metrics import METRICS
+from pi0.acrlpd.practice import Practice, choose_rollouts, practise
+from pi0.base.errors import InputError, Outputs
+from pi0.base.progress import progress
+from pi0.libero.environments import Environments
+from pi0.libero.evaluation import EvaluationResult, evaluate, restore_result
+from pi0.policy.acting import ActingPolicy
+from pi0.policy.critics import BestOfPolicy, save_critic
+from pi0.report.html_report import write_html_report
+from pi0.training.interrupts import Interrupted, Interrupts
+from pi0.training.memory import memory_use
+from pi0.training.metrics import TensorBoard, append_line
+from pi0.training.optimizer import make_optimizer
+from pi0.training.random_state import OwnStream
+from pi0.training.safeguards import Safeguards
+from pi0.training.state import States, Weights
+
+RECORDED = -1  # in place of an iteration's number: rollouts before the first one
+
+
+class ACRLPDTrainer:
+    """A run of ACRLPD in its folder.
+
+    Attributes:
+        policy: the policy in training.
+        agent: actor, critics, averages and optimizers.
+        loader: the episodes.
+        environments: tasks and workers.
+
+    Args:
+        config: all settings.
+        run_dir: the run's folder.
+        interrupts: requests to stop.
+    """
+
+    def __init__(self, config: RLTrainConfig, run_dir: Path, interrupts: Interrupts):
+        self.config = config
+        self.run_dir = run_dir
+        self.interrupts = interrupts
+        self.outputs = Outputs()
+        policy = self.policy = PI0Policy.from_pretrained(
+            config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+        )
+        self.start = ActingPolicy(policy.copy())
+        self.agent, self._fixed = make_agent(config, policy)
+        self.loader = ACRLPDDataLoader(
+            policy, self._fixed.policy_features, config.data.buffer_windows, config.training.seed
+        )
+        self.environments = Environments(config.task, policy.config, interrupts)
+        self._pools = self.environments.training_states(config.data.init_states, config.training.seed)
+        self.safe = Safeguards.of(run_dir, config.training, interrupts)
+        self.state = self.safe.state
+        self._noise = OwnStream(self.agent.generator, config.training.seed)
+        self._name_parts()
+        self._board = TensorBoard(run_dir / "tensorboard")
+        self.wandb: wandb.Run | None = None
+        self._started = time.monotonic()
+
+    def _name_parts(self) -> None:
+        """What a checkpoint holds."""
+        agent, mend = self.agent, "resume with the same policy and critics"
+        self.state.shared = {
+            "pi0_params": Weights(self.policy.network, mend),
+            "pi0_ema_params": Weights(agent.pi0_ema.policy.network, mend),
+            "critic_params": Weights(agent.critic_networks, mend),
+            "critic_ema_params": Weights(agent.critic_ema, mend),
+            "target_critic_params": Weights(agent.target_critic, mend),
+            "pi0_opt_state": States(optimizer=agent.pi0_opt_state),
+            "critic_opt_state": States(optimizer=agent.critic_opt_state),
+        }
+        if agent.temp_opt_state is not None:
+            self.state.shared["temp_opt_state"] = States(optimizer=agent.temp_opt_state, temperature=agent)
+        self.state.own = {"generator": self._noise, "data": self.loader}
+
+    # The run -------------------------------------------------------------------------------------
+
+    def train(self, resume: bool = False) -> None:
+        """Score, record, learn, score again.
+
+        Raises:
+            InputError: something outside the program is wrong; what was learned is in a checkpoint.
+        """
+        config, state = self.config, self.state
+        self.load_checkpoint(resume)
+        self._started = time.monotonic() - state.facts.get("seconds", 0.0)
+        with self._ends_with_checkpoint():
+            before = self._score_before()
+            if not len(self.loader.replay):
+                self._record()
+            if state.step == 0:
+                self.save_checkpoint()
+            while state.step < config.training.num_train_steps:
+                try:
+                    metrics = self.train_epoch(state.step)
+                except FloatingPointError as error:
+                    self.safe.roll_back(error, self._noise)
+                    continue
+                self._finish(metrics)
+            after = self.evaluate("after")
+            self._write_results(before, after)
+        self.outputs.check()
+
+    def train_epoch(self, step: int) -> dict[str, Any]:
+        """An iteration: rollouts, features and candidates, updates; returns its metrics.
+
+        Raises:
+            FloatingPointError: a gradient was not finite, several times in a row.
+        """
+        training, clock = self.config.training, _Clock()
+        metrics: dict[str, Any] = {"step": step}
+        if step >= training.offline_iterations:
+            practice = self._practise(step, training.rollouts, self.best_policy(), f"practice {step}")
+            self.loader.add(practice.episodes)
+            metrics |= practice.metrics()
+        clock.lap("rollouts")
+        self.loader.caches.refresh(self.loader.replay, self.agent.sample)
+        clock.lap("caches")
+        self.state.begin_update()
+        alone = training.critic_updates if step == 0 else 0
+        infos: list[Info] = []
+        with progress(total=alone, label="critics", unit="update") as bar:
+            for _ in range(alone):
+                infos.append(self.train_step_wrapper(actor=False))
+                bar.update(1, f"loss {infos[-1].get('critic_loss', float('nan')):.4f}")
+        clock.lap("critic")
+        both: list[Info] = []
+        with progress(total=training.updates, label="update", unit="update") as bar:
+            for _ in range(training.updates):
+                infos += [self.train_step_wrapper(actor=False) for _ in range(training.critic_updates_each)]
+                both.append(self.train_step_wrapper(actor=True))
+                bar.update(1, f"loss {both[-1].get('loss', float('nan')):.4f}")
+        clock.lap("update")
+        metrics |= means([*infos, *both])
+        metrics |= {"critic_updates": len(infos) + len(both), "actor_updates": len(both)}
+        statistics = self.loader.get_dataset_statistics()
+        metrics |= {name: statistics[name] for name in ("episodes", "solved", "windows")}
+        return metrics | {
+            "phases": clock.phases(),
+            "seconds": time.monotonic() - self._started,
+            "rollbacks": self.safe.recovery.rollbacks,
+            "memory": memory_use(self.environments.pool.processes),
+        }
+
+    def train_step_wrapper(self, actor: bool) -> Info:
+        """One step of the agent on a new batch; a gradient that is not finite is left out, and counted.
+
+        Raises:
+            FloatingPointError: it was the last of too many in a row.
+            Interrupted: the run was asked to stop.
+        """
+        data = self.config.data
+        batch = self.loader.sample_batch(data.actor_batch_size if actor else data.batch_size, images=actor)
+        try:
+            info = self.agent.train_step(batch)[1] if actor else self.agent.critic_step(batch)
+        except FloatingPointError:
+            self.safe.recovery.count_gradient(False)
+            self.safe.recovery.check()
+            return {}
+        self.safe.recovery.count_gradient(True)
+        self.interrupts.check()
+        return info
+
+    def best_policy(self, samples: int | None = None) -> BestOfPolicy:
+        """The averaged actor with the averaged critics; `samples` None means `num_action_samples`."""
+        agent = self.agent
+        count = agent.num_action_samples if samples is None else samples
+        return BestOfPolicy(agent.pi0_ema.policy, agent.critic_ema, self._fixed.policy_features, count)
+
+    def evaluate(self, label: str, episodes: int | None = None) -> dict[str, EvaluationResult]:
+        """Scores on states that are never trained on: with one sample, and with the best of N."""
+        scored, evaluation = {}, self.config.evaluation
+        for samples in dict.fromkeys((1, self.agent.num_action_samples)):
+            name = f"best of {samples}" if samples > 1 else "one sample"
+            scored[name] = evaluate(
+                self.environments,
+                self.best_policy(samples),
+                episodes or evaluation.episodes,
+                evaluation.seed,
+                label=f"score {label}, {name}",
+            )
+            print(f"score {label}, {name}: {scored[name]}")
+        return scored
+
+    # Parts of it ---------------------------------------------------------------------------------
+
+    def _score_before(self) -> EvaluationResult:
+        evaluation, facts = self.config.evaluation, self.state.facts
+        if "before" in facts:  # of a run that is resumed
+            return restore_result(self.environments, facts["before"])
+        before = evaluate(
+            self.environments, self.start, evaluation.episodes, evaluation.seed, label="score before"
+        )
+        print(f"score before: {before}")
+        facts["before"] = before.to_dict()
+        return before
+
+    def _record(self) -> None:
+        """Rollouts of the policy as it is."""
+        count = self.config.data.rollouts
+        recorded = self._practise(RECORDED, count, self.start, "recording")
+        self.loader.add(recorded.episodes)
+        self.state.begin()  # the episodes belong to the state before the first iteration
+        statistics = self.loader.get_dataset_statistics()
+        print(
+            f"recorded {statistics['episodes']} episodes, {statistics['solved']} solved, {statistics['windows']} windows"
+        )
+        if statistics["solved"] in (0, statistics["episodes"]):
+            which = "all" if statistics["solved"] else "none"
+            print(f"warning: {which} of the episodes succeeded, so critics have nothing to contrast")
+
+    def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
+        config = self.config
+        rollouts = choose_rollouts(self.environments, self._pools, count, config.training.seed, step + 1)
+        return practise(self.environments, policy, rollouts, config.qchunking.horizon_length, label)
+
+    def _finish(self, metrics: dict[str, Any]) -> None:
+        state, config = self.state, self.config
+        state.facts |= {
+            "seconds": metrics["seconds"],
+            "config": to_dict(config),
+            **self.safe.recovery.facts(),
+        }
+        state.finish_iteration(metrics)
+        self.log_training_metrics(metrics)
+        step = state.step
+        if config.training.periodic_episodes and step % config.logging.log_freq == 0:
+            scored = self.evaluate(f"after {step} iterations", config.training.periodic_episodes)
+            best = list(scored.values())[-1]
+            state.evaluations.append({"step": step, **best.score(), "protocol": best.protocol})
+        if self.safe.store.is_due(step, state.score, self.interrupts.take_checkpoint_request()):
+            self.save_checkpoint()
+        self.interrupts.check()
+
+    def log_training_metrics(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, numbers to TensorBoard and WandB, now and then the report, a line to the console."""
+        step, numbers = metrics["step"], METRICS.flatten(metrics)
+        try:
+            append_line(self.run_dir / "metrics.jsonl", metrics)
+            self._board.add(numbers, step)
+            if (step + 1) % self.config.logging.log_freq == 0 or step == 0:
+                write_html_report(self.run_dir, METRICS)
+            if self.wandb is not None:
+                self.wandb.log(numbers)
+        except (OSError, InputError, wandb.Error) as error:
+            print(f"iteration {step}: metrics or report not written: {error}")
+        rollouts = metrics.get("rollouts", 0)
+        solved = f"{metrics['successes']} of {rollouts} rollouts solved, " if rollouts else ""
+        print(
+            f"iteration {step}: {solved}{metrics['windows']} windows, critic loss {metrics.get('critic_loss', 0):.4f}, "
+            f"value {metrics.get('value', 0):.3f}, {metrics['seconds'] / 60:.1f} minutes"
+        )
+
+    def save_checkpoint(self) -> None:
+        """Write what the run was after its last iteration; a disk that refuses is reported."""
+        if problem := self.safe.write():
+            print(f"iteration {self.state.step}: {problem}")
+
+    def save_openpi_checkpoint(self) -> Path:
+        """Write the averaged actor as a policy folder that `PI0Policy.from_pretrained` and openpi read."""
+        folder = self.run_dir / f"pi0_openpi_step_{self.state.step}"
+        self.agent.pi0_ema.policy.save_pretrained(folder)
+        return folder
+
+    def load_checkpoint(self, resume: bool) -> None:
+        """Continue from the newest checkpoint; without one, or if it is a new run, begin."""
+        self.safe.begin(self.safe.find() if resume else None)
+
+    def _write_results(self, before: EvaluationResult, after: dict[str, EvaluationResult]) -> None:
+        from pi0.acrlpd.results import write_results
+
+        run_dir, outputs = self.run_dir, self.outputs
+        outputs.write(
+            "critic", save_critic, run_dir / "critic", self.agent.critic_ema, self._fixed.policy_features
+        )
+        outputs.write("policy", self.agent.pi0_ema.policy.save_pretrained, run_dir / "policy")
+        seconds = time.monotonic() - self._started
+        outputs.write(
+            "results.json",
+            write_results,
+            run_dir,
+            to_dict(self.config),
+            before,
+            after,
+            self.state.history,
+            seconds,
+        )
+        outputs.write("report.html", write_html_report, run_dir, METRICS)
+
+    @contextmanager
+    def _ends_with_checkpoint(self) -> Iterator[None]:
+        try:
+            yield
+        except Interrupted:
+            if self.state.can_be_saved and not self.safe.store.has(self.state.step):
+                self.save_checkpoint()
+            print(f"stopped; --resume continues from {self.safe.store.resume_point(self.state.step)}")
+        finally:
+            self.environments.close()
+
+
+class _Clock:
+    """Seconds of the phases of an iteration."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._phases: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """What went by since the last call was this phase."""
+        now = time.monotonic()
+        self._phases[phase] = now - self._last
+        self._last = now
+
+    def phases(self) -> dict[str, float]:
+        """All of them, with what is left as "other"."""
+        total = time.monotonic() - self._began
+        return {**self._phases, "other": max(0.0, total - sum(self._phases.values()))}
+
+
+def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent, FixedFeatures]:
+    """The agent of a configuration, and what its critics see."""
+    settings, training = config.acrlpd, config.training
+    torch.manual_seed(training.seed)
+    actor = Pi0Actor(policy)
+    features = FixedFeatures(actor)
+    horizon, robot = config.qchunking.horizon_length, policy.config.robot_action_dim
+    critics = CriticNetworks(
+        features.width,
+        policy.config.action_dim,
+        horizon,
+        robot,
+        settings.critics,
+        settings.hidden,
+        settings.layers,
+    ).to(policy.device)
+    features.to(policy.device)
+    longest = 1 if settings.one_reward else (config.task.max_episode_length or 10**6)
+    reachable = possible_values(settings.lowest_reward, settings.highest_reward, longest, settings.discount)
+    loss = LossSettings(
+        aggregation=settings.aggregation,
+        temperature=settings.temperature,
+        divergence=settings.divergence or 0.5,
+        best_weight=settings.best_weight,
+        flow_samples=settings.flow_samples,
+        value_range=reachable,
+        grad_norm=settings.grad_norm,
+    )
+    log_temperature = torch.nn.Parameter(torch.tensor(float(np.log(settings.temperature))))
+    agent = ACRLPDPi0Agent(
+        actor,
+        critics,
+        features,
+        settings.num_action_samples,
+        horizon,
+        robot,
+        discount=settings.discount,
+        target_update_rate=settings.target_update_rate,
+        bc_loss_weight=settings.bc_loss_weight,
+        use_ema=settings.use_ema,
+        pi0_ema_decay=settings.pi0_ema_decay,
+        critic_ema_decay=settings.critic_ema_decay,
+        pi0_opt_state=make_optimizer(policy, settings.actor_lr, training.optimizer),
+        critic_opt_state=torch.optim.Adam(critics.parameters(), settings.critic_lr, fused=True),
+        temp_opt_state=torch.optim.Adam([log_temperature], 1e-2) if settings.divergence else None,
+        log_temperature=log_temperature,
+        settings=loss,
+        seed=training.seed,
+    )
+    return agent, features
+
+
+def means(infos: list[Info]) -> Info:
+    """Means of what the steps say of themselves, each over the steps that say it."""
+    names = dict.fromkeys(name for info in infos for name in info)
+    return {name: float(np.mean([info[name] for info in infos if name in info])) for name in names}

@@ -1,0 +1,334 @@
+"""Critics of action chunks: what they see, how they value, their files, and acting with the best of N chunks.
+
+The critics are an ensemble of MLPs over fixed features of an observation, the state and a chunk. Trainers learn them;
+policies act with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pi0.base.errors import CheckpointError, MissingFileError
+from pi0.base.files import write_json
+from pi0.base.tensors import write_tensors
+from pi0.model.config import Pi0Config, SiglipDims
+from pi0.model.network import Pi0Network
+from pi0.model.vision import ConvTowers, SiglipTower
+from pi0.policy.acting import ActingPolicy
+from pi0.policy.pi0_policy import PI0Policy
+
+SIZES_FILE, WEIGHTS_FILE = "critic.json", "critic.safetensors"
+REGIONS = (
+    2  # a tower with a token for each patch: its tokens are averaged over so many rows and columns of regions
+)
+
+
+class Ensemble(nn.Module):
+    """K linear layers with LayerNorm and weights of their own, applied together.
+
+    Args:
+        critics: K.
+        inputs, outputs: widths.
+    """
+
+    def __init__(self, critics: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = inputs**-0.5
+        self.weight = nn.Parameter(torch.empty(critics, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(critics, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, N, inputs], or [N, inputs] for all, to [K, N, outputs]."""
+        return torch.matmul(x, self.weight) + self.bias
+
+
+class EnsembleNorm(nn.Module):
+    """LayerNorm with a scale and a shift for each of K critics (Ball et al. 2023 need it against overestimation)."""
+
+    def __init__(self, critics: int, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(critics, 1, width))
+        self.shift = nn.Parameter(torch.zeros(critics, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, N, width] to the same."""
+        return F.layer_norm(x, x.shape[-1:]) * self.scale + self.shift
+
+
+class CriticNetworks(nn.Module):
+    """K critics of action chunks.
+
+    Attributes:
+        sizes: the arguments, by name.
+
+    Each is an MLP with LayerNorm. Its first layer sees features, state and chunk; every later one sees the chunk again:
+    a chunk is a small part of the input, and a critic that forgets it cannot choose between chunks.
+
+    Args:
+        features: width of the features.
+        state_dim: width of the state.
+        horizon: H, steps of a chunk.
+        action_dim: features of an action that the robot has; padding is left out by the caller.
+        critics: K, 2 to 10.
+        hidden: width of the hidden layers.
+        layers: number of hidden layers.
+
+    Raises:
+        ValueError: K is not 2 to 10, or there is no hidden layer.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        state_dim: int,
+        horizon: int,
+        action_dim: int,
+        critics: int = 2,
+        hidden: int = 256,
+        layers: int = 3,
+    ):
+        super().__init__()
+        if not 2 <= critics <= 10:
+            raise ValueError(f"{critics} critics; an ensemble has 2 to 10")
+        if layers < 1:
+            raise ValueError("a critic needs a hidden layer")
+        self.sizes = {
+            "features": features, "state_dim": state_dim, "horizon": horizon, "action_dim": action_dim,
+            "critics": critics, "hidden": hidden, "layers": layers,
+        }  # fmt: skip
+        self.critics, self.horizon, self.action_dim = critics, horizon, action_dim
+        chunk = horizon * action_dim
+        self.feature_norm = nn.LayerNorm(features)
+        self.observation = Ensemble(critics, features + state_dim, hidden)
+        self.chunk = Ensemble(critics, chunk, hidden)
+        self.norms = nn.ModuleList(EnsembleNorm(critics, hidden) for _ in range(layers))
+        self.later = nn.ModuleList(Ensemble(critics, hidden + chunk, hidden) for _ in range(layers - 1))
+        self.value = Ensemble(critics, hidden + chunk, 1)
+
+    def observe(self, features: Tensor, state: Tensor) -> Tensor:
+        """What the first layer makes of observations: features [B, F] and states [B, S] to [K, B, hidden].
+
+        Any number of chunks can then be valued without looking again.
+        """
+        return self.observation(torch.cat([self.feature_norm(features), state], -1))
+
+    def values(self, observed: Tensor, chunks: Tensor) -> Tensor:
+        """Values [K, S, B] of S chunks for each observation.
+
+        Args:
+            observed: of `observe`, [K, B, hidden].
+            chunks: normalised actions as the controller would carry them out, float [S, B, H, action_dim].
+        """
+        samples, batch = chunks.shape[:2]
+        flat = chunks.flatten(2).flatten(0, 1)  # [S * B, H * action_dim]
+        every = flat.expand(self.critics, -1, -1)
+        x = self.chunk(flat) + observed.repeat(1, samples, 1)
+        for number, norm in enumerate(self.norms):
+            if number:
+                x = self.later[number - 1](torch.cat([x, every], -1))
+            x = F.gelu(norm(x))
+        return self.value(torch.cat([x, every], -1)).view(self.critics, samples, batch)
+
+    def forward(self, features: Tensor, state: Tensor, chunk: Tensor) -> Tensor:
+        """Values [K, B] of one chunk [B, H, action_dim] for each observation."""
+        return self.values(self.observe(features, state), chunk[None])[:, 0]
+
+
+class PolicyFeatures(nn.Module):
+    """Image tokens of a fixed copy of a policy, and the mean embedding of its prompt.
+
+    Nothing in it is trained, so what it returns of an observation can be kept. Features that drift would spoil it.
+
+    Attributes:
+        width: F.
+
+    Args:
+        config: of the policy.
+        network: where the vision tower and the token embedding are copied from; None: they are loaded later.
+    """
+
+    def __init__(self, config: Pi0Config, network: Pi0Network | None = None):
+        super().__init__()
+        self.config = config
+        vision, words = config.vision, (config.vocab_size, config.gemma.width)
+        self._pools = isinstance(vision, SiglipDims)
+        self.vision: nn.Module
+        if network is not None:
+            self.vision, self.token_embedding = map(copy.deepcopy, (network.vision, network.token_embedding))
+        else:
+            self.vision = (
+                SiglipTower(vision) if isinstance(vision, SiglipDims) else ConvTowers(vision, config.cameras)
+            )
+            self.token_embedding = nn.Embedding(*words)
+        self.requires_grad_(False)
+        tokens = REGIONS**2 if self._pools else self.vision.tokens
+        self.width = len(config.cameras) * tokens * vision.width + config.gemma.width
+
+    @torch.no_grad()
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        image_masks: Mapping[str, Tensor],
+        tokenized_prompt: Tensor,
+        tokenized_prompt_mask: Tensor,
+        **_: Tensor,
+    ) -> Tensor:
+        """Features, float32 [B, F], of what `PI0Policy.prepare` returns; a masked camera gives zeros."""
+        cameras = self.config.cameras
+        tokens = self.vision([images[camera] for camera in cameras])  # [B, T, width] each
+        if self._pools:
+            tokens = [_regions(each) for each in tokens]
+        seen = [
+            (each * image_masks[camera][:, None, None]).flatten(1)
+            for camera, each in zip(cameras, tokens, strict=True)
+        ]
+        mask = tokenized_prompt_mask[..., None]
+        words = self.token_embedding(tokenized_prompt) * math.sqrt(self.config.gemma.width)
+        prompt = (words * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return torch.cat([*seen, prompt], 1).float()
+
+
+def _regions(tokens: Tensor) -> Tensor:
+    """Means over regions of an image: [B, side * side, width] to [B, REGIONS * REGIONS, width]."""
+    side = math.isqrt(tokens.shape[1])
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side)).float()
+    return F.adaptive_avg_pool2d(grid, REGIONS).flatten(2).transpose(1, 2)
+
+
+def save_critic(
+    folder: str | Path,
+    critics: CriticNetworks,
+    features: PolicyFeatures,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a critic's folder, which `load_critic` reads: critic.json and critic.safetensors.
+
+    Args:
+        folder: made if it is not there.
+        critics: the critics.
+        features: what they see of an observation.
+        about: what else to note, for people.
+
+    Raises:
+        OSError, OutputError: the disk refuses.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"critics.{name}": tensor for name, tensor in critics.state_dict().items()}
+    weights |= {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
+    write_tensors(folder / WEIGHTS_FILE, weights)
+    content = {"critics": critics.sizes, "policy": features.config.to_dict(), "about": dict(about or {})}
+    write_json(folder / SIZES_FILE, content)
+
+
+def load_critic(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> tuple[CriticNetworks, PolicyFeatures]:
+    """Read a critic's folder, for acting.
+
+    Raises:
+        MissingFileError: a file is not there.
+        CheckpointError: a file is broken, or the weights do not fit the sizes.
+    """
+    folder = Path(folder)
+    for name in (SIZES_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise MissingFileError(
+                f"{folder / name} is not there; a critic's folder holds {SIZES_FILE} and {WEIGHTS_FILE}"
+            )
+    try:
+        content = json.loads((folder / SIZES_FILE).read_text())
+        features = PolicyFeatures(Pi0Config.from_dict(content["policy"], str(folder / SIZES_FILE)))
+        critics = CriticNetworks(**content["critics"])
+        weights = load_file(folder / WEIGHTS_FILE)
+        for name, module in (("critics.", critics), ("features.", features)):
+            module.load_state_dict(
+                {key.removeprefix(name): w for key, w in weights.items() if key.startswith(name)}
+            )
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is no critic's folder: {error}") from error
+    return critics.to(device).requires_grad_(False).eval(), features.to(device).eval()
+
+
+class BestOfPolicy:
+    """Acts with the best of N chunks of a policy, by critics; for `pi0.libero.rollouts`.
+
+    With N = 1 it does what `ActingPolicy` does, to the bit, and asks no critic.
+
+    Args:
+        policy: the policy that samples.
+        critics: they value; the mean of all decides.
+        features: what they see.
+        samples: N.
+
+    Raises:
+        CheckpointError: critics and policy are of different robots.
+        ValueError: N is below 1.
+    """
+
+    shares_first_look = False  # every rollout values its own chunks
+
+    def __init__(self, policy: PI0Policy, critics: CriticNetworks, features: PolicyFeatures, samples: int):
+        if samples < 1:
+            raise ValueError(f"the best of {samples} chunks; 1 or more are needed")
+        config = policy.config
+        if critics.horizon > config.action_horizon or critics.action_dim != config.robot_action_dim:
+            raise CheckpointError(
+                f"the critics value {critics.horizon} actions of {critics.action_dim} features; this policy's chunks have "
+                f"{config.action_horizon} actions of {config.robot_action_dim}"
+            )
+        self._policy, self._critics, self._features, self._samples = policy, critics, features, samples
+        self._shape = (samples, config.action_horizon, config.action_dim)
+
+    def noise(self, key: tuple[int, ...]) -> np.ndarray:
+        """Standard normal float32 [N, horizon, action dim]; the first is `ActingPolicy.noise` of the key."""
+        return np.random.default_rng(key).standard_normal(self._shape, dtype=np.float32)
+
+    @torch.inference_mode()
+    def act(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], noise: np.ndarray
+    ) -> np.ndarray:
+        """The best chunk of each observation, float32 [B, horizon, 7]; `noise` is [B, N, horizon, action dim]."""
+        policy = self._policy
+        observations = {
+            "images": {name: torch.from_numpy(frames) for name, frames in images.items()},
+            "state": torch.from_numpy(states),
+            "prompt": prompts,
+        }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            inputs = policy.prepare(observations)
+            drawn = torch.from_numpy(noise).to(policy.device).transpose(0, 1)
+            chunks = policy.unnormalize_actions(policy.sample_actions(**inputs, noise=drawn), states).clamp(
+                -1, 1
+            )
+            best = torch.zeros(len(states), dtype=torch.long, device=policy.device)
+            if self._samples > 1:
+                seen = policy.normalize_actions(chunks, states)[
+                    ..., : self._critics.horizon, : self._critics.action_dim
+                ]
+                observed = self._critics.observe(self._features(**inputs), inputs["state"])
+                best = self._critics.values(observed, seen).mean(0).argmax(0)
+            chosen = chunks[best, torch.arange(len(states), device=policy.device)]
+        finally:
+            torch.set_num_threads(threads)
+        return chosen.float().cpu().numpy()
+
+    def prepared(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str]
+    ) -> dict[str, np.ndarray]:
+        """See `ActingPolicy.prepared`."""
+        return ActingPolicy(self._policy).prepared(images, states, prompts)

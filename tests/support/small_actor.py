@@ -1,0 +1,62 @@
+"""A small flow policy on vectors, in place of pi0 as the actor of `pi0.acrlpd`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+CHUNK, ACTION_DIM, REAL = 4, 3, 2  # the last feature of an action is padding
+STATE = 2
+
+
+class SmallActor(nn.Module):
+    """Flow matching with one hidden layer; actions are carried out within [-1, 1]."""
+
+    chunk, action_dim = CHUNK, ACTION_DIM
+
+    def __init__(self, hidden: int = 32):
+        super().__init__()
+        size = CHUNK * ACTION_DIM
+        self.layers = nn.Sequential(nn.Linear(STATE + size + 1, hidden), nn.GELU(), nn.Linear(hidden, size))
+
+    def velocity(self, state, noisy, time):
+        x = torch.cat([state, noisy.flatten(-2), time[..., None]], -1)
+        return self.layers(x).unflatten(-1, (CHUNK, ACTION_DIM))
+
+    @torch.no_grad()
+    def sample(self, observations, noise):
+        state = observations["state"].expand(len(noise), -1, -1)
+        x = noise
+        for step in range(4):
+            time = torch.full(x.shape[:2], 1 - step / 4)
+            x = x - self.velocity(state, x, time) / 4
+        return x
+
+    def flow_loss(self, observations, actions, valid, generator, samples):
+        held = torch.zeros(len(actions), CHUNK, ACTION_DIM)
+        held[:, : actions.shape[1]] = actions
+        noise = torch.randn(samples, *held.shape, generator=generator)
+        time = torch.rand(samples, len(held), generator=generator)
+        t = time[..., None, None]
+        velocity = self.velocity(
+            observations["state"].expand(samples, -1, -1), t * noise + (1 - t) * held, time
+        )
+        errors = (velocity - (noise - held)).square()[..., :REAL].mean((0, 3))[:, : actions.shape[1]]
+        return (errors * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+    def carried_out(self, actions, observations):
+        return actions[..., :REAL].clamp(-1, 1)
+
+    def copy(self):
+        return copy.deepcopy(self)
+
+
+class StateFeatures(nn.Module):
+    """Critics see the state twice."""
+
+    width = STATE
+
+    def forward(self, observations):
+        return observations["state"]

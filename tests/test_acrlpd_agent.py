@@ -1,0 +1,238 @@
+"""The agent of `pi0.acrlpd` with a small actor: what its losses have gradients of, its steps and its averages."""
+
+import copy
+
+import pytest
+import torch
+
+from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, LossSettings
+from pi0.acrlpd.loss_functions import chunk_target
+from pi0.policy.critics import CriticNetworks
+from tests.support.small_actor import ACTION_DIM, CHUNK, REAL, STATE, SmallActor, StateFeatures
+
+BATCH = 12
+
+
+def make_agent(
+    samples: int = 5, seed: int = 0, learned_temperature: bool = False, **settings
+) -> ACRLPDPi0Agent:
+    torch.manual_seed(seed)
+    actor, features = SmallActor(), StateFeatures()
+    critics = CriticNetworks(STATE, STATE, CHUNK, REAL, critics=3, hidden=16, layers=2)
+    log_temperature = torch.nn.Parameter(torch.tensor(0.1).log())
+    return ACRLPDPi0Agent(
+        actor,
+        critics,
+        features,
+        samples,
+        CHUNK,
+        REAL,
+        pi0_opt_state=torch.optim.Adam(actor.parameters(), 1e-3),
+        critic_opt_state=torch.optim.Adam(critics.parameters(), 1e-3),
+        temp_opt_state=torch.optim.Adam([log_temperature], 1e-2) if learned_temperature else None,
+        log_temperature=log_temperature,
+        settings=LossSettings(**settings),
+        seed=seed,
+    )
+
+
+def made_batch(seed: int = 1) -> dict:
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    count = torch.randint(1, CHUNK + 1, (BATCH,), generator=random)
+    valid = (torch.arange(CHUNK)[None] < count[:, None]).float()
+    ended = torch.rand(BATCH, generator=random) < 0.4
+    return {
+        "observations": {"state": normal(BATCH, STATE)},
+        "next_observations": {"state": normal(BATCH, STATE)},
+        "actions": normal(BATCH, CHUNK, ACTION_DIM),
+        "rewards": normal(BATCH, CHUNK) * valid,
+        "masks": 1 - (ended[:, None] & (torch.arange(CHUNK)[None] >= count[:, None] - 1)).float(),
+        "valid": valid,
+        "sequence_mask": torch.rand(BATCH, generator=random) < 0.8,
+        "success": torch.rand(BATCH, generator=random) < 0.5,
+    }
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def same(first, second) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_the_best_of_n_is_the_one_of_highest_mean_value():
+    agent, batch = make_agent(), made_batch()
+    now = batch["observations"]
+    candidates = agent.sample(now)
+    assert candidates.shape == (5, BATCH, CHUNK, ACTION_DIM)
+    best, values = agent.best_of(candidates, agent.critic_ema.observe(now["state"], now["state"]), now)
+    for row in range(BATCH):
+        alone = [
+            float(
+                agent.critic_ema(
+                    now["state"][[row]], now["state"][[row]], candidates[s, [row], :, :REAL].clamp(-1, 1)
+                )
+                .mean()
+                .detach()
+            )
+            for s in range(5)
+        ]
+        assert values[:, row].tolist() == pytest.approx(alone, abs=1e-5)
+        assert best[row] == max(range(5), key=lambda s: alone[s])
+
+
+def test_one_sample_is_plain_sampling():
+    agent, batch = make_agent(samples=1), made_batch()
+    now = batch["observations"]
+    twin = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, BATCH, CHUNK, ACTION_DIM, generator=twin)
+    assert torch.equal(agent.sample(now), agent.pi0_model.sample(now, noise))
+
+
+def test_a_chunk_beyond_the_range_is_valued_as_it_would_be_carried_out():
+    agent, batch = make_agent(), made_batch()
+    now = batch["observations"]
+    actions = 5 * torch.ones(BATCH, CHUNK, ACTION_DIM)
+    assert torch.equal(agent.valued(actions, now), torch.ones(BATCH, CHUNK, REAL))
+
+
+def test_the_critic_loss_is_that_of_its_definition():
+    agent, batch = make_agent(aggregation="mean", value_range=(-1.0, 1.0)), made_batch()
+    for parameter in agent.critic_networks.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # the target critics and the averages stay as they were
+    twin = copy.deepcopy(agent)
+    loss, info = agent.compute_critic_loss(batch)
+    then = batch["next_observations"]
+    candidates = twin.sample(then)
+    clipped = candidates[..., :REAL].clamp(-1, 1)
+    state = then["state"]
+    with torch.no_grad():
+        chosen = torch.stack(
+            [
+                max(
+                    (clipped[s, b] for s in range(5)),
+                    key=lambda chunk, b=b: float(twin.critic_ema(state[[b]], state[[b]], chunk[None]).mean()),
+                )
+                for b in range(BATCH)
+            ]
+        )
+        next_values = twin.target_critic(state, state, chosen).mean(0)
+        targets = chunk_target(
+            batch["rewards"], batch["masks"], batch["valid"], next_values, 0.99, (-1.0, 1.0)
+        )
+        now = batch["observations"]["state"]
+        values = twin.critic_networks(now, now, batch["actions"][..., :REAL].clamp(-1, 1))
+    known = batch["sequence_mask"]
+    assert loss.item() == pytest.approx((values - targets).square()[:, known].mean().item(), rel=1e-5)
+    assert info["known"] == pytest.approx(known.float().mean().item())
+
+
+def test_only_what_a_loss_is_of_gets_its_gradient():
+    agent, batch = make_agent(), made_batch()
+    for loss, learns, stays in (
+        (agent.compute_critic_loss, agent.critic_networks, agent.pi0_model),
+        (agent.compute_actor_loss, agent.pi0_model, agent.critic_networks),
+        (agent.compute_bc_loss, agent.pi0_model, agent.critic_networks),
+    ):
+        for module in (agent.pi0_model, agent.critic_networks):
+            module.zero_grad()
+        loss(batch)[0].backward()
+        assert all(parameter.grad is not None for parameter in learns.parameters())
+        assert all(parameter.grad is None for parameter in stays.parameters())
+    for module in (agent.target_critic, agent.critic_ema, agent.pi0_ema):
+        assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_failures_are_not_cloned():
+    batch = made_batch()
+    agent = make_agent()
+    first = agent.compute_bc_loss(batch)[0].item()
+    other = {**batch, "actions": torch.where(batch["success"][:, None, None], batch["actions"], 9.0)}
+    agent.generator.manual_seed(0)
+    assert agent.compute_bc_loss(other)[0].item() == pytest.approx(first)
+    none = agent.compute_bc_loss({**batch, "success": torch.zeros(BATCH, dtype=torch.bool)})[0]
+    none.backward()
+    assert none.item() == 0
+    assert not any(parameter.grad.any() for parameter in agent.pi0_model.parameters())
+
+
+def test_a_step_says_what_the_losses_say_and_moves_all_that_learns():
+    agent, batch = make_agent(learned_temperature=True), made_batch()
+    before = [weights(module) for module in (agent.pi0_model, agent.critic_networks)]
+    told = copy.deepcopy(agent).compute_loss(batch)[1]
+    back, info = agent.train_step(batch)
+    assert back is agent
+    assert {name: info[name] for name in told} == pytest.approx(told)
+    assert not same(before[0], weights(agent.pi0_model))
+    assert not same(before[1], weights(agent.critic_networks))
+    assert agent.log_temperature.item() != pytest.approx(torch.tensor(0.1).log().item())
+
+
+def test_targets_and_averages_after_three_steps_are_those_by_hand():
+    agent, batch = make_agent(), made_batch()
+    target, average, actor = (weights(m) for m in (agent.target_critic, agent.critic_ema, agent.pi0_ema))
+    for _ in range(3):
+        agent.train_step(batch)
+        for slow, fast, share in (
+            (target, agent.critic_networks, 0.005),
+            (average, agent.critic_networks, 0.01),
+            (actor, agent.pi0_model, 0.001),
+        ):
+            for number, weight in enumerate(weights(fast)):
+                slow[number] = (1 - share) * slow[number].double() + share * weight.double()
+    for slow, module in ((target, agent.target_critic), (average, agent.critic_ema), (actor, agent.pi0_ema)):
+        for expected, found in zip(slow, weights(module), strict=True):
+            assert torch.allclose(found.double(), expected.double(), atol=1e-6)
+
+
+def test_a_critic_step_leaves_the_actor_as_it_was():
+    agent, batch = make_agent(), made_batch()
+    before = weights(agent.pi0_model), weights(agent.pi0_ema)
+    agent.critic_step(batch)
+    assert same(before[0], weights(agent.pi0_model))
+    assert same(before[1], weights(agent.pi0_ema))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    agent, batch = make_agent(), made_batch()
+    bad = {**batch, "rewards": batch["rewards"] * float("nan")}
+    before = [weights(m) for m in (agent.pi0_model, agent.critic_networks, agent.target_critic)]
+    with pytest.raises(FloatingPointError, match="critic_grad_norm not finite"):
+        agent.train_step(bad)
+    after = [weights(m) for m in (agent.pi0_model, agent.critic_networks, agent.target_critic)]
+    assert all(map(same, before, after))
+
+
+def test_kept_features_and_candidates_give_the_same_losses():
+    agent, batch = make_agent(), made_batch()
+    twin = copy.deepcopy(agent)
+    candidates = twin.sample(batch["next_observations"])
+    fresh = agent.compute_critic_loss(batch)[0]
+    kept = {
+        **batch,
+        "next_candidates": candidates,
+        "features": batch["observations"]["state"],
+        "next_features": batch["next_observations"]["state"],
+    }
+    assert torch.equal(twin.compute_critic_loss(kept)[0], fresh)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_action_samples": 0}, "num_action_samples is 0"),
+        ({"discount": 1.5}, "discount is 1.5"),
+        ({"horizon_length": 9}, "chunks have 4 actions"),
+        ({"real_action_dim": 1}, "critics value 4 actions of 2 features"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(changes, said):
+    critics = CriticNetworks(STATE, STATE, CHUNK, REAL)
+    given = {"num_action_samples": 2, "horizon_length": CHUNK, "real_action_dim": REAL} | changes
+    with pytest.raises(ValueError, match=said):
+        ACRLPDPi0Agent(SmallActor(), critics, StateFeatures(), **given)

@@ -1,0 +1,121 @@
+"""Whole runs of `pi0.acrlpd` on LIBERO: they end with their results, and resumed ones give the same bits."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from pi0 import PI0Policy
+from pi0.acrlpd import trainer as trainer_module
+from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
+from pi0.acrlpd.train import main, unified_training_interface
+from pi0.policy.critics import load_critic
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A trainer receives the signals of its process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def weights(run_dir: Path, step: int = 2) -> dict[str, np.ndarray]:
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    return {
+        f"{name}/{key}": array
+        for name in (
+            "pi0_params",
+            "pi0_ema_params",
+            "critic_params",
+            "critic_ema_params",
+            "target_critic_params",
+        )
+        for key, array in load_file(folder / f"{name}.safetensors").items()
+    }
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def debug(folder: Path, *overrides: str):
+    return get_config("acrlpd_debug", [f"output_dir={folder}", *overrides])
+
+
+def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
+    torch.set_num_threads(1)
+    run = unified_training_interface(debug(tmp_path))
+    results = json.loads((run / "results.json").read_text())
+    assert [row[0] for row in results["table"]] == ["", "before", "after, one sample", "after, best of 2"]
+    assert results["after"]["episodes"] == 2
+    found = rows(run)
+    assert [row["step"] for row in found] == [0, 1]
+    assert (found[0].get("rollouts"), found[1]["rollouts"]) == (None, 2)
+    assert [row["episodes"] for row in found] == [4, 6]
+    assert all(trainer_module.METRICS.undeclared(row) == [] for row in found)
+    assert (run / "report.html").stat().st_size > 10_000
+    PI0Policy.from_pretrained(run / "policy")
+    load_critic(run / "critic")
+    moved = weights(run), weights(run, 1)
+    assert not all(np.array_equal(moved[0][name], moved[1][name]) for name in moved[0])
+
+
+@pytest.mark.tried(
+    "a stop (SIGTERM) in the middle of ACRLPD's updates", "`--resume` gives the same numbers to the bit"
+)
+def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    whole = unified_training_interface(debug(tmp_path / "whole"))
+    step = trainer_module.ACRLPDTrainer.train_step_wrapper
+
+    def stopped(trainer, actor):
+        if trainer.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, actor)
+
+    monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", stopped)
+    run = unified_training_interface(debug(tmp_path / "part"))
+    assert not (run / "results.json").exists()
+    monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", step)
+    resumed = unified_training_interface(debug(tmp_path / "part"), str(run))
+    first, second = weights(whole), weights(resumed)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not np.array_equal(first[name], second[name])] == []
+    keys = ("step", "tasks", "critic_loss", "actor_loss", "windows")
+    assert [[row.get(key) for key in keys] for row in rows(whole)] == [
+        [row.get(key) for key in keys] for row in rows(resumed)
+    ]
+
+
+def test_presets_are_listed_and_a_misspelt_one_is_named(capsys):
+    main(["--list"])
+    assert capsys.readouterr().out.split() == list_configs()
+    with pytest.raises(ConfigError, match="did you mean acrlpd_debug"):
+        get_config("acrlpd_debgu")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("qchunking.horizon_length=5", "task.replan_steps = 10 must be equal"),
+        ("data.rollouts=0", "nothing to learn from"),
+        ("acrlpd.num_action_samples=0", "acrlpd.num_action_samples = 0"),
+        ("acrlpd.discount=1.5", "acrlpd.discount = 1.5"),
+        ("acrlpd.chunk_length=5", "chunk_length is qchunking.horizon_length here"),
+        ("acrlpd.critics=1", "acrlpd.critics = 1"),
+    ],
+)
+def test_values_that_cannot_be_are_named(override, said):
+    with pytest.raises(ConfigError, match=said):
+        load_rl_config("configs/acrlpd_debug.yaml", [override])
