@@ -14,6 +14,7 @@ from pi0 import PI0Policy
 from pi0.acrlpd import trainer as trainer_module
 from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
 from pi0.acrlpd.train import main, unified_training_interface
+from pi0.evaluate import main as evaluate_command
 from pi0.policy.critics import load_critic
 
 pytestmark = pytest.mark.engine
@@ -67,6 +68,30 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
     PI0Policy.from_pretrained(run / "policy")
     load_critic(run / "critic")
+    evaluate_command(
+        [
+            "--policy_path",
+            str(run / "policy"),
+            "--critic_path",
+            str(run / "critic"),
+            "--samples",
+            "2",
+            "--tasks",
+            "3",
+        ]
+        + [
+            "--episodes",
+            "1",
+            "--max_episode_length",
+            "20",
+            "--output",
+            str(tmp_path / "score"),
+            "--assets",
+            "standins",
+        ]
+    )
+    score = json.loads((tmp_path / "score/results.json").read_text())
+    assert (score["episodes"], score["protocol"]["samples"]) == (1, 2)
     moved = weights(run), weights(run, 1)
     assert not all(np.array_equal(moved[0][name], moved[1][name]) for name in moved[0])
 

@@ -47,6 +47,7 @@ SCRIPTS = [
     *sorted(REPO_ROOT.glob("pi0/*.py")),
     *sorted(REPO_ROOT.glob("pi0/*/__main__.py")),
     *sorted(REPO_ROOT.glob("pi0/parallel/t*_parallel.py")),
+    REPO_ROOT / "pi0/acrlpd/train.py",
     *sorted(REPO_ROOT.glob("tools/*.py")),
 ]
 CONFIGS = sorted(REPO_ROOT.glob("configs/*.yaml"))
@@ -203,6 +204,13 @@ WAYS = {
     "pi0.parallel.train_parallel --help": here(),
     "pi0.parallel.test_parallel": here("--n_workers 2 --steps 20"),
     "pi0.parallel.test_parallel --seed-bug": elsewhere("test_parallel_runs.py"),
+    "pi0.acrlpd.train --list": here(),
+    "pi0.acrlpd.train --config acrlpd_debug": here("--override output_dir={out}"),
+    "pi0.acrlpd.train --config acrlpd_quickstart": elsewhere("test_acrlpd_runs.py"),
+    "pi0.acrlpd.train --config_path configs/acrlpd_quickstart.yaml": elsewhere("test_acrlpd_runs.py"),
+    "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --tasks 3 8 --critic_path": elsewhere(
+        "test_acrlpd_runs.py"
+    ),
     "tools/mutations.py": here("--only base"),
     "tools/reliability.py": here(),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),

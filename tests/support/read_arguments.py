@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch.distributed.run import parse_args as parse_launch
 
+from pi0.acrlpd.config import get_config, load_rl_config
 from pi0.libero.suites import find_tasks, suite_tasks
 from pi0.ript.config import check_evaluation, load_config
 
@@ -29,6 +30,11 @@ def look_up(options: dict) -> None:
     """Find what the arguments name; raises `InputError` or `AssertionError`."""
     if options.get("config_path") and "override" not in options:  # a trainer whose keys are options
         assert Path(options["config_path"]).is_file(), options["config_path"]
+    elif options.get("config") or str(options.get("config_path", "")).startswith("configs/acrlpd"):
+        overrides = options["override"]
+        preset, path = options.get("config"), options.get("config_path")
+        config = get_config(preset, overrides) if preset else load_rl_config(path, overrides)
+        assert is_there(config.policy_path), config.policy_path
     elif options.get("config_path"):
         config = load_config(options["config_path"], options["override"])
         check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
