@@ -1,6 +1,7 @@
 """Games as the workers of `pi0.parallel` play them: equal to Stable-Baselines3's wrappers, saved, played again, refused."""
 
 import importlib.util
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -361,15 +362,17 @@ def test_the_parts_of_an_action_are_those_of_its_space(actions, parts):
 
 
 def test_each_part_of_a_console_games_action_presses_its_own_buttons():
-    with playing() as game, emulator() as env:
-        assert game.parts == (14, 3, 3)
-        pressed = [env.action_to_array(action)[0].astype(bool) for action in range(game.actions)]
+    with playing() as game:
+        sizes = game.parts
+    assert sizes == (14, 3, 3)
+    with emulator() as env:
+        pressed = [env.action_to_array(action)[0].astype(bool) for action in range(math.prod(sizes))]
     for action, buttons in enumerate(pressed):
-        parts = np.unravel_index(action, game.parts)
+        parts = np.unravel_index(action, sizes)
         alone = [
             [choice if part == number else 0 for number in range(3)] for part, choice in enumerate(parts)
         ]
-        joined = np.any([pressed[np.ravel_multi_index(each, game.parts)] for each in alone], axis=0)
+        joined = np.any([pressed[np.ravel_multi_index(each, sizes)] for each in alone], axis=0)
         assert np.array_equal(buttons, joined)
 
 

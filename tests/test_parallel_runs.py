@@ -350,7 +350,8 @@ def test_twenty_workers_that_are_killed_or_stopped_change_no_number(tmp_path):
 def lose_workers(folder: Path, times: int, max_updates: int) -> None:
     settings = {"game": "Airstriker-Genesis-v0", "max_updates": max_updates, "update_interval": 256}
     whole = make_trainer(folder / "whole", **settings).train()
-    trainer = make_trainer(folder / "lost", **settings, deadline_s=2.0)
+    # A replacement starts, and opens its emulator, within the deadline, also beside other tests.
+    trainer = make_trainer(folder / "lost", **settings, deadline_s=6.0)
     thread = disturb(trainer, times, seed=times, signals=(signal.SIGKILL, signal.SIGSTOP))
     lost = trainer.train()
     thread.join(0)
