@@ -99,9 +99,13 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
 @pytest.mark.tried(
     "a stop (SIGTERM) in the middle of ACRLPD's updates", "`--resume` gives the same numbers to the bit"
 )
-def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("acrlpd.divergence=0.5", "acrlpd.use_ema=false", "training.optimizer.final_lr_share=0.1")],
+)
+def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, overrides):
     torch.set_num_threads(1)
-    whole = unified_training_interface(debug(tmp_path / "whole"))
+    whole = unified_training_interface(debug(tmp_path / "whole", *overrides))
     step = trainer_module.ACRLPDTrainer.train_step_wrapper
 
     def stopped(trainer, actor):
@@ -110,14 +114,14 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch):
         return step(trainer, actor)
 
     monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", stopped)
-    run = unified_training_interface(debug(tmp_path / "part"))
+    run = unified_training_interface(debug(tmp_path / "part", *overrides))
     assert not (run / "results.json").exists()
     monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", step)
-    resumed = unified_training_interface(debug(tmp_path / "part"), str(run))
+    resumed = unified_training_interface(debug(tmp_path / "part", *overrides), str(run))
     first, second = weights(whole), weights(resumed)
     assert first.keys() == second.keys()
     assert [name for name in first if not np.array_equal(first[name], second[name])] == []
-    keys = ("step", "tasks", "critic_loss", "actor_loss", "windows")
+    keys = ("step", "tasks", "critic_loss", "actor_loss", "windows", "lr", "temperature")
     assert [[row.get(key) for key in keys] for row in rows(whole)] == [
         [row.get(key) for key in keys] for row in rows(resumed)
     ]
@@ -134,7 +138,7 @@ def test_presets_are_listed_and_a_misspelt_one_is_named(capsys):
     ("override", "said"),
     [
         ("qchunking.horizon_length=5", "task.replan_steps = 10 must be equal"),
-        ("data.rollouts=0", "nothing to learn from"),
+        ("data.rollouts=0", "data.rollouts = 0"),
         ("acrlpd.num_action_samples=0", "acrlpd.num_action_samples = 0"),
         ("acrlpd.discount=1.5", "acrlpd.discount = 1.5"),
         ("acrlpd.chunk_length=5", "chunk_length is qchunking.horizon_length here"),

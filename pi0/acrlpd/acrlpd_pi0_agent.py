@@ -141,7 +141,6 @@ class ACRLPDPi0Agent:
                 AveragedModule(critic_networks, self.critic_ema, critic_ema_decay),
             ]
         self.generator = torch.Generator().manual_seed(seed)
-        self.step = 0
 
     # Samples and their values --------------------------------------------------------------------
 
@@ -331,7 +330,6 @@ class ACRLPDPi0Agent:
         self.update_target_networks()
         self.update_ema_parameters(actor)
         self._clear_gradients()
-        self.step += 1
         return {name: norm.item() for name, norm in norms.items()}
 
     def _temperature_step(self) -> None:

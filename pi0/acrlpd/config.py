@@ -17,7 +17,7 @@ from pi0.base.paths import REPO_ROOT
 from pi0.base.typed_yaml import ConfigError, key, section, show
 from pi0.libero.settings import MAX_SEED, ScoreConfig, TaskConfig, task_conflicts
 from pi0.training.run_folder import name_problem
-from pi0.training.settings import FeaturesConfig, LoggingConfig, OptimizerConfig, check_config, read_config
+from pi0.training.settings import LoggingConfig, OptimizerConfig, check_config, read_config
 
 CONFIGS = REPO_ROOT / "configs"
 # Keys of earlier sketches, and the one key that means the same here.
@@ -58,11 +58,6 @@ class ACRLPDHyperparams:
     critics: int = key(2, "critics", low=2, high=10, fixed=True)
     hidden: int = key(256, "width of their hidden layers", low=1, fixed=True)
     layers: int = key(3, "their hidden layers", low=1, fixed=True)
-    features: Literal["policy", "conv"] = key(
-        "policy",
-        "what critics see: image tokens of a fixed copy of the starting policy, or a small network of their own",
-        fixed=True,
-    )
     aggregation: Literal["min", "mean"] = key("min", "of the target critics' values")
     temperature: float = key(
         0.1, "of the actor's weights exp(A / temperature); where it starts if it is learned", above=0
@@ -86,8 +81,7 @@ class ACRLPDHyperparams:
 class DataConfig:
     """Episodes to learn from."""
 
-    paths: list[str] = key([], "data sets with failures: LeRobot, LIBERO's HDF5, or recorded here", path=True)
-    rollouts: int = key(400, "of the starting policy, recorded first", unit="rollouts", low=0, fixed=True)
+    rollouts: int = key(400, "of the starting policy, recorded first", unit="rollouts", low=1, fixed=True)
     init_states: int = key(
         200, "initial states of each task to record and practise from", unit="states", low=1, fixed=True
     )
@@ -144,7 +138,6 @@ class RLTrainConfig:
     training: ACRLPDTrainingConfig = section(ACRLPDTrainingConfig)
     evaluation: ScoreConfig = section(ScoreConfig)
     logging: LoggingConfig = section(LoggingConfig)
-    features: FeaturesConfig = section(FeaturesConfig)
 
 
 def list_configs() -> list[str]:
@@ -195,8 +188,6 @@ def conflicts(config: RLTrainConfig) -> list[str]:
             f"qchunking.horizon_length = {config.qchunking.horizon_length} and task.replan_steps = "
             f"{config.task.replan_steps} must be equal: critics value what is carried out"
         )
-    if not config.data.paths and not config.data.rollouts:
-        found.append("data.paths is empty and data.rollouts = 0: there is nothing to learn from")
     if config.acrlpd.lowest_reward > config.acrlpd.highest_reward:
         found.append(
             f"acrlpd.lowest_reward = {config.acrlpd.lowest_reward} is above acrlpd.highest_reward = "

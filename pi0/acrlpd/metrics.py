@@ -52,6 +52,7 @@ METRICS = Declaration(
         Metric("temperature", "return", "temperature of the weights"),
         Metric("critic_grad_norm", "", "norm of the critics' gradient before it is shortened"),
         Metric("actor_grad_norm", "", "norm of the actor's"),
+        Metric("lr", "", "learning rate of the actor"),
         Metric("critic_updates", "updates", "updates of the critics in this iteration"),
         Metric("actor_updates", "updates", "updates of the actor"),
         Metric("rollbacks", "returns", "returns to a checkpoint until now, because of numbers that were not finite"),

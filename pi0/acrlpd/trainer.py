@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import wandb
+from torch import nn
 
 from pi0 import PI0Policy, pick_device
 from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
@@ -30,8 +31,8 @@ from pi0.policy.critics import BestOfPolicy, save_critic
 from pi0.report.html_report import write_html_report
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.memory import memory_use
-from pi0.training.metrics import TensorBoard, append_line
-from pi0.training.optimizer import make_optimizer
+from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
+from pi0.training.optimizer import make_optimizer, make_schedule
 from pi0.training.random_state import OwnStream
 from pi0.training.safeguards import Safeguards
 from pi0.training.state import States, Weights
@@ -67,6 +68,11 @@ class ACRLPDTrainer:
         self.loader = ACRLPDDataLoader(
             policy, self._fixed.policy_features, config.data.buffer_windows, config.training.seed
         )
+        assert self.agent.pi0_opt_state is not None
+        optimizer = config.training.optimizer
+        self._schedule = make_schedule(
+            self.agent.pi0_opt_state, optimizer.final_lr_share, config.training.num_train_steps
+        )
         self.environments = Environments(config.task, policy.config, interrupts)
         self._pools = self.environments.training_states(config.data.init_states, config.training.seed)
         self.safe = Safeguards.of(run_dir, config.training, interrupts)
@@ -86,11 +92,14 @@ class ACRLPDTrainer:
             "critic_params": Weights(agent.critic_networks, mend),
             "critic_ema_params": Weights(agent.critic_ema, mend),
             "target_critic_params": Weights(agent.target_critic, mend),
-            "pi0_opt_state": States(optimizer=agent.pi0_opt_state),
+            "pi0_opt_state": States(optimizer=agent.pi0_opt_state, schedule=self._schedule),
             "critic_opt_state": States(optimizer=agent.critic_opt_state),
         }
         if agent.temp_opt_state is not None:
-            self.state.shared["temp_opt_state"] = States(optimizer=agent.temp_opt_state, temperature=agent)
+            temperature = nn.ParameterList([agent.log_temperature])
+            self.state.shared["temp_opt_state"] = States(
+                optimizer=agent.temp_opt_state, temperature=temperature
+            )
         self.state.own = {"generator": self._noise, "data": self.loader}
 
     # The run -------------------------------------------------------------------------------------
@@ -102,9 +111,9 @@ class ACRLPDTrainer:
             InputError: something outside the program is wrong; what was learned is in a checkpoint.
         """
         config, state = self.config, self.state
-        self.load_checkpoint(resume)
-        self._started = time.monotonic() - state.facts.get("seconds", 0.0)
         with self._ends_with_checkpoint():
+            self.load_checkpoint(resume)
+            self._started = time.monotonic() - state.facts.get("seconds", 0.0)
             before = self._score_before()
             if not len(self.loader.replay):
                 self._record()
@@ -119,6 +128,8 @@ class ACRLPDTrainer:
                 self._finish(metrics)
             after = self.evaluate("after")
             self._write_results(before, after)
+            outcomes = {name.replace(" ", "_"): score.outcomes for name, score in after.items()}
+            finish_wandb(self.wandb, {"before": before.outcomes, **outcomes})
         self.outputs.check()
 
     def train_epoch(self, step: int) -> dict[str, Any]:
@@ -152,6 +163,9 @@ class ACRLPDTrainer:
                 bar.update(1, f"loss {both[-1].get('loss', float('nan')):.4f}")
         clock.lap("update")
         metrics |= means([*infos, *both])
+        metrics["lr"] = self._schedule.get_last_lr()[0]
+        if both:
+            self._schedule.step()
         metrics |= {"critic_updates": len(infos) + len(both), "actor_updates": len(both)}
         statistics = self.loader.get_dataset_statistics()
         metrics |= {name: statistics[name] for name in ("episodes", "solved", "windows")}
@@ -236,11 +250,8 @@ class ACRLPDTrainer:
 
     def _finish(self, metrics: dict[str, Any]) -> None:
         state, config = self.state, self.config
-        state.facts |= {
-            "seconds": metrics["seconds"],
-            "config": to_dict(config),
-            **self.safe.recovery.facts(),
-        }
+        of_run = {"wandb_run_id": config.logging.wandb_run_id, "config": to_dict(config)}
+        state.facts |= {"seconds": metrics["seconds"], **of_run, **self.safe.recovery.facts()}
         state.finish_iteration(metrics)
         self.log_training_metrics(metrics)
         step = state.step
@@ -276,15 +287,14 @@ class ACRLPDTrainer:
         if problem := self.safe.write():
             print(f"iteration {self.state.step}: {problem}")
 
-    def save_openpi_checkpoint(self) -> Path:
-        """Write the averaged actor as a policy folder that `PI0Policy.from_pretrained` and openpi read."""
-        folder = self.run_dir / f"pi0_openpi_step_{self.state.step}"
-        self.agent.pi0_ema.policy.save_pretrained(folder)
-        return folder
-
     def load_checkpoint(self, resume: bool) -> None:
         """Continue from the newest checkpoint; without one, or if it is a new run, begin."""
-        self.safe.begin(self.safe.find() if resume else None)
+        newest, logging = self.safe.find() if resume else None, self.config.logging
+        if newest is not None and logging.wandb_run_id is None:
+            logging.wandb_run_id = self.safe.store.facts(newest).get("wandb_run_id")
+        self.wandb = start_wandb(logging, self.run_dir, to_dict(self.config))
+        logging.wandb_run_id = self.wandb.id if self.wandb else logging.wandb_run_id
+        self.safe.begin(newest)
 
     def _write_results(self, before: EvaluationResult, after: dict[str, EvaluationResult]) -> None:
         from pi0.acrlpd.results import write_results
