@@ -61,9 +61,8 @@ class Collector:
         self._deadline_s = deadline_s
         self._memory_mb = memory_mb
         self._check = check
-        self._without_state = set(
-            range(layout.workers)
-        )  # workers that must be told where their next slice begins
+        # Workers that must be told where their next slice begins.
+        self._without_state = set(range(layout.workers))
         self._asked: dict[int, Task] = {}
         self._failures: dict[int, int] = {}
         self._open(spec)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
 from pi0 import PI0Policy
 from pi0.base.errors import InputError
 from pi0.model.config import SiglipDims
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one torch thread within: beside busy workers more would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ActingPolicy:
@@ -57,14 +71,10 @@ class ActingPolicy:
             "state": torch.from_numpy(states),
             "prompt": prompts,
         }
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             actions = self._policy.select_action(
                 observations, noise=torch.from_numpy(noise), guidance_weight=self._guidance_weight
             )
-        finally:
-            torch.set_num_threads(threads)
         return actions.float().cpu().numpy()
 
     def prepared(

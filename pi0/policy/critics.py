@@ -26,7 +26,7 @@ from pi0.base.tensors import write_tensors
 from pi0.model.config import Pi0Config, SiglipDims
 from pi0.model.network import Pi0Network
 from pi0.model.vision import ConvTowers, SiglipTower
-from pi0.policy.acting import ActingPolicy
+from pi0.policy.acting import ActingPolicy, one_thread
 from pi0.policy.pi0_policy import PI0Policy
 
 SIZES_FILE, WEIGHTS_FILE = "critic.json", "critic.safetensors"
@@ -301,30 +301,18 @@ class BestOfPolicy:
         self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], noise: np.ndarray
     ) -> np.ndarray:
         """The best chunk of each observation, float32 [B, horizon, 7]; `noise` is [B, N, horizon, action dim]."""
-        policy = self._policy
-        observations = {
-            "images": {name: torch.from_numpy(frames) for name, frames in images.items()},
-            "state": torch.from_numpy(states),
-            "prompt": prompts,
-        }
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            inputs = policy.prepare(observations)
+        policy, critics = self._policy, self._critics
+        with one_thread():
+            inputs = policy.prepare({"images": images, "state": states, "prompt": prompts})
             drawn = torch.from_numpy(noise).to(policy.device).transpose(0, 1)
-            chunks = policy.unnormalize_actions(policy.sample_actions(**inputs, noise=drawn), states).clamp(
-                -1, 1
-            )
+            sampled = policy.sample_actions(**inputs, noise=drawn)
+            chunks = policy.unnormalize_actions(sampled, states).clamp(-1, 1)
             best = torch.zeros(len(states), dtype=torch.long, device=policy.device)
             if self._samples > 1:
-                seen = policy.normalize_actions(chunks, states)[
-                    ..., : self._critics.horizon, : self._critics.action_dim
-                ]
-                observed = self._critics.observe(self._features(**inputs), inputs["state"])
-                best = self._critics.values(observed, seen).mean(0).argmax(0)
+                seen = policy.normalize_actions(chunks, states)[..., : critics.horizon, : critics.action_dim]
+                observed = critics.observe(self._features(**inputs), inputs["state"])
+                best = critics.values(observed, seen).mean(0).argmax(0)
             chosen = chunks[best, torch.arange(len(states), device=policy.device)]
-        finally:
-            torch.set_num_threads(threads)
         return chosen.float().cpu().numpy()
 
     def prepared(
