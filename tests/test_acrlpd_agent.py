@@ -132,6 +132,36 @@ def test_the_critic_loss_is_that_of_its_definition():
     assert info["known"] == pytest.approx(known.float().mean().item())
 
 
+def test_the_actor_loss_is_that_of_its_definition():
+    agent, batch = make_agent(temperature=0.05, best_weight=0.7), made_batch()
+    for parameter in agent.critic_ema.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    twin = copy.deepcopy(agent)
+    loss, info = agent.compute_actor_loss(batch)
+    now, state = batch["observations"], batch["observations"]["state"]
+
+    def flow_loss(actions, valid):
+        return twin.pi0_model.flow_loss(now, actions, valid, twin.generator, 4)
+
+    flow = flow_loss(batch["actions"], batch["valid"]).detach().double()
+    candidates = twin.sample(now)
+    with torch.no_grad():
+        taken = twin.critic_ema(state, state, batch["actions"][..., :REAL].clamp(-1, 1)).mean(0).double()
+        values = torch.stack(
+            [twin.critic_ema(state, state, each[..., :REAL].clamp(-1, 1)).mean(0) for each in candidates]
+        ).double()
+    advantages = taken - values.mean(0)
+    weights = (advantages / agent.log_temperature.exp().item()).exp()
+    weights = weights / weights.mean()
+    best = torch.stack([candidates[int(values[:, b].argmax()), b] for b in range(BATCH)])
+    distilled = flow_loss(best, torch.ones(BATCH, CHUNK)).mean().item()
+    weighted = (weights * flow).mean().item()
+    assert info["weighted_loss"] == pytest.approx(weighted, rel=1e-4)
+    assert info["best_loss"] == pytest.approx(distilled, rel=1e-4)
+    assert loss.item() == pytest.approx(weighted + 0.7 * distilled, rel=1e-4)
+    assert info["sample_size"] < BATCH
+
+
 def test_only_what_a_loss_is_of_gets_its_gradient():
     agent, batch = make_agent(), made_batch()
     for loss, learns, stays in (

@@ -1,5 +1,8 @@
 """Episodes, caches and batches of `pi0.acrlpd`, with the tiny policy."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +12,19 @@ from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
 from pi0.acrlpd.actor import Pi0Actor, network_inputs
 from pi0.acrlpd.critic_networks import ConvFeatures, FixedFeatures
 from pi0.acrlpd.episodes import RecordedEpisode, of_demonstration, of_rollout
+from pi0.acrlpd.practice import choose_rollouts
 from pi0.base.paths import REPO_ROOT
+from pi0.data.chunks import Chunks
 from pi0.data.demonstrations import DataError, Demonstration
+from pi0.libero.environments import Environments
 from pi0.libero.episodes import Episode, Observation
+from pi0.libero.init_states import InitStatePool
+from pi0.libero.stepping import InitState
+from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
 from pi0.policy.critics import BestOfPolicy, CriticNetworks, PolicyFeatures, load_critic, save_critic
 from pi0.training.checkpoint_store import load_state, save_state
+from pi0.training.flow_loss import flow_loss
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 HORIZON = 10
@@ -121,13 +131,16 @@ def test_candidates_are_those_of_their_observations(policy):
 def test_the_same_seed_gives_the_same_batches_and_a_restored_loader_goes_on(policy, tmp_path):
     episodes = [made_episode(3, 0), made_episode(4, 1, success=False)]
     first, second = make_loader(policy, episodes), make_loader(policy, episodes)
+    for loader in (first, second):
+        loader.caches.candidates = torch.randn(9, 2, HORIZON, 8, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         assert torch.equal(first.sample_batch(8)["actions"], second.sample_batch(8)["actions"])
     save_state(tmp_path / "data.pt", {"data": first.state_dict()})
     restored = make_loader(policy, [made_episode(2, 5)])
     restored.load_state_dict(load_state(tmp_path / "data.pt")["data"])
     one, other = first.sample_batch(8), restored.sample_batch(8)
-    assert torch.equal(one["features"], other["features"])
+    for name in ("features", "candidates", "next_candidates"):
+        assert torch.equal(one[name], other[name])
     assert all(
         torch.equal(one["observations"]["image"][c], other["observations"]["image"][c]) for c in CAMERAS
     )
@@ -196,6 +209,42 @@ def test_a_demonstration_without_rewards_or_images_is_refused():
         of_demonstration(demonstration(20, rewards=None), 10, "episode 3")
     with pytest.raises(DataError, match="no images at every 7th step"):
         of_demonstration(demonstration(20), 7, "episode 3")
+
+
+def test_the_flow_loss_is_the_shared_one_and_actions_are_clipped_as_they_are_carried_out(policy):
+    episodes = [made_episode(3, 0), made_episode(2, 1, success=False)]
+    batch = make_loader(policy, episodes).batch(torch.arange(5))
+    actor = Pi0Actor(policy)
+    now = batch["observations"]
+    found = actor.flow_loss(now, batch["actions"], batch["valid"], torch.Generator().manual_seed(3), 2)
+    chunks = Chunks(
+        {camera: now["image"][camera] for camera in CAMERAS},
+        now["raw_state"],
+        [episode.prompt for episode in episodes for _ in range(len(episode))],
+        torch.from_numpy(np.concatenate([episode.actions for episode in episodes])),
+        batch["valid"].bool(),
+    )
+    shared = flow_loss(policy, chunks, samples=2, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(found, shared, atol=1e-5)
+    beyond = policy.normalize_actions(3 * torch.ones(5, HORIZON, 7), now["raw_state"])
+    whole = policy.normalize_actions(torch.ones(5, HORIZON, 7), now["raw_state"])[..., :7]
+    assert torch.allclose(actor.carried_out(beyond, now), whole, atol=1e-5)
+
+
+def test_rollouts_go_through_all_states_of_each_task_before_one_comes_again():
+    tasks = find_tasks("libero_spatial", [3, 8])
+    states = [InitState(np.full(3, number, float), np.zeros(0)) for number in range(5)]
+    pools = [InitStatePool(task, "training", list(states), {}) for task in tasks]
+    protocol = SimpleNamespace(max_episode_length=20, settle_steps=0)
+    environments = SimpleNamespace(rollout=partial(Environments.rollout, protocol))
+    first, again, other = (choose_rollouts(environments, pools, 14, 0, step) for step in (1, 1, 2))
+    for task in tasks:
+        visits = [rollout.init_index for rollout in first if rollout.task == task]
+        assert len(visits) == 7
+        assert sorted(visits[:5]) == list(range(5)) and len(set(visits[5:])) == 2
+    assert len({rollout.noise_key for rollout in [*first, *other]}) == 28
+    assert [rollout.noise_key for rollout in first] == [rollout.noise_key for rollout in again]
+    assert all(rollout.keep_last for rollout in first)
 
 
 # Critics and acting ---------------------------------------------------------------------------------------

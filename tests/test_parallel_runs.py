@@ -472,6 +472,10 @@ def test_a_run_leaves_its_table_report_and_videos(tmp_path, capsys):
     page = (run / "report.html").read_text()
     assert '<th scope="col">after training</th>' in page
     assert trainer_module.METRICS.undeclared(rows(run)[0]) == []
+    for row in rows(run):
+        assert len(row["scores"]) == row["finished"]
+        assert not row["scores"] or row["score"]["mean"] == pytest.approx(np.mean(row["scores"]))
+    assert sum(row["finished"] for row in rows(run)) > 1
 
 
 def during(run_dir: Path) -> list[dict]:
@@ -495,6 +499,12 @@ def test_scores_beside_training_are_those_of_the_checkpoints_and_change_no_numbe
         )
         again = scorer.score(network.flat(), "again")
         assert {how: again[how]["scores"] for how in WAYS} == {how: found[how] for how in WAYS}
+    with torch.no_grad():
+        network.actor.weight.zero_()
+        network.actor.bias.copy_(torch.tensor([0.0, 0.0, 0.5]))
+    rightmost = scorer.score(network.flat(), "of a policy whose most likely action is 2")
+    actions = {how: set(bytes.fromhex(rightmost[how]["episode"]["actions"])[::2]) for how in WAYS}
+    assert actions == {"sampled": {0, 1, 2}, "greedy": {2}}
     scorer.close()
     evaluations = [row["evaluation"] for row in rows(run) if row["evaluation"]]
     assert evaluations[0] == {
