@@ -140,10 +140,6 @@ def test_the_actor_loss_is_that_of_its_definition():
     loss, info = agent.compute_actor_loss(batch)
     now, state = batch["observations"], batch["observations"]["state"]
 
-    def flow_loss(actions, valid):
-        return twin.pi0_model.flow_loss(now, actions, valid, twin.generator, 4)
-
-    flow = flow_loss(batch["actions"], batch["valid"]).detach().double()
     candidates = twin.sample(now)
     with torch.no_grad():
         taken = twin.critic_ema(state, state, batch["actions"][..., :REAL].clamp(-1, 1)).mean(0).double()
@@ -154,7 +150,10 @@ def test_the_actor_loss_is_that_of_its_definition():
     weights = (advantages / agent.log_temperature.exp().item()).exp()
     weights = weights / weights.mean()
     best = torch.stack([candidates[int(values[:, b].argmax()), b] for b in range(BATCH)])
-    distilled = flow_loss(best, torch.ones(BATCH, CHUNK)).mean().item()
+    chunks = torch.stack([batch["actions"], best])
+    valid = torch.stack([batch["valid"], torch.ones(BATCH, CHUNK)])
+    flow, of_best = twin.pi0_model.flow_loss(now, chunks, valid, twin.generator, 4).detach().double()
+    distilled = of_best.mean().item()
     weighted = (weights * flow).mean().item()
     assert info["weighted_loss"] == pytest.approx(weighted, rel=1e-4)
     assert info["best_loss"] == pytest.approx(distilled, rel=1e-4)

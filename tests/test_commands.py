@@ -206,6 +206,9 @@ WAYS = {
     "pi0.parallel.test_parallel --seed-bug": elsewhere("test_parallel_runs.py"),
     "pi0.acrlpd.train --list": here(),
     "pi0.acrlpd.train --config acrlpd_debug": here("--override output_dir={out}"),
+    "pi0.acrlpd.train --config acrlpd_debug --override training.fsdp_size=2": elsewhere(
+        "test_acrlpd_ranks.py"
+    ),
     "pi0.acrlpd.train --config acrlpd_quickstart": elsewhere("test_acrlpd_runs.py"),
     "pi0.acrlpd.train --config_path configs/acrlpd_quickstart.yaml": elsewhere("test_acrlpd_runs.py"),
     "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --tasks 3 8 --critic_path": elsewhere(
@@ -283,6 +286,8 @@ class Command:
         launcher, *words = self.words
         if launcher == "make":
             return launcher
+        if launcher == "torchrun" and "-m" in words:
+            return words[words.index("-m") + 1]
         if launcher == "torchrun":
             return next((word for word in words if word.endswith(".py")), words[-1])
         return words[1] if words[0] == "-m" else words[0]

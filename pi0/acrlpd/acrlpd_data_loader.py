@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +13,16 @@ from pi0 import PI0Policy
 from pi0.acrlpd.caches import ObservationCaches
 from pi0.acrlpd.episodes import RecordedEpisode
 from pi0.acrlpd.replay import ReplayBuffer
+from pi0.base.errors import InputError
+from pi0.ranks.collectives import gather, rank_and_world_size
 from pi0.training.state import Place
 
 
 class ACRLPDDataLoader:
     """Draws batches of windows (docs/acrlpd.md, "Batch").
+
+    In a distributed run each rank has episodes of its own. A batch is divided among the ranks in proportion to their
+    windows, so that all windows are equally likely; all ranks change their episodes together.
 
     Attributes:
         replay: the episodes.
@@ -32,15 +39,18 @@ class ACRLPDDataLoader:
         self._policy = policy
         self.replay = ReplayBuffer(capacity)
         self.caches = ObservationCaches(policy, features)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed + 1_000_003 * rank_and_world_size()[0])
+        self._windows: list[int] = []  # of each rank
 
     def add(self, episodes: list[RecordedEpisode]) -> None:
         """Add whole episodes."""
         self.caches.follow(self.replay, self.replay.add(episodes))
+        self._windows = gather(len(self.replay))
 
     def sample_batch(self, batch_size: int, images: bool = True) -> dict[str, Any]:
-        """A batch; without `images` it is for critics, whose features and candidates are kept."""
-        return self.batch(self.replay.draw(batch_size, self.generator), images)
+        """This rank's part of a batch; without `images` it is for critics, whose features and candidates are kept."""
+        own = shares(batch_size, self._windows)[rank_and_world_size()[0]]
+        return self.batch(self.replay.draw(own, self.generator), images)
 
     def batch(self, rows: Tensor, images: bool = True) -> dict[str, Any]:
         """The batch of some windows, by their rows."""
@@ -75,14 +85,34 @@ class ACRLPDDataLoader:
         self.replay.load_state_dict(state["replay"])
         self.caches.begin(self.replay, state["candidates"])
         self.generator.set_state(state["generator"])
+        self._windows = gather(len(self.replay))
 
     def join_state_dicts(self, states: list[dict[str, Any]], place: Place) -> None:
         """Continue with this rank's share of the earlier ranks' episodes; candidates are drawn again."""
-        share = states[place.rank :: place.world_size]
-        episodes = [each for state in share for each in state["replay"]["episodes"]]
-        self.replay.load_state_dict({"added": len(episodes), "episodes": episodes})
+        episodes = [each for state in states for each in state["replay"]["episodes"]]
+        share = episodes[place.rank :: place.world_size]
+        self.replay.load_state_dict({"added": len(share), "episodes": share})
         self.caches.begin(self.replay, None)
+        self._windows = gather(len(self.replay))
 
     def get_dataset_statistics(self) -> dict[str, Any]:
         """Episodes, solved ones, windows, steps, bytes."""
         return self.replay.statistics()
+
+
+def shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` divided in proportion to `sizes`, at least 1 for each.
+
+    Raises:
+        InputError: a size is 0, or the total is less than there are sizes.
+    """
+    if not sizes or min(sizes) < 1:
+        raise InputError("the buffer of a rank holds no episode; record more rollouts (data.rollouts)")
+    if total < len(sizes):
+        raise InputError(f"a batch of {total} windows is too small for {len(sizes)} ranks (data.batch_size)")
+    ends = np.cumsum([0, *sizes]) * (total / sum(sizes))
+    found = np.diff(np.round(ends)).astype(int)
+    while found.min() < 1:  # a rank with few windows
+        found[found.argmin()] += 1
+        found[found.argmax()] -= 1
+    return found.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,13 @@ from pi0.acrlpd.loss_functions import (
     temperature_loss,
     weights_divergence,
 )
+from pi0.ranks.collectives import average_gradients, gather_rows, mean_over_ranks, rank_and_world_size
+from pi0.ranks.sharding import whole
 from pi0.training.ema import AveragedModule
 
 Batch = Mapping[str, Any]  # docs/acrlpd.md, "Batch"
 Info = dict[str, float]
+SMALLEST = 1e-9  # a number of windows that means none
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,37 @@ class LossSettings:
     grad_norm: float = 1.0
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What the critics say of a batch; nothing of it has a gradient.
+
+    Attributes:
+        advantages: value of each window's chunk less the mean over the samples, float, of the windows of all ranks.
+        weights: exp(advantage / temperature) of this rank's windows, [B]; the mean over all ranks' windows is 1.
+        best: the best sample of each of this rank's windows, [B, C, A].
+        best_over_mean: its value less the mean over the samples, [B].
+    """
+
+    advantages: Tensor
+    weights: Tensor
+    best: Tensor
+    best_over_mean: Tensor
+
+
 class ACRLPDPi0Agent:
     """An actor that samples chunks, critics that value them, and slow averages of both.
 
     The averaged actor samples; the averaged critics choose among samples and weigh what the actor learns; the target
     critics value what comes after a window.
 
+    In a distributed run each rank gives a batch of its own windows, and all ranks call the same methods together. The
+    losses are means over the windows of all ranks, however unevenly they are distributed: the mean of the ranks'
+    gradients is their gradient. What a method says of a batch is the same on all ranks.
+
     Attributes:
         pi0_model, critic_networks: in training.
         target_critic: follows the critics by `target_update_rate`.
-        pi0_ema, critic_ema: averages; without `use_ema` they are the trained modules themselves.
+        pi0_ema, critic_ema: averages, in float32; without `use_ema` they are the trained modules themselves.
         log_temperature: scalar parameter.
         generator: draws all noise, on the CPU.
 
@@ -135,6 +160,9 @@ class ACRLPDPi0Agent:
         self._averages: list[AveragedModule] = []
         if use_ema:
             self.pi0_ema = pi0_model.copy()
+            for weight in self.pi0_ema.parameters():
+                if weight.requires_grad:
+                    weight.data = weight.data.float()
             self.critic_ema = copy.deepcopy(critic_networks)
             self._averages = [
                 AveragedModule(pi0_model, self.pi0_ema, pi0_ema_decay),  # type: ignore[type-var]
@@ -197,85 +225,90 @@ class ACRLPDPi0Agent:
         )
         known = batch["sequence_mask"].to(values)
         errors = (values - targets).square().mean(0)
-        loss = (errors * known).sum() / known.sum().clamp(min=1)
-        info = {
-            "critic_loss": loss.item(),
-            "value": _mean_of(values.detach().mean(0), known),
-            "target": _mean_of(targets, known),
-            "value_spread": _mean_of(values.detach().std(0), known),
-            "known": known.mean().item(),
-        }
-        return loss, info
+        info = _means(
+            known, critic_loss=errors, value=values.mean(0), target=targets, value_spread=values.std(0)
+        )
+        return _part(errors, known), info | _means(torch.ones_like(known), known=known)
 
     def compute_actor_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Flow loss weighted by exp(A / temperature), plus that on the best of N samples.
 
         A is the value of the window's chunk less the mean over the samples. Nothing of it has a gradient.
         """
-        return self._actor_loss(batch, self._flow_loss_of_data(batch))
+        judged = self._judge(batch)
+        return self._actor_loss(judged, self._flow_losses(batch, judged))
 
     def compute_bc_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Flow loss on the windows of successful episodes; 0 if there is none."""
-        return self._bc_loss(batch, self._flow_loss_of_data(batch))
+        return self._bc_loss(batch, self._flow_losses(batch, None))
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Critic loss, actor loss and the weighted loss of behaviour cloning, added; and what each part says of itself."""
-        critic, of_critic = self.compute_critic_loss(batch)
-        flow = self._flow_loss_of_data(batch)
-        actor, of_actor = self._actor_loss(batch, flow)
-        cloning, of_cloning = self._bc_loss(batch, flow)
-        total = critic + actor + self.bc_loss_weight * cloning
-        return total, {**of_critic, **of_actor, **of_cloning, "loss": total.item()}
+        total, info, _ = self._total_loss(batch)
+        return total, info
 
-    def _flow_loss_of_data(self, batch: Batch) -> Tensor:
+    def _total_loss(self, batch: Batch) -> tuple[Tensor, Info, Judgement]:
+        critic, info = self.compute_critic_loss(batch)
+        judged = self._judge(batch)
+        flow = self._flow_losses(batch, judged)
+        actor, of_actor = self._actor_loss(judged, flow)
+        cloning, of_cloning = self._bc_loss(batch, flow)
+        info |= {**of_actor, **of_cloning}
+        info["loss"] = info["critic_loss"] + info["actor_loss"] + self.bc_loss_weight * info["bc_loss"]
+        return critic + actor + self.bc_loss_weight * cloning, info, judged
+
+    @torch.no_grad()
+    def _judge(self, batch: Batch) -> Judgement:
+        now = batch["observations"]
+        candidates = batch.get("candidates")
+        if candidates is None:
+            candidates = self.sample(now)
+        observed = self.critic_ema.observe(self._features(batch, "features", now), now["state"])
+        best, values = self.best_of(candidates, observed, now)
+        taken = self.critic_ema.values(observed, self.valued(batch["actions"], now)[None]).mean(0)[0]
+        parts = gather_rows(taken - values.mean(0))
+        advantages = torch.cat(parts)
+        weights = advantage_weights(advantages, self.log_temperature.exp().item())
+        own = weights.split([len(part) for part in parts])[rank_and_world_size()[0]]
+        return Judgement(advantages, own, _pick(candidates, best), values.amax(0) - values.mean(0))
+
+    def _flow_losses(self, batch: Batch, judged: Judgement | None) -> Tensor:
+        """Flow loss of the windows' chunks and, if they are judged and that is learned, of the best samples: [K, B]."""
+        chunks, valid = [batch["actions"]], [batch["valid"]]
+        if judged is not None and self.settings.best_weight:
+            chunks.append(judged.best[:, : self.horizon_length])
+            valid.append(torch.ones_like(batch["valid"]))
         return self.pi0_model.flow_loss(
             batch["observations"],
-            batch["actions"],
-            batch["valid"],
+            torch.stack(chunks),
+            torch.stack(valid),
             self.generator,
             self.settings.flow_samples,
         )
 
-    def _actor_loss(self, batch: Batch, flow: Tensor) -> tuple[Tensor, Info]:
-        now, settings = batch["observations"], self.settings
-        with torch.no_grad():
-            candidates = batch.get("candidates")
-            if candidates is None:
-                candidates = self.sample(now)
-            observed = self.critic_ema.observe(self._features(batch, "features", now), now["state"])
-            best, values = self.best_of(candidates, observed, now)
-            taken = self.critic_ema.values(observed, self.valued(batch["actions"], now)[None]).mean(0)[0]
-            advantages = taken - values.mean(0)
-            temperature = self.log_temperature.exp().item()
-            weights = advantage_weights(advantages, temperature)
-            chosen = _pick(candidates, best)
-        weighted = (weights * flow).mean()
-        total, distilled = weighted, torch.zeros(())
-        if settings.best_weight:
-            horizon = torch.ones(chosen.shape[:2], device=chosen.device)
-            distilled = self.pi0_model.flow_loss(
-                now, chosen, horizon, self.generator, settings.flow_samples
-            ).mean()
-            total = total + settings.best_weight * distilled
-        self._advantages = advantages
-        info = {
-            "actor_loss": total.item(),
-            "weighted_loss": weighted.item(),
-            "best_loss": distilled.item(),
+    def _actor_loss(self, judged: Judgement, flow: Tensor) -> tuple[Tensor, Info]:
+        weight, every = self.settings.best_weight, torch.ones_like(flow[0])
+        weighted, distilled = judged.weights * flow[0], flow[-1] if weight else torch.zeros_like(flow[0])
+        advantages, temperature = judged.advantages, self.log_temperature.exp().item()
+        everywhere = advantage_weights(advantages, temperature)
+        info = _means(
+            every, weighted_loss=weighted, best_loss=distilled, best_over_mean=judged.best_over_mean
+        )
+        info |= {
+            "actor_loss": info["weighted_loss"] + weight * info["best_loss"],
             "advantage": advantages.mean().item(),
             "advantage_spread": advantages.std().item() if len(advantages) > 1 else 0.0,
-            "sample_size": effective_sample_size(weights).item(),
-            "largest_weight": weights.max().item(),
+            "sample_size": effective_sample_size(everywhere).item(),
+            "largest_weight": everywhere.max().item(),
             "weights_divergence": weights_divergence(advantages, temperature).item(),
             "temperature": temperature,
-            "best_over_mean": (values.amax(0) - values.mean(0)).mean().item(),
         }
-        return total, info
+        return _part(weighted + weight * distilled, every), info
 
     def _bc_loss(self, batch: Batch, flow: Tensor) -> tuple[Tensor, Info]:
         solved = batch["success"].to(flow)
-        loss = (flow * solved).sum() / solved.sum().clamp(min=1)
-        return loss, {"bc_loss": loss.item(), "solved_share": solved.mean().item()}
+        info = _means(solved, bc_loss=flow[0]) | _means(torch.ones_like(solved), solved_share=solved)
+        return _part(flow[0], solved), info
 
     def _features(self, batch: Batch, name: str, observations: Observations) -> Tensor:
         """Kept features, or new ones."""
@@ -292,9 +325,9 @@ class ACRLPDPi0Agent:
         """
         _require(self.pi0_opt_state is not None, "the agent has no optimizer of its actor")
         self._clear_gradients()
-        loss, info = self.compute_loss(batch)
+        loss, info, judged = self._total_loss(batch)
         loss.backward()
-        info |= self._apply(actor=True)
+        info |= self._apply(judged)
         return self, info
 
     def critic_step(self, batch: Batch) -> Info:
@@ -306,34 +339,37 @@ class ACRLPDPi0Agent:
         self._clear_gradients()
         loss, info = self.compute_critic_loss(batch)
         loss.backward()
-        return info | self._apply(actor=False)
+        return info | self._apply(None)
 
-    def _apply(self, actor: bool) -> Info:
+    def _apply(self, judged: Judgement | None) -> Info:
+        """A step of the critics and, if the actor was judged, of the actor and the temperature."""
         _require(self.critic_opt_state is not None, "the agent has no optimizer of its critics")
-        clip, limit = nn.utils.clip_grad_norm_, self.settings.grad_norm
-        critics = [
-            *self.critic_networks.parameters(),
-            *(p for p in self.features.parameters() if p.requires_grad),
-        ]
-        norms = {"critic_grad_norm": clip(critics, limit)}
+        actor = judged is not None
+        learns = {"critic_grad_norm": [self.critic_networks, self.features]}
         if actor:
-            norms["actor_grad_norm"] = clip(self.pi0_model.parameters(), limit)  # type: ignore[attr-defined]
-        bad = [name for name, norm in norms.items() if not torch.isfinite(norm)]
+            learns["actor_grad_norm"] = [self.pi0_model]
+        norms = {}
+        for name, modules in learns.items():
+            for module in modules:
+                average_gradients(module)
+            weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+            norms[name] = whole(nn.utils.clip_grad_norm_(weights, self.settings.grad_norm)).item()
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
         if bad:
             self._clear_gradients()
             raise FloatingPointError(f"{' and '.join(bad)} not finite")
         self.critic_opt_state.step()  # type: ignore[union-attr]
-        if actor:
+        if judged is not None:
             self.pi0_opt_state.step()  # type: ignore[union-attr]
             if self.temp_opt_state is not None:
-                self._temperature_step()
+                self._temperature_step(judged.advantages)
         self.update_target_networks()
         self.update_ema_parameters(actor)
         self._clear_gradients()
-        return {name: norm.item() for name, norm in norms.items()}
+        return norms
 
-    def _temperature_step(self) -> None:
-        temperature_loss(self._advantages, self.log_temperature, self.settings.divergence).backward()
+    def _temperature_step(self, advantages: Tensor) -> None:
+        temperature_loss(advantages, self.log_temperature, self.settings.divergence).backward()
         self.temp_opt_state.step()  # type: ignore[union-attr]
         self.temp_opt_state.zero_grad(set_to_none=True)  # type: ignore[union-attr]
 
@@ -359,8 +395,19 @@ def _pick(candidates: Tensor, best: Tensor) -> Tensor:
     return candidates[best, torch.arange(candidates.shape[1], device=candidates.device)]
 
 
-def _mean_of(values: Tensor, mask: Tensor) -> float:
-    return ((values * mask).sum() / mask.sum().clamp(min=1)).item()
+def _part(values: Tensor, counts: Tensor) -> Tensor:
+    """This rank's part of the mean of `values` over the windows of all ranks that count, each [B].
+
+    The mean over ranks of its gradients is the gradient of that mean.
+    """
+    return (values * counts).sum() / mean_over_ranks(counts.sum()).clamp(min=SMALLEST)
+
+
+def _means(counts: Tensor, **values: Tensor) -> Info:
+    """Means over the windows of all ranks that count; 0 if none does."""
+    sums = [counts.sum(), *((each.detach() * counts).sum() for each in values.values())]
+    count, *totals = mean_over_ranks(torch.stack(sums)).tolist()
+    return {name: total / max(count, SMALLEST) for name, total in zip(values, totals, strict=True)}
 
 
 def _require(condition: bool, message: str) -> None:

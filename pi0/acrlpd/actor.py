@@ -36,7 +36,8 @@ class Actor(Protocol):
         generator: torch.Generator,
         samples: int,
     ) -> Tensor:
-        """Flow-matching loss [B] of actions [B, H, A], over the valid [B, H] ones and `samples` draws each."""
+        """Flow-matching loss [K, B] of K chunks of each observation: of actions [K, B, H, A], over the valid [K, B, H]
+        ones and `samples` draws each."""
 
     def carried_out(self, actions: Tensor, observations: Observations) -> Tensor:
         """Normalised actions [..., B, H, A] as the controller would carry them out, without padding: [..., B, H, R]."""
@@ -50,11 +51,13 @@ class Pi0Actor(nn.Module):
 
     Args:
         policy: the policy; its weights are trained.
+        mixed_precision: compute the loss in bfloat16 where PyTorch's autocast considers it safe.
     """
 
-    def __init__(self, policy: PI0Policy):
+    def __init__(self, policy: PI0Policy, mixed_precision: bool = False):
         super().__init__()
         self.policy = policy
+        self.mixed_precision = mixed_precision
         self.chunk = policy.config.action_horizon
         self.action_dim = policy.config.action_dim
 
@@ -70,18 +73,25 @@ class Pi0Actor(nn.Module):
         generator: torch.Generator,
         samples: int,
     ) -> Tensor:
-        """See `Actor`. Actions that do not count are replaced by the last one that does, since actions attend to each
-        other; so is the rest of a chunk longer than H."""
-        horizon = actions.shape[1]
-        last = (valid.sum(1).long() - 1).clamp(min=0)[:, None]
+        """See `Actor`. All chunks of an observation share its prefix. Actions that do not count are replaced by the last
+        one that does, since actions attend to each other; so is the rest of a chunk longer than H."""
+        kinds, batch, horizon, width = actions.shape
+        last = (valid.sum(-1).long() - 1).clamp(min=0)[..., None]
         steps = torch.arange(self.chunk, device=actions.device)
-        held = actions.gather(1, steps.minimum(last)[..., None].expand(-1, -1, actions.shape[2]))
-        noise, time = self.policy.draw_noise_and_time(held.cpu(), samples, generator)
-        inputs = network_inputs(self.policy, observations)
-        loss = self.policy(**inputs, actions=held, noise=noise.to(held), time=time.to(held))
-        loss = loss[:, :, :horizon, : self.policy.config.robot_action_dim].mean(dim=(0, 3))  # [B, H]
+        index = steps.minimum(last)[..., None].expand(-1, -1, -1, width)
+        held = actions.gather(2, index)  # [K, B, C, A]
+        noise, time = self.policy.draw_noise_and_time(held.flatten(0, 1).cpu(), samples, generator)
+        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            loss = self.policy(
+                **network_inputs(self.policy, observations),
+                actions=held.repeat(samples, 1, 1, 1),
+                noise=noise.view(-1, *held.shape[1:]).to(held),
+                time=time.view(-1, batch).to(held),
+            )
+        loss = loss.unflatten(0, (samples, kinds))[..., :horizon, : self.policy.config.robot_action_dim]
+        loss = loss.mean((0, 4))  # [K, B, H]
         counts = valid.to(loss)
-        return (loss * counts).sum(1) / counts.sum(1).clamp(min=1)
+        return (loss * counts).sum(-1) / counts.sum(-1).clamp(min=1)
 
     def carried_out(self, actions: Tensor, observations: Observations) -> Tensor:
         """See `Actor`: clipped to [-1, 1] in the robot's units, as `PI0Policy.select_action` does it."""
@@ -92,7 +102,7 @@ class Pi0Actor(nn.Module):
 
     def copy(self) -> Pi0Actor:
         """See `Actor`; frozen weights share their memory."""
-        return Pi0Actor(self.policy.copy())
+        return Pi0Actor(self.policy.copy(), self.mixed_precision)
 
 
 def network_inputs(policy: PI0Policy, observations: Observations) -> dict[str, Any]:

@@ -113,6 +113,15 @@ class ACRLPDTrainingConfig:
     save_freq: int = key(1, "iterations from one checkpoint to the next", unit="iterations", low=1)
     keep_checkpoints: int = key(2, "how many of the newest to keep", unit="checkpoints", low=1)
     save_best: bool = key(True, "keep the checkpoint with the best periodic evaluation, however old")
+    use_mixed_precision: bool = key(
+        False, "compute the flow loss in bfloat16 where autocast considers it safe"
+    )
+    gradient_checkpointing: bool = key(
+        False, "keep less of the forward pass and work it out again: less memory, more time"
+    )
+    fsdp_size: int = key(
+        1, "ranks over which the actor is sharded (FSDP2); 1: each rank has all of it", unit="ranks", low=1
+    )
     max_bad_updates: int = key(
         5, "after so many gradients in a row that are not finite, the last checkpoint is loaded", low=1
     )
@@ -129,6 +138,9 @@ class RLTrainConfig:
         None, "normalisation statistics; null: the policy folder's own", fixed=True, path=True
     )
     device: str = key("auto", "where the networks run: cpu, cuda, cuda:1; auto: the GPU if there is one")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "type of the actor's weights in training; averages stay in float32", fixed=True
+    )
     output_dir: str = key("outputs", "folder of all runs", path=True)
     exp_name: str = key("acrlpd", "name of this run and of its folder in output_dir")
     task: TaskConfig = section(TaskConfig)
@@ -187,6 +199,16 @@ def conflicts(config: RLTrainConfig) -> list[str]:
         found.append(
             f"qchunking.horizon_length = {config.qchunking.horizon_length} and task.replan_steps = "
             f"{config.task.replan_steps} must be equal: critics value what is carried out"
+        )
+    if config.training.fsdp_size > 1 and config.dtype == "bfloat16":
+        found.append(
+            f"training.fsdp_size = {config.training.fsdp_size} and dtype = bfloat16: small steps round away in "
+            "bfloat16; set dtype = float32 and training.use_mixed_precision = true"
+        )
+    if config.training.fsdp_size > 1 and not config.acrlpd.use_ema:
+        found.append(
+            f"training.fsdp_size = {config.training.fsdp_size} and acrlpd.use_ema = false: only the average is whole "
+            "on each rank, so only it can act; set acrlpd.use_ema = true"
         )
     if config.acrlpd.lowest_reward > config.acrlpd.highest_reward:
         found.append(

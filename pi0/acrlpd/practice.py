@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from pi0.libero.episodes import Episode, Rollout
 from pi0.libero.evaluation import refuse_broken
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Policy
+from pi0.ranks.collectives import gather, rank_and_world_size
+from pi0.training.interrupts import Interrupted
 
 
 @dataclass
@@ -65,17 +68,20 @@ def choose_rollouts(
 def practise(
     environments: Environments, policy: Policy, rollouts: Sequence[Rollout], horizon: int, label: str
 ) -> Practice:
-    """Run rollouts.
+    """Run rollouts; in a distributed run all ranks call it together, and each runs its share.
 
     Raises:
-        BrokenSimulationsError: more than a tenth of them broke.
+        BrokenSimulationsError: more than a tenth of all broke.
         Interrupted: the run was asked to stop.
     """
+    rank, world_size = rank_and_world_size()
+    share = rollouts[rank::world_size]
     done: dict[int, Episode] = {}
-    with progress(total=len(rollouts), label=label, unit="rollout") as bar:
-        for index, episode in environments.run_policy(policy, rollouts):
+    with progress(total=len(share), label=label, unit="rollout") as bar, suppress(Interrupted):
+        for index, episode in environments.run_policy(policy, share):
             done[index] = episode
             bar.update(1, f"{sum(each.success for each in done.values())} solved")
+    environments.interrupts.check_together(abandoned=len(done) < len(share))
     practice = Practice()
     for _, episode in sorted(done.items()):
         if episode.failure is not None:
@@ -86,5 +92,5 @@ def practise(
         counts[1] += 1
         practice.steps += episode.steps
         practice.episodes.append(of_rollout(episode, horizon))
-    refuse_broken(label, practice.broken, len(rollouts))
+    refuse_broken(label, [line for part in gather(practice.broken) for line in part], len(rollouts))
     return practice

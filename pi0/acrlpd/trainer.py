@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,21 @@ import numpy as np
 import torch
 import wandb
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pi0 import PI0Policy, pick_device
 from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
-from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Info, LossSettings
+from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Batch, Info, LossSettings
 from pi0.acrlpd.actor import Pi0Actor
 from pi0.acrlpd.config import RLTrainConfig, to_dict
 from pi0.acrlpd.critic_networks import CriticNetworks, FixedFeatures
+from pi0.acrlpd.fsdp_support import (
+    create_fsdp_mesh,
+    create_fsdp_train_step_fn,
+    create_global_optimizers,
+    init_fsdp_train_state,
+    optimize_fsdp_memory,
+)
 from pi0.acrlpd.loss_functions import possible_values
 from pi0.acrlpd.metrics import METRICS
 from pi0.acrlpd.practice import Practice, choose_rollouts, practise
@@ -28,11 +36,12 @@ from pi0.libero.environments import Environments
 from pi0.libero.evaluation import EvaluationResult, evaluate, restore_result
 from pi0.policy.acting import ActingPolicy
 from pi0.policy.critics import BestOfPolicy, save_critic
+from pi0.ranks.collectives import broadcast_weights, gather, largest, on_rank_zero, rank_and_world_size
 from pi0.report.html_report import write_html_report
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.memory import memory_use
 from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
-from pi0.training.optimizer import make_optimizer, make_schedule
+from pi0.training.optimizer import make_schedule
 from pi0.training.random_state import OwnStream
 from pi0.training.safeguards import Safeguards
 from pi0.training.state import States, Weights
@@ -41,7 +50,9 @@ RECORDED = -1  # in place of an iteration's number: rollouts before the first on
 
 
 class ACRLPDTrainer:
-    """A run of ACRLPD in its folder.
+    """A run of ACRLPD in its folder; under torchrun, one rank of it.
+
+    Each rank runs its share of the rollouts and keeps their episodes; gradients are averaged over the ranks.
 
     Attributes:
         policy: the policy in training.
@@ -61,10 +72,22 @@ class ACRLPDTrainer:
         self.interrupts = interrupts
         self.outputs = Outputs()
         policy = self.policy = PI0Policy.from_pretrained(
-            config.policy_path, pick_device(config.device), norm_stats_path=config.norm_stats_path
+            config.policy_path,
+            pick_device(config.device),
+            getattr(torch, config.dtype),
+            config.norm_stats_path,
         )
+        broadcast_weights(policy)  # another host may have another file of that name
+        self._rank, _ = rank_and_world_size()
         self.start = ActingPolicy(policy.copy())
         self.agent, self._fixed = make_agent(config, policy)
+        self.mesh: DeviceMesh | None = None
+        if config.training.gradient_checkpointing:
+            optimize_fsdp_memory(policy)
+        if config.training.fsdp_size > 1:
+            self.setup_fsdp()
+        create_global_optimizers(self.agent, config)
+        self._train_step = self.create_fsdp_train_step() if self.mesh else self.agent.train_step
         self.loader = ACRLPDDataLoader(
             policy, self._fixed.policy_features, config.data.buffer_windows, config.training.seed
         )
@@ -74,14 +97,30 @@ class ACRLPDTrainer:
             self.agent.pi0_opt_state, optimizer.final_lr_share, config.training.num_train_steps
         )
         self.environments = Environments(config.task, policy.config, interrupts)
-        self._pools = self.environments.training_states(config.data.init_states, config.training.seed)
+        states = (config.data.init_states, config.training.seed)
+        self._pools = on_rank_zero(self.environments.training_states, *states)
         self.safe = Safeguards.of(run_dir, config.training, interrupts)
         self.state = self.safe.state
         self._noise = OwnStream(self.agent.generator, config.training.seed)
+        self._noise.start(self._rank)
         self._name_parts()
         self._board = TensorBoard(run_dir / "tensorboard")
         self.wandb: wandb.Run | None = None
         self._started = time.monotonic()
+
+    def setup_fsdp(self) -> None:
+        """Shard the actor over the ranks; its optimizer is made afterwards.
+
+        Raises:
+            InputError: the ranks cannot be divided so.
+        """
+        self.mesh = create_fsdp_mesh(self.config.training.fsdp_size, self.policy.device)
+        init_fsdp_train_state(self.agent, self.mesh)
+
+    def create_fsdp_train_step(self) -> Callable[[Batch], tuple[ACRLPDPi0Agent, Info]]:
+        """The step of all ranks together; `setup_fsdp` and the optimizers come first."""
+        assert self.mesh is not None, "setup_fsdp() first"
+        return create_fsdp_train_step_fn(self.agent, self.mesh)
 
     def _name_parts(self) -> None:
         """What a checkpoint holds."""
@@ -127,10 +166,10 @@ class ACRLPDTrainer:
                     continue
                 self._finish(metrics)
             after = self.evaluate("after")
-            self._write_results(before, after)
+            on_rank_zero(self._write_results, before, after)
             outcomes = {name.replace(" ", "_"): score.outcomes for name, score in after.items()}
             finish_wandb(self.wandb, {"before": before.outcomes, **outcomes})
-        self.outputs.check()
+        on_rank_zero(self.outputs.check)
 
     def train_epoch(self, step: int) -> dict[str, Any]:
         """An iteration: rollouts, features and candidates, updates; returns its metrics.
@@ -169,12 +208,13 @@ class ACRLPDTrainer:
         metrics |= {"critic_updates": len(infos) + len(both), "actor_updates": len(both)}
         statistics = self.loader.get_dataset_statistics()
         metrics |= {name: statistics[name] for name in ("episodes", "solved", "windows")}
-        return metrics | {
+        metrics |= {
             "phases": clock.phases(),
             "seconds": time.monotonic() - self._started,
             "rollbacks": self.safe.recovery.rollbacks,
             "memory": memory_use(self.environments.pool.processes),
         }
+        return METRICS.merge(gather(metrics))
 
     def train_step_wrapper(self, actor: bool) -> Info:
         """One step of the agent on a new batch; a gradient that is not finite is left out, and counted.
@@ -186,13 +226,13 @@ class ACRLPDTrainer:
         data = self.config.data
         batch = self.loader.sample_batch(data.actor_batch_size if actor else data.batch_size, images=actor)
         try:
-            info = self.agent.train_step(batch)[1] if actor else self.agent.critic_step(batch)
+            info = self._train_step(batch)[1] if actor else self.agent.critic_step(batch)
         except FloatingPointError:
             self.safe.recovery.count_gradient(False)
             self.safe.recovery.check()
             return {}
         self.safe.recovery.count_gradient(True)
-        self.interrupts.check()
+        self.interrupts.check_together()
         return info
 
     def best_policy(self, samples: int | None = None) -> BestOfPolicy:
@@ -235,12 +275,11 @@ class ACRLPDTrainer:
         recorded = self._practise(RECORDED, count, self.start, "recording")
         self.loader.add(recorded.episodes)
         self.state.begin()  # the episodes belong to the state before the first iteration
-        statistics = self.loader.get_dataset_statistics()
-        print(
-            f"recorded {statistics['episodes']} episodes, {statistics['solved']} solved, {statistics['windows']} windows"
-        )
-        if statistics["solved"] in (0, statistics["episodes"]):
-            which = "all" if statistics["solved"] else "none"
+        parts = gather(self.loader.get_dataset_statistics())
+        total = {name: sum(part[name] for part in parts) for name in parts[0]}
+        print(f"recorded {total['episodes']} episodes, {total['solved']} solved, {total['windows']} windows")
+        if total["solved"] in (0, total["episodes"]):
+            which = "all" if total["solved"] else "none"
             print(f"warning: {which} of the episodes succeeded, so critics have nothing to contrast")
 
     def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
@@ -253,15 +292,16 @@ class ACRLPDTrainer:
         of_run = {"wandb_run_id": config.logging.wandb_run_id, "config": to_dict(config)}
         state.facts |= {"seconds": metrics["seconds"], **of_run, **self.safe.recovery.facts()}
         state.finish_iteration(metrics)
-        self.log_training_metrics(metrics)
+        if self._rank == 0:
+            self.log_training_metrics(metrics)
         step = state.step
         if config.training.periodic_episodes and step % config.logging.log_freq == 0:
             scored = self.evaluate(f"after {step} iterations", config.training.periodic_episodes)
             best = list(scored.values())[-1]
             state.evaluations.append({"step": step, **best.score(), "protocol": best.protocol})
-        if self.safe.store.is_due(step, state.score, self.interrupts.take_checkpoint_request()):
+        if largest(self.safe.store.is_due(step, state.score, self.interrupts.take_checkpoint_request())):
             self.save_checkpoint()
-        self.interrupts.check()
+        self.interrupts.check_together()
 
     def log_training_metrics(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl, numbers to TensorBoard and WandB, now and then the report, a line to the console."""
@@ -292,7 +332,7 @@ class ACRLPDTrainer:
         newest, logging = self.safe.find() if resume else None, self.config.logging
         if newest is not None and logging.wandb_run_id is None:
             logging.wandb_run_id = self.safe.store.facts(newest).get("wandb_run_id")
-        self.wandb = start_wandb(logging, self.run_dir, to_dict(self.config))
+        self.wandb = start_wandb(logging, self.run_dir, to_dict(self.config)) if self._rank == 0 else None
         logging.wandb_run_id = self.wandb.id if self.wandb else logging.wandb_run_id
         self.safe.begin(newest)
 
@@ -322,7 +362,7 @@ class ACRLPDTrainer:
         try:
             yield
         except Interrupted:
-            if self.state.can_be_saved and not self.safe.store.has(self.state.step):
+            if self.state.can_be_saved and not on_rank_zero(self.safe.store.has, self.state.step):
                 self.save_checkpoint()
             print(f"stopped; --resume continues from {self.safe.store.resume_point(self.state.step)}")
         finally:
@@ -349,10 +389,10 @@ class _Clock:
 
 
 def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent, FixedFeatures]:
-    """The agent of a configuration, and what its critics see."""
+    """The agent of a configuration, without optimizers yet, and what its critics see."""
     settings, training = config.acrlpd, config.training
     torch.manual_seed(training.seed)
-    actor = Pi0Actor(policy)
+    actor = Pi0Actor(policy, training.use_mixed_precision)
     features = FixedFeatures(actor)
     horizon, robot = config.qchunking.horizon_length, policy.config.robot_action_dim
     critics = CriticNetworks(
@@ -376,7 +416,6 @@ def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent
         value_range=reachable,
         grad_norm=settings.grad_norm,
     )
-    log_temperature = torch.nn.Parameter(torch.tensor(float(np.log(settings.temperature))))
     agent = ACRLPDPi0Agent(
         actor,
         critics,
@@ -390,10 +429,6 @@ def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent
         use_ema=settings.use_ema,
         pi0_ema_decay=settings.pi0_ema_decay,
         critic_ema_decay=settings.critic_ema_decay,
-        pi0_opt_state=make_optimizer(policy, settings.actor_lr, training.optimizer),
-        critic_opt_state=torch.optim.Adam(critics.parameters(), settings.critic_lr, fused=True),
-        temp_opt_state=torch.optim.Adam([log_temperature], 1e-2) if settings.divergence else None,
-        log_temperature=log_temperature,
         settings=loss,
         seed=training.seed,
     )

@@ -293,7 +293,8 @@ class PI0Policy(nn.Module):
             state: normalised, float [B, A].
             tokenized_prompt: int [B, L].
             tokenized_prompt_mask: bool [B, L].
-            actions: normalised, float [B, H, A].
+            actions: normalised, float [B, H, A]; or [S, B, H, A], other ones for each draw, of which `noise` and
+                `time` must then be given.
             noise: standard normal, float [B, H, A]; or [S, B, H, A] for S draws on each observation, whose
                 images and prompt are then encoded once. None draws [B, H, A].
             time: flow time of each draw, [B] or [S, B]; None draws it (`draw_noise_and_time`).
@@ -313,7 +314,8 @@ class PI0Policy(nn.Module):
             noise = drawn_noise if noise is None else noise
             time = drawn_time if time is None else time
         shape = noise.shape
-        noise, t = noise.reshape(-1, *actions.shape), time.reshape(-1, len(actions))  # [S, B, H, A], [S, B]
+        batch = actions.shape[-3]
+        noise, t = noise.reshape(-1, *actions.shape[-3:]), time.reshape(-1, batch)  # [S, B, H, A], [S, B]
         if len(noise) != len(t):
             raise ValueError(
                 f"noise {list(shape)} and time {list(time.shape)} disagree on the number of draws"

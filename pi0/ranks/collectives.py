@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -60,6 +61,19 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return total / world_size
 
 
+def gather_rows(rows: Tensor) -> list[Tensor]:
+    """The `rows` [N, ...] of every rank, in order of rank, on every rank; N may differ between ranks. No gradient."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [rows.detach()]
+    counts = gather(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
 def broadcast_weights(module: nn.Module) -> None:
     """Give every rank the parameters and buffers of rank 0."""
     if rank_and_world_size()[1] > 1:
@@ -68,11 +82,14 @@ def broadcast_weights(module: nn.Module) -> None:
 
 
 def average_gradients(module: nn.Module) -> None:
-    """Replace each gradient by its mean over ranks; the same parameters must have gradients on all ranks."""
+    """Replace each gradient by its mean over ranks; the same parameters must have gradients on all ranks.
+
+    Shards (`pi0.ranks.sharding`) are left as they are: their gradients are means already.
+    """
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in module.parameters() if p.grad is not None and not hasattr(p, "full_tensor")]
     for gradient in gradients:
         gradient /= world_size
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:

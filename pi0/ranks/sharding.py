@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
@@ -25,15 +25,16 @@ Module = TypeVar("Module", bound=nn.Module)
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def shard(module: Module, blocks: Iterable[nn.Module]) -> Module:
-    """Shard a module's weights over all ranks, in place; it needs ranks (torchrun).
+def shard(module: Module, blocks: Iterable[nn.Module], mesh: DeviceMesh | None = None) -> Module:
+    """Shard a module's weights, in place; it needs ranks (torchrun).
 
     Args:
         module: the module.
         blocks: parts of it that run one after another; each is whole only while it runs.
+        mesh: the ranks, [shards] or [copies, shards]; None: shards on all ranks.
     """
-    device = next(module.parameters()).device
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if mesh is None:
+        mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(module, mesh=mesh)

@@ -15,7 +15,8 @@ class AveragedModule(Generic[Module]):
 
     Args:
         trained: the module in training; it may be sharded.
-        average: a whole copy of it, which becomes the average; frozen weights may share memory with it.
+        average: a whole copy of it, which becomes the average; frozen weights may share memory with it. Its weights
+            may have a wider type: bfloat16 is too coarse for an average that moves by a thousandth of a difference.
         decay: share of the average that an update keeps, 0 to 1; at 0 it equals the module.
     """
 
@@ -35,6 +36,7 @@ class AveragedModule(Generic[Module]):
         # This is a DTensor; to import that class only for this test would take a second and a half.
         if hasattr(pairs[0][1], "full_tensor"):
             for average, weight in pairs:  # one after another, so that only one is whole at a time
-                average.lerp_(weight.full_tensor(), 1.0 - self.decay)
+                average.lerp_(weight.full_tensor().to(average.dtype), 1.0 - self.decay)
         else:
-            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1.0 - self.decay)
+            averages = [average for average, _ in pairs]
+            torch._foreach_lerp_(averages, [w.to(a.dtype) for a, w in pairs], 1.0 - self.decay)

@@ -35,16 +35,17 @@ class SmallActor(nn.Module):
         return x
 
     def flow_loss(self, observations, actions, valid, generator, samples):
-        held = torch.zeros(len(actions), CHUNK, ACTION_DIM)
-        held[:, : actions.shape[1]] = actions
+        kinds, batch, horizon, _ = actions.shape
+        held = torch.zeros(kinds, batch, CHUNK, ACTION_DIM)
+        held[:, :, :horizon] = actions
         noise = torch.randn(samples, *held.shape, generator=generator)
-        time = torch.rand(samples, len(held), generator=generator)
+        time = torch.rand(samples, kinds, batch, generator=generator)
         t = time[..., None, None]
         velocity = self.velocity(
-            observations["state"].expand(samples, -1, -1), t * noise + (1 - t) * held, time
+            observations["state"].expand(samples, kinds, -1, -1), t * noise + (1 - t) * held, time
         )
-        errors = (velocity - (noise - held)).square()[..., :REAL].mean((0, 3))[:, : actions.shape[1]]
-        return (errors * valid).sum(1) / valid.sum(1).clamp(min=1)
+        errors = (velocity - (noise - held)).square()[..., :horizon, :REAL].mean((0, 4))
+        return (errors * valid).sum(-1) / valid.sum(-1).clamp(min=1)
 
     def carried_out(self, actions, observations):
         return actions[..., :REAL].clamp(-1, 1)
