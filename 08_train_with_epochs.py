@@ -26,7 +26,7 @@ from pi0.policy.acting import ActingPolicy
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import AlgoConfig, Config, EvaluationConfig, TaskConfig, TrainingConfig, to_dict
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner, load_policy
+from pi0.ript.learner import Learner, acting_policies, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start
@@ -191,13 +191,12 @@ def train(config: Config) -> Path:
         rollouts = make_rollout_generator(config, env_runner, states)
         start = ActingPolicy(policy.copy())
         learner = make_learner(config, policy, env_runner)
-        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
-        acting = ActingPolicy(learner.average.module, weight)
+        acting, practising = acting_policies(config, learner)
         evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history = []
         for step in range(config.training.num_train_steps):
-            collection = rollouts.generate_rollouts(acting, step)
+            collection = rollouts.generate_rollouts(practising, step)
             states.record(collection)
             collected = {**collection.metrics(), "skipped_states": states.take_skipped()}
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}

@@ -43,7 +43,7 @@ from pi0.ranks.watch import exit_with, join_ranks, under_torchrun, watched_ranks
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner, load_policy
+from pi0.ript.learner import Learner, acting_policies, load_policy
 from pi0.ript.replay import Replay
 from pi0.ript.results import check_machine, summarize, write_report
 from pi0.ript.rollout_generator import Collection, RolloutGenerator, Start, merge_metrics
@@ -270,13 +270,12 @@ def train(config: Config, rank: int, world_size: int) -> Path:
         rollouts = make_rollout_generator(config, env_runner, states)
         start = ActingPolicy(policy.copy())
         learner = make_learner(config, model, env_runner, rank)
-        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
-        acting = ActingPolicy(learner.average.module, weight)
+        acting, practising = acting_policies(config, learner)
         evaluation = config.evaluation
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history = []
         for step in range(config.training.num_train_steps):
-            collection, collected = distributed_collect_batches(states, rollouts, acting, step)
+            collection, collected = distributed_collect_batches(states, rollouts, practising, step)
             states.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             metrics = train_iteration(config, learner, collection, metrics)

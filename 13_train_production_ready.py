@@ -59,7 +59,7 @@ from pi0.ript.cfg_adapter import OutOfMemory, PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config, ConfigError, check_evaluation, help_text, load_config, to_dict, validate
 from pi0.ript.cotraining import load_cotraining
 from pi0.ript.env_runner import LIBEROEnvRunner
-from pi0.ript.learner import Learner, load_policy
+from pi0.ript.learner import Learner, acting_policies, load_policy
 from pi0.ript.metrics import METRICS
 from pi0.ript.replay import Replay
 from pi0.ript.results import check_machine, summarize, write_page, write_report
@@ -548,8 +548,7 @@ def train(
         on_rank_zero(outputs.write, *saved)
         started -= state.facts.get("seconds", 0.0)
         note_facts(config, safe, learner, time.monotonic() - started)
-        weight = config.algo.guidance_weight if config.algo.mode == "guidance" else None
-        acting = ActingPolicy(learner.average.module, weight)
+        acting, practising = acting_policies(config, learner)
         evaluation = config.evaluation
         if "before" in state.facts:  # of a run that is resumed
             before = restore_result(env_runner, state.facts["before"])
@@ -565,7 +564,7 @@ def train(
             save_checkpoint(safe)
         while (step := state.step) < config.training.num_train_steps:
             step_started = time.monotonic()
-            collection, collected = distributed_collect_batches(states, rollouts, acting, step)
+            collection, collected = distributed_collect_batches(states, rollouts, practising, step)
             interrupts.check_together(collection.abandoned)
             states.record(collection)
             rollouts.record(collection)

@@ -114,8 +114,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
     parser.add_argument("--videos", type=ranged(int, low=0), default=0, help="episodes of each task to film")
     options = parser.parse_args(arguments)
-    if options.critic_path and options.guidance_weight is not None:
-        parser.error("--critic_path chooses among unguided chunks; leave --guidance_weight out")
     return options
 
 
@@ -137,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
     with Environments(task, policy.config) as environments:
         acting: Policy = ActingPolicy(policy, options.guidance_weight)
         if options.critic_path:
-            acting = BestOfPolicy(policy, *load_critic(options.critic_path, policy.device), options.samples)
+            critic = load_critic(options.critic_path, policy.device)
+            acting = BestOfPolicy(policy, *critic, options.samples, options.guidance_weight)
         result = evaluate(environments, acting, options.episodes, options.seed)
         write_json(
             output / "results.json",

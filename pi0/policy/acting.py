@@ -47,7 +47,7 @@ class ActingPolicy:
         self._guidance_weight = guidance_weight
         # A small tower costs less than another batch. SigLIP and Gemma take most of a chunk's time.
         self.shares_first_look = isinstance(policy.config.vision, SiglipDims)
-        self._shape = (policy.config.action_horizon, policy.config.action_dim)
+        self._shape: tuple[int, ...] = (policy.config.action_horizon, policy.config.action_dim)
 
     def noise(self, key: tuple[int, ...]) -> np.ndarray:
         """Standard normal float32 [horizon, action dim]; the same key gives the same numbers everywhere."""

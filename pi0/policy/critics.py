@@ -262,7 +262,7 @@ def load_critic(
     return critics.to(device).requires_grad_(False).eval(), features.to(device).eval()
 
 
-class BestOfPolicy:
+class BestOfPolicy(ActingPolicy):
     """Acts with the best of N chunks of a policy, by critics; for `pi0.libero.rollouts`.
 
     With N = 1 it does what `ActingPolicy` does, to the bit, and asks no critic.
@@ -272,15 +272,23 @@ class BestOfPolicy:
         critics: they value; the mean of all decides.
         features: what they see.
         samples: N.
+        guidance_weight: as for `ActingPolicy`.
 
     Raises:
         CheckpointError: critics and policy are of different robots.
+        InputError: as `ActingPolicy`.
         ValueError: N is below 1.
     """
 
-    shares_first_look = False  # every rollout values its own chunks
-
-    def __init__(self, policy: PI0Policy, critics: CriticNetworks, features: PolicyFeatures, samples: int):
+    def __init__(
+        self,
+        policy: PI0Policy,
+        critics: CriticNetworks,
+        features: PolicyFeatures,
+        samples: int,
+        guidance_weight: float | None = None,
+    ):
+        super().__init__(policy, guidance_weight)
         if samples < 1:
             raise ValueError(f"the best of {samples} chunks; 1 or more are needed")
         config = policy.config
@@ -289,12 +297,13 @@ class BestOfPolicy:
                 f"the critics value {critics.horizon} actions of {critics.action_dim} features; this policy's chunks have "
                 f"{config.action_horizon} actions of {config.robot_action_dim}"
             )
-        self._policy, self._critics, self._features, self._samples = policy, critics, features, samples
-        self._shape = (samples, config.action_horizon, config.action_dim)
+        self.shares_first_look = False  # every rollout values its own chunks
+        self._critics, self._features, self._samples = critics, features, samples
+        self._shape = (samples, *self._shape)
 
     def noise(self, key: tuple[int, ...]) -> np.ndarray:
         """Standard normal float32 [N, horizon, action dim]; the first is `ActingPolicy.noise` of the key."""
-        return np.random.default_rng(key).standard_normal(self._shape, dtype=np.float32)
+        return super().noise(key)
 
     @torch.inference_mode()
     def act(
@@ -305,7 +314,7 @@ class BestOfPolicy:
         with one_thread():
             inputs = policy.prepare({"images": images, "state": states, "prompt": prompts})
             drawn = torch.from_numpy(noise).to(policy.device).transpose(0, 1)
-            sampled = policy.sample_actions(**inputs, noise=drawn)
+            sampled = policy.sample_actions(**inputs, noise=drawn, guidance_weight=self._guidance_weight)
             chunks = policy.unnormalize_actions(sampled, states).clamp(-1, 1)
             best = torch.zeros(len(states), dtype=torch.long, device=policy.device)
             if self._samples > 1:
@@ -314,9 +323,3 @@ class BestOfPolicy:
                 best = critics.values(observed, seen).mean(0).argmax(0)
             chosen = chunks[best, torch.arange(len(states), device=policy.device)]
         return chosen.float().cpu().numpy()
-
-    def prepared(
-        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str]
-    ) -> dict[str, np.ndarray]:
-        """See `ActingPolicy.prepared`."""
-        return ActingPolicy(self._policy).prepared(images, states, prompts)

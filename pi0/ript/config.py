@@ -150,6 +150,13 @@ class AlgoConfig:
     guidance_weight: float = key(
         1.0, "w in v_null + w (v_positive - v_null) when the policy acts (mode: guidance)", low=0
     )
+    critic_path: str | None = key(
+        None,
+        "critic folder of pi0.acrlpd, which chooses among the chunks in practice; scores are without it; null: none",
+        fixed=True,
+        path=True,
+    )
+    num_action_samples: int = key(8, "chunks among which it chooses", unit="chunks", low=1)
 
 
 @dataclass(kw_only=True)

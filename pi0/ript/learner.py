@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 
 from pi0 import PI0Policy, pick_device
+from pi0.policy.acting import ActingPolicy
+from pi0.policy.critics import BestOfPolicy, load_critic
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config
 from pi0.ript.replay import Replay
@@ -76,3 +78,18 @@ class Learner:
     def take_in(self, collection: Collection) -> None:
         """Weight the chunks of an iteration's episodes by their advantages, and keep those with a weight other than 0."""
         self.replay.add(self.adapter.weigh(collection.episodes, collection.advantages))
+
+
+def acting_policies(config: Config, learner: Learner) -> tuple[ActingPolicy, ActingPolicy]:
+    """The averaged policy as it is scored, and as it practises: with the best of several chunks if there is a critic.
+
+    Raises:
+        CheckpointError, MissingFileError: `algo.critic_path` is no critic's folder, or of another robot.
+    """
+    algo, policy = config.algo, learner.average.module
+    weight = algo.guidance_weight if algo.mode == "guidance" else None
+    scored = ActingPolicy(policy, weight)
+    if algo.critic_path is None:
+        return scored, scored
+    critic = load_critic(algo.critic_path, policy.device)
+    return scored, BestOfPolicy(policy, *critic, algo.num_action_samples, weight)
