@@ -112,7 +112,7 @@ def update(options: argparse.Namespace) -> dict[str, Times]:
     policy = PI0Policy.from_pretrained(config.policy_path)
     agent, features = make_agent(config, policy)
     create_global_optimizers(agent, config)
-    loader = ACRLPDDataLoader(policy, features.policy_features, 10**6)
+    loader = ACRLPDDataLoader(policy, features.network, 10**6)
     random = np.random.default_rng(0)
     loader.add(
         [made_episode(policy, config.qchunking.horizon_length, random) for _ in range(options.episodes)]
@@ -199,7 +199,7 @@ def rollouts(options: argparse.Namespace) -> dict[str, Times]:
         chosen = [replace(each, horizon=100) for each in chosen]
 
         def run(samples: int) -> Callable[[], Any]:
-            acting = BestOfPolicy(policy, agent.critic_networks, features.policy_features, samples)
+            acting = BestOfPolicy(policy, agent.critic_networks, features.network, samples)
             return lambda: practise(environments, acting, chosen, horizon, f"best of {samples}")
 
         return {"rollouts": in_turns("rollouts", {f"best of {n}": run(n) for n in COUNTS}, options.turns)}

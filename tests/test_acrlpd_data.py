@@ -10,7 +10,7 @@ import torch
 from pi0 import PI0Policy
 from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
 from pi0.acrlpd.actor import Pi0Actor, network_inputs
-from pi0.acrlpd.critic_networks import ConvFeatures, FixedFeatures
+from pi0.acrlpd.critic_networks import ObservationFeatures
 from pi0.acrlpd.episodes import RecordedEpisode, of_demonstration, of_rollout
 from pi0.acrlpd.practice import choose_rollouts
 from pi0.base.paths import REPO_ROOT
@@ -22,7 +22,14 @@ from pi0.libero.init_states import InitStatePool
 from pi0.libero.stepping import InitState
 from pi0.libero.suites import find_tasks
 from pi0.policy.acting import ActingPolicy
-from pi0.policy.critics import BestOfPolicy, CriticNetworks, PolicyFeatures, load_critic, save_critic
+from pi0.policy.critics import (
+    BestOfPolicy,
+    CriticNetworks,
+    OwnFeatures,
+    PolicyFeatures,
+    load_critic,
+    save_critic,
+)
 from pi0.training.checkpoint_store import load_state, save_state
 from pi0.training.flow_loss import flow_loss
 
@@ -297,11 +304,13 @@ def test_the_best_of_eight_chunks_is_the_one_of_highest_value(policy):
         assert np.allclose(found[row], chunks[int(np.argmax(values))], atol=1e-5)
 
 
-def test_a_critics_folder_gives_back_what_was_written(policy, tmp_path):
-    features = PolicyFeatures(policy.config, policy.network)
+@pytest.mark.parametrize("kind", [PolicyFeatures, OwnFeatures])
+def test_a_critics_folder_gives_back_what_was_written(policy, tmp_path, kind):
+    features = kind(policy.config, policy.network)
     critics = made_critics(features)
     save_critic(tmp_path / "critic", critics, features, {"rollouts": 400})
     loaded, seen = load_critic(tmp_path / "critic")
+    assert type(seen) is kind
     inputs = policy.prepare(dict(zip(("images", "state", "prompt"), observations(), strict=True)))
     assert torch.equal(seen(**inputs), features(**inputs))
     chunk = torch.randn(4, HORIZON, 7)
@@ -311,7 +320,8 @@ def test_a_critics_folder_gives_back_what_was_written(policy, tmp_path):
 
 def test_features_are_fixed_and_those_of_a_network_of_its_own_learn(policy):
     actor = Pi0Actor(policy.copy())
-    fixed, own = FixedFeatures(actor), ConvFeatures(2)
+    fixed, own = ObservationFeatures(actor), ObservationFeatures(actor, "own")
+    assert (fixed.fixed, own.fixed) == (True, False)
     loader = make_loader(policy, [made_episode(3, 0)])
     seen = loader.batch(torch.arange(3))["observations"]
     before = fixed(seen)
@@ -324,3 +334,35 @@ def test_features_are_fixed_and_those_of_a_network_of_its_own_learn(policy):
     assert found.shape == (3, own.width)
     found.sum().backward()
     assert all(parameter.grad is not None for parameter in own.parameters())
+
+
+def test_features_that_learn_are_not_kept_so_each_batch_has_images(policy):
+    loader = ACRLPDDataLoader(policy, None, 100)
+    loader.add([made_episode(3, 0)])
+    batch = loader.sample_batch(2, images=False)
+    assert "features" not in batch and "next_features" not in batch
+    for name in ("observations", "next_observations"):
+        assert set(batch[name]["image"]) == set(policy.config.cameras)
+
+
+def test_shuffled_outcomes_stay_in_their_task_and_their_number_stays():
+    episodes = [replace(made_episode(3, n), prompt=f"task {n % 2}", success=False) for n in range(12)]
+    episodes = [with_outcome(each, n in (0, 2, 1)) for n, each in enumerate(episodes)]
+    shuffled = shuffled_outcomes(episodes, np.random.default_rng(0))
+    solved = [[each.success for each in group] for group in (episodes, shuffled)]
+    assert solved[0] != solved[1]
+    for task in (0, 1):
+        assert sum(solved[0][task::2]) == sum(solved[1][task::2])
+    for each in shuffled:
+        windows = windows_of(each)
+        assert windows.rewards.sum() == each.success
+        assert bool(windows.next_terminal.any()) == each.success
+        assert (windows.masks[-1].min() == 0) == each.success
+
+
+def test_an_episode_at_its_horizon_may_count_as_a_failure():
+    cut = with_outcome(made_episode(3, 0), False)
+    windows = windows_of(ended_at_horizon(cut))
+    assert windows.next_terminal[-1] and windows.masks[-1].min() == 0
+    assert windows.rewards.sum() == 0
+    assert not windows_of(cut).next_terminal.any()

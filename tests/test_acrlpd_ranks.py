@@ -97,7 +97,7 @@ def run_of(folder: Path) -> Path:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    folder = run / "checkpoints/step-000002"
+    folder = run / "checkpoints/step-000003"
     return {
         f"{file.stem}/{name}": array
         for file in sorted(folder.glob("*.safetensors"))
@@ -120,7 +120,7 @@ def test_killed_ranks_with_shards_resume_to_the_bit(tmp_path):
     output = finish(torchrun(2, *arguments(tmp_path / "whole", *sharded)))
     assert "actor sharded: this rank holds" in output
     whole = run_of(tmp_path / "whole")
-    assert [row["episodes"] for row in metrics(whole)] == [4, 6]
+    assert [row["episodes"] for row in metrics(whole)] == [4, 4, 6]
     process = torchrun(2, *arguments(tmp_path / "part", *sharded))
     deadline = time.monotonic() + 300
     while not list((tmp_path / "part").glob("*/checkpoints/step-000001")):
@@ -140,12 +140,12 @@ def test_killed_ranks_with_shards_resume_to_the_bit(tmp_path):
 
 @pytest.mark.engine
 def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
-    finish(torchrun(2, *arguments(tmp_path, "training.num_train_steps=2")))
+    finish(torchrun(2, *arguments(tmp_path, "training.num_train_steps=3")))
     run = run_of(tmp_path)
     (run / "results.json").unlink()
-    for later in run.glob("checkpoints/step-000002*"):
+    for later in run.glob("checkpoints/step-000003*"):
         later.rename(run / f"left-{later.name}")
-    alone = [sys.executable, *arguments(tmp_path, "training.num_train_steps=2"), "--resume", str(run)]
+    alone = [sys.executable, *arguments(tmp_path, "training.num_train_steps=3"), "--resume", str(run)]
     output = subprocess.run(
         alone,
         check=False,
@@ -156,7 +156,7 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
     )
     assert output.returncode == 0, output.stdout + output.stderr
     assert "written by 2 processes, read by 1" in output.stdout
-    assert [row["episodes"] for row in metrics(run)] == [4, 6]
+    assert [row["episodes"] for row in metrics(run)] == [4, 4, 6]
 
 
 def test_ranks_that_cannot_be_divided_are_named(tmp_path):

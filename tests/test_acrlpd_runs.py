@@ -31,7 +31,7 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
-def weights(run_dir: Path, step: int = 2) -> dict[str, np.ndarray]:
+def weights(run_dir: Path, step: int = 3) -> dict[str, np.ndarray]:
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     return {
         f"{name}/{key}": array
@@ -61,9 +61,12 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
     assert [row[0] for row in results["table"]] == ["", "before", "after, one sample", "after, best of 2"]
     assert results["after"]["episodes"] == 2
     found = rows(run)
-    assert [row["step"] for row in found] == [0, 1]
-    assert (found[0].get("rollouts"), found[1]["rollouts"]) == (None, 2)
-    assert [row["episodes"] for row in found] == [4, 6]
+    assert [row["step"] for row in found] == [0, 1, 2]
+    assert [row.get("rollouts") for row in found] == [None, None, 2]
+    assert [row["episodes"] for row in found] == [4, 4, 6]
+    assert [row["actor_updates"] for row in found] == [0, 3, 3], (
+        "in the first iteration only the critics learn"
+    )
     assert all(trainer_module.METRICS.undeclared(row) == [] for row in found)
     assert (run / "report.html").stat().st_size > 10_000
     PI0Policy.from_pretrained(run / "policy")
@@ -92,7 +95,7 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
     )
     score = json.loads((tmp_path / "score/results.json").read_text())
     assert (score["episodes"], score["protocol"]["samples"]) == (1, 2)
-    moved = weights(run), weights(run, 1)
+    moved = weights(run), weights(run, 2)
     assert not all(np.array_equal(moved[0][name], moved[1][name]) for name in moved[0])
 
 

@@ -30,12 +30,12 @@ class ACRLPDDataLoader:
 
     Args:
         policy: prepares observations and normalises actions.
-        features: what critics see, fixed.
+        features: what critics see, if it never changes; None: it is not kept, and each batch has images.
         capacity: windows in memory.
         seed: of the order of windows.
     """
 
-    def __init__(self, policy: PI0Policy, features: nn.Module, capacity: int, seed: int = 0):
+    def __init__(self, policy: PI0Policy, features: nn.Module | None, capacity: int, seed: int = 0):
         self._policy = policy
         self.replay = ReplayBuffer(capacity)
         self.caches = ObservationCaches(policy, features)
@@ -56,15 +56,17 @@ class ACRLPDDataLoader:
         """The batch of some windows, by their rows."""
         windows, caches = self.replay.windows[rows], self.caches
         raw = self.replay.states[windows.seen]
+        kept = bool(caches.features.shape[1])
         made: dict[str, Any] = {
-            "observations": caches.observations(self.replay, windows.seen, images),
+            "observations": caches.observations(self.replay, windows.seen, images or not kept),
             "next_observations": caches.observations(
-                self.replay, windows.then, images and caches.candidates is None
+                self.replay, windows.then, (images and caches.candidates is None) or not kept
             ),
             "actions": self._policy.normalize_actions(windows.actions, raw),
-            "features": caches.features[windows.seen],
-            "next_features": caches.features[windows.then],
         }
+        if kept:
+            made["features"] = caches.features[windows.seen]
+            made["next_features"] = caches.features[windows.then]
         for name in ("rewards", "masks", "valid", "terminals", "next_terminal", "sequence_mask", "success"):
             made[name] = getattr(windows, name)
         if caches.candidates is not None:

@@ -39,6 +39,7 @@ class LossSettings:
         aggregation: of the target critics.
         temperature: beta of the actor's weights; where it start if it is learned.
         divergence: KL of the weights, nats, to which a learned temperature leads.
+        awr_weight: weight of the flow loss that the advantages weigh.
         best_weight: weight of the flow loss on the best sample.
         flow_samples: draws of noise and time for each window of a flow loss.
         value_range: lowest and highest value that the rewards allow.
@@ -48,6 +49,7 @@ class LossSettings:
     aggregation: Aggregation = "min"
     temperature: float = 0.1
     divergence: float = 0.5
+    awr_weight: float = 1.0
     best_weight: float = 1.0
     flow_samples: int = 4
     value_range: tuple[float, float] | None = None
@@ -287,15 +289,15 @@ class ACRLPDPi0Agent:
         )
 
     def _actor_loss(self, judged: Judgement, flow: Tensor) -> tuple[Tensor, Info]:
-        weight, every = self.settings.best_weight, torch.ones_like(flow[0])
-        weighted, distilled = judged.weights * flow[0], flow[-1] if weight else torch.zeros_like(flow[0])
+        awr, best, every = self.settings.awr_weight, self.settings.best_weight, torch.ones_like(flow[0])
+        weighted, distilled = judged.weights * flow[0], flow[-1] if best else torch.zeros_like(flow[0])
         advantages, temperature = judged.advantages, self.log_temperature.exp().item()
         everywhere = advantage_weights(advantages, temperature)
         info = _means(
             every, weighted_loss=weighted, best_loss=distilled, best_over_mean=judged.best_over_mean
         )
         info |= {
-            "actor_loss": info["weighted_loss"] + weight * info["best_loss"],
+            "actor_loss": awr * info["weighted_loss"] + best * info["best_loss"],
             "advantage": advantages.mean().item(),
             "advantage_spread": advantages.std().item() if len(advantages) > 1 else 0.0,
             "sample_size": effective_sample_size(everywhere).item(),
@@ -303,7 +305,7 @@ class ACRLPDPi0Agent:
             "weights_divergence": weights_divergence(advantages, temperature).item(),
             "temperature": temperature,
         }
-        return _part(weighted + weight * distilled, every), info
+        return _part(awr * weighted + best * distilled, every), info
 
     def _bc_loss(self, batch: Batch, flow: Tensor) -> tuple[Tensor, Info]:
         solved = batch["success"].to(flow)

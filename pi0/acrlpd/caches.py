@@ -20,19 +20,19 @@ class ObservationCaches:
     Attributes:
         inputs: `state` float [O, A], `tokenized_prompt` int64 [O, L], `tokenized_prompt_mask` bool [O, L], and by
             camera `image_mask` bool [O].
-        features: float32 [O, F].
+        features: float32 [O, F]; F is 0 if they are not kept.
         candidates: float32 [O, N, C, A]; None before the first refresh.
 
     Args:
         policy: prepares observations; which weights it has does not matter.
-        features: features [B, F] of what `PI0Policy.prepare` returns; they never change.
+        features: features [B, F] of what `PI0Policy.prepare` returns, which never change; None: none are kept.
     """
 
-    def __init__(self, policy: PI0Policy, features: Callable[..., Tensor]):
+    def __init__(self, policy: PI0Policy, features: Callable[..., Tensor] | None):
         self._policy = policy
         self._features = features
         self.inputs: dict[str, Any] = {}
-        self.features = torch.zeros(0)
+        self.features = torch.zeros(0, 0)
         self.candidates: Tensor | None = None
 
     def follow(self, replay: ReplayBuffer, left: int) -> None:
@@ -54,7 +54,7 @@ class ObservationCaches:
 
     def begin(self, replay: ReplayBuffer, candidates: Tensor | None) -> None:
         """Take a whole buffer, with the candidates that were drawn for it."""
-        self.inputs, self.features = {}, torch.zeros(0)
+        self.inputs, self.features = {}, torch.zeros(0, 0)
         if len(replay):
             self.follow(replay, 0)
         self.candidates = candidates
@@ -88,7 +88,7 @@ class ObservationCaches:
                 "prompt": [replay.prompts[row] for row in rows.tolist()],
             }
         )
-        features = self._features(**given).cpu()
+        features = torch.zeros(len(rows), 0) if self._features is None else self._features(**given).cpu()
         names = ("state", "tokenized_prompt", "tokenized_prompt_mask")
         inputs: dict[str, Any] = {name: given[name].cpu() for name in names}
         inputs["image_mask"] = {camera: mask.cpu() for camera, mask in given["image_masks"].items()}

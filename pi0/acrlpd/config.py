@@ -58,6 +58,12 @@ class ACRLPDHyperparams:
     critics: int = key(2, "critics", low=2, high=10, fixed=True)
     hidden: int = key(256, "width of their hidden layers", low=1, fixed=True)
     layers: int = key(3, "their hidden layers", low=1, fixed=True)
+    features: Literal["policy", "own"] = key(
+        "policy",
+        "what critics see of images and prompt: tokens of a fixed copy of the starting policy, which are kept; or a "
+        "small network of their own, which is trained with them and sees each image again",
+        fixed=True,
+    )
     aggregation: Literal["min", "mean"] = key("min", "of the target critics' values")
     temperature: float = key(
         0.1, "of the actor's weights exp(A / temperature); where it starts if it is learned", above=0
@@ -65,6 +71,7 @@ class ACRLPDHyperparams:
     divergence: float | None = key(
         None, "KL of these weights, to which the temperature is learned; null: it stays", unit="nats", above=0
     )
+    awr_weight: float = key(1.0, "weight of the flow loss that exp(A / temperature) weighs", low=0)
     best_weight: float = key(1.0, "weight of the flow loss on the best of the samples", low=0)
     flow_samples: int = key(4, "draws of noise and time for a window's flow loss", unit="draws", low=1)
     critic_lr: float = key(3e-4, "learning rate of the critics", above=0, fixed=True)
@@ -85,6 +92,15 @@ class DataConfig:
     init_states: int = key(
         200, "initial states of each task to record and practise from", unit="states", low=1, fixed=True
     )
+    shuffle_outcomes: bool = key(
+        False, "control: exchange success and failure between episodes of a task, so that reward teaches nothing",
+        fixed=True,
+    )  # fmt: skip
+    horizon_is_failure: bool = key(
+        False,
+        "ablation: an episode that reached its horizon has failed, so nothing is valued after it",
+        fixed=True,
+    )
     batch_size: int = key(256, "windows of a critics' update", unit="windows", low=1)
     actor_batch_size: int = key(64, "windows of an actor's update", unit="windows", low=1)
     buffer_windows: int = key(200_000, "windows in memory; the oldest episodes leave", unit="windows", low=1)
@@ -94,21 +110,28 @@ class DataConfig:
 class ACRLPDTrainingConfig:
     """What is done in which order. An iteration collects, then learns."""
 
-    num_train_steps: int = key(8, "iterations: collect, then learn", unit="iterations", low=0, fixed=True)
+    num_train_steps: int = key(
+        9, "iterations: collect, then learn; in the first one only the critics learn", unit="iterations", low=0,
+        fixed=True,
+    )  # fmt: skip
     offline_iterations: int = key(
-        4, "the first so many of them collect nothing", unit="iterations", low=0, fixed=True
+        5, "the first so many of them collect nothing", unit="iterations", low=0, fixed=True
     )
     rollouts: int = key(100, "rollouts that an online iteration collects", unit="rollouts", low=1)
     critic_updates: int = key(
-        1500, "of the critics, before the actor learns", unit="updates", low=0, fixed=True
-    )
-    updates: int = key(200, "of critics and actor in an iteration", unit="updates", low=0)
+        1500, "of the critics in the first iteration; 0: the actor learns in it, too", unit="updates", low=0,
+        fixed=True,
+    )  # fmt: skip
+    updates: int = key(200, "of critics and actor in a later iteration", unit="updates", low=0)
     critic_updates_each: int = key(
         2, "further updates of the critics with each of these", unit="updates", low=0
     )
     seed: int = key(0, "seed of all random numbers", low=0, high=MAX_SEED - 1, fixed=True)
     periodic_episodes: int = key(
         0, "episodes of a score every logging.log_freq iterations; 0: none", unit="episodes", low=0
+    )
+    score_parts: bool = key(
+        False, "score also after the first iteration (critics alone) and after the offline ones"
     )
     save_freq: int = key(1, "iterations from one checkpoint to the next", unit="iterations", low=1)
     keep_checkpoints: int = key(2, "how many of the newest to keep", unit="checkpoints", low=1)

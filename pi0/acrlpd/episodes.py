@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -109,6 +109,33 @@ def of_rollout(episode: Episode, horizon: int) -> RecordedEpisode:
         terminated=episode.terminated,
         success=episode.success,
     )
+
+
+def with_outcome(episode: RecordedEpisode, success: bool) -> RecordedEpisode:
+    """The same episode, as if it had ended so: with the reward of its last step, or cut off without one."""
+    rewards = np.zeros_like(episode.rewards)
+    if success:
+        rewards[-1, episode.executed[-1] - 1] = 1
+    return replace(episode, rewards=rewards, terminated=success, success=success)
+
+
+def shuffled_outcomes(
+    episodes: Sequence[RecordedEpisode], random: np.random.Generator
+) -> list[RecordedEpisode]:
+    """A control: success and failure are exchanged at random between the episodes of each task."""
+    tasks: dict[str, list[int]] = {}
+    for number, episode in enumerate(episodes):
+        tasks.setdefault(episode.prompt, []).append(number)
+    found = list(episodes)
+    for numbers in tasks.values():
+        for number, other in zip(numbers, random.permutation(numbers), strict=True):
+            found[number] = with_outcome(episodes[number], episodes[other].success)
+    return found
+
+
+def ended_at_horizon(episode: RecordedEpisode) -> RecordedEpisode:
+    """An ablation: what reached its horizon has ended, without a reward."""
+    return replace(episode, terminated=True)
 
 
 def looked_steps(length: int, horizon: int) -> list[int]:

@@ -15,7 +15,7 @@ METRICS = Declaration(
     PLOTS,
     (
         Metric("step", "iterations", "number of the iteration, from 0"),
-        Metric("seconds", "s", "wall time since the run began, earlier parts of a resumed run included"),
+        Metric("seconds", "s", "wall time since the run began, without scores; earlier parts of a resumed run included"),
         Metric("tasks", "[successes, rollouts]", "practice by task, with the best of N chunks", merge="by task",
                curves=(Curve("learning_curve", SUCCESS, "practice", "success"),), column="solved", tile="Practice",
                flat=("successes/*", "rollouts/*"), rate="success_rate"),

@@ -30,11 +30,12 @@ def write_results(
         before: score of the starting policy.
         after: scores by the way of acting, on the same states and noise; the last one is the best of N.
         history: metrics of each iteration.
-        seconds: wall time of the run.
+        seconds: wall time of the run, without scores.
     """
     rows = [["", "success", "change, paired"], ["before", str(before), ""]]
     for name, score in after.items():
-        rows.append([f"after, {name}", str(score), str(paired_difference(*paired_outcomes(before, score)))])
+        when = "" if name.startswith(("critics", "offline")) else "after, "
+        rows.append([f"{when}{name}", str(score), str(paired_difference(*paired_outcomes(before, score)))])
     results = {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(sys.argv),

@@ -19,7 +19,8 @@ from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
 from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Batch, Info, LossSettings
 from pi0.acrlpd.actor import Pi0Actor
 from pi0.acrlpd.config import RLTrainConfig, to_dict
-from pi0.acrlpd.critic_networks import CriticNetworks, FixedFeatures
+from pi0.acrlpd.critic_networks import CriticNetworks, ObservationFeatures
+from pi0.acrlpd.episodes import RecordedEpisode, ended_at_horizon, shuffled_outcomes
 from pi0.acrlpd.fsdp_support import (
     create_fsdp_mesh,
     create_fsdp_train_step_fn,
@@ -80,7 +81,7 @@ class ACRLPDTrainer:
         broadcast_weights(policy)  # another host may have another file of that name
         self._rank, _ = rank_and_world_size()
         self.start = ActingPolicy(policy.copy())
-        self.agent, self._fixed = make_agent(config, policy)
+        self.agent, self._seen = make_agent(config, policy)
         self.mesh: DeviceMesh | None = None
         if config.training.gradient_checkpointing:
             optimize_fsdp_memory(policy)
@@ -89,7 +90,10 @@ class ACRLPDTrainer:
         create_global_optimizers(self.agent, config)
         self._train_step = self.create_fsdp_train_step() if self.mesh else self.agent.train_step
         self.loader = ACRLPDDataLoader(
-            policy, self._fixed.policy_features, config.data.buffer_windows, config.training.seed
+            policy,
+            self._seen.network if self._seen.fixed else None,
+            config.data.buffer_windows,
+            config.training.seed,
         )
         assert self.agent.pi0_opt_state is not None
         optimizer = config.training.optimizer
@@ -107,6 +111,7 @@ class ACRLPDTrainer:
         self._board = TensorBoard(run_dir / "tensorboard")
         self.wandb: wandb.Run | None = None
         self._started = time.monotonic()
+        self._scoring = 0.0  # seconds of scores since then
 
     def setup_fsdp(self) -> None:
         """Shard the actor over the ranks; its optimizer is made afterwards.
@@ -134,6 +139,8 @@ class ACRLPDTrainer:
             "pi0_opt_state": States(optimizer=agent.pi0_opt_state, schedule=self._schedule),
             "critic_opt_state": States(optimizer=agent.critic_opt_state),
         }
+        if not self._seen.fixed:
+            self.state.shared["feature_params"] = Weights(self._seen.network, mend)
         if agent.temp_opt_state is not None:
             temperature = nn.ParameterList([agent.log_temperature])
             self.state.shared["temp_opt_state"] = States(
@@ -158,6 +165,7 @@ class ACRLPDTrainer:
                 self._record()
             if state.step == 0:
                 self.save_checkpoint()
+            self._score_part(state.step)  # if the run was stopped meanwhile
             while state.step < config.training.num_train_steps:
                 try:
                     metrics = self.train_epoch(state.step)
@@ -165,7 +173,7 @@ class ACRLPDTrainer:
                     self.safe.roll_back(error, self._noise)
                     continue
                 self._finish(metrics)
-            after = self.evaluate("after")
+            after = {**self._scores_of_parts(), **self.evaluate("after")}
             on_rank_zero(self._write_results, before, after)
             outcomes = {name.replace(" ", "_"): score.outcomes for name, score in after.items()}
             finish_wandb(self.wandb, {"before": before.outcomes, **outcomes})
@@ -181,13 +189,14 @@ class ACRLPDTrainer:
         metrics: dict[str, Any] = {"step": step}
         if step >= training.offline_iterations:
             practice = self._practise(step, training.rollouts, self.best_policy(), f"practice {step}")
-            self.loader.add(practice.episodes)
+            self._add(practice.episodes, step)
             metrics |= practice.metrics()
         clock.lap("rollouts")
         self.loader.caches.refresh(self.loader.replay, self.agent.sample)
         clock.lap("caches")
         self.state.begin_update()
         alone = training.critic_updates if step == 0 else 0
+        together = 0 if alone else training.updates
         infos: list[Info] = []
         with progress(total=alone, label="critics", unit="update") as bar:
             for _ in range(alone):
@@ -195,8 +204,8 @@ class ACRLPDTrainer:
                 bar.update(1, f"loss {infos[-1].get('critic_loss', float('nan')):.4f}")
         clock.lap("critic")
         both: list[Info] = []
-        with progress(total=training.updates, label="update", unit="update") as bar:
-            for _ in range(training.updates):
+        with progress(total=together, label="update", unit="update") as bar:
+            for _ in range(together):
                 infos += [self.train_step_wrapper(actor=False) for _ in range(training.critic_updates_each)]
                 both.append(self.train_step_wrapper(actor=True))
                 bar.update(1, f"loss {both[-1].get('loss', float('nan')):.4f}")
@@ -210,7 +219,7 @@ class ACRLPDTrainer:
         metrics |= {name: statistics[name] for name in ("episodes", "solved", "windows")}
         metrics |= {
             "phases": clock.phases(),
-            "seconds": time.monotonic() - self._started,
+            "seconds": self._seconds(),
             "rollbacks": self.safe.recovery.rollbacks,
             "memory": memory_use(self.environments.pool.processes),
         }
@@ -239,11 +248,11 @@ class ACRLPDTrainer:
         """The averaged actor with the averaged critics; `samples` None means `num_action_samples`."""
         agent = self.agent
         count = agent.num_action_samples if samples is None else samples
-        return BestOfPolicy(agent.pi0_ema.policy, agent.critic_ema, self._fixed.policy_features, count)
+        return BestOfPolicy(agent.pi0_ema.policy, agent.critic_ema, self._seen.network, count)
 
     def evaluate(self, label: str, episodes: int | None = None) -> dict[str, EvaluationResult]:
         """Scores on states that are never trained on: with one sample, and with the best of N."""
-        scored, evaluation = {}, self.config.evaluation
+        scored, evaluation, began = {}, self.config.evaluation, time.monotonic()
         for samples in dict.fromkeys((1, self.agent.num_action_samples)):
             name = f"best of {samples}" if samples > 1 else "one sample"
             scored[name] = evaluate(
@@ -254,6 +263,7 @@ class ACRLPDTrainer:
                 label=f"score {label}, {name}",
             )
             print(f"score {label}, {name}: {scored[name]}")
+        self._scoring += time.monotonic() - began
         return scored
 
     # Parts of it ---------------------------------------------------------------------------------
@@ -262,18 +272,38 @@ class ACRLPDTrainer:
         evaluation, facts = self.config.evaluation, self.state.facts
         if "before" in facts:  # of a run that is resumed
             return restore_result(self.environments, facts["before"])
+        began = time.monotonic()
         before = evaluate(
             self.environments, self.start, evaluation.episodes, evaluation.seed, label="score before"
         )
+        self._scoring += time.monotonic() - began
         print(f"score before: {before}")
         facts["before"] = before.to_dict()
         return before
+
+    def _seconds(self) -> float:
+        """Wall time of the run until now, without scores."""
+        return time.monotonic() - self._started - self._scoring
+
+    def _score_part(self, step: int) -> None:
+        """Score at the end of a part of the run, if it is configured."""
+        training = self.config.training
+        part = {training.offline_iterations: "offline", 1: "critics"}.get(step)
+        parts = self.state.facts.setdefault("parts", {})
+        done = any(name.startswith(f"{part},") for name in parts)
+        if not training.score_parts or part is None or step == training.num_train_steps or done:
+            return
+        parts |= {f"{part}, {way}": scored.to_dict() for way, scored in self.evaluate(f"of {part}").items()}
+
+    def _scores_of_parts(self) -> dict[str, EvaluationResult]:
+        parts = self.state.facts.get("parts", {})
+        return {name: restore_result(self.environments, content) for name, content in parts.items()}
 
     def _record(self) -> None:
         """Rollouts of the policy as it is."""
         count = self.config.data.rollouts
         recorded = self._practise(RECORDED, count, self.start, "recording")
-        self.loader.add(recorded.episodes)
+        self._add(recorded.episodes, RECORDED)
         self.state.begin()  # the episodes belong to the state before the first iteration
         parts = gather(self.loader.get_dataset_statistics())
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
@@ -281,6 +311,16 @@ class ACRLPDTrainer:
         if total["solved"] in (0, total["episodes"]):
             which = "all" if total["solved"] else "none"
             print(f"warning: {which} of the episodes succeeded, so critics have nothing to contrast")
+
+    def _add(self, episodes: list[RecordedEpisode], step: int) -> None:
+        """Keep episodes; controls and ablations change how they ended."""
+        data = self.config.data
+        if data.horizon_is_failure:
+            episodes = [ended_at_horizon(each) for each in episodes]
+        if data.shuffle_outcomes:
+            key = (self.config.training.seed, step + 1, self._rank)
+            episodes = shuffled_outcomes(episodes, np.random.default_rng(key))
+        self.loader.add(episodes)
 
     def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
         config = self.config
@@ -295,6 +335,7 @@ class ACRLPDTrainer:
         if self._rank == 0:
             self.log_training_metrics(metrics)
         step = state.step
+        self._score_part(step)
         if config.training.periodic_episodes and step % config.logging.log_freq == 0:
             scored = self.evaluate(f"after {step} iterations", config.training.periodic_episodes)
             best = list(scored.values())[-1]
@@ -340,11 +381,9 @@ class ACRLPDTrainer:
         from pi0.acrlpd.results import write_results
 
         run_dir, outputs = self.run_dir, self.outputs
-        outputs.write(
-            "critic", save_critic, run_dir / "critic", self.agent.critic_ema, self._fixed.policy_features
-        )
+        outputs.write("critic", save_critic, run_dir / "critic", self.agent.critic_ema, self._seen.network)
         outputs.write("policy", self.agent.pi0_ema.policy.save_pretrained, run_dir / "policy")
-        seconds = time.monotonic() - self._started
+        seconds = self._seconds()
         outputs.write(
             "results.json",
             write_results,
@@ -388,12 +427,12 @@ class _Clock:
         return {**self._phases, "other": max(0.0, total - sum(self._phases.values()))}
 
 
-def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent, FixedFeatures]:
+def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent, ObservationFeatures]:
     """The agent of a configuration, without optimizers yet, and what its critics see."""
     settings, training = config.acrlpd, config.training
     torch.manual_seed(training.seed)
     actor = Pi0Actor(policy, training.use_mixed_precision)
-    features = FixedFeatures(actor)
+    features = ObservationFeatures(actor, settings.features)
     horizon, robot = config.qchunking.horizon_length, policy.config.robot_action_dim
     critics = CriticNetworks(
         features.width,
@@ -411,6 +450,7 @@ def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent
         aggregation=settings.aggregation,
         temperature=settings.temperature,
         divergence=settings.divergence or 0.5,
+        awr_weight=settings.awr_weight,
         best_weight=settings.best_weight,
         flow_samples=settings.flow_samples,
         value_range=reachable,

@@ -33,6 +33,7 @@ SIZES_FILE, WEIGHTS_FILE = "critic.json", "critic.safetensors"
 REGIONS = (
     2  # a tower with a token for each patch: its tokens are averaged over so many rows and columns of regions
 )
+OWN_SIZE, OWN_WORDS = 64, 32  # pixels a side and width of words of `OwnFeatures`
 
 
 class Ensemble(nn.Module):
@@ -194,10 +195,59 @@ class PolicyFeatures(nn.Module):
             (each * image_masks[camera][:, None, None]).flatten(1)
             for camera, each in zip(cameras, tokens, strict=True)
         ]
-        mask = tokenized_prompt_mask[..., None]
-        words = self.token_embedding(tokenized_prompt) * math.sqrt(self.config.gemma.width)
-        prompt = (words * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return torch.cat([*seen, prompt], 1).float()
+        prompt = _mean_word(self.token_embedding, tokenized_prompt, tokenized_prompt_mask)
+        return torch.cat([*seen, prompt * math.sqrt(self.config.gemma.width)], 1).float()
+
+
+class OwnFeatures(nn.Module):
+    """Features of a small network of the critics' own, which is trained with them; to compare with `PolicyFeatures`.
+
+    What it returns of an observation changes while it learns, so it cannot be kept.
+
+    Attributes:
+        width: F.
+
+    Args:
+        config: of the policy.
+        network: not used; for the same call as `PolicyFeatures`.
+    """
+
+    def __init__(self, config: Pi0Config, network: Pi0Network | None = None):
+        super().__init__()
+        self.config = config
+        self.layers = nn.Sequential(
+            nn.Conv2d(3 * len(config.cameras), 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+        )  # fmt: skip
+        self.words = nn.Embedding(config.vocab_size, OWN_WORDS)
+        self.width = 64 * (OWN_SIZE // 8) ** 2 + OWN_WORDS
+
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        image_masks: Mapping[str, Tensor],
+        tokenized_prompt: Tensor,
+        tokenized_prompt_mask: Tensor,
+        **_: Tensor,
+    ) -> Tensor:
+        """Features, float32 [B, F], of what `PI0Policy.prepare` returns; a masked camera is black."""
+        frames = torch.cat(
+            [images[name] * image_masks[name][:, None, None, None] for name in self.config.cameras], 1
+        )
+        if frames.shape[-1] != OWN_SIZE:
+            frames = F.interpolate(frames, (OWN_SIZE, OWN_SIZE), mode="bilinear", antialias=True)
+        return torch.cat(
+            [self.layers(frames), _mean_word(self.words, tokenized_prompt, tokenized_prompt_mask)], 1
+        )
+
+
+Features = PolicyFeatures | OwnFeatures
+FEATURES: dict[str, type[PolicyFeatures] | type[OwnFeatures]] = {"policy": PolicyFeatures, "own": OwnFeatures}
+
+
+def _mean_word(embedding: nn.Embedding, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean embedding [B, width] of prompts [B, L] over their valid tokens."""
+    return (embedding(tokens) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _regions(tokens: Tensor) -> Tensor:
@@ -210,7 +260,7 @@ def _regions(tokens: Tensor) -> Tensor:
 def save_critic(
     folder: str | Path,
     critics: CriticNetworks,
-    features: PolicyFeatures,
+    features: Features,
     about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a critic's folder, which `load_critic` reads: critic.json and critic.safetensors.
@@ -229,13 +279,14 @@ def save_critic(
     weights = {f"critics.{name}": tensor for name, tensor in critics.state_dict().items()}
     weights |= {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
     write_tensors(folder / WEIGHTS_FILE, weights)
-    content = {"critics": critics.sizes, "policy": features.config.to_dict(), "about": dict(about or {})}
+    kind = next(name for name, of_kind in FEATURES.items() if isinstance(features, of_kind))
+    content = {
+        "critics": critics.sizes, "features": kind, "policy": features.config.to_dict(), "about": dict(about or {}),
+    }  # fmt: skip
     write_json(folder / SIZES_FILE, content)
 
 
-def load_critic(
-    folder: str | Path, device: str | torch.device = "cpu"
-) -> tuple[CriticNetworks, PolicyFeatures]:
+def load_critic(folder: str | Path, device: str | torch.device = "cpu") -> tuple[CriticNetworks, Features]:
     """Read a critic's folder, for acting.
 
     Raises:
@@ -250,7 +301,8 @@ def load_critic(
             )
     try:
         content = json.loads((folder / SIZES_FILE).read_text())
-        features = PolicyFeatures(Pi0Config.from_dict(content["policy"], str(folder / SIZES_FILE)))
+        policy = Pi0Config.from_dict(content["policy"], str(folder / SIZES_FILE))
+        features = FEATURES[content["features"]](policy)
         critics = CriticNetworks(**content["critics"])
         weights = load_file(folder / WEIGHTS_FILE)
         for name, module in (("critics.", critics), ("features.", features)):
@@ -259,7 +311,7 @@ def load_critic(
             )
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is no critic's folder: {error}") from error
-    return critics.to(device).requires_grad_(False).eval(), features.to(device).eval()
+    return tuple(module.to(device).requires_grad_(False).eval() for module in (critics, features))  # type: ignore[return-value]
 
 
 class BestOfPolicy(ActingPolicy):
@@ -284,7 +336,7 @@ class BestOfPolicy(ActingPolicy):
         self,
         policy: PI0Policy,
         critics: CriticNetworks,
-        features: PolicyFeatures,
+        features: Features,
         samples: int,
         guidance_weight: float | None = None,
     ):
