@@ -1,5 +1,6 @@
 """Episodes, caches and batches of `pi0.acrlpd`, with the tiny policy."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,8 +12,16 @@ from pi0 import PI0Policy
 from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
 from pi0.acrlpd.actor import Pi0Actor, network_inputs
 from pi0.acrlpd.critic_networks import ObservationFeatures
-from pi0.acrlpd.episodes import RecordedEpisode, of_demonstration, of_rollout
+from pi0.acrlpd.episodes import (
+    RecordedEpisode,
+    ended_at_horizon,
+    of_demonstration,
+    of_rollout,
+    shuffled_outcomes,
+    with_outcome,
+)
 from pi0.acrlpd.practice import choose_rollouts
+from pi0.acrlpd.replay import windows_of
 from pi0.base.paths import REPO_ROOT
 from pi0.data.chunks import Chunks
 from pi0.data.demonstrations import DataError, Demonstration
@@ -223,7 +232,8 @@ def test_the_flow_loss_is_the_shared_one_and_actions_are_clipped_as_they_are_car
     batch = make_loader(policy, episodes).batch(torch.arange(5))
     actor = Pi0Actor(policy)
     now = batch["observations"]
-    found = actor.flow_loss(now, batch["actions"], batch["valid"], torch.Generator().manual_seed(3), 2)
+    given = (now, batch["actions"][None], batch["valid"][None])
+    (found,) = actor.flow_loss(*given, torch.Generator().manual_seed(3), 2)
     chunks = Chunks(
         {camera: now["image"][camera] for camera in CAMERAS},
         now["raw_state"],
@@ -236,6 +246,22 @@ def test_the_flow_loss_is_the_shared_one_and_actions_are_clipped_as_they_are_car
     beyond = policy.normalize_actions(3 * torch.ones(5, HORIZON, 7), now["raw_state"])
     whole = policy.normalize_actions(torch.ones(5, HORIZON, 7), now["raw_state"])[..., :7]
     assert torch.allclose(actor.carried_out(beyond, now), whole, atol=1e-5)
+
+
+def test_two_chunks_of_an_observation_have_the_losses_that_each_has_alone(policy):
+    batch = make_loader(policy, [made_episode(3, 0), made_episode(2, 1)]).batch(torch.arange(5))
+    now, actor, samples = batch["observations"], Pi0Actor(policy), 3
+    chunks = torch.stack([batch["actions"], torch.randn_like(batch["actions"])])
+    valid = torch.ones(2, 5, HORIZON)
+    found = actor.flow_loss(now, chunks, valid, torch.Generator().manual_seed(3), samples)
+    drawn = policy.draw_noise_and_time(chunks.flatten(0, 1), samples, torch.Generator().manual_seed(3))
+    noise, time = (each.unflatten(1, (2, 5)) for each in drawn)
+    for kind in range(2):
+        alone = policy(
+            **network_inputs(policy, now), actions=chunks[kind], noise=noise[:, kind], time=time[:, kind]
+        )
+        expected = alone[..., :7].mean((0, 2, 3))
+        assert torch.allclose(found[kind], expected, atol=1e-5)
 
 
 def test_rollouts_go_through_all_states_of_each_task_before_one_comes_again():

@@ -21,6 +21,7 @@ def write_results(
     after: Mapping[str, EvaluationResult],
     history: Sequence[Mapping[str, Any]],
     seconds: float,
+    earlier: Mapping[str, float],
 ) -> None:
     """Write results.json and print the table.
 
@@ -31,10 +32,11 @@ def write_results(
         after: scores by the way of acting, on the same states and noise; the last one is the best of N.
         history: metrics of each iteration.
         seconds: wall time of the run, without scores.
+        earlier: the same when each of the scores in `after` was made that came before the end.
     """
     rows = [["", "success", "change, paired"], ["before", str(before), ""]]
     for name, score in after.items():
-        when = "" if name.startswith(("critics", "offline")) else "after, "
+        when = "" if name in earlier else "after, "
         rows.append([f"{when}{name}", str(score), str(paired_difference(*paired_outcomes(before, score)))])
     results = {
         "date": time.strftime("%Y-%m-%d"),
@@ -45,6 +47,7 @@ def write_results(
         "seconds": seconds,
         "before": before.score(),
         "after": list(after.values())[-1].score(),
+        "minutes": {name: earlier.get(name, seconds) / 60 for name in after},
         "scores": {name: score.score() for name, score in after.items()},
         "table": rows,
         "history": history,

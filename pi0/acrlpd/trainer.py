@@ -293,7 +293,9 @@ class ACRLPDTrainer:
         done = any(name.startswith(f"{part},") for name in parts)
         if not training.score_parts or part is None or step == training.num_train_steps or done:
             return
-        parts |= {f"{part}, {way}": scored.to_dict() for way, scored in self.evaluate(f"of {part}").items()}
+        seconds = self._seconds()
+        for way, scored in self.evaluate(f"of {part}").items():
+            parts[f"{part}, {way}"] = {**scored.to_dict(), "seconds": seconds}
 
     def _scores_of_parts(self) -> dict[str, EvaluationResult]:
         parts = self.state.facts.get("parts", {})
@@ -393,6 +395,7 @@ class ACRLPDTrainer:
             after,
             self.state.history,
             seconds,
+            {name: part["seconds"] for name, part in self.state.facts["parts"].items()},
         )
         outputs.write("report.html", write_html_report, run_dir, METRICS)
 

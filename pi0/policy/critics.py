@@ -242,7 +242,7 @@ class OwnFeatures(nn.Module):
 
 
 Features = PolicyFeatures | OwnFeatures
-FEATURES: dict[str, type[PolicyFeatures] | type[OwnFeatures]] = {"policy": PolicyFeatures, "own": OwnFeatures}
+FEATURES: dict[str, type[PolicyFeatures | OwnFeatures]] = {"policy": PolicyFeatures, "own": OwnFeatures}
 
 
 def _mean_word(embedding: nn.Embedding, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,192 @@
+"""What does ACRLPD learn, and from what? Runs the quickstart over seeds, with controls and ablations, scored part by part.
+
+    python benchmarks/acrlpd_learning.py --runs full --seeds 0 1 2
+    python benchmarks/acrlpd_learning.py --runs shuffled untrained cloning --seeds 0 1 2
+    python benchmarks/acrlpd_learning.py --runs full --seeds 0 --rehearse    # does everything run? the numbers mean nothing
+    python benchmarks/acrlpd_learning.py --table outputs/acrlpd_learning --picture outputs/acrlpd_learning.png
+
+| run | what it is |
+|---|---|
+| full | configs/acrlpd_quickstart.yaml: record, critics, offline, practice |
+| critics | the same, until the critics are learned; the policy stays as it was |
+| shuffled | critics, with success and failure exchanged between recorded episodes: reward teaches nothing |
+| untrained | critics without an update |
+| own | critics with a small network of their own in place of the policy's tokens |
+| horizon | critics, where an episode that reached its horizon has failed |
+| few, fewer | critics from 200 and from 100 rollouts |
+| offline | until the end of the offline part |
+| weighted | offline, with the weighted flow loss alone |
+| best | offline, with the flow loss on the best of N alone |
+| cloning | offline, with behaviour cloning of successful episodes alone: the same data without a critic |
+
+Scores are of 100 of LIBERO's recorded states, with the same noise before and after. Minutes are of recording and learning,
+without scores. Finished runs are kept, so a stopped benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pi0.base.arguments import Collect, ranged
+from pi0.base.errors import run_command
+from pi0.base.stats import format_rate, mean_interval, paired_difference
+
+CONFIG = "acrlpd_quickstart"
+CRITICS = ["training.num_train_steps=1", "training.offline_iterations=1"]
+OFFLINE = ["training.num_train_steps=5", "training.offline_iterations=5"]
+OVERRIDES: dict[str, list[str]] = {
+    "full": [],
+    "critics": CRITICS,
+    "shuffled": [*CRITICS, "data.shuffle_outcomes=true"],
+    "untrained": [*CRITICS, "training.critic_updates=0", "training.updates=0"],
+    "own": [*CRITICS, "acrlpd.features=own"],
+    "horizon": [*CRITICS, "data.horizon_is_failure=true"],
+    "few": [*CRITICS, "data.rollouts=200"],
+    "fewer": [*CRITICS, "data.rollouts=100"],
+    "offline": OFFLINE,
+    "weighted": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=0"],
+    "best": [*OFFLINE, "acrlpd.awr_weight=0", "acrlpd.bc_loss_weight=0"],
+    "cloning": [*OFFLINE, "acrlpd.awr_weight=0", "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=1"],
+}
+SHORT = [
+    "data.rollouts=4", "data.init_states=2", "task.max_episode_length=20", "training.critic_updates=2",
+    "training.updates=1", "training.rollouts=2", "evaluation.episodes=2",
+]  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", action=Collect, nargs="+", choices=list(OVERRIDES), default=["full"])
+    parser.add_argument("--seeds", action=Collect, nargs="+", type=ranged(int, low=0), default=[0, 1, 2])
+    parser.add_argument(
+        "--output", default="outputs/acrlpd_learning", help="folder of the runs; finished ones are kept"
+    )
+    parser.add_argument(
+        "--override", action=Collect, nargs="*", default=[], help="further overrides for every run"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="do the least of everything, in another folder"
+    )
+    parser.add_argument("--table", metavar="FOLDER", help="only print the tables of this folder")
+    parser.add_argument("--picture", metavar="FILE", help="draw success against minutes there, a PNG")
+    options = parser.parse_args()
+    if options.rehearse:
+        options.output = f"{options.output}_rehearsal"
+    if options.table is None:
+        for seed in options.seeds:
+            for run in options.runs:
+                learn(run, seed, options)
+    runs = read(Path(options.table or options.output))
+    if not runs:
+        parser.error("there is no finished run")
+    print(tables(runs))
+    if options.picture:
+        draw(runs, Path(options.picture))
+
+
+def learn(run: str, seed: int, options: argparse.Namespace) -> None:
+    """Make one run, if it is not there; its folder is then OUTPUT/RUN-seedN."""
+    folder = Path(options.output) / f"{run}-seed{seed}"
+    if list(folder.glob("run-*/results.json")):
+        return
+    overrides = [
+        f"training.seed={seed}", f"output_dir={folder}", "exp_name=run", "training.score_parts=true",
+        "logging.use_wandb=false", *OVERRIDES[run], *(SHORT if options.rehearse else ()), *options.override,
+    ]  # fmt: skip
+    command = ["-m", "pi0.acrlpd.train", "--config", CONFIG, "--override", *overrides]
+    if list(folder.glob("run-*/checkpoints")):  # of a benchmark that was stopped
+        command.append("--resume")
+    print("$ python", *command, flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results of the finished runs, by kind."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*-seed*/run-*/results.json")):
+        found.setdefault(file.parts[-3].rpartition("-seed")[0], []).append(json.loads(file.read_text()))
+    return {kind: found[kind] for kind in OVERRIDES if kind in found}
+
+
+def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Each run's scores, then the means over seeds."""
+    lines = [
+        "| run | seed | before | part | score | change, paired | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    means = ["| run | part | seeds | mean score, % | of each seed |", "|---|---|---|---|---|"]
+    for kind, of_kind in runs.items():
+        parts: dict[str, list[float]] = {}
+        for results in of_kind:
+            before = results["before"]
+            for part, score in results["scores"].items():
+                pairs = [
+                    (first["success"], second["success"])
+                    for first, second in zip(before["outcomes"], score["outcomes"], strict=True)
+                    if None not in (first["success"], second["success"])
+                ]
+                change = paired_difference([first for first, _ in pairs], [second for _, second in pairs])
+                rates = [format_rate(each["successes"], each["episodes"]) for each in (before, score)]
+                minutes = results["minutes"][part]
+                lines.append(
+                    f"| {kind} | {results['config']['training']['seed']} | {rates[0]} | {part} | {rates[1]} | "
+                    f"{change} | {minutes:.1f} |"
+                )
+                parts.setdefault(part, []).append(100 * score["success_rate"])
+        for part, rates in parts.items():
+            mean, low, high = mean_interval(rates)
+            spread = f" ({low:.1f} to {high:.1f})" if len(rates) > 1 else ""
+            each = ", ".join(f"{rate:.0f}" for rate in rates)
+            means.append(f"| {kind} | {part} | {len(rates)} | {mean:.1f}{spread} | {each} |")
+    return "\n".join([*lines, "", *means])
+
+
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Success of each part against minutes, a line for each run and way of acting."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for kind, of_kind in runs.items():
+        for way in ("one sample", "best"):
+            points: dict[str, list[tuple[float, float]]] = {}
+            for results in of_kind:
+                points.setdefault("before", []).append((0.0, 100 * results["before"]["success_rate"]))
+                for part, score in results["scores"].items():
+                    if way in part:
+                        points.setdefault(part.partition(",")[0], []).append(
+                            (results["minutes"][part], 100 * score["success_rate"])
+                        )
+            middle = [
+                tuple(sum(values) / len(values) for values in zip(*each, strict=True))
+                for each in points.values()
+            ]
+            if len(middle) > 1:
+                x, y = zip(*middle, strict=True)
+                axes.plot(x, y, marker="o", label=f"{kind}, {way}")
+    axes.set_xlabel("minutes of recording and learning")
+    axes.set_ylabel("success (%), 100 episodes, mean over seeds")
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)
