@@ -8,10 +8,11 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser game peers check test soak upstream quickstart quickstart-game resume resume-game
+.PHONY: help setup setup-browser game peers check test soak upstream quickstart quickstart-critic quickstart-game resume \
+	resume-critic resume-game
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## install .venv from requirements.lock, and the software-GL libraries; quick if they are there
 	@$(SET_UP)
@@ -47,6 +48,12 @@ quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table
 
 resume: setup  ## resume an interrupted quickstart
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)
+
+quickstart-critic: setup  ## improve the same policy by ACRLPD: critics choose among its actions and teach it; table, films, report
+	.venv/bin/python -m pi0.acrlpd.train --config acrlpd_quickstart $(ARGS)
+
+resume-critic: setup  ## resume an interrupted quickstart-critic
+	.venv/bin/python -m pi0.acrlpd.train --config acrlpd_quickstart --resume $(ARGS)
 
 quickstart-game: game  ## train a policy for Airstriker by parallel PPO; table, curve, videos and report at the end
 	.venv/bin/python -m pi0.parallel.train_parallel --config_path configs/parallel_quickstart.yaml $(ARGS)

@@ -87,6 +87,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
         "acrlpd_debug",
         "--override",
         f"output_dir={folder}",
+        "features.save_video=false",
         *overrides,
     ]
 

@@ -51,14 +51,20 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def debug(folder: Path, *overrides: str):
-    return get_config("acrlpd_debug", [f"output_dir={folder}", *overrides])
+    quick = (f"output_dir={folder}", "features.save_video=false")
+    return get_config("acrlpd_debug", [*quick, *overrides])
 
 
 def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
     torch.set_num_threads(1)
-    run = unified_training_interface(debug(tmp_path))
+    run = unified_training_interface(debug(tmp_path, "features.save_video=true", "training.score_parts=true"))
+    assert {"values.mp4", "before_after.mp4"} <= {path.name for path in run.iterdir()}
     results = json.loads((run / "results.json").read_text())
-    assert [row[0] for row in results["table"]] == ["", "before", "after, one sample", "after, best of 2"]
+    ways = ("one sample", "best of 2")
+    rows_of_parts = [f"{part}, {way}" for part in ("critics", "offline", "after") for way in ways]
+    assert [row[0] for row in results["table"]] == ["", "before", *rows_of_parts]
+    minutes = list(results["minutes"].values())
+    assert minutes == sorted(minutes) and 0 < minutes[0] < minutes[2] < minutes[4]
     assert results["after"]["episodes"] == 2
     found = rows(run)
     assert [row["step"] for row in found] == [0, 1, 2]

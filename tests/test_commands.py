@@ -163,6 +163,8 @@ WAYS = {
     "make game peers": here(soak=True),
     "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
     "make quickstart-game": elsewhere("test_parallel_runs.py"),
+    "make quickstart-critic": elsewhere("test_acrlpd_runs.py"),
+    "make resume-critic": elsewhere("test_acrlpd_runs.py"),
     "make resume-game": elsewhere("test_parallel_runs.py"),
     "make check": not_run("runs these tests; the recipe's commands are looked at"),
     "make test": not_run("runs these tests; the recipe's commands are looked at"),
@@ -216,6 +218,15 @@ WAYS = {
     ),
     "tools/mutations.py": here("--only base"),
     "tools/reliability.py": here(),
+    "benchmarks/acrlpd.py": here("--parts memory --output {out}/acrlpd.json"),
+    "benchmarks/acrlpd.py --parts update": here(
+        "--parts update --turns 1 --episodes 2 --output {out}/acrlpd.json", soak=True
+    ),
+    "benchmarks/acrlpd.py --table": not_run("prints what a whole measurement has written"),
+    "benchmarks/acrlpd_learning.py": here(
+        "--runs critics --seeds 0 --rehearse --output {out}/learning", soak=True
+    ),
+    "benchmarks/acrlpd_learning.py --table": not_run("prints what finished runs have written"),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),

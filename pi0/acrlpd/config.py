@@ -17,7 +17,7 @@ from pi0.base.paths import REPO_ROOT
 from pi0.base.typed_yaml import ConfigError, key, section, show
 from pi0.libero.settings import MAX_SEED, ScoreConfig, TaskConfig, task_conflicts
 from pi0.training.run_folder import name_problem
-from pi0.training.settings import LoggingConfig, OptimizerConfig, check_config, read_config
+from pi0.training.settings import FeaturesConfig, LoggingConfig, OptimizerConfig, check_config, read_config
 
 CONFIGS = REPO_ROOT / "configs"
 # Keys of earlier sketches, and the one key that means the same here.
@@ -172,6 +172,7 @@ class RLTrainConfig:
     qchunking: QChunkingConfig = section(QChunkingConfig)
     training: ACRLPDTrainingConfig = section(ACRLPDTrainingConfig)
     evaluation: ScoreConfig = section(ScoreConfig)
+    features: FeaturesConfig = section(FeaturesConfig)
     logging: LoggingConfig = section(LoggingConfig)
 
 

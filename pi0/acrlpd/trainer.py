@@ -21,6 +21,7 @@ from pi0.acrlpd.actor import Pi0Actor
 from pi0.acrlpd.config import RLTrainConfig, to_dict
 from pi0.acrlpd.critic_networks import CriticNetworks, ObservationFeatures
 from pi0.acrlpd.episodes import RecordedEpisode, ended_at_horizon, shuffled_outcomes
+from pi0.acrlpd.films import film_values
 from pi0.acrlpd.fsdp_support import (
     create_fsdp_mesh,
     create_fsdp_train_step_fn,
@@ -35,6 +36,7 @@ from pi0.base.errors import InputError, Outputs
 from pi0.base.progress import progress
 from pi0.libero.environments import Environments
 from pi0.libero.evaluation import EvaluationResult, evaluate, restore_result
+from pi0.libero.films import film_before_after
 from pi0.policy.acting import ActingPolicy
 from pi0.policy.critics import BestOfPolicy, save_critic
 from pi0.ranks.collectives import broadcast_weights, gather, largest, on_rank_zero, rank_and_world_size
@@ -397,6 +399,11 @@ class ACRLPDTrainer:
             seconds,
             {name: part["seconds"] for name, part in self.state.facts["parts"].items()},
         )
+        if self.config.features.save_video:
+            best, scored = self.best_policy(), list(after.values())[-1]
+            films = (run_dir, self.environments)
+            outputs.write("values.mp4", film_values, *films, best, scored)
+            outputs.write("before_after.mp4", film_before_after, *films, self.start, best, before, scored)
         outputs.write("report.html", write_html_report, run_dir, METRICS)
 
     @contextmanager

@@ -375,3 +375,17 @@ class BestOfPolicy(ActingPolicy):
                 best = critics.values(observed, seen).mean(0).argmax(0)
             chosen = chunks[best, torch.arange(len(states), device=policy.device)]
         return chosen.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def value(
+        self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str], chunks: np.ndarray
+    ) -> np.ndarray:
+        """What the critics expect of chunks float32 [B, horizon, 7], in the robot's units, at the observations of `act`.
+
+        Returns the mean over the critics, float32 [B].
+        """
+        policy, critics = self._policy, self._critics
+        inputs = policy.prepare({"images": images, "state": states, "prompt": prompts})
+        given = torch.from_numpy(np.ascontiguousarray(chunks)).to(policy.device)
+        seen = policy.normalize_actions(given, states)[..., : critics.horizon, : critics.action_dim]
+        return critics(self._features(**inputs), inputs["state"], seen).mean(0).float().cpu().numpy()
