@@ -14,6 +14,7 @@ from pi0 import PI0Policy
 from pi0.acrlpd import trainer as trainer_module
 from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
 from pi0.acrlpd.train import main, unified_training_interface
+from pi0.base.errors import InputError
 from pi0.evaluate import main as evaluate_command
 from pi0.policy.critics import load_critic
 
@@ -134,6 +135,37 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, overrides):
     assert [[row.get(key) for key in keys] for row in rows(whole)] == [
         [row.get(key) for key in keys] for row in rows(resumed)
     ]
+
+
+@pytest.mark.tried(
+    "critics whose values diverge",
+    "the run returns to its last checkpoint, and says so; three times, then it ends",
+)
+def test_values_that_diverge_lead_back_to_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    step = trainer_module.ACRLPDTrainer.train_step_wrapper
+    spoilt = []
+
+    def spoil(trainer, actor):
+        if trainer.state.step == 1 and not spoilt:
+            spoilt.append(True)
+            with torch.no_grad():
+                trainer.agent.critic_networks.value.bias += 100.0
+        return step(trainer, actor)
+
+    monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", spoil)
+    run = unified_training_interface(debug(tmp_path / "once"))
+    assert "the critics diverge: their mean value is 1" in capsys.readouterr().out
+    assert [row["rollbacks"] for row in rows(run)] == [0, 1, 1]
+    assert all(abs(row["value"]) < 2 for row in rows(run))
+
+    def always(trainer, actor):
+        spoilt.clear()
+        return spoil(trainer, actor)
+
+    monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", always)
+    with pytest.raises(InputError, match="step 1: the critics diverge"):
+        unified_training_interface(debug(tmp_path / "always"))
 
 
 def test_presets_are_listed_and_a_misspelt_one_is_named(capsys):

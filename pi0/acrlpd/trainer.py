@@ -231,7 +231,7 @@ class ACRLPDTrainer:
         """One step of the agent on a new batch; a gradient that is not finite is left out, and counted.
 
         Raises:
-            FloatingPointError: it was the last of too many in a row.
+            FloatingPointError: it was the last of too many in a row, or the critics diverge.
             Interrupted: the run was asked to stop.
         """
         data = self.config.data
@@ -243,6 +243,7 @@ class ACRLPDTrainer:
             self.safe.recovery.check()
             return {}
         self.safe.recovery.count_gradient(True)
+        require_possible(info["value"], self.agent.settings.value_range)
         self.interrupts.check_together()
         return info
 
@@ -483,6 +484,18 @@ def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent
         seed=training.seed,
     )
     return agent, features
+
+
+def require_possible(value: float, value_range: tuple[float, float] | None) -> None:
+    """Raise FloatingPointError if a mean value is further beyond what rewards allow than that range is wide."""
+    if value_range is None:
+        return
+    low, high = value_range
+    if not low - (high - low) <= value <= high + (high - low):
+        raise FloatingPointError(
+            f"the critics diverge: their mean value is {value:.3g}, and rewards allow {low:g} to {high:g} "
+            "(acrlpd.critic_lr, acrlpd.target_update_rate)"
+        )
 
 
 def means(infos: list[Info]) -> Info:
