@@ -50,9 +50,11 @@ class Ensemble(nn.Module):
         self.weight = nn.Parameter(torch.empty(critics, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(critics, 1, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[K, N, inputs], or [N, inputs] for all, to [K, N, outputs]."""
-        return torch.matmul(x, self.weight) + self.bias
+    def forward(self, *parts: Tensor) -> Tensor:
+        """[K, N, inputs], or [N, inputs] for all, to [K, N, outputs]; the inputs may come in parts, which saves a copy."""
+        sizes = [part.shape[-1] for part in parts]
+        weights = self.weight.split(sizes, 1)
+        return sum(map(torch.matmul, parts, weights), self.bias)
 
 
 class EnsembleNorm(nn.Module):
@@ -123,7 +125,7 @@ class CriticNetworks(nn.Module):
 
         Any number of chunks can then be valued without looking again.
         """
-        return self.observation(torch.cat([self.feature_norm(features), state], -1))
+        return self.observation(self.feature_norm(features), state)
 
     def values(self, observed: Tensor, chunks: Tensor) -> Tensor:
         """Values [K, S, B] of S chunks for each observation.
@@ -134,13 +136,12 @@ class CriticNetworks(nn.Module):
         """
         samples, batch = chunks.shape[:2]
         flat = chunks.flatten(2).flatten(0, 1)  # [S * B, H * action_dim]
-        every = flat.expand(self.critics, -1, -1)
         x = self.chunk(flat) + observed.repeat(1, samples, 1)
         for number, norm in enumerate(self.norms):
             if number:
-                x = self.later[number - 1](torch.cat([x, every], -1))
+                x = self.later[number - 1](x, flat)
             x = F.gelu(norm(x))
-        return self.value(torch.cat([x, every], -1)).view(self.critics, samples, batch)
+        return self.value(x, flat).view(self.critics, samples, batch)
 
     def forward(self, features: Tensor, state: Tensor, chunk: Tensor) -> Tensor:
         """Values [K, B] of one chunk [B, H, action_dim] for each observation."""
