@@ -51,7 +51,7 @@ class Pi0Actor(nn.Module):
 
     Args:
         policy: the policy; its weights are trained.
-        mixed_precision: compute the loss in bfloat16 where PyTorch's autocast considers it safe.
+        mixed_precision: sample, and compute the loss, in bfloat16 where PyTorch's autocast considers it safe.
     """
 
     def __init__(self, policy: PI0Policy, mixed_precision: bool = False):
@@ -63,7 +63,8 @@ class Pi0Actor(nn.Module):
 
     def sample(self, observations: Observations, noise: Tensor) -> Tensor:
         """See `Actor`; all chunks of an observation share its prefix."""
-        return self.policy.sample_actions(**network_inputs(self.policy, observations), noise=noise)
+        with torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            return self.policy.sample_actions(**network_inputs(self.policy, observations), noise=noise)
 
     def flow_loss(
         self,

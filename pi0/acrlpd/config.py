@@ -137,7 +137,7 @@ class ACRLPDTrainingConfig:
     keep_checkpoints: int = key(2, "how many of the newest to keep", unit="checkpoints", low=1)
     save_best: bool = key(True, "keep the checkpoint with the best periodic evaluation, however old")
     use_mixed_precision: bool = key(
-        False, "compute the flow loss in bfloat16 where autocast considers it safe"
+        False, "draw candidates and compute flow losses in bfloat16 where that is safe (autocast)"
     )
     gradient_checkpointing: bool = key(
         False, "keep less of the forward pass and work it out again: less memory, more time"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ class ACRLPDTrainer:
             self._add(practice.episodes, step)
             metrics |= practice.metrics()
         clock.lap("rollouts")
-        self.loader.caches.refresh(self.loader.replay, self.agent.sample)
+        self._refresh_candidates()
         clock.lap("caches")
         self.state.begin_update()
         alone = training.critic_updates if step == 0 else 0
@@ -326,6 +326,24 @@ class ACRLPDTrainer:
             key = (self.config.training.seed, step + 1, self._rank)
             episodes = shuffled_outcomes(episodes, np.random.default_rng(key))
         self.loader.add(episodes)
+
+    def _refresh_candidates(self) -> None:
+        """Draw candidate chunks of the averaged actor for all observations in memory."""
+        caches, replay = self.loader.caches, self.loader.replay
+        done = 0
+        with progress(total=len(replay.states), label="candidates", unit="observation") as bar:
+
+            def sample(observations: dict[str, Any]) -> torch.Tensor:
+                nonlocal done
+                self.interrupts.check()
+                drawn = self.agent.sample(observations)
+                done += len(observations["state"])
+                bar.update(len(observations["state"]))
+                return drawn
+
+            with suppress(Interrupted):
+                caches.refresh(replay, sample)
+        self.interrupts.check_together(abandoned=done < len(replay.states))
 
     def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
         config = self.config
