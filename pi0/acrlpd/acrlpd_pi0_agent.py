@@ -226,11 +226,18 @@ class ACRLPDPi0Agent:
             self._features(batch, "features", now), now["state"], self.valued(batch["actions"], now)
         )
         known = batch["sequence_mask"].to(values)
-        errors = (values - targets).square().mean(0)
+        errors, middle = (values - targets).square().mean(0), values.mean(0)
+        solved = batch["success"].to(values)
         info = _means(
-            known, critic_loss=errors, value=values.mean(0), target=targets, value_spread=values.std(0)
+            critic_loss=(errors, known),
+            value=(middle, known),
+            target=(targets, known),
+            value_spread=(values.std(0), known),
+            value_solved=(middle, solved),
+            value_failed=(middle, 1 - solved),
+            known=(known, torch.ones_like(known)),
         )
-        return _part(errors, known), info | _means(torch.ones_like(known), known=known)
+        return _part(errors, known), info
 
     def compute_actor_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Flow loss weighted by exp(A / temperature), plus that on the best of N samples.
@@ -294,7 +301,9 @@ class ACRLPDPi0Agent:
         advantages, temperature = judged.advantages, self.log_temperature.exp().item()
         everywhere = advantage_weights(advantages, temperature)
         info = _means(
-            every, weighted_loss=weighted, best_loss=distilled, best_over_mean=judged.best_over_mean
+            weighted_loss=(weighted, every),
+            best_loss=(distilled, every),
+            best_over_mean=(judged.best_over_mean, every),
         )
         info |= {
             "actor_loss": awr * info["weighted_loss"] + best * info["best_loss"],
@@ -309,7 +318,7 @@ class ACRLPDPi0Agent:
 
     def _bc_loss(self, batch: Batch, flow: Tensor) -> tuple[Tensor, Info]:
         solved = batch["success"].to(flow)
-        info = _means(solved, bc_loss=flow[0]) | _means(torch.ones_like(solved), solved_share=solved)
+        info = _means(bc_loss=(flow[0], solved), solved_share=(solved, torch.ones_like(solved)))
         return _part(flow[0], solved), info
 
     def _features(self, batch: Batch, name: str, observations: Observations) -> Tensor:
@@ -405,11 +414,11 @@ def _part(values: Tensor, counts: Tensor) -> Tensor:
     return (values * counts).sum() / mean_over_ranks(counts.sum()).clamp(min=SMALLEST)
 
 
-def _means(counts: Tensor, **values: Tensor) -> Info:
-    """Means over the windows of all ranks that count; 0 if none does."""
-    sums = [counts.sum(), *((each.detach() * counts).sum() for each in values.values())]
-    count, *totals = mean_over_ranks(torch.stack(sums)).tolist()
-    return {name: total / max(count, SMALLEST) for name, total in zip(values, totals, strict=True)}
+def _means(**parts: tuple[Tensor, Tensor]) -> Info:
+    """Means of values [B] over the windows of all ranks that their counts [B] count; 0 if they count none."""
+    sums = [((values.detach() * counts).sum(), counts.sum()) for values, counts in parts.values()]
+    found = mean_over_ranks(torch.stack([torch.stack(pair) for pair in sums])).tolist()
+    return {name: total / max(count, SMALLEST) for name, (total, count) in zip(parts, found, strict=True)}
 
 
 def _require(condition: bool, message: str) -> None:
