@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pi0.acrlpd import trainer as trainer_module
 from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
 from pi0.acrlpd.train import main, unified_training_interface
 from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
 from pi0.evaluate import main as evaluate_command
 from pi0.policy.critics import load_critic
 
@@ -189,3 +191,10 @@ def test_presets_are_listed_and_a_misspelt_one_is_named(capsys):
 def test_values_that_cannot_be_are_named(override, said):
     with pytest.raises(ConfigError, match=said):
         load_rl_config("configs/acrlpd_debug.yaml", [override])
+
+
+def test_the_page_describes_every_metric():
+    text = (REPO_ROOT / "docs" / "acrlpd.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\S+)` \| (.+?) \| (.+?) \|$", section, re.MULTILINE)
+    assert rows == [(each.name, each.unit or "–", each.meaning) for each in trainer_module.METRICS.metrics]

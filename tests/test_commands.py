@@ -216,6 +216,9 @@ WAYS = {
     "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --tasks 3 8 --critic_path": elsewhere(
         "test_acrlpd_runs.py"
     ),
+    "13_train_production_ready.py --config_path configs/quickstart.yaml --override algo.critic_path": elsewhere(
+        "test_ript_critic.py"
+    ),
     "tools/mutations.py": here("--only base"),
     "tools/reliability.py": here(),
     "benchmarks/acrlpd.py": here("--parts memory --output {out}/acrlpd.json"),
