@@ -34,6 +34,7 @@ def compared(tmp_path: Path, processes: int, *arguments: str) -> list[dict]:
     return json.loads(found.read_text())
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("counts", ["6,6", "11,1"])
 def test_two_ranks_learn_what_one_process_learns_however_uneven_they_are(tmp_path, counts):
     for found in compared(tmp_path, 2, "windows", counts):
@@ -42,6 +43,7 @@ def test_two_ranks_learn_what_one_process_learns_however_uneven_they_are(tmp_pat
         assert found["infos"] < 1e-6
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("processes", "size"), [(2, 2), (4, 2)])
 def test_a_sharded_actor_learns_what_a_whole_one_learns_and_each_rank_holds_its_share(
     tmp_path, processes, size
@@ -112,7 +114,7 @@ def metrics(run: Path) -> list[dict]:
     return [{name: line.get(name) for name in names} for line in lines]
 
 
-@pytest.mark.engine
+@pytest.mark.runs
 @pytest.mark.tried(
     "both ranks of ACRLPD killed (SIGKILL) after an iteration", "`--resume` gives the same numbers to the bit"
 )
@@ -139,7 +141,7 @@ def test_killed_ranks_with_shards_resume_to_the_bit(tmp_path):
     assert metrics(whole) == metrics(part)
 
 
-@pytest.mark.engine
+@pytest.mark.runs
 def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
     finish(torchrun(2, *arguments(tmp_path, "training.num_train_steps=3")))
     run = run_of(tmp_path)
@@ -160,6 +162,7 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
     assert [row["episodes"] for row in metrics(run)] == [4, 4, 6]
 
 
+@pytest.mark.runs
 def test_ranks_that_cannot_be_divided_are_named(tmp_path):
     output = finish(torchrun(2, *arguments(tmp_path, "training.fsdp_size=3")), 1)
     assert "training.fsdp_size = 3: 2 ranks cannot be divided into copies of 3" in error_line(output)

@@ -78,7 +78,7 @@ def test_a_critic_that_is_not_there_is_named(policy, tmp_path):
         policies(policy, f"algo.critic_path={tmp_path / 'none'}")
 
 
-@pytest.mark.engine
+@pytest.mark.runs
 @pytest.mark.parametrize("script", ["09_train_with_config.py", "13_train_production_ready.py"])
 def test_a_stage_practises_with_the_critic_and_is_scored_without(script, critic, tmp_path):
     rows = []
