@@ -9,11 +9,16 @@ from pi0.training.settings import OptimizerConfig
 
 
 def make_optimizer(module: nn.Module, lr: float, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer of a module's trained weights (`requires_grad`)."""
+    """An optimizer of a module's trained weights (`requires_grad`); the module may be sharded."""
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if optimizer.type == "sgd":
+        sharded = any(hasattr(weight, "full_tensor") for weight in weights)
         return torch.optim.SGD(
-            weights, lr, momentum=optimizer.beta1, weight_decay=optimizer.weight_decay, fused=True
+            weights,
+            lr,
+            momentum=optimizer.beta1,
+            weight_decay=optimizer.weight_decay,
+            fused=not sharded,  # PyTorch 2.13 has no fused SGD of shards
         )
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer.type]
     return kind(

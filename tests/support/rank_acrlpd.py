@@ -124,14 +124,17 @@ def worst(ours: dict, theirs: dict) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
 
 
-def compare(alone: tuple[dict, list[dict]], together: tuple[dict, list[dict]], more: dict) -> None:
-    """Print how far the ranks are from one process, in weights and in what each step says."""
+def compare(
+    alone: tuple[dict, list[dict]], together: tuple[dict, list[dict]], more: dict, but: tuple[str, ...] = ()
+) -> None:
+    """Write how far the ranks are from one process, in weights and in what each step says, `but` for these names."""
     said = gather(together[1])
     assert all(infos == said[0] for infos in said), "ranks say different things of the same step"
     off = max(
         abs(info[name] - expected[name]) / max(1.0, abs(expected[name]))
         for info, expected in zip(together[1], alone[1], strict=True)
         for name in expected
+        if name not in but
     )
     assert all(info.keys() == expected.keys() for info, expected in zip(together[1], alone[1], strict=True))
     found = gather({"weights": worst(together[0], alone[0]), "infos": off, **more})
