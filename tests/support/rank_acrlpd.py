@@ -218,7 +218,9 @@ def shards(checkpoint: str, fsdp_size: int) -> None:
     together = learn(agent, batches, create_fsdp_train_step_fn(agent, mesh))
     agent, mesh = pi0_agent(checkpoint, ["training.optimizer.type=adamw"], mesh_of)
     agent.train_step(batches[0])
-    compare(alone, together, {"moved": worst(before, alone[0]), "bytes": validate_fsdp_sharding(agent, mesh)})
+    more = {"moved": worst(before, alone[0]), "bytes": validate_fsdp_sharding(agent, mesh)}
+    # With the batch of each rank there are more windows.
+    compare(alone, together, more, but=("sample_size", "advantage_spread"))
 
 
 def main() -> None:
