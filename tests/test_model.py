@@ -233,11 +233,7 @@ def test_chunks_of_a_prefix_do_not_depend_on_each_other():
     config = small_config()
     torch.manual_seed(0)
     policy = PI0Policy(config).double()
-    inputs = random_inputs(config, 2)
-    inputs = {
-        name: {key: t.double() for key, t in value.items()} if name == "images" else value
-        for name, value in inputs.items()
-    } | {"state": inputs["state"].double()}
+    inputs = random_inputs(config, 2, torch.float64)
     names = ("images", "image_masks", "tokenized_prompt", "tokenized_prompt_mask")
     prefix = policy.network.encode_prefix(*(inputs[name] for name in names))
     chunks = torch.randn(3, 2, config.action_horizon, config.action_dim).double()
