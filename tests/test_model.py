@@ -211,17 +211,37 @@ def test_rows_do_not_depend_on_their_companions():
     assert not torch.equal(after[1:], before[1:])
 
 
+def allowed(mask: torch.Tensor) -> list:
+    return (mask[0, 0] == 0).int().tolist()
+
+
 def test_blocks_of_the_suffix_mask():
     network = Pi0Network(small_config(action_horizon=2))
-    mask = network._suffix_mask(torch.tensor([[True, False]]), samples=2, dtype=torch.float32)
-    expected = [  # prefix (second token is padding), state, first chunk, second chunk
-        [1, 0, 1, 0, 0, 0, 0],
-        [1, 0, 1, 1, 1, 0, 0],
-        [1, 0, 1, 1, 1, 0, 0],
-        [1, 0, 1, 0, 0, 1, 1],
-        [1, 0, 1, 0, 0, 1, 1],
+    valid = torch.tensor([[True, False]])  # the prefix's second token is padding
+    assert allowed(network._suffix_mask(valid, samples=1, dtype=torch.float32)) == [
+        [1, 0, 1, 0, 0],  # the state sees prefix and state
+        [1, 0, 1, 1, 1],
+        [1, 0, 1, 1, 1],
     ]
-    assert (mask[0, 0] == 0).int().tolist() == expected
+    several = network._suffix_mask(valid, samples=3, dtype=torch.float32)
+    assert allowed(several.state) == [[1, 0, 1]]
+    assert several.chunk.shape == (3, 1, 1, 5)
+    assert allowed(several.chunk) == [[1, 0, 1, 1, 1]]
+
+
+def test_chunks_of_a_prefix_do_not_depend_on_each_other():
+    config = small_config()
+    torch.manual_seed(0)
+    policy = PI0Policy(config).double()
+    inputs = random_inputs(config, 2, torch.float64)
+    names = ("images", "image_masks", "tokenized_prompt", "tokenized_prompt_mask")
+    prefix = policy.network.encode_prefix(*(inputs[name] for name in names))
+    chunks = torch.randn(3, 2, config.action_horizon, config.action_dim).double()
+    times = torch.rand(3, 2).double()
+    together = policy.network.velocity(prefix, inputs["state"], chunks.flatten(0, 1), times.flatten())
+    for number, found in enumerate(together.unflatten(0, (3, 2))):
+        alone = policy.network.velocity(prefix, inputs["state"], chunks[number], times[number])
+        assert torch.allclose(found, alone, atol=1e-12)
 
 
 def test_every_trained_parameter_gets_a_gradient():

@@ -180,14 +180,11 @@ def test_state_reaches_the_network_through_the_prompt_alone():
 
 def test_blocks_of_the_suffix_mask_hold_no_state():
     network = small_policy(action_horizon=2).network
-    mask = network._suffix_mask(torch.tensor([[True, False]]), samples=2, dtype=torch.float32)
-    expected = [  # prefix (second token is padding), first chunk, second chunk
-        [1, 0, 1, 1, 0, 0],
-        [1, 0, 1, 1, 0, 0],
-        [1, 0, 0, 0, 1, 1],
-        [1, 0, 0, 0, 1, 1],
-    ]
-    assert (mask[0, 0] == 0).int().tolist() == expected
+    valid = torch.tensor([[True, False]])  # the prefix's second token is padding
+    one = network._suffix_mask(valid, samples=1, dtype=torch.float32)
+    assert (one[0, 0] == 0).int().tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
+    several = network._suffix_mask(valid, samples=2, dtype=torch.float32)
+    assert (several.chunk[:, 0, 0] == 0).int().tolist() == [[1, 0, 1, 1], [1, 0, 1, 1]]
 
 
 def test_flow_time_acts_on_its_own_chunk_alone():

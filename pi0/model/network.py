@@ -56,6 +56,18 @@ class PrefixCache(NamedTuple):
         return self.valid.sum(1)
 
 
+class ChunkMasks(NamedTuple):
+    """Who sees whom in a suffix of several chunks: all tokens see prefix and state, actions also their own chunk.
+
+    The chunks of a prefix are laid out as sequences of their own, so that no chunk pays for another.
+    """
+
+    state: Tensor  # additive [B, 1, 1, P + states]
+    chunk: Tensor  # additive [B * S, 1, 1, P + states + H]
+    states: int  # tokens of the state block
+    samples: int  # S
+
+
 class Pi0Network(nn.Module):
     """The parameters of pi0 and the two passes through them."""
 
@@ -305,16 +317,22 @@ class Pi0Network(nn.Module):
             raise ValueError("this model has no optimality condition; build it with guidance=True")
         return tokens, time
 
-    def _suffix_mask(self, prefix_valid: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, T, P + T]: all tokens see prefix and state, actions also their own chunk."""
-        chunk = torch.arange(samples, device=prefix_valid.device).repeat_interleave(
-            self.config.action_horizon
-        )
-        chunk = F.pad(chunk, (self._state_tokens, 0), value=-1)  # the state is -1
-        own = (chunk[:, None] == chunk) | (chunk == -1)  # [T, T]
-        batch = len(prefix_valid)
-        allowed = torch.cat([prefix_valid[:, None].expand(-1, len(own), -1), own.expand(batch, -1, -1)], 2)
-        return _additive_mask(allowed[:, None], dtype)
+    def _suffix_mask(self, prefix_valid: Tensor, samples: int, dtype: torch.dtype) -> Tensor | ChunkMasks:
+        """Who sees whom: all tokens see prefix and state, actions also their own chunk.
+
+        One chunk has a mask [B, 1, T, P + T] of its whole suffix; several have `ChunkMasks`.
+        """
+        states, horizon = self._state_tokens, self.config.action_horizon
+        shared = F.pad(prefix_valid, (0, states), value=True)  # [B, P + states]
+        own = F.pad(shared, (0, horizon), value=True)  # [B, P + states + H]
+        if samples > 1:
+            each = own.repeat_interleave(samples, 0)[:, None, None]
+            return ChunkMasks(
+                _additive_mask(shared[:, None, None], dtype), _additive_mask(each, dtype), states, samples
+            )
+        of_state = F.pad(shared, (0, horizon), value=False)
+        rows = [of_state[:, None].expand(-1, states, -1), own[:, None].expand(-1, horizon, -1)]
+        return _additive_mask(torch.cat(rows, 1)[:, None], dtype)
 
 
 class Gemma(nn.Module):
@@ -364,7 +382,7 @@ class GemmaLayer(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | ChunkMasks | None,
         keys_before: Tensor | None = None,
         values_before: Tensor | None = None,
         condition: Tensor | None = None,
@@ -374,7 +392,7 @@ class GemmaLayer(nn.Module):
         Args:
             x: tokens [N, T, width].
             rope: `rotary_angles` of the tokens' positions.
-            mask: additive [N, 1, T, P + T]; None if only the tokens' keys and values are needed.
+            mask: additive [N, 1, T, P + T], or `ChunkMasks`; None if only the tokens' keys and values are needed.
             keys_before, values_before: those of the earlier tokens, [N, kv_heads, P, head_dim].
             condition: input of adaptive norms, [N, S, width].
 
@@ -386,10 +404,10 @@ class GemmaLayer(nn.Module):
         if mask is None:
             return x, k, v
         q = rotate(self._heads("q_proj", h), rope)
-        # The earlier keys may come from the other expert, in another type.
-        seen_k = k if keys_before is None else torch.cat([keys_before.to(k.dtype), k], 2)
-        seen_v = v if values_before is None else torch.cat([values_before.to(v.dtype), v], 2)
-        attended = F.scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=mask, enable_gqa=True)
+        if isinstance(mask, ChunkMasks):
+            attended = _attend_in_chunks(q, k, v, keys_before, values_before, mask)
+        else:
+            attended = _attend(q, _joined(keys_before, k), _joined(values_before, v), mask)
         x = gated_sum(x, self.self_attn["o_proj"](attended.transpose(1, 2).flatten(2)), gate)
         h, gate = normed(self.post_attention_layernorm, x, condition)
         h = F.gelu(self.mlp["gate_proj"](h), approximate="tanh") * self.mlp["up_proj"](h)
@@ -397,6 +415,46 @@ class GemmaLayer(nn.Module):
 
     def _heads(self, name: str, h: Tensor) -> Tensor:
         return self.self_attn[name](h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _joined(before: Tensor | None, own: Tensor) -> Tensor:
+    """Earlier keys or values and a block's own, [N, kv_heads, P + T, head_dim], in the type of the own ones."""
+    # The earlier ones may come from the other expert, in another type.
+    return own if before is None else torch.cat([before.to(own.dtype), own], 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _attend_in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys_before: Tensor | None,
+    values_before: Tensor | None,
+    masks: ChunkMasks,
+) -> Tensor:
+    """Attention of a suffix [B, heads, states + S * H, head_dim] whose chunks do not see each other."""
+    states, samples = masks.states, masks.samples
+
+    def chunks(x: Tensor) -> Tensor:
+        """[B, heads, states + S * H, head_dim] to [B * S, heads, H, head_dim]."""
+        return x[:, :, states:].unflatten(2, (samples, -1)).transpose(1, 2).flatten(0, 1)
+
+    def seen(before: Tensor | None, own: Tensor) -> tuple[Tensor, Tensor]:
+        """What the state sees, and what each chunk sees."""
+        shared = _joined(before, own[:, :, :states])
+        each = shared[:, None].expand(-1, samples, -1, -1, -1).flatten(0, 1)
+        return shared, torch.cat([each, chunks(own)], 2)
+
+    (of_state_k, of_chunk_k), (of_state_v, of_chunk_v) = seen(keys_before, k), seen(values_before, v)
+    attended = _attend(chunks(q), of_chunk_k, of_chunk_v, masks.chunk)
+    attended = attended.unflatten(0, (-1, samples)).transpose(1, 2).flatten(2, 3)
+    if not states:
+        return attended
+    of_state = _attend(q[:, :, :states], of_state_k, of_state_v, masks.state)
+    return torch.cat([of_state, attended], 2)
 
 
 class RMSNorm(nn.Module):
