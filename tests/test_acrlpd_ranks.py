@@ -17,6 +17,7 @@ from pi0.acrlpd.config import ConfigError, load_rl_config
 from pi0.base.errors import InputError
 from pi0.base.paths import REPO_ROOT
 from tests.support.ranks import error_line, torchrun
+from tests.support.stage_13_runs import ranks_of
 
 CHECKPOINT = REPO_ROOT / "checkpoints/pi0_tiny_libero_spatial"
 
@@ -129,8 +130,10 @@ def test_killed_ranks_with_shards_resume_to_the_bit(tmp_path):
     while not list((tmp_path / "part").glob("*/checkpoints/step-000001")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    for rank in children(process.pid):
-        os.kill(rank, signal.SIGKILL)
+    ranks = ranks_of(tmp_path / "part")
+    assert sorted(ranks) == [0, 1]
+    for victim in (process.pid, *ranks.values()):
+        os.kill(victim, signal.SIGKILL)
     process.communicate(timeout=100)
     part = run_of(tmp_path / "part")
     assert not (part / "results.json").exists()
@@ -141,7 +144,7 @@ def test_killed_ranks_with_shards_resume_to_the_bit(tmp_path):
     assert metrics(whole) == metrics(part)
 
 
-@pytest.mark.runs
+@pytest.mark.soak
 def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
     finish(torchrun(2, *arguments(tmp_path, "training.num_train_steps=3")))
     run = run_of(tmp_path)
@@ -166,7 +169,3 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
 def test_ranks_that_cannot_be_divided_are_named(tmp_path):
     output = finish(torchrun(2, *arguments(tmp_path, "training.fsdp_size=3")), 1)
     assert "training.fsdp_size = 3: 2 ranks cannot be divided into copies of 3" in error_line(output)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -79,7 +79,10 @@ def test_a_critic_that_is_not_there_is_named(policy, tmp_path):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("script", ["09_train_with_config.py", "13_train_production_ready.py"])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param("09_train_with_config.py", marks=pytest.mark.soak), "13_train_production_ready.py"],
+)
 def test_a_stage_practises_with_the_critic_and_is_scored_without(script, critic, tmp_path):
     rows = []
     for name, more in (("plain", []), ("best", [f"algo.critic_path={critic}"])):

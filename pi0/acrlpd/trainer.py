@@ -200,17 +200,13 @@ class ACRLPDTrainer:
         alone = training.critic_updates if step == 0 else 0
         together = 0 if alone else training.updates
         infos: list[Info] = []
-        with progress(total=alone, label="critics", unit="update") as bar:
-            for _ in range(alone):
-                infos.append(self.train_step_wrapper(actor=False))
-                bar.update(1, f"loss {infos[-1].get('critic_loss', float('nan')):.4f}")
+        for _ in self._updates("critics", alone, infos):
+            infos.append(self.train_step_wrapper(actor=False))
         clock.lap("critic")
         both: list[Info] = []
-        with progress(total=together, label="update", unit="update") as bar:
-            for _ in range(together):
-                infos += [self.train_step_wrapper(actor=False) for _ in range(training.critic_updates_each)]
-                both.append(self.train_step_wrapper(actor=True))
-                bar.update(1, f"loss {both[-1].get('loss', float('nan')):.4f}")
+        for _ in self._updates("update", together, both):
+            infos += [self.train_step_wrapper(actor=False) for _ in range(training.critic_updates_each)]
+            both.append(self.train_step_wrapper(actor=True))
         clock.lap("update")
         metrics |= means([*infos, *both])
         metrics["lr"] = self._schedule.get_last_lr()[0]
@@ -226,6 +222,16 @@ class ACRLPDTrainer:
             "memory": memory_use(self.environments.pool.processes),
         }
         return METRICS.merge(gather(metrics))
+
+    @staticmethod
+    def _updates(label: str, count: int, infos: list[Info]) -> Iterator[int]:
+        """Count updates, with a bar that shows the critics' last loss."""
+        if not count:
+            return
+        with progress(total=count, label=label, unit="update") as bar:
+            for number in range(count):
+                yield number
+                bar.update(1, f"critic loss {infos[-1].get('critic_loss', float('nan')):.4f}")
 
     def train_step_wrapper(self, actor: bool) -> Info:
         """One step of the agent on a new batch; a gradient that is not finite is left out, and counted.
