@@ -11,7 +11,7 @@ from torch import Tensor
 from pi0 import PI0Policy
 from pi0.acrlpd.replay import ReplayBuffer
 
-AT_ONCE = 256  # observations that a network sees together
+AT_ONCE = 32  # observations that a network sees together
 
 
 class ObservationCaches:
