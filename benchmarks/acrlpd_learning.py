@@ -14,9 +14,9 @@
 | own | critics with a small network of their own in place of the policy's tokens |
 | horizon | critics, where an episode that reached its horizon has failed |
 | few, fewer | critics from 200 and from 100 rollouts |
-| offline | until the end of the offline part |
+| offline | until the end of the offline part: flow loss on the best of N alone |
 | weighted | offline, with the weighted flow loss alone |
-| best | offline, with the flow loss on the best of N alone |
+| both | offline, with both and behaviour cloning of successful episodes |
 | cloning | offline, with behaviour cloning of successful episodes alone: the same data without a critic |
 
 Scores are of 100 of LIBERO's recorded states, with the same noise before and after. Minutes are of recording and learning,
@@ -42,7 +42,7 @@ from pi0.base.stats import format_rate, mean_interval, paired_difference
 
 CONFIG = "acrlpd_quickstart"
 CRITICS = ["training.num_train_steps=1", "training.offline_iterations=1"]
-OFFLINE = ["training.num_train_steps=5", "training.offline_iterations=5"]
+OFFLINE = ["training.num_train_steps=2", "training.offline_iterations=2"]
 OVERRIDES: dict[str, list[str]] = {
     "full": [],
     "critics": CRITICS,
@@ -53,9 +53,9 @@ OVERRIDES: dict[str, list[str]] = {
     "few": [*CRITICS, "data.rollouts=200"],
     "fewer": [*CRITICS, "data.rollouts=100"],
     "offline": OFFLINE,
-    "weighted": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=0"],
-    "best": [*OFFLINE, "acrlpd.awr_weight=0", "acrlpd.bc_loss_weight=0"],
-    "cloning": [*OFFLINE, "acrlpd.awr_weight=0", "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=1"],
+    "weighted": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.awr_weight=1"],
+    "both": [*OFFLINE, "acrlpd.awr_weight=1", "acrlpd.bc_loss_weight=0.1"],
+    "cloning": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=1"],
 }
 SHORT = [
     "data.rollouts=4", "data.init_states=2", "task.max_episode_length=20", "training.critic_updates=2",

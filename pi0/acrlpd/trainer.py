@@ -334,8 +334,12 @@ class ACRLPDTrainer:
         self.loader.add(episodes)
 
     def _refresh_candidates(self) -> None:
-        """Draw candidate chunks of the averaged actor for all observations in memory."""
+        """Draw candidate chunks of the averaged actor for all observations in memory, unless they are of this actor."""
         caches, replay = self.loader.caches, self.loader.replay
+        moved = bool(self.state.history) and self.state.history[-1]["actor_updates"] > 0
+        # Ranks add episodes together, so all have candidates or none has.
+        if caches.candidates is not None and not moved:
+            return
         done = 0
         with progress(total=len(replay.states), label="candidates", unit="observation") as bar:
 
