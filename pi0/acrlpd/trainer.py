@@ -14,7 +14,7 @@ import wandb
 from torch import nn
 
 from pi0 import PI0Policy, pick_device
-from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
+from pi0.acrlpd.acrlpd_data_loader import create_acrlpd_data_loader
 from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Info, LossSettings
 from pi0.acrlpd.actor import Pi0Actor
 from pi0.acrlpd.config import RLTrainConfig, to_dict
@@ -65,9 +65,7 @@ class ACRLPDTrainer:
         )
         self.start = ActingPolicy(policy.copy())
         self.agent, self._fixed = make_agent(config, policy)
-        self.loader = ACRLPDDataLoader(
-            policy, self._fixed.policy_features, config.data.buffer_windows, config.training.seed
-        )
+        self.loader = create_acrlpd_data_loader(config, policy, self._fixed.policy_features)
         assert self.agent.pi0_opt_state is not None
         optimizer = config.training.optimizer
         self._schedule = make_schedule(
@@ -115,7 +113,7 @@ class ACRLPDTrainer:
             self.load_checkpoint(resume)
             self._started = time.monotonic() - state.facts.get("seconds", 0.0)
             before = self._score_before()
-            if not len(self.loader.replay):
+            if not len(self.loader):
                 self._record()
             if state.step == 0:
                 self.save_checkpoint()
@@ -145,7 +143,9 @@ class ACRLPDTrainer:
             self.loader.add(practice.episodes)
             metrics |= practice.metrics()
         clock.lap("rollouts")
-        self.loader.caches.refresh(self.loader.replay, self.agent.sample)
+        if step:  # the first episodes of the files are there
+            self.loader.refresh_memory_pool()
+        self.loader.refresh_candidates(self.agent.sample)
         clock.lap("caches")
         self.state.begin_update()
         alone = training.critic_updates if step == 0 else 0
@@ -230,18 +230,22 @@ class ACRLPDTrainer:
         return before
 
     def _record(self) -> None:
-        """Rollouts of the policy as it is."""
-        count = self.config.data.rollouts
-        recorded = self._practise(RECORDED, count, self.start, "recording")
-        self.loader.add(recorded.episodes)
+        """Rollouts of the policy as it is, and the first episodes of the files."""
+        if count := self.config.data.rollouts:
+            recorded = self._practise(RECORDED, count, self.start, "recording")
+            self.loader.add(recorded.episodes)
+        self.loader.refresh_memory_pool()
         self.state.begin()  # the episodes belong to the state before the first iteration
         statistics = self.loader.get_dataset_statistics()
         print(
-            f"recorded {statistics['episodes']} episodes, {statistics['solved']} solved, {statistics['windows']} windows"
+            f"in memory: {statistics['episodes']} episodes, {statistics['solved']} solved, "
+            f"{statistics['windows']} windows"
         )
-        if statistics["solved"] in (0, statistics["episodes"]):
+        if count and statistics["solved"] in (0, statistics["episodes"]):
             which = "all" if statistics["solved"] else "none"
-            print(f"warning: {which} of the episodes succeeded, so critics have nothing to contrast")
+            print(
+                f"warning: {which} of the episodes in memory succeeded, so critics have nothing to contrast"
+            )
 
     def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
         config = self.config
