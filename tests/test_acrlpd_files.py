@@ -538,6 +538,13 @@ def test_a_set_of_other_cameras_is_refused(policy, tmp_path):
         made_files(policy, tmp_path / "set")
 
 
+def test_an_instruction_that_is_too_long_for_the_policy_is_named(policy, tmp_path):
+    prompt = "fold the unfamiliar towel"
+    made = [replace(demonstration_of(rollout), prompt=prompt) for rollout in ROLLOUTS]
+    with pytest.raises(DataError, match=rf"set: prompt '{prompt}' takes \d+ tokens; .*shorter prompt"):
+        made_files(policy, write_made(tmp_path / "set", made))
+
+
 def test_a_set_that_is_not_there_is_named(policy, tmp_path):
     with pytest.raises(MissingFileError, match="nowhere is neither an HDF5 file"):
         made_files(policy, tmp_path / "nowhere")

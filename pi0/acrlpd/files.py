@@ -19,6 +19,7 @@ from pi0.libero.episodes import ROBOT
 from pi0.libero.rendering import CAMERAS
 from pi0.libero.suites import find_tasks
 from pi0.policy.normalization import FLOOR, NormStats, subtract_state
+from pi0.ranks.collectives import rank_and_world_size
 
 # A set whose median is so many of the policy's deviations away from the policy's mean is of something else.
 FARTHEST = 10.0
@@ -28,7 +29,8 @@ class RecordedFiles:
     """The episodes of all `data.datasets`, in an order that the seed decides.
 
     All are visited once before one comes again. A lap through them is divided into pools of about equal size, at most
-    `data.episodes_per_memory_pool` episodes each; every lap has another order.
+    `data.episodes_per_memory_pool` episodes each; every lap has another order. In a distributed run the ranks share a pool
+    out among them.
 
     Attributes:
         solved: how many of the episodes were solved.
@@ -40,8 +42,8 @@ class RecordedFiles:
 
     Raises:
         MissingFileError: a file is not there.
-        DataError: a file cannot be read, or does not fit the run: robot, statistics, cameras, size of images, rewards,
-            or no rewards. The message names file and mend.
+        DataError: a file cannot be read, or does not fit the run: robot, statistics, cameras, size of images, length of
+            instructions, rewards, or no rewards. The message names file and mend.
     """
 
     def __init__(self, config: RLTrainConfig, policy: PI0Policy):
@@ -55,7 +57,7 @@ class RecordedFiles:
             found = open_demonstrations(path, data.gripper, None if data.skip_norm_stats else ROBOT)
             self._places += [(len(self._sets), number) for number in range(len(found))]
             self._sets.append((path, found))
-            self.solved += self._check(path, found, None if data.skip_norm_stats else policy)
+            self.solved += self._check(path, found, policy)
         self.pools = math.ceil(len(self) / data.episodes_per_memory_pool)
         self._drawn = 0  # pools until now
         if self.solved in (0, len(self)) and not data.rollouts:
@@ -70,7 +72,7 @@ class RecordedFiles:
         return len(self._places)
 
     def next_pool(self) -> list[RecordedEpisode]:
-        """The next pool of whole episodes.
+        """The next pool of whole episodes, or this rank's share of it.
 
         Raises:
             DataError: a file has changed since it was opened.
@@ -100,7 +102,8 @@ class RecordedFiles:
         lap, part = divmod(number, self.pools)
         order = np.random.default_rng((self._config.training.seed, lap)).permutation(len(self))
         chosen = np.sort(np.array_split(order, self.pools)[part])  # neighbours in a file are read together
-        return [self._read(*self._places[each]) for each in chosen]
+        rank, world_size = rank_and_world_size()
+        return [self._read(*self._places[each]) for each in chosen[rank::world_size]]
 
     def _read(self, place: int, number: int) -> RecordedEpisode:
         path, found = self._sets[place]
@@ -112,11 +115,8 @@ class RecordedFiles:
 
     # Whether they fit ----------------------------------------------------------------------------
 
-    def _check(self, path: str, found: DemonstrationSet, policy: PI0Policy | None) -> int:
-        """Check the numbers of a set, and one image; returns how many episodes were solved.
-
-        A policy's statistics must fit the set's; None: any will do.
-        """
+    def _check(self, path: str, found: DemonstrationSet, policy: PI0Policy) -> int:
+        """Check the instructions and numbers of a set, and one image; returns how many episodes were solved."""
         if set(found.cameras) != set(self._cameras):
             raise DataError(
                 f"{path} has images of {', '.join(found.cameras)}, but the policy uses {', '.join(self._cameras)}; record "
@@ -136,7 +136,7 @@ class RecordedFiles:
                 states.append(demonstration.states)
                 actions.append(demonstration.executed)
                 bar.update(1)
-        if policy is not None and policy.norm_stats is not None:
+        if policy.norm_stats is not None and not self._config.data.skip_norm_stats:
             stats, delta = policy.norm_stats, policy.delta_actions
             require_statistics(path, np.concatenate(states), np.concatenate(actions), stats, delta)
         print(f"{path}: {len(found)} episodes, {solved} solved")
@@ -145,18 +145,27 @@ class RecordedFiles:
                 f"warning: {path}: {untold} episodes that were not solved do not say what ended them (next.truncated); "
                 "they are taken as cut off by a limit of time"
             )
+        self._check_prompts(path, sorted(set(found.prompts)), policy)
+        return solved
+
+    def _check_prompts(self, path: str, prompts: list[str], policy: PI0Policy) -> None:
+        config, tokenizer = policy.config, policy.tokenizer
+        state = np.zeros(config.robot_state_dim) if config.discrete_state_input else None
+        for prompt in prompts:
+            try:
+                tokenizer.encode(prompt, state)
+            except CheckpointError as error:
+                raise DataError(f"{path}: {error}") from error
         known = {
             plain_prompt(task.prompt)
             for task in find_tasks(self._config.task.benchmark_name, self._config.task.chosen)
         }
-        prompts = sorted(set(found.prompts))
         others = [prompt for prompt in prompts if plain_prompt(prompt) not in known]
         if others:
             print(
                 f"{path}: {len(others)} of its {len(prompts)} instructions are no task of this run ({others[0]!r}); "
                 "they are learned, too"
             )
-        return solved
 
     def _check_images(self, demonstration: Demonstration, source: str) -> None:
         for camera, frames in demonstration.images.items():
