@@ -44,7 +44,7 @@ from pi0.libero.episodes import Episode
 from pi0.libero.evaluation import BrokenSimulationsError
 from pi0.libero.settings import TaskConfig
 from pi0.policy.acting import ActingPolicy
-from pi0.policy.critics import PolicyFeatures
+from pi0.policy.critics import CriticNetworks, PolicyFeatures, save_critic
 from pi0.policy.normalization import load_norm_stats
 from pi0.training.checkpoint_store import load_state, save_state
 from tests.support import recordings
@@ -340,6 +340,28 @@ def test_the_command_says_what_it_recorded_and_writes_over_nothing(tmp_path, cap
     with pytest.raises(DataError, match="name a new folder"):
         record_command(short)
     assert len(open_demonstrations(tmp_path / "set")) == 2
+
+
+@pytest.mark.engine
+def test_with_a_critic_the_best_of_several_chunks_is_recorded(tmp_path, policy):
+    features = PolicyFeatures(policy.config, policy.network)
+    torch.manual_seed(0)
+    critics = CriticNetworks(features.width, policy.config.action_dim, HORIZON, 7, hidden=16)
+    for parameter in critics.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_critic(tmp_path / "critic", critics, features)
+    short = [*RECORD, "--rollouts", "1", "--max_episode_length", "10", "--workers", "1"]
+    critic = ["--critic_path", str(tmp_path / "critic")]
+    for name, more in (
+        ("plain", []),
+        ("one", [*critic, "--samples", "1"]),
+        ("best", [*critic, "--samples", "8"]),
+    ):
+        record_command([*short, *more, "--output", str(tmp_path / name)])
+    plain, one, best = (open_demonstrations(tmp_path / name).read(0, ()) for name in ("plain", "one", "best"))
+    assert np.array_equal(plain.states[0], best.states[0])
+    assert np.array_equal(plain.actions, one.actions)
+    assert not np.array_equal(plain.actions, best.actions)
 
 
 # Files that a run learns from -----------------------------------------------------------------------------
