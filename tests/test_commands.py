@@ -47,6 +47,7 @@ SCRIPTS = [
     *sorted(REPO_ROOT.glob("pi0/*.py")),
     *sorted(REPO_ROOT.glob("pi0/*/__main__.py")),
     *sorted(REPO_ROOT.glob("pi0/parallel/t*_parallel.py")),
+    REPO_ROOT / "pi0/acrlpd/record.py",
     REPO_ROOT / "pi0/acrlpd/train.py",
     *sorted(REPO_ROOT.glob("tools/*.py")),
 ]
@@ -206,6 +207,10 @@ WAYS = {
     "pi0.parallel.train_parallel --help": here(),
     "pi0.parallel.test_parallel": here("--n_workers 2 --steps 20"),
     "pi0.parallel.test_parallel --seed-bug": elsewhere("test_parallel_runs.py"),
+    "pi0.acrlpd.record": here(
+        "--tasks 3 --rollouts 1 --init_states 1 --max_episode_length 2 --settle_steps 0 --workers 1"
+        " --output {out}/recorded"
+    ),
     "pi0.acrlpd.train --list": here(),
     "pi0.acrlpd.train --config acrlpd_debug": here("--override output_dir={out}"),
     "pi0.acrlpd.train --config acrlpd_debug --override training.fsdp_size=2": elsewhere(

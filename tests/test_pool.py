@@ -337,6 +337,22 @@ def test_an_episode_that_keeps_its_last_observation_is_the_same_otherwise(runner
     assert kept[0].outline().last is None
 
 
+def test_an_episode_that_keeps_every_observation_is_the_same_otherwise(runner, episodes):
+    asked = [dataclasses.replace(job, keep_last=True) for job in rollouts(runner, 10)]
+    kept = run(runner, [dataclasses.replace(job, keep_every=True) for job in asked])
+    assert_same(kept, episodes)
+    for ours, other in zip(kept, run(runner, asked), strict=True):
+        assert (len(ours.every), other.every, ours.outline().every) == (ours.steps, [], [])
+        looks = np.cumsum([0, *ours.executed[:-1]])
+        seen = [*(ours.every[step] for step in looks), ours.last]
+        for number, state in enumerate([*other.states, other.last.state]):
+            assert np.array_equal(seen[number].state, state)
+        for camera, frames in other.images.items():
+            for number, frame in enumerate([*frames, other.last.images[camera]]):
+                assert np.array_equal(seen[number].images[camera], frame)
+        assert len({each.state.tobytes() for each in ours.every}) == ours.steps
+
+
 def test_an_episode_says_what_ended_it(runner):
     jobs = [dataclasses.replace(job, keep_last=True) for job in rollouts(runner, 2)]
     jobs[1].init.state[1] = np.nan

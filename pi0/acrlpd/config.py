@@ -88,7 +88,31 @@ class ACRLPDHyperparams:
 class DataConfig:
     """Episodes to learn from."""
 
-    rollouts: int = key(400, "of the starting policy, recorded first", unit="rollouts", low=1, fixed=True)
+    rollouts: int = key(
+        400, "of the starting policy, recorded first; 0: the episodes of datasets alone", unit="rollouts", low=0,
+        fixed=True,
+    )  # fmt: skip
+    datasets: list[str] = key(
+        [], "episodes in files: LeRobot data sets (v2.0 to v3.0), LIBERO's HDF5 files or folders of them", fixed=True,
+        path=True,
+    )  # fmt: skip
+    gripper: Literal["close-is-1", "open-is-1"] | None = key(
+        None, "what 1 means for the gripper in datasets; null: close, and each set must have actions that open it",
+        fixed=True,
+    )  # fmt: skip
+    skip_norm_stats: bool = key(
+        False,
+        "do not compare frames a second, robot, names and statistics of datasets with the policy's",
+        fixed=True,
+    )
+    episodes_per_memory_pool: int = key(
+        64, "episodes of datasets in memory at a time; the next ones come with each iteration", unit="episodes", low=1,
+        fixed=True,
+    )  # fmt: skip
+    online_share: float | None = key(
+        None, "share of a batch drawn from rollouts of this run, the rest from datasets; null: evenly from all windows",
+        above=0, high=1,
+    )  # fmt: skip
     init_states: int = key(
         200, "initial states of each task to record and practise from", unit="states", low=1, fixed=True
     )
@@ -233,6 +257,20 @@ def conflicts(config: RLTrainConfig) -> list[str]:
         found.append(
             f"training.fsdp_size = {config.training.fsdp_size} and acrlpd.use_ema = false: only the average is whole "
             "on each rank, so only it can act; set acrlpd.use_ema = true"
+        )
+    if not config.data.datasets:
+        if not config.data.rollouts:
+            found.append(
+                "data.rollouts = 0 and data.datasets = [] leave nothing to learn from; record rollouts or name files"
+            )
+        if config.data.online_share is not None:
+            found.append(
+                f"data.online_share = {config.data.online_share}, but there are no data.datasets to draw the rest from; "
+                "name some, or set it to null"
+            )
+    elif config.data.shuffle_outcomes or config.data.horizon_is_failure:
+        found.append(
+            "data.shuffle_outcomes and data.horizon_is_failure are for rollouts alone; leave data.datasets out"
         )
     if config.acrlpd.lowest_reward > config.acrlpd.highest_reward:
         found.append(

@@ -1,4 +1,4 @@
-"""Recorded episodes, good and bad, in the form from which windows are cut; from rollouts and from demonstrations."""
+"""Recorded episodes, good and bad, in the form from which windows are cut; from rollouts, to files and back."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pi0.data.demonstrations import DataError, Demonstration
-from pi0.libero.episodes import Episode
+from pi0.data.demonstrations import DataError, Demonstration, Observation
+from pi0.libero.episodes import ROBOT, Episode
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,7 @@ def of_rollout(episode: Episode, horizon: int) -> RecordedEpisode:
         rewards[-1, episode.executed[-1] - 1] = 1
     images, states = episode.images, episode.states
     if episode.last is not None:
-        images = {
-            camera: np.concatenate([frames, episode.last.images[camera][None]])
-            for camera, frames in images.items()
-        }
+        images = with_last(images, episode.last)
         states = np.concatenate([states, episode.last.state[None]])
     return RecordedEpisode(
         prompt=episode.prompt,
@@ -108,6 +105,44 @@ def of_rollout(episode: Episode, horizon: int) -> RecordedEpisode:
         rewards=rewards,
         terminated=episode.terminated,
         success=episode.success,
+    )
+
+
+def demonstration_of(episode: Episode) -> Demonstration:
+    """A rollout as a demonstration, with images of every control step; `of_demonstration` is its inverse.
+
+    Of a chunk only the actions that were carried out are kept: as the policy chose them, and as the controller got them,
+    which is clipped. Policies that clip by themselves have both alike.
+
+    Args:
+        episode: of a rollout with `keep_every`; with `keep_last` what was seen after its last action is kept, too.
+
+    Raises:
+        DataError: the simulation broke, or some steps were not looked at.
+    """
+    if episode.failure is not None:
+        raise DataError(f"{episode.rollout}: {episode.failure}; it teaches nothing")
+    steps = episode.steps
+    if len(episode.every) != steps:
+        raise DataError(f"{episode.rollout} has {len(episode.every)} observations of {steps} control steps")
+    chosen = np.concatenate(
+        [chunk[:count] for chunk, count in zip(episode.actions, episode.executed, strict=True)]
+    ).astype(np.float32)
+    last = np.arange(steps) == steps - 1
+    return Demonstration(
+        prompt=episode.prompt,
+        states=np.stack([seen.state for seen in episode.every]),
+        actions=chosen,
+        image_steps=np.arange(steps),
+        images={
+            camera: np.stack([seen.images[camera] for seen in episode.every]) for camera in episode.images
+        },
+        executed=chosen.clip(-ROBOT.largest_action, ROBOT.largest_action),
+        rewards=(last & episode.success).astype(np.float32),
+        dones=last,
+        successes=last & episode.success,
+        truncated=last & episode.truncated,
+        last=episode.last,
     )
 
 
@@ -146,24 +181,17 @@ def looked_steps(length: int, horizon: int) -> list[int]:
 def of_demonstration(demonstration: Demonstration, horizon: int, source: str) -> RecordedEpisode:
     """A demonstration, cut into chunks of H actions; it needs images at `looked_steps`.
 
-    An episode ends by itself where its last `dones` is true or, without that feature, where it was solved.
-
     Args:
         demonstration: of a data set.
         horizon: H.
         source: what errors call it.
 
     Raises:
-        DataError: it holds no rewards, or does not say how it ended.
+        DataError: it holds no rewards, goes on after its end, or has no image where the policy would look.
     """
-    if demonstration.rewards is None and demonstration.successes is None:
-        raise DataError(f"{source} holds neither rewards nor successes, so a critic cannot learn from it")
     length = len(demonstration)
-    success = not demonstration.failed
-    rewards = demonstration.rewards
-    if rewards is None:
-        rewards = np.asarray(demonstration.successes, np.float32)
-    ended = success if demonstration.dones is None else bool(demonstration.dones[-1])
+    success, rewards = not demonstration.failed, rewards_of(demonstration, source)
+    terminated = terminates(demonstration, source) is True
     starts = looked_steps(length, horizon)
     rows = np.searchsorted(demonstration.image_steps, starts)
     if (rows >= len(demonstration.image_steps)).any() or (demonstration.image_steps[rows] != starts).any():
@@ -173,13 +201,62 @@ def of_demonstration(demonstration: Demonstration, horizon: int, source: str) ->
         np.arange(horizon)[None] + np.array(starts)[:, None], length - 1
     )  # the last action is held
     inside = np.arange(horizon)[None] < executed[:, None]
+    images = {camera: frames[rows] for camera, frames in demonstration.images.items()}
+    states, last = demonstration.states[starts], demonstration.last
+    if last is not None:
+        images = with_last(images, last)
+        states = np.concatenate([states, last.state[None]])
     return RecordedEpisode(
         prompt=demonstration.prompt,
-        images={camera: frames[rows] for camera, frames in demonstration.images.items()},
-        states=demonstration.states[starts],
+        images=images,
+        states=states,
         actions=demonstration.executed[held],
         executed=executed,
         rewards=np.where(inside, rewards[held], 0).astype(np.float32),
-        terminated=ended and success,
+        terminated=terminated,
         success=success,
     )
+
+
+def rewards_of(demonstration: Demonstration, source: str) -> np.ndarray:
+    """Reward of each step, float32 [T]; without rewards 1 where the task is solved.
+
+    Raises:
+        DataError: it holds neither.
+    """
+    if demonstration.rewards is not None:
+        return demonstration.rewards
+    if demonstration.successes is not None:
+        return demonstration.successes.astype(np.float32)
+    raise DataError(
+        f"{source} holds neither rewards nor successes, so a critic cannot learn from it; leave its file out, or add "
+        "next.reward (LeRobot) or rewards (HDF5)"
+    )
+
+
+def terminates(demonstration: Demonstration, source: str) -> bool | None:
+    """Whether an episode ended by itself, not by a limit of time; None if the file does not tell.
+
+    A solved episode whose last `dones` is true ended by itself; without that feature, every solved one. One that is not
+    solved did if `dones` is true and `truncated` is not. Without `truncated` both ends look the same.
+
+    Raises:
+        DataError: the file says that it ended before its last step.
+    """
+    dones, truncated = demonstration.dones, demonstration.truncated
+    for name, flags in (("done", dones), ("truncated", truncated)):
+        if flags is not None and flags[:-1].any():
+            raise DataError(
+                f"{source} says at step {int(flags.argmax())} that it is {name}, but has {len(flags)} steps; end it there"
+            )
+    done = None if dones is None else bool(dones[-1])
+    if not demonstration.failed:
+        return done is not False
+    if truncated is not None:
+        return bool(done) and not truncated[-1]
+    return None if done is not False else False
+
+
+def with_last(images: Mapping[str, np.ndarray], last: Observation) -> dict[str, np.ndarray]:
+    """Frames by camera [T, h, w, 3], with those of the last observation behind them."""
+    return {camera: np.concatenate([frames, last.images[camera][None]]) for camera, frames in images.items()}

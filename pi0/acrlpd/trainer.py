@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pi0 import PI0Policy, pick_device
-from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
+from pi0.acrlpd.acrlpd_data_loader import create_acrlpd_data_loader
 from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Batch, Info, LossSettings
 from pi0.acrlpd.actor import Pi0Actor
 from pi0.acrlpd.config import RLTrainConfig, to_dict
@@ -91,11 +91,8 @@ class ACRLPDTrainer:
             self.setup_fsdp()
         create_global_optimizers(self.agent, config)
         self._train_step = self.create_fsdp_train_step() if self.mesh else self.agent.train_step
-        self.loader = ACRLPDDataLoader(
-            policy,
-            self._seen.network if self._seen.fixed else None,
-            config.data.buffer_windows,
-            config.training.seed,
+        self.loader = create_acrlpd_data_loader(
+            config, policy, self._seen.network if self._seen.fixed else None
         )
         assert self.agent.pi0_opt_state is not None
         optimizer = config.training.optimizer
@@ -163,7 +160,7 @@ class ACRLPDTrainer:
             self.load_checkpoint(resume)
             self._started = time.monotonic() - state.facts.get("seconds", 0.0)
             before = self._score_before()
-            if not len(self.loader.replay):
+            if not len(self.loader):
                 self._record()
             if state.step == 0:
                 self.save_checkpoint()
@@ -194,6 +191,8 @@ class ACRLPDTrainer:
             self._add(practice.episodes, step)
             metrics |= practice.metrics()
         clock.lap("rollouts")
+        if step:  # the first episodes of the files are there
+            self.loader.refresh_memory_pool()
         self._refresh_candidates()
         clock.lap("caches")
         self.state.begin_update()
@@ -311,15 +310,18 @@ class ACRLPDTrainer:
         return {name: restore_result(self.environments, content) for name, content in parts.items()}
 
     def _record(self) -> None:
-        """Rollouts of the policy as it is."""
-        count = self.config.data.rollouts
-        recorded = self._practise(RECORDED, count, self.start, "recording")
-        self._add(recorded.episodes, RECORDED)
+        """Rollouts of the policy as it is, and the first episodes of the files."""
+        if count := self.config.data.rollouts:
+            recorded = self._practise(RECORDED, count, self.start, "recording")
+            self._add(recorded.episodes, RECORDED)
+        self.loader.refresh_memory_pool()
         self.state.begin()  # the episodes belong to the state before the first iteration
         parts = gather(self.loader.get_dataset_statistics())
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
-        print(f"recorded {total['episodes']} episodes, {total['solved']} solved, {total['windows']} windows")
-        if total["solved"] in (0, total["episodes"]):
+        print(
+            f"in memory: {total['episodes']} episodes, {total['solved']} solved, {total['windows']} windows"
+        )
+        if count and total["solved"] in (0, total["episodes"]):
             which = "all" if total["solved"] else "none"
             print(f"warning: {which} of the episodes succeeded, so critics have nothing to contrast")
 
@@ -335,13 +337,12 @@ class ACRLPDTrainer:
 
     def _refresh_candidates(self) -> None:
         """Draw candidate chunks of the averaged actor for all observations in memory, unless they are of this actor."""
-        caches, replay = self.loader.caches, self.loader.replay
-        moved = bool(self.state.history) and self.state.history[-1]["actor_updates"] > 0
-        # Ranks add episodes together, so all have candidates or none has.
-        if caches.candidates is not None and not moved:
+        history = self.state.history
+        moved = bool(history) and history[-1]["actor_updates"] > 0
+        total, done = self.loader.without_candidates(moved), 0
+        if not largest(total):
             return
-        done = 0
-        with progress(total=len(replay.states), label="candidates", unit="observation") as bar:
+        with progress(total=total, label="candidates", unit="observation") as bar:
 
             def sample(observations: dict[str, Any]) -> torch.Tensor:
                 nonlocal done
@@ -352,8 +353,8 @@ class ACRLPDTrainer:
                 return drawn
 
             with suppress(Interrupted):
-                caches.refresh(replay, sample)
-        self.interrupts.check_together(abandoned=done < len(replay.states))
+                self.loader.refresh_candidates(sample, moved)
+        self.interrupts.check_together(abandoned=done < total)
 
     def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
         config = self.config

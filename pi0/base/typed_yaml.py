@@ -56,7 +56,7 @@ def key(
         since: first version of the program that reads the key; None: that of its section, or all versions.
         before: the value for which a later version does what earlier versions do.
         fixed: a resumed run must keep the value that it started with.
-        path: it names a file or folder, so a leading ~ means the home.
+        path: it names a file or folder, or several, so a leading ~ means the home.
     """
     metadata = {
         "doc": doc,
@@ -185,6 +185,8 @@ def load(
     for name, value in given.values.items():
         if keys[name].path and isinstance(value, str):
             given.values[name] = os.path.expanduser(value)
+        elif keys[name].path and isinstance(value, list):
+            given.values[name] = [os.path.expanduser(each) for each in value]
     return _build(schema, given.values)
 
 

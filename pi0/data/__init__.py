@@ -12,6 +12,7 @@ from pi0.data.demonstrations import (
     Demonstration,
     DemonstrationSet,
     Gripper,
+    Observation,
     Orientation,
     Robot,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "DemonstrationSet",
     "FeatureNames",
     "Gripper",
+    "Observation",
     "Orientation",
     "Robot",
     "open_demonstrations",
@@ -94,5 +96,5 @@ def _require_opening(demonstrations: DemonstrationSet, path: Path) -> None:
     raise DataError(
         f"{path}: gripper actions are {low:g} to {high:g}, but -1 opens LIBERO's gripper. Set "
         f"{Gripper.OPEN_IS_1} if 1 opens it in this set, as in IPEC-COMMUNITY's, or {Gripper.CLOSE_IS_1} if it is "
-        "never opened: --dataset-gripper, algo.cotraining_gripper, or gripper= in Python"
+        "never opened: --dataset-gripper, algo.cotraining_gripper, data.gripper (pi0.acrlpd), or gripper= in Python"
     )

@@ -99,6 +99,19 @@ class Gripper(StrEnum):
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What the policy sees at one moment.
+
+    Attributes:
+        images: camera name to uint8 [height, width, 3], upright.
+        state: float32 [S]; LIBERO's are as in `Demonstration`.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray
+
+
+@dataclass(frozen=True)
 class Demonstration:
     """One episode of T control steps. The observation of step t was made before the action of step t.
 
@@ -113,9 +126,11 @@ class Demonstration:
         rewards: float32 [T], reward of each step's action; None if the file does not hold it.
         dones: bool [T], whether the episode ended with the step; None if the file does not hold it.
         successes: bool [T], whether the task was solved at the step; None if the file does not hold it.
+        truncated: bool [T], whether a limit of time ended the episode with the step; None if the file does not hold it.
+        last: what was seen after the last action; None if the file does not hold it, or no images were asked for.
 
     Raises:
-        DataError: the lengths differ.
+        DataError: the lengths differ, or the last observation is of other cameras or another state.
     """
 
     prompt: str
@@ -127,11 +142,13 @@ class Demonstration:
     rewards: np.ndarray | None = None
     dones: np.ndarray | None = None
     successes: np.ndarray | None = None
+    truncated: np.ndarray | None = None
+    last: Observation | None = None
 
     def __post_init__(self) -> None:
         steps = {
             name: len(values)
-            for name in ("states", "actions", "executed", "rewards", "dones", "successes")
+            for name in ("states", "actions", "executed", "rewards", "dones", "successes", "truncated")
             if (values := getattr(self, name)) is not None
         }
         if len(set(steps.values())) > 1 or not len(self):
@@ -140,6 +157,14 @@ class Demonstration:
         if any(count != len(self.image_steps) for count in frames.values()):
             raise DataError(
                 f"a demonstration of {self.prompt!r} has {frames} frames at {len(self.image_steps)} steps"
+            )
+        if self.last is not None and (
+            self.last.images.keys() != self.images.keys() or self.last.state.shape != self.states.shape[1:]
+        ):
+            raise DataError(
+                f"a demonstration of {self.prompt!r} has {', '.join(self.images) or 'no camera'} and states of "
+                f"{self.states.shape[1]} features, but its last observation has {', '.join(self.last.images)} and "
+                f"{len(self.last.state)}"
             )
 
     def __len__(self) -> int:

@@ -25,8 +25,8 @@ def feature_names(names: Any) -> tuple[str, ...] | None:
 def require_fit(description: Description, robot: Robot, source: str, accept: Collection[str] = ()) -> None:
     """Raise `DataError` where a data set contradicts the robot in something that is not in `accept`."""
     problems = [
-        f"{problem}; if it fits all the same, accept it: --dataset-accept {kind}, algo.cotraining_accept=[{kind}], or "
-        f'accept=["{kind}"] in Python'
+        f"{problem}; if it fits all the same, accept it: --dataset-accept {kind}, algo.cotraining_accept=[{kind}], "
+        f'data.skip_norm_stats=true (pi0.acrlpd), or accept=["{kind}"] in Python'
         for kind, problem in _contradictions(description, robot)
         if kind not in accept
     ]

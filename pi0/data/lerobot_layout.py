@@ -24,6 +24,8 @@ INFO = "meta/info.json"
 STATS = "meta/stats.json"
 EPISODES_JSONL = "meta/episodes.jsonl"  # v2
 TASKS_PARQUET = "meta/tasks.parquet"
+# This project's own: what was seen after the last action. A row for it among the others would need a false action.
+LAST_OBSERVATIONS = "meta/last_observations.parquet"
 CHUNK_FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 EPISODES_PARQUET = f"meta/episodes/{CHUNK_FILE}.parquet"
 DATA_PATH = f"data/{CHUNK_FILE}.parquet"
@@ -44,12 +46,14 @@ INDEX_FEATURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class FeatureNames:
-    """Names of a data set's features. The last four are optional.
+    """Names of a data set's features. The last five are optional.
 
     Attributes:
         cameras: policy camera name to feature.
         state, actions: features for `Demonstration.states` and `actions`.
-        executed, reward, done, success: features for `Demonstration.executed`, `rewards`, `dones` and `successes`.
+        executed, reward, done, success, truncated: features for `Demonstration.executed`, `rewards`, `dones`,
+            `successes` and `truncated`. LeRobot's done holds for both ends (src/lerobot/utils/constants.py of v0.6.1
+            has the names).
     """
 
     cameras: Mapping[str, str]
@@ -59,6 +63,7 @@ class FeatureNames:
     reward: str = "next.reward"
     done: str = "next.done"
     success: str = "next.success"
+    truncated: str = "next.truncated"
 
     @classmethod
     def parse(cls, pairs: Sequence[str]) -> FeatureNames:
@@ -67,7 +72,7 @@ class FeatureNames:
         Raises:
             DataError: a pair has another form, or state, actions or all cameras are missing.
         """
-        fields = ("state", "actions", "executed", "reward", "done", "success")
+        fields = ("state", "actions", "executed", "reward", "done", "success", "truncated")
         given = dict(pair.partition("=")[::2] for pair in pairs)
         cameras = {name: feature for name, feature in given.items() if name not in fields}
         if not all(given.values()) or not cameras or not {"state", "actions"} <= given.keys():

@@ -21,11 +21,18 @@ from pi0.data.demonstrations import (
     DemonstrationSet,
     Description,
     Gripper,
+    Observation,
     Orientation,
 )
 from pi0.data.description import feature_names
 from pi0.data.frames import decode_image, read_video
-from pi0.data.lerobot_layout import EPISODE_FILES, EPISODES_JSONL, DatasetInfo, FeatureNames
+from pi0.data.lerobot_layout import (
+    EPISODE_FILES,
+    EPISODES_JSONL,
+    LAST_OBSERVATIONS,
+    DatasetInfo,
+    FeatureNames,
+)
 
 
 @dataclass(frozen=True)
@@ -114,10 +121,11 @@ class LeRobotDemonstrations(DemonstrationSet):
         """One demonstration: see `DemonstrationSet.read`."""
         episode = self._episodes[index]
         steps = self._image_steps(index, image_steps)
-        columns = [self.names.state, self.names.actions, "timestamp"]
+        names = self.names
+        columns = [names.state, names.actions, "timestamp"]
         columns += [
             name
-            for name in (self.names.executed, self.names.reward, self.names.done, self.names.success)
+            for name in (names.executed, names.reward, names.done, names.success, names.truncated)
             if name in self.info.features
         ]
         stored_images = set(self.names.cameras.values()) - set(self._video_cameras.values())
@@ -126,10 +134,11 @@ class LeRobotDemonstrations(DemonstrationSet):
         executed = (
             self._actions(table, self.names.executed, episode) if self.names.executed in columns else actions
         )
-        rewards, dones, successes = (
+        rewards, *flags = (
             self._numbers(table, name, episode) if name in columns else None
-            for name in (self.names.reward, self.names.done, self.names.success)
+            for name in (names.reward, names.done, names.success, names.truncated)
         )
+        dones, successes, truncated = (None if each is None else each.astype(bool) for each in flags)
         return Demonstration(
             prompt=episode.prompt,
             states=self._numbers(table, self.names.state, episode),
@@ -145,8 +154,10 @@ class LeRobotDemonstrations(DemonstrationSet):
             else {},
             executed=executed,
             rewards=rewards,
-            dones=None if dones is None else dones.astype(bool),
-            successes=None if successes is None else successes.astype(bool),
+            dones=dones,
+            successes=successes,
+            truncated=truncated,
+            last=self._last(episode) if len(steps) else None,
         )
 
     # Where episodes are
@@ -290,6 +301,31 @@ class LeRobotDemonstrations(DemonstrationSet):
                 f"but episode {episode.number} has {frames.shape[1]} x {frames.shape[2]}"
             )
         return frames
+
+    def _last(self, episode: _Episode) -> Observation | None:
+        """What was seen after an episode's last action; None where the set does not hold it."""
+        path = self.root / LAST_OBSERVATIONS
+        if not path.is_file():
+            return None
+        names = self.names
+        columns = ["episode_index", names.state, *names.cameras.values()]
+        with _parquet(path) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(f"{path}: no column {', '.join(missing)}")
+            table = file.read_row_groups(list(_row_groups_with(file, episode.number)), columns)
+        rows = table.filter(pc.equal(table["episode_index"], episode.number)).to_pylist()
+        if not rows:
+            return None
+        (row,) = rows
+        where = f"{path}, episode {episode.number}"
+        images = {
+            camera: np.ascontiguousarray(
+                self._orientation.convert(decode_image(row[feature], f"{where}: column {feature}"))
+            )
+            for camera, feature in names.cameras.items()
+        }
+        return Observation(images, np.asarray(row[names.state], np.float32))
 
     def _decode(self, image: Any, where: str) -> np.ndarray:
         """Decode a value of an image column, {bytes, path}; one of them may be empty (Hugging Face's `Image`)."""

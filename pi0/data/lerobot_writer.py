@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi0.data.demonstrations import DataError, Demonstration, Orientation
+from pi0.data.demonstrations import DataError, Demonstration, Observation, Orientation
 from pi0.data.frames import VideoWriter, encode_png
 from pi0.data.lerobot_layout import (
     DATA_FILE_MB,
@@ -26,6 +26,7 @@ from pi0.data.lerobot_layout import (
     FILES_IN_CHUNK,
     INDEX_FEATURES,
     INFO,
+    LAST_OBSERVATIONS,
     LEROBOT_NAMES,
     SHARED_FILES,
     STATS,
@@ -85,6 +86,7 @@ class LeRobotWriter:
         self._statistics = DatasetStatistics()
         self._data = _Shards(DATA_PATH, DATA_FILE_MB)
         self._parquet: pq.ParquetWriter | None = None
+        self._last: pq.ParquetWriter | None = None
         self._videos = {
             name: _Shards(VIDEO_PATH.replace("{video_key}", name), VIDEO_FILE_MB)
             for name in names.cameras.values()
@@ -144,6 +146,8 @@ class LeRobotWriter:
             for name, frames in images.items():
                 episode |= self._write_video(name, frames)
         episode |= self._write_rows(numbers, {} if self._video else images)
+        if demonstration.last is not None:
+            self._write_last(demonstration.last)
         for name, statistics in self._statistics.add(numbers, images).items():
             episode |= {f"stats/{name}/{key}": values for key, values in statistics.items()}
         self._episodes.append(episode)
@@ -189,8 +193,13 @@ class LeRobotWriter:
         }
         if demonstration.rewards is not None:
             columns[names.reward] = np.asarray(demonstration.rewards, np.float32)
-        if demonstration.dones is not None:
-            columns[names.done] = np.asarray(demonstration.dones, bool)
+        for name, flags in (
+            (names.done, demonstration.dones),
+            (names.success, demonstration.successes),
+            (names.truncated, demonstration.truncated),
+        ):
+            if flags is not None:
+                columns[name] = np.asarray(flags, bool)
         frame = np.arange(steps)
         return columns | {
             "timestamp": (frame / self._fps).astype(np.float32),
@@ -240,6 +249,21 @@ class LeRobotWriter:
         )  # an episode is one row group, so it can be read without the others
         return {"data/chunk_index": self._data.chunk, "data/file_index": self._data.file}
 
+    def _write_last(self, last: Observation) -> None:
+        """A row of what was seen after the episode's last action, images as PNG."""
+        state = pa.array(np.asarray(last.state, np.float32))
+        columns: dict[str, pa.Array] = {
+            "episode_index": pa.array([len(self._episodes)]),
+            self.names.state: pa.FixedSizeListArray.from_arrays(state, len(state)),
+        }
+        for camera, feature in self.names.cameras.items():
+            frame = np.ascontiguousarray(self._orientation.convert(last.images[camera]))
+            columns[feature] = pa.array([encode_png(frame)], pa.binary())
+        table = pa.table(columns)
+        if self._last is None:
+            self._last = pq.ParquetWriter(self._partial / LAST_OBSERVATIONS, table.schema)
+        self._last.write_table(table)
+
     def _write_video(self, name: str, frames: np.ndarray) -> dict[str, float]:
         shards = self._videos[name]
         if shards.is_full and name in self._films:
@@ -264,6 +288,9 @@ class LeRobotWriter:
         if self._parquet is not None:
             self._parquet.close()
             self._parquet = None
+        if self._last is not None:
+            self._last.close()
+            self._last = None
         while self._films:
             self._films.popitem()[1].close()
 

@@ -45,8 +45,8 @@ def demonstrations_of_tasks(
     """
     by_prompt: dict[str, list[int]] = {}
     for index, prompt in enumerate(demonstrations.prompts):
-        by_prompt.setdefault(_plain(prompt), []).append(index)
-    found = {task.name: by_prompt.get(_plain(task.prompt), []) for task in tasks}
+        by_prompt.setdefault(plain_prompt(prompt), []).append(index)
+    found = {task.name: by_prompt.get(plain_prompt(task.prompt), []) for task in tasks}
     missing = [name for name, indices in found.items() if not indices]
     if missing:
         raise DataError(
@@ -173,25 +173,31 @@ def _chunks(
 ) -> Chunks:
     steps = np.arange(0, demonstrations.lengths[index], frame_every)
     demonstration = demonstrations.read(index, steps.tolist())
-    _check(demonstration, index, robot)
+    require_robot(demonstration, f"demonstration {index}", robot)
     chunks = Chunks.of_demonstration(demonstration, chunk)
     chunks.images = {camera: _resized(frames, image_size) for camera, frames in chunks.images.items()}
     return chunks
 
 
-def _check(demonstration: Demonstration, index: int, robot: Robot) -> None:
+def require_robot(demonstration: Demonstration, source: str, robot: Robot) -> None:
+    """Raise `DataError`, which calls the demonstration `source`, if its states or actions do not fit the robot."""
     widths = demonstration.states.shape[1:], demonstration.actions.shape[1:]
     if widths != ((robot.state_dim,), (robot.action_dim,)):
         raise DataError(
-            f"demonstration {index} has states of {widths[0]} and actions of {widths[1]} features; "
+            f"{source} has states of {widths[0]} and actions of {widths[1]} features; "
             f"the robot's have {robot.state_dim} and {robot.action_dim}"
         )
     largest = float(np.abs(demonstration.actions).max())
     if largest > robot.largest_action + RANGE_SLACK:
         raise DataError(
-            f"demonstration {index} has actions up to {largest:.3g}; the robot's controller takes "
+            f"{source} has actions up to {largest:.3g}; the robot's controller takes "
             f"{-robot.largest_action:g} to {robot.largest_action:g}"
         )
+
+
+def plain_prompt(prompt: str) -> str:
+    """An instruction as instructions are compared: in lower case, with single spaces."""
+    return " ".join(prompt.lower().split())
 
 
 def _resized(frames: Tensor, size: int) -> Tensor:
@@ -200,7 +206,3 @@ def _resized(frames: Tensor, size: int) -> Tensor:
         return frames
     pixels = (to_network_images(frames, size) + 1) * 127.5
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _plain(prompt: str) -> str:
-    return " ".join(prompt.lower().split())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pi0.data.demonstrations import Robot
+from pi0.data.demonstrations import Observation, Robot
 from pi0.libero.stepping import CONTROL_HZ, InitState
 from pi0.libero.suites import Task
 
@@ -28,6 +28,7 @@ class Rollout:
         settle_steps: control steps before the policy sees its first observation.
         record: draw a frame of the agent's view for a video every this many control steps (0: no video).
         keep_last: the episode keeps what is seen after its last action, which is drawn for that alone.
+        keep_every: the episode keeps what is seen before each of its actions, which is drawn for that alone, too.
     """
 
     task: Task
@@ -38,6 +39,7 @@ class Rollout:
     settle_steps: int
     record: int = 0
     keep_last: bool = False
+    keep_every: bool = False
 
     @property
     def beginning(self) -> tuple:
@@ -47,19 +49,6 @@ class Rollout:
 
     def __str__(self) -> str:
         return f"{self.task.suite} task {self.task.index} state {self.init_index}"
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the policy sees at one moment.
-
-    Attributes:
-        images: camera name to uint8 [height, width, 3], upright.
-        state: float32 [8].
-    """
-
-    images: dict[str, np.ndarray]
-    state: np.ndarray
 
 
 @dataclass
@@ -75,6 +64,7 @@ class Episode:
         failure: what broke the rollout (simulation or worker), else None; such an episode teaches nothing.
         video: uint8 frames [height, width, 3], empty unless `Rollout.record`.
         last: what was seen after the last action; None unless `Rollout.keep_last`, and where the rollout broke.
+        every: what was seen before each of its `steps` actions; empty unless `Rollout.keep_every`.
     """
 
     rollout: Rollout
@@ -86,6 +76,7 @@ class Episode:
     failure: str | None = None
     video: list[np.ndarray] = field(default_factory=list)
     last: Observation | None = None
+    every: list[Observation] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -109,4 +100,6 @@ class Episode:
 
     def outline(self) -> Episode:
         """The episode without what the policy saw and did: enough for a score, little to send."""
-        return replace(self, images={}, states=self.states[:0], actions=self.actions[:0], video=[], last=None)
+        return replace(
+            self, images={}, states=self.states[:0], actions=self.actions[:0], video=[], last=None, every=[]
+        )

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pi0.data.demonstrations import Observation
 from pi0.libero import gl
-from pi0.libero.episodes import Episode, Observation, Rollout
+from pi0.libero.episodes import Episode, Rollout
 from pi0.libero.suites import Task
 from pi0.libero.worker import Progress, WorkerSpec
 from pi0.workers.pool import ATTEMPTS, Loss, WorkerPool
@@ -246,6 +247,7 @@ class _Schedule:
             recording = running[progress.slot]
             if progress.executed:
                 recording.executed.append(progress.executed)
+                recording.between.append(progress.between)
             if progress.done:
                 del running[progress.slot]
                 keep = recording.rollout.keep_last and progress.failure is None
@@ -367,6 +369,7 @@ class _Recording:
         self.seen: list[Observation] = []
         self.actions: list[np.ndarray] = []
         self.executed: list[int] = []
+        self.between: list[list[Observation]] = []  # what was seen within each chunk, after its first look
 
     def add(self, seen: Observation, actions: np.ndarray) -> None:
         """Note an observation and the actions chosen for it."""
@@ -393,4 +396,7 @@ class _Recording:
             failure=failure,
             video=video or [],
             last=last,
+            every=[each for look, later in zip(seen, self.between, strict=True) for each in (look, *later)]
+            if self.rollout.keep_every
+            else [],
         )

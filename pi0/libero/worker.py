@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pi0.data.demonstrations import Observation
 from pi0.libero.assets import Assets
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
 from pi0.libero.libero_import import leave_out_wrappers
@@ -58,6 +59,7 @@ class Progress:
     """What a worker says of a slot after working on it. The observation is in the shared arrays, unless the rollout
     is done and did not ask for its last one.
 
+    `between` are the observations before each of the executed actions but the first, for `Rollout.keep_every`.
     `render_s` of its `busy_s` seconds went into drawing frames, the others into physics.
     """
 
@@ -67,6 +69,7 @@ class Progress:
     success: bool
     failure: str | None = None
     video: list[np.ndarray] = field(default_factory=list)
+    between: list[Observation] = field(default_factory=list)
     busy_s: float = 0.0
     render_s: float = 0.0
 
@@ -170,12 +173,16 @@ class Worker:
         count = min(count, rollout.horizon - running.steps)
         # Nobody looks at the horizon, unless asked to.
         observed = count if rollout.keep_last or running.steps + count < rollout.horizon else 0
+        between: list[Observation] = []
 
         def look() -> None:
             self._observe(slot, sim, renderer)
 
         for executed in range(1, count + 1):
-            succeeded = sim.step(actions[executed - 1], look if executed == observed else None)
+            if rollout.keep_every and executed > 1:
+                between.append(self._seen(slot))
+            looked = rollout.keep_every or executed == observed
+            succeeded = sim.step(actions[executed - 1], look if looked else None)
             running.steps += 1
             if rollout.record and (running.steps % rollout.record == 0 or succeeded):
                 self._film(running, sim, renderer)
@@ -183,15 +190,22 @@ class Worker:
                 break
         if not succeeded and running.steps < rollout.horizon:
             running.snapshot = sim.snapshot()
-            return Progress(slot, executed, False, False)
-        if rollout.keep_last and executed != observed:
+            return Progress(slot, executed, False, False, between=between)
+        if rollout.keep_last and not looked:
             # Only now is it known that this step was the last, and it is measured before its end: step there again.
             sim.restore(running.snapshot)
             for action in actions[: executed - 1]:
                 sim.step(action)
             sim.step(actions[executed - 1], look)
         del self._slots[slot]
-        return Progress(slot, executed, True, sim.success, video=running.video)
+        return Progress(slot, executed, True, sim.success, video=running.video, between=between)
+
+    def _seen(self, slot: int) -> Observation:
+        images, cameras = self.arrays["images"][slot], self.spec.cameras
+        return Observation(
+            {camera: images[index].copy() for index, camera in enumerate(cameras)},
+            self.arrays["states"][slot].copy(),
+        )
 
     def _observe(self, slot: int, sim: TaskSim, renderer: Renderer) -> None:
         self.arrays["states"][slot] = sim.proprioception()
