@@ -20,7 +20,7 @@ from pi0.base.tensors import count_not_finite
 Tree = Any
 NOTE = "note: "
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-# An average stands still where the weight is nearer to it than this share of its own size, at most.
+# By so much of its size a weight may differ from its average without moving it, at most.
 STANDSTILL = 0.01
 _PLAIN = (bool, int, float, str, type(None), Mapping, list, tuple)
 
