@@ -35,6 +35,7 @@ import torch
 from safetensors.torch import load_model
 
 from pi0 import PI0Policy
+from pi0.acrlpd.checkpointing import save_openpi_pi0_checkpoint
 from pi0.policy import lerobot_files
 from pi0.policy.normalization import add_state, normalize, unnormalize
 from pi0.policy.tokenizer import clean_prompt, state_prompt
@@ -93,9 +94,9 @@ def check_openpi(kind: str) -> float:
     module = importlib.import_module("openpi.models_pytorch.pi0_pytorch")
     g = torch.Generator().manual_seed(1)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
-        start, written = Path(folder, "start"), Path(folder, "ours")
-        ours = PI0Policy.from_pretrained(write_openpi(start, weights(pi05=kind == "pi05", vocab=VOCAB)))
-        ours.save_pretrained(written)
+        start = write_openpi(Path(folder, "start"), weights(pi05=kind == "pi05", vocab=VOCAB))
+        ours = PI0Policy.from_pretrained(start)
+        written = save_openpi_pi0_checkpoint(ours, folder, 0)  # it saves in the default layout
         config = ours.config
         make_small(patches, sizes, "get_config", experts, config.image_size)
         prepare = functools.partial(

@@ -149,6 +149,7 @@ class ACRLPDPi0Agent:
         self.real_action_dim, self.discount = real_action_dim, discount
         self.target_update_rate, self.bc_loss_weight = target_update_rate, bc_loss_weight
         self.use_ema = use_ema
+        self.pi0_ema_decay, self.critic_ema_decay = pi0_ema_decay, critic_ema_decay
         self.pi0_opt_state, self.critic_opt_state = pi0_opt_state, critic_opt_state
         self.temp_opt_state = temp_opt_state
         self.log_temperature = (

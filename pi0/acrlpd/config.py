@@ -159,6 +159,12 @@ class ACRLPDTrainingConfig:
     )
     save_freq: int = key(1, "iterations from one checkpoint to the next", unit="iterations", low=1)
     keep_checkpoints: int = key(2, "how many of the newest to keep", unit="checkpoints", low=1)
+    save_openpi_freq: int = key(
+        0,
+        "iterations from one folder pi0_openpi_step_N, the actor for openpi, to the next; 0: only at the end",
+        unit="iterations",
+        low=0,
+    )
     save_best: bool = key(True, "keep the checkpoint with the best periodic evaluation, however old")
     use_mixed_precision: bool = key(
         False, "draw candidates and compute flow losses in bfloat16 where that is safe (autocast)"

@@ -11,13 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 import wandb
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pi0 import PI0Policy, pick_device
 from pi0.acrlpd.acrlpd_data_loader import create_acrlpd_data_loader
 from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Batch, Info, LossSettings
 from pi0.acrlpd.actor import Pi0Actor
+from pi0.acrlpd.checkpointing import (
+    METADATA,
+    check_agent,
+    create_checkpoint_metadata,
+    name_parts,
+    require_loadable,
+    save_openpi_pi0_checkpoint,
+)
 from pi0.acrlpd.config import RLTrainConfig, to_dict
 from pi0.acrlpd.critic_networks import CriticNetworks, ObservationFeatures
 from pi0.acrlpd.episodes import RecordedEpisode, ended_at_horizon, shuffled_outcomes
@@ -30,8 +37,10 @@ from pi0.acrlpd.fsdp_support import (
     optimize_fsdp_memory,
 )
 from pi0.acrlpd.loss_functions import possible_values
+from pi0.acrlpd.memory_monitor import GPUMemoryMonitor, enable_memory_monitoring, log_memory_usage
 from pi0.acrlpd.metrics import METRICS
 from pi0.acrlpd.practice import Practice, choose_rollouts, practise
+from pi0.acrlpd.pytree_checker import require_sound
 from pi0.base.errors import InputError, Outputs
 from pi0.base.progress import progress
 from pi0.libero.environments import Environments
@@ -47,7 +56,6 @@ from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_w
 from pi0.training.optimizer import make_schedule
 from pi0.training.random_state import OwnStream
 from pi0.training.safeguards import Safeguards
-from pi0.training.state import States, Weights
 
 RECORDED = -1  # in place of an iteration's number: rollouts before the first one
 
@@ -108,6 +116,7 @@ class ACRLPDTrainer:
         self._noise.start(self._rank)
         self._name_parts()
         self._board = TensorBoard(run_dir / "tensorboard")
+        self.memory = GPUMemoryMonitor(policy.device)
         self.wandb: wandb.Run | None = None
         self._started = time.monotonic()
         self._scoring = 0.0  # seconds of scores since then
@@ -127,25 +136,9 @@ class ACRLPDTrainer:
         return create_fsdp_train_step_fn(self.agent, self.mesh)
 
     def _name_parts(self) -> None:
-        """What a checkpoint holds."""
-        agent, mend = self.agent, "resume with the same policy and critics"
-        self.state.shared = {
-            "pi0_params": Weights(self.policy.network, mend),
-            "pi0_ema_params": Weights(agent.pi0_ema.policy.network, mend),
-            "critic_params": Weights(agent.critic_networks, mend),
-            "critic_ema_params": Weights(agent.critic_ema, mend),
-            "target_critic_params": Weights(agent.target_critic, mend),
-            "pi0_opt_state": States(optimizer=agent.pi0_opt_state, schedule=self._schedule),
-            "critic_opt_state": States(optimizer=agent.critic_opt_state),
-        }
-        if not self._seen.fixed:
-            self.state.shared["feature_params"] = Weights(self._seen.network, mend)
-        if agent.temp_opt_state is not None:
-            temperature = nn.ParameterList([agent.log_temperature])
-            self.state.shared["temp_opt_state"] = States(
-                optimizer=agent.temp_opt_state, temperature=temperature
-            )
-        self.state.own = {"generator": self._noise, "data": self.loader}
+        """What a checkpoint holds, checked once as it begins."""
+        name_parts(self.state, self.agent, self.loader, self._noise, self._schedule)
+        require_sound(check_agent(self.agent), "the agent", "begin with another policy folder")
 
     # The run -------------------------------------------------------------------------------------
 
@@ -159,6 +152,7 @@ class ACRLPDTrainer:
         with self._ends_with_checkpoint():
             self.load_checkpoint(resume)
             self._started = time.monotonic() - state.facts.get("seconds", 0.0)
+            self.memory = enable_memory_monitoring(self.agent, self.loader, self.policy.device)
             before = self._score_before()
             if not len(self.loader):
                 self._record()
@@ -172,6 +166,8 @@ class ACRLPDTrainer:
                     self.safe.roll_back(error, self._noise)
                     continue
                 self._finish(metrics)
+            self.log_memory_usage("end of training")
+            self.save_openpi_checkpoint()
             after = {**self._scores_of_parts(), **self.evaluate("after")}
             on_rank_zero(self._write_results, before, after)
             outcomes = {name.replace(" ", "_"): score.outcomes for name, score in after.items()}
@@ -370,6 +366,9 @@ class ACRLPDTrainer:
             self.log_training_metrics(metrics)
         step = state.step
         self._score_part(step)
+        every = config.training.save_openpi_freq
+        if every and step % every == 0 and step < config.training.num_train_steps:
+            self.save_openpi_checkpoint()
         if config.training.periodic_episodes and step % config.logging.log_freq == 0:
             scored = self.evaluate(f"after {step} iterations", config.training.periodic_episodes)
             best = list(scored.values())[-1]
@@ -399,12 +398,33 @@ class ACRLPDTrainer:
 
     def save_checkpoint(self) -> None:
         """Write what the run was after its last iteration; a disk that refuses is reported."""
+        step = self.state.step
+        self.state.facts[METADATA] = create_checkpoint_metadata(self.agent, self.loader, step, step)
         if problem := self.safe.write():
             print(f"iteration {self.state.step}: {problem}")
 
+    def save_openpi_checkpoint(self) -> None:
+        """Write the averaged actor alone as `pi0_openpi_step_N`, for openpi."""
+        policy, step = self.agent.pi0_ema.policy, self.state.step
+        if policy.config.guidance:
+            print("no pi0_openpi_step_N: openpi has no place for the optimality condition of this policy")
+            return
+        name = f"pi0_openpi_step_{step}"
+        self.outputs.write(name, save_openpi_pi0_checkpoint, policy, self.run_dir, step)
+
+    def log_memory_usage(self, label: str) -> None:
+        """Print the memory of this rank now."""
+        log_memory_usage(label, self.memory)
+
     def load_checkpoint(self, resume: bool) -> None:
-        """Continue from the newest checkpoint; without one, or if it is a new run, begin."""
+        """Continue from the newest checkpoint; without one, or if it is a new run, begin.
+
+        Raises:
+            CheckpointError: the checkpoint is of another agent.
+        """
         newest, logging = self.safe.find() if resume else None, self.config.logging
+        if newest is not None:
+            require_loadable(newest, self.agent)
         if newest is not None and logging.wandb_run_id is None:
             logging.wandb_run_id = self.safe.store.facts(newest).get("wandb_run_id")
         self.wandb = start_wandb(logging, self.run_dir, to_dict(self.config)) if self._rank == 0 else None

@@ -74,6 +74,10 @@ class CheckpointStore:
         regular = step % self.every == 0 or step == self.last
         return asked or regular or (self.keep_best and score is not None)
 
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step, whether it is there or not."""
+        return self._path(step)
+
     def temporary(self, step: int) -> Path:
         """Folder for the files of the checkpoint that is being written; it is not made here."""
         return self._path(step, "tmp")
@@ -301,14 +305,18 @@ def save_state(path: Path, state: dict) -> None:
         raise TypeError(f"{path}: {', '.join(unsafe)} cannot be read back; save tensors, numbers and strings")
 
 
-def load_state(path: Path) -> dict:
+def load_state(path: Path, mapped: bool = False) -> dict:
     """Read what `save_state` wrote, with tensors on the CPU; no code from the file is run.
+
+    Args:
+        path: the file.
+        mapped: a tensor is read when it is used, and takes no memory of its own.
 
     Raises:
         CheckpointError: the file is missing, damaged or holds something else.
     """
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except Exception as error:  # a damaged pickle may raise anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise CheckpointError(

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,57 @@ def resident_mb(process: int | str = "self") -> float:
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@dataclass(frozen=True)
+class MemoryNow:
+    """Memory of this process, in MB.
+
+    Attributes:
+        resident: in the computer's memory.
+        peak: most of it since the process began.
+        gpu, gpu_reserved: of tensors on its GPU, and what PyTorch holds there for them; None without a GPU.
+        gpu_peak: most of `gpu` since the last `memory_use`, or since the process began.
+    """
+
+    resident: float
+    peak: float
+    gpu: float | None = None
+    gpu_reserved: float | None = None
+    gpu_peak: float | None = None
+
+
+def memory_now(device: torch.device) -> MemoryNow:
+    """Memory of this process, after garbage is collected.
+
+    Args:
+        device: where its networks are.
+    """
+    gc.collect()
+    resident, status = resident_mb(), Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM:"))
+    if device.type != "cuda":
+        return MemoryNow(resident, peak)
+    of_gpu = (torch.cuda.memory_allocated, torch.cuda.memory_reserved, torch.cuda.max_memory_allocated)
+    return MemoryNow(resident, peak, *(ask(device) / 1e6 for ask in of_gpu))
+
+
+def bytes_held(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
+    """Bytes of the memory behind tensors on this rank; of a shard, what lies here.
+
+    Args:
+        tensors: several may share memory, which counts once.
+        counted: addresses of memory that has been counted already; what is new is added.
+    """
+    total = 0
+    for tensor in tensors:
+        detached = tensor.detach()
+        local = detached.to_local() if hasattr(detached, "to_local") else detached
+        storage = local.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
 
 
 def release() -> None:

@@ -70,14 +70,14 @@ def run_to_resume(
     """
     run = _newest_run(output_dir, name) if folder == "newest" else _run_of(folder)
     earlier = _read_config(run / "config.yaml")
-    differing = {key for key, _, _ in _differences(comparable(earlier), comparable(config))}
-    differences = [difference for difference in _differences(earlier, config) if difference[0] in differing]
-    if changed := [difference for difference in differences if difference[0] in fixed]:
+    differing = {key for key, _, _ in differences(comparable(earlier), comparable(config))}
+    found = [difference for difference in differences(earlier, config) if difference[0] in differing]
+    if changed := [difference for difference in found if difference[0] in fixed]:
         changes = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed)
         raise OutputError(
             f"{run} cannot be resumed with other settings ({changes}); restore them, or {otherwise.format(run=run)}"
         )
-    for key, was, now in differences:
+    for key, was, now in found:
         print(f"resuming with {key} = {now!r}, which was {was!r}")
     return run
 
@@ -150,13 +150,13 @@ def _write_config(run_dir: Path, config: dict[str, Any]) -> None:
         ) from error
 
 
-def _differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(earlier: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """Each key of `now` whose value differs: dotted name, earlier value (None if missing), current value."""
     if isinstance(now, dict):
         sections = earlier if isinstance(earlier, dict) else {}
         return [
             difference
             for name in now
-            for difference in _differences(sections.get(name), now[name], f"{key}.{name}" if key else name)
+            for difference in differences(sections.get(name), now[name], f"{key}.{name}" if key else name)
         ]
     return [] if earlier == now else [(key, earlier, now)]

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from pi0.base.errors import InputError, attempt, report_failure
+from pi0.base.errors import InputError, report_failure
 from pi0.base.files import write_json
-from pi0.ranks.collectives import gather, on_rank_zero, rank_and_world_size
+from pi0.ranks.collectives import on_rank_zero, rank_and_world_size
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.interrupts import Interrupts
 from pi0.training.metrics import rewrite_metrics
 from pi0.training.random_state import OwnStream
 from pi0.training.recovery import Recovery
-from pi0.training.state import TrainingState
+from pi0.training.state import TrainingState, write_checkpoint
 
 
 class SafetySettings(Protocol):
@@ -80,14 +80,7 @@ class Safeguards:
 
     def write(self) -> str | None:
         """Make a checkpoint of the last finished iteration; returns the reason of a failure, or None."""
-        step = self.state.step
-        if problem := on_rank_zero(attempt, self.store.begin, step):
-            return problem
-        written = attempt(self.state.write, self.store.temporary(step), *rank_and_world_size())
-        if problem := next((text for text in gather(written) if text is not None), None):
-            on_rank_zero(self.store.abandon, step)
-            return problem
-        return on_rank_zero(attempt, self.store.seal, step, self.state.score, self.state.facts)
+        return write_checkpoint(self.store, self.state)
 
     def read(self, checkpoint: Path) -> None:
         """Restore the run's state from a checkpoint, and print it."""

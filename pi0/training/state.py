@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pi0.base.errors import CheckpointError
+from pi0.base.errors import CheckpointError, attempt
 from pi0.base.files import write_json
 from pi0.base.tensors import write_tensors
+from pi0.ranks.collectives import gather, on_rank_zero, rank_and_world_size
 from pi0.ranks.sharding import load_optimizer, load_weights, whole_on_rank_zero
-from pi0.training.checkpoint_store import load_state, save_state
+from pi0.training.checkpoint_store import CheckpointStore, load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class SharedPart(Protocol):
         """Continue from what `write` wrote; every rank calls it."""
 
 
+def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained weights of a module and its buffers, by name; shards stay shards."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in frozen}
+
+
 class Weights:
     """The trained weights of a module, as NAME.safetensors; the file is whole, also for a sharded module.
 
@@ -78,10 +85,7 @@ class Weights:
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """The trained weights and the buffers."""
-        named = self._module.named_parameters()
-        frozen = {name for name, parameter in named if not parameter.requires_grad}
-        states = self._module.state_dict().items()
-        return whole_on_rank_zero({name: tensor for name, tensor in states if name not in frozen})
+        return whole_on_rank_zero(trained_state(self._module))
 
     def write(self, folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
         """Write the weights."""
@@ -238,3 +242,18 @@ class TrainingState:
             f"written by {run['world_size']} processes, read by {world_size}: states, statistics and replayed "
             "chunks are distributed again, random streams start from the seed and the step"
         )
+
+
+def write_checkpoint(store: CheckpointStore, state: TrainingState) -> str | None:
+    """Make a checkpoint of the last finished iteration; returns the reason of a failure, or None.
+
+    All ranks call it together.
+    """
+    step = state.step
+    if problem := on_rank_zero(attempt, store.begin, step):
+        return problem
+    written = attempt(state.write, store.temporary(step), *rank_and_world_size())
+    if problem := next((text for text in gather(written) if text is not None), None):
+        on_rank_zero(store.abandon, step)
+        return problem
+    return on_rank_zero(attempt, store.seal, step, state.score, state.facts)
