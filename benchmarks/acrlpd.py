@@ -39,11 +39,11 @@ import torch
 from benchmarks.pi0 import make_policy, noise_for, observations, repeat
 from pi0 import PI0Policy
 from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
+from pi0.acrlpd.acrlpd_pi0_agent import create_acrlpd_pi0_agent_from_rl_config
 from pi0.acrlpd.config import get_config
 from pi0.acrlpd.episodes import RecordedEpisode
 from pi0.acrlpd.fsdp_support import create_global_optimizers
 from pi0.acrlpd.practice import choose_rollouts, practise
-from pi0.acrlpd.trainer import make_agent
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.files import write_json
@@ -110,9 +110,9 @@ def update(options: argparse.Namespace) -> dict[str, Times]:
     """Steps of the critics, and what keeping costs once an iteration."""
     config = get_config("acrlpd_quickstart")
     policy = PI0Policy.from_pretrained(config.policy_path)
-    agent, features = make_agent(config, policy)
+    agent = create_acrlpd_pi0_agent_from_rl_config(config, policy)
     create_global_optimizers(agent, config)
-    loader = ACRLPDDataLoader(policy, features.network, 10**6)
+    loader = ACRLPDDataLoader(policy, agent.features.network, 10**6)
     random = np.random.default_rng(0)
     loader.add(
         [made_episode(policy, config.qchunking.horizon_length, random) for _ in range(options.episodes)]
@@ -190,7 +190,7 @@ def rollouts(options: argparse.Namespace) -> dict[str, Times]:
     """The same rollouts with more and more chunks to choose from, by critics that nobody has trained."""
     config = get_config("acrlpd_quickstart")
     policy = PI0Policy.from_pretrained(config.policy_path)
-    agent, features = make_agent(config, policy)
+    agent = create_acrlpd_pi0_agent_from_rl_config(config, policy)
     horizon = config.qchunking.horizon_length
     with Environments(config.task, policy.config) as environments:
         pools = environments.training_states(8, 0)
@@ -199,7 +199,7 @@ def rollouts(options: argparse.Namespace) -> dict[str, Times]:
         chosen = [replace(each, horizon=100) for each in chosen]
 
         def run(samples: int) -> Callable[[], Any]:
-            acting = BestOfPolicy(policy, agent.critic_networks, features.network, samples)
+            acting = BestOfPolicy(policy, agent.critic_networks, agent.features.network, samples)
             return lambda: practise(environments, acting, chosen, horizon, f"best of {samples}")
 
         return {"rollouts": in_turns("rollouts", {f"best of {n}": run(n) for n in COUNTS}, options.turns)}

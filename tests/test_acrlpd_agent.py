@@ -229,3 +229,48 @@ def test_numbers_out_of_range_are_refused(changes, said):
     given = {"num_action_samples": 2, "horizon_length": CHUNK, "real_action_dim": REAL} | changes
     with pytest.raises(ValueError, match=said):
         ACRLPDPi0Agent(SmallActor(), critics, StateFeatures(), **given)
+
+
+def standard_train_step(agent: ACRLPDPi0Agent, batch: dict) -> tuple[ACRLPDPi0Agent, dict]:
+    """The user's sketch of a step, whose state is the agent itself."""
+    agent, info = agent.train_step(batch)
+    return agent, {**info, "step_loss": info["critic_loss"] + info["actor_loss"]}
+
+
+def test_the_sketched_step_moves_the_state_in_place():
+    agent, batch = make_agent(learned_temperature=True), made_batch()
+    state = agent.to_train_state(step=3, epoch=1)
+    assert list(state) == [
+        "pi0_params", "pi0_ema_params", "critic_params", "critic_ema_params", "target_critic_params",
+        "pi0_opt_state", "critic_opt_state", "temp_opt_state", "step", "epoch",
+    ]  # fmt: skip
+    before = copy.deepcopy(state)
+    moved, info = standard_train_step(agent, batch)
+    assert moved is agent
+    assert info["step_loss"] == pytest.approx(info["critic_loss"] + info["actor_loss"])
+    for name in (
+        "pi0_params",
+        "pi0_ema_params",
+        "critic_params",
+        "critic_ema_params",
+        "target_critic_params",
+    ):
+        changed = [not torch.equal(state[name][key], before[name][key]) for key in state[name]]
+        assert any(changed), name
+    assert before["pi0_opt_state"]["state"] == {} and len(agent.to_train_state()["pi0_opt_state"]["state"])
+
+
+def test_openpis_training_state_is_of_the_actor_alone():
+    agent = make_agent()
+    state = agent.create_openpi_train_state(step=7)
+    assert list(state) == ["step", "params", "opt_state", "ema_decay", "ema_params"]
+    assert (state["step"], state["ema_decay"]) == (7, 0.999)
+    for name, module in (("params", agent.pi0_model), ("ema_params", agent.pi0_ema)):
+        assert state[name].keys() == module.state_dict().keys()
+        assert same(state[name].values(), module.state_dict().values())
+
+
+def test_a_train_state_holds_the_parts_of_a_checkpoint():
+    state = make_agent().create_train_state(step=2)
+    assert state.can_be_saved and state.step == 2
+    assert set(state.shared) == set(make_agent().to_train_state()) - {"step", "epoch"}

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from pi0 import PI0Policy
 from pi0.acrlpd import trainer as trainer_module
 from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader, create_acrlpd_data_loader
+from pi0.acrlpd.acrlpd_pi0_agent import create_acrlpd_pi0_agent_from_rl_config
 from pi0.acrlpd.config import ConfigError, RLTrainConfig, get_config
 from pi0.acrlpd.episodes import (
     RecordedEpisode,
@@ -239,7 +240,7 @@ def test_the_rest_of_a_chunk_that_cannot_be_read_back_changes_no_target(policy, 
             len(loader.replay.states), 2, HORIZON, policy.config.action_dim, generator=generator
         )
         loaders.append(loader)
-    agent, _ = trainer_module.make_agent(config_of(tmp_path / "set"), policy)
+    agent = create_acrlpd_pi0_agent_from_rl_config(config_of(tmp_path / "set"), policy)
     torch.nn.init.normal_(agent.target_critic.value.weight)
     differ = []
     for row in range(len(loaders[0])):

@@ -11,20 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi0.acrlpd.actor import Actor, Observations
-from pi0.acrlpd.critic_networks import CriticNetworks
+from pi0 import PI0Policy
+from pi0.acrlpd.actor import Actor, Observations, Pi0Actor
+from pi0.acrlpd.checkpointing import name_parts, networks, optimizers
+from pi0.acrlpd.config import RLTrainConfig
+from pi0.acrlpd.critic_networks import CriticNetworks, ObservationFeatures
 from pi0.acrlpd.loss_functions import (
     Aggregation,
     advantage_weights,
     aggregate,
     chunk_target,
     effective_sample_size,
+    possible_values,
     temperature_loss,
     weights_divergence,
 )
 from pi0.ranks.collectives import average_gradients, gather_rows, mean_over_ranks, rank_and_world_size
 from pi0.ranks.sharding import whole
 from pi0.training.ema import AveragedModule
+from pi0.training.random_state import OwnStream
+from pi0.training.state import TrainingState, trained_state
 
 Batch = Mapping[str, Any]  # docs/acrlpd.md, "Batch"
 Info = dict[str, float]
@@ -172,6 +178,33 @@ class ACRLPDPi0Agent:
                 AveragedModule(critic_networks, self.critic_ema, critic_ema_decay),
             ]
         self.generator = torch.Generator().manual_seed(seed)
+
+    # Its state -----------------------------------------------------------------------------------
+
+    def create_train_state(self, step: int = 0) -> TrainingState:
+        """The parts of a checkpoint of the agent alone, named as `pi0.acrlpd.checkpointing` names them."""
+        state = TrainingState()
+        name_parts(state, self, None, OwnStream(self.generator, 0))
+        state.step = step
+        state.begin()
+        return state
+
+    def to_train_state(self, step: int = 0, epoch: int = 0) -> dict[str, Any]:
+        """The state as a tree of tensors and plain values, for `pi0.acrlpd.pytree_checker`; nothing is copied."""
+        tree: dict[str, Any] = {name: trained_state(module) for name, module in networks(self).items()}
+        tree |= {name: optimizer.state_dict() for name, (optimizer, _) in optimizers(self).items()}
+        return tree | {"step": step, "epoch": epoch}
+
+    def create_openpi_train_state(self, step: int = 0) -> dict[str, Any]:
+        """The actor alone, with the names of openpi's training state (src/openpi/training/utils.py, `TrainState`)."""
+        tree = self.to_train_state()
+        return {
+            "step": step,
+            "params": tree["pi0_params"],
+            "opt_state": tree.get("pi0_opt_state"),
+            "ema_decay": self.pi0_ema_decay if self.use_ema else None,
+            "ema_params": tree["pi0_ema_params"] if self.use_ema else None,
+        }
 
     # Samples and their values --------------------------------------------------------------------
 
@@ -400,6 +433,89 @@ class ACRLPDPi0Agent:
         """Move the averages towards what is trained; that of the actor only if `actor`."""
         for average in self._averages[0 if actor else 1 :]:
             average.update()
+
+
+def create_acrlpd_pi0_agent(
+    policy: PI0Policy,
+    horizon_length: int,
+    num_action_samples: int = 8,
+    *,
+    critics: int = 2,
+    hidden: int = 256,
+    layers: int = 3,
+    features: str = "policy",
+    mixed_precision: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> ACRLPDPi0Agent:
+    """An agent with a pi0 policy as its actor, without optimizers yet (`fsdp_support.create_global_optimizers`).
+
+    Args:
+        policy: its weights are trained, and what critics see is copied from it.
+        horizon_length, num_action_samples: as for `ACRLPDPi0Agent`.
+        critics, hidden, layers: sizes of `CriticNetworks`.
+        features: what critics see, a key of `pi0.policy.critics.FEATURES`.
+        mixed_precision: as for `Pi0Actor`.
+        seed: of the critics' weights and of all noise.
+        options: others of `ACRLPDPi0Agent`.
+
+    Raises:
+        ValueError: as `ACRLPDPi0Agent` and `CriticNetworks`.
+    """
+    torch.manual_seed(seed)
+    actor = Pi0Actor(policy, mixed_precision)
+    seen, robot = ObservationFeatures(actor, features), policy.config.robot_action_dim
+    networks_ = CriticNetworks(
+        seen.width, policy.config.action_dim, horizon_length, robot, critics, hidden, layers
+    )
+    return ACRLPDPi0Agent(
+        actor,
+        networks_.to(policy.device),
+        seen.to(policy.device),
+        num_action_samples,
+        horizon_length,
+        robot,
+        seed=seed,
+        **options,
+    )
+
+
+def create_acrlpd_pi0_agent_from_rl_config(config: RLTrainConfig, policy: PI0Policy) -> ACRLPDPi0Agent:
+    """The agent of a configuration, without optimizers yet.
+
+    Raises:
+        ValueError: as `create_acrlpd_pi0_agent`.
+    """
+    settings, training = config.acrlpd, config.training
+    longest = 1 if settings.one_reward else (config.task.max_episode_length or 10**6)
+    reachable = possible_values(settings.lowest_reward, settings.highest_reward, longest, settings.discount)
+    return create_acrlpd_pi0_agent(
+        policy,
+        config.qchunking.horizon_length,
+        settings.num_action_samples,
+        critics=settings.critics,
+        hidden=settings.hidden,
+        layers=settings.layers,
+        features=settings.features,
+        mixed_precision=training.use_mixed_precision,
+        seed=training.seed,
+        discount=settings.discount,
+        target_update_rate=settings.target_update_rate,
+        bc_loss_weight=settings.bc_loss_weight,
+        use_ema=settings.use_ema,
+        pi0_ema_decay=settings.pi0_ema_decay,
+        critic_ema_decay=settings.critic_ema_decay,
+        settings=LossSettings(
+            aggregation=settings.aggregation,
+            temperature=settings.temperature,
+            divergence=settings.divergence or 0.5,
+            awr_weight=settings.awr_weight,
+            best_weight=settings.best_weight,
+            flow_samples=settings.flow_samples,
+            value_range=reachable,
+            grad_norm=settings.grad_norm,
+        ),
+    )
 
 
 def _pick(candidates: Tensor, best: Tensor) -> Tensor:

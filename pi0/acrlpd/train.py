@@ -105,12 +105,18 @@ def create_training_components(config: RLTrainConfig, run_dir: Path, interrupts:
     """
     trainer = ACRLPDTrainer(config, run_dir, interrupts)
     verify_fsdp_sharding(trainer)
+    log_gpu_memory(trainer, "set up")
     return trainer
 
 
 def run_training_experiment(trainer: ACRLPDTrainer, resume: bool) -> None:
     """Train to the end, or until the run is asked to stop."""
     trainer.train(resume)
+
+
+def log_gpu_memory(trainer: ACRLPDTrainer, label: str) -> None:
+    """Print this rank's memory: resident, and on its GPU if it has one."""
+    trainer.log_memory_usage(label)
 
 
 def verify_fsdp_sharding(trainer: ACRLPDTrainer) -> None:

@@ -15,8 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pi0 import PI0Policy, pick_device
 from pi0.acrlpd.acrlpd_data_loader import create_acrlpd_data_loader
-from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Batch, Info, LossSettings
-from pi0.acrlpd.actor import Pi0Actor
+from pi0.acrlpd.acrlpd_pi0_agent import (
+    ACRLPDPi0Agent,
+    Batch,
+    Info,
+    create_acrlpd_pi0_agent_from_rl_config,
+)
 from pi0.acrlpd.checkpointing import (
     METADATA,
     check_agent,
@@ -26,7 +30,7 @@ from pi0.acrlpd.checkpointing import (
     save_openpi_pi0_checkpoint,
 )
 from pi0.acrlpd.config import RLTrainConfig, to_dict
-from pi0.acrlpd.critic_networks import CriticNetworks, ObservationFeatures
+from pi0.acrlpd.critic_networks import ObservationFeatures
 from pi0.acrlpd.episodes import RecordedEpisode, ended_at_horizon, shuffled_outcomes
 from pi0.acrlpd.films import film_values
 from pi0.acrlpd.fsdp_support import (
@@ -36,7 +40,6 @@ from pi0.acrlpd.fsdp_support import (
     init_fsdp_train_state,
     optimize_fsdp_memory,
 )
-from pi0.acrlpd.loss_functions import possible_values
 from pi0.acrlpd.memory_monitor import GPUMemoryMonitor, enable_memory_monitoring, log_memory_usage
 from pi0.acrlpd.metrics import METRICS
 from pi0.acrlpd.practice import Practice, choose_rollouts, practise
@@ -91,7 +94,8 @@ class ACRLPDTrainer:
         broadcast_weights(policy)  # another host may have another file of that name
         self._rank, _ = rank_and_world_size()
         self.start = ActingPolicy(policy.copy())
-        self.agent, self._seen = make_agent(config, policy)
+        self.agent = create_acrlpd_pi0_agent_from_rl_config(config, policy)
+        self._seen: ObservationFeatures = self.agent.features  # type: ignore[assignment]
         self.mesh: DeviceMesh | None = None
         if config.training.gradient_checkpointing:
             optimize_fsdp_memory(policy)
@@ -485,54 +489,6 @@ class _Clock:
         """All of them, with what is left as "other"."""
         total = time.monotonic() - self._began
         return {**self._phases, "other": max(0.0, total - sum(self._phases.values()))}
-
-
-def make_agent(config: RLTrainConfig, policy: PI0Policy) -> tuple[ACRLPDPi0Agent, ObservationFeatures]:
-    """The agent of a configuration, without optimizers yet, and what its critics see."""
-    settings, training = config.acrlpd, config.training
-    torch.manual_seed(training.seed)
-    actor = Pi0Actor(policy, training.use_mixed_precision)
-    features = ObservationFeatures(actor, settings.features)
-    horizon, robot = config.qchunking.horizon_length, policy.config.robot_action_dim
-    critics = CriticNetworks(
-        features.width,
-        policy.config.action_dim,
-        horizon,
-        robot,
-        settings.critics,
-        settings.hidden,
-        settings.layers,
-    ).to(policy.device)
-    features.to(policy.device)
-    longest = 1 if settings.one_reward else (config.task.max_episode_length or 10**6)
-    reachable = possible_values(settings.lowest_reward, settings.highest_reward, longest, settings.discount)
-    loss = LossSettings(
-        aggregation=settings.aggregation,
-        temperature=settings.temperature,
-        divergence=settings.divergence or 0.5,
-        awr_weight=settings.awr_weight,
-        best_weight=settings.best_weight,
-        flow_samples=settings.flow_samples,
-        value_range=reachable,
-        grad_norm=settings.grad_norm,
-    )
-    agent = ACRLPDPi0Agent(
-        actor,
-        critics,
-        features,
-        settings.num_action_samples,
-        horizon,
-        robot,
-        discount=settings.discount,
-        target_update_rate=settings.target_update_rate,
-        bc_loss_weight=settings.bc_loss_weight,
-        use_ema=settings.use_ema,
-        pi0_ema_decay=settings.pi0_ema_decay,
-        critic_ema_decay=settings.critic_ema_decay,
-        settings=loss,
-        seed=training.seed,
-    )
-    return agent, features
 
 
 def require_possible(value: float, value_range: tuple[float, float] | None) -> None:

@@ -13,7 +13,11 @@ import torch
 import torch.distributed as dist
 
 from pi0 import PI0Policy
-from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, LossSettings
+from pi0.acrlpd.acrlpd_pi0_agent import (
+    ACRLPDPi0Agent,
+    LossSettings,
+    create_acrlpd_pi0_agent_from_rl_config,
+)
 from pi0.acrlpd.config import get_config
 from pi0.acrlpd.fsdp_support import (
     create_fsdp_mesh,
@@ -22,7 +26,6 @@ from pi0.acrlpd.fsdp_support import (
     init_fsdp_train_state,
     validate_fsdp_sharding,
 )
-from pi0.acrlpd.trainer import make_agent
 from pi0.policy.critics import CriticNetworks
 from pi0.ranks.collectives import gather
 from pi0.ranks.sharding import whole
@@ -156,7 +159,7 @@ def windows(counts: list[int]) -> None:
 def pi0_agent(checkpoint: str, overrides: list[str], mesh_of=None):
     config = get_config("acrlpd_debug", [f"policy_path={checkpoint}", *overrides])
     policy = PI0Policy.from_pretrained(checkpoint)
-    agent, _ = make_agent(config, policy)
+    agent = create_acrlpd_pi0_agent_from_rl_config(config, policy)
     mesh = None
     if mesh_of is not None:
         mesh = mesh_of(policy)
