@@ -18,7 +18,13 @@ from torch.distributed.tensor import DTensor
 from pi0 import PI0Policy
 from pi0.acrlpd.acrlpd_pi0_agent import ACRLPDPi0Agent, Batch, Info
 from pi0.acrlpd.actor import Pi0Actor
+from pi0.acrlpd.checkpointing import optimizers
 from pi0.acrlpd.config import RLTrainConfig
+from pi0.acrlpd.pytree_checker import (
+    check_optimizer_consistency,
+    require_sound,
+    validate_fsdp_compatibility,
+)
 from pi0.base.errors import InputError
 from pi0.ranks.collectives import rank_and_world_size
 from pi0.ranks.sharding import shard
@@ -60,19 +66,23 @@ def init_fsdp_train_state(agent: ACRLPDPi0Agent, mesh: DeviceMesh) -> None:
     """Shard the actor in training, in place. It has no optimizer yet: see `create_global_optimizers`.
 
     Raises:
+        CheckpointError: FSDP2 refuses its weights.
         InputError: the actor has an optimizer, which would go on with the whole weights.
     """
     if agent.pi0_opt_state is not None:
         raise InputError("shard the actor first, then make its optimizer")
     policy = actor_policy(agent)
-    shard(policy, create_fsdp_sharding_strategy(policy), mesh)
+    groups = create_fsdp_sharding_strategy(policy)
+    findings = validate_fsdp_compatibility(policy, groups, mesh["fsdp"].size())
+    require_sound(findings, "the actor", "it cannot be sharded: set training.fsdp_size = 1")
+    shard(policy, groups, mesh)
 
 
 def create_global_optimizers(agent: ACRLPDPi0Agent, config: RLTrainConfig) -> None:
     """Give the agent its optimizers, of the weights as they are now: after sharding.
 
     Raises:
-        InputError: an optimizer does not have exactly the trained weights.
+        CheckpointError: an optimizer does not have exactly the trained weights.
     """
     settings = config.acrlpd
     critics = [p for module in (agent.critic_networks, agent.features) for p in module.parameters()]
@@ -82,14 +92,8 @@ def create_global_optimizers(agent: ACRLPDPi0Agent, config: RLTrainConfig) -> No
     )
     if settings.divergence:
         agent.temp_opt_state = torch.optim.Adam([agent.log_temperature], TEMPERATURE_LR)
-    for optimizer, module in (
-        (agent.pi0_opt_state, agent.pi0_model),
-        (agent.critic_opt_state, agent.critic_networks),
-    ):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-        if missing:
-            raise InputError(f"an optimizer lacks {missing[0]} and {len(missing) - 1} other trained weights")
+    for name, (optimizer, weights) in optimizers(agent).items():
+        require_sound(check_optimizer_consistency(optimizer, weights, name), name, "make it after sharding")
 
 
 def create_fsdp_train_step_fn(
@@ -114,7 +118,7 @@ def validate_fsdp_sharding(agent: ACRLPDPi0Agent, mesh: DeviceMesh) -> dict[str,
         InputError: one is whole on this rank, or this rank has more than its share and a row of each weight.
     """
     ranks = mesh["fsdp"].size()
-    named = {n: p for n, p in agent.pi0_model.named_parameters() if p.requires_grad}
+    named = {n: p for n, p in actor_policy(agent).named_parameters() if p.requires_grad}
     states = agent.pi0_opt_state.state if agent.pi0_opt_state is not None else {}
     tensors: dict[str, list[tuple[str, Any]]] = {"weights": list(named.items()), "moments": []}
     for name, weight in named.items():
