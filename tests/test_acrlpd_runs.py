@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from pi0 import PI0Policy
 from pi0.acrlpd import trainer as trainer_module
+from pi0.acrlpd.caches import ObservationCaches
 from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
 from pi0.acrlpd.train import main, unified_training_interface
 from pi0.base.errors import InputError
@@ -58,8 +59,12 @@ def debug(folder: Path, *overrides: str):
     return get_config("acrlpd_debug", [*quick, *overrides])
 
 
-def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
+def test_a_run_leaves_policy_critic_results_and_report(tmp_path, monkeypatch):
     torch.set_num_threads(1)
+    drawn, refresh = [], ObservationCaches.refresh
+    monkeypatch.setattr(
+        ObservationCaches, "refresh", lambda caches, *of: (drawn.append(len(of[0])), refresh(caches, *of))
+    )
     run = unified_training_interface(debug(tmp_path, "features.save_video=true", "training.score_parts=true"))
     assert {"values.mp4", "before_after.mp4"} <= {path.name for path in run.iterdir()}
     results = json.loads((run / "results.json").read_text())
@@ -104,6 +109,7 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path):
     )
     score = json.loads((tmp_path / "score/results.json").read_text())
     assert (score["episodes"], score["protocol"]["samples"]) == (1, 2)
+    assert drawn == [24, 36], "the actor has not moved before step 1, so its candidates are kept"
     moved = weights(run), weights(run, 2)
     assert not all(np.array_equal(moved[0][name], moved[1][name]) for name in moved[0])
 
