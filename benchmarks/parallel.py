@@ -17,7 +17,8 @@ All learn the same network (Mnih et al. 2015) by 4 epochs of minibatches of 256 
 frames: 0 to 30 frames without action, 4 frames a step, grey, 84 x 84, stacks of 4. A training is measured over
 `--updates` updates after 2 that warm up; the last one of ours does not count, since no worker plays beside it. The others
 run with 1 and with 2 torch threads: threads that wait for work spin and take the cores of the game's processes, so 2
-may be slower than 1. Ratios are over the number of threads that is best for them. Each measurement has processes of its
+may be slower than 1. Ratios are over the number of threads that is best for them; one that is a tenth slower in the first
+turn is not measured again. Each measurement has processes of its
 own. A ratio is the geometric mean over turns of ours to theirs in the same turn, with Student's 95% interval; other
 columns are medians. Memory is resident memory: pages that processes share count for each.
 
@@ -157,6 +158,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for name, values in found.items():
                     result["parts"][part][name].append(values)
                 write_json(output, result)
+                if turn == 0 and part in ("training", "rollouts"):
+                    for name in slower_threads(result["parts"][part]):
+                        del of_part[name]
+                        bar.update(options.turns - 1, f"{name} is left out from now on")
     result["load"].append(os.getloadavg()[0])
     write_json(output, result)
     return result
@@ -409,7 +414,7 @@ def tables(result: Mapping[str, Any]) -> str:
         "parts": lambda turns: parts_table(turns, result["cores"]),
     }
     blocks = [f"## {part}\n\n{printed[part](turns)}" for part, turns in result["parts"].items()]
-    number = min(len(values) for turns in result["parts"].values() for values in turns.values())
+    number = max(len(values) for turns in result["parts"].values() for values in turns.values())
     load = " to ".join(f"{each:.1f}" for each in result["load"])
     machine = result["machine"]
     gpu = f", {machine['gpu']} for pi0.parallel" if machine["gpu"] else ""
@@ -456,6 +461,17 @@ def training_table(turns: Turns, part: str) -> str:
         ):
             lines.append(f"| {what}, {name} | {column(turns[name], key, 1)} | {goals[0]:g} | {goals[1]:g} |")
     return "\n".join(lines)
+
+
+def slower_threads(turns: Turns) -> list[str]:
+    """The names of peers that are a tenth slower than the same peer with another number of threads."""
+    best = best_peers(turns)
+    return [
+        name
+        for name in turns
+        if (fast := best.get(name.rpartition(", ")[0])) not in (None, name)
+        and turns[name][0]["steps_per_s"] < 0.9 * turns[fast][0]["steps_per_s"]
+    ]
 
 
 def best_peers(turns: Turns) -> dict[str, str]:
