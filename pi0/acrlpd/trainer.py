@@ -304,6 +304,13 @@ class ACRLPDTrainer:
         seconds = self._seconds()
         for way, scored in self.evaluate(f"of {part}").items():
             parts[f"{part}, {way}"] = {**scored.to_dict(), "seconds": seconds}
+        self._note_score(step, scored)
+
+    def _note_score(self, step: int, scored: EvaluationResult) -> None:
+        """Keep a score with the best of N for the learning curve, the first one of a step."""
+        if all(entry["step"] != step for entry in self.state.evaluations):
+            entry = {"step": step, **scored.score(), "protocol": scored.protocol}
+            self.state.evaluations.append(entry)
 
     def _scores_of_parts(self) -> dict[str, EvaluationResult]:
         parts = self.state.facts.get("parts", {})
@@ -375,8 +382,7 @@ class ACRLPDTrainer:
             self.save_openpi_checkpoint()
         if config.training.periodic_episodes and step % config.logging.log_freq == 0:
             scored = self.evaluate(f"after {step} iterations", config.training.periodic_episodes)
-            best = list(scored.values())[-1]
-            state.evaluations.append({"step": step, **best.score(), "protocol": best.protocol})
+            self._note_score(step, list(scored.values())[-1])
         if largest(self.safe.store.is_due(step, state.score, self.interrupts.take_checkpoint_request())):
             self.save_checkpoint()
         self.interrupts.check_together()
