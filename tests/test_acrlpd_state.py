@@ -764,6 +764,8 @@ def signals_as_before():
 
 
 SHORT = [
+    "training.num_train_steps=2",
+    "training.offline_iterations=1",
     "task.max_episode_length=20",
     "evaluation.episodes=1",
     "data.rollouts=2",

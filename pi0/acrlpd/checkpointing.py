@@ -79,7 +79,7 @@ def networks(agent: ACRLPDPi0Agent) -> dict[str, nn.Module]:
         "target_critic_params": agent.target_critic,
     }
     if any(weight.requires_grad for weight in agent.features.parameters()):
-        found["features_params"] = agent.features
+        found["feature_params"] = agent.features
     return found
 
 
