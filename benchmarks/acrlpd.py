@@ -244,6 +244,7 @@ def tables(result: Mapping[str, Any]) -> str:
         names = list(result["memory"][0])
         lines += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         lines += [f"| {' | '.join(f'{v:.3g}' for v in line.values())} |" for line in result["memory"]]
+        lines.append("")
         lines.append(
             "GB a card in float32: actor's weights, gradients and moments sharded, average and features whole"
         )
