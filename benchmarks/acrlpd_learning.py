@@ -147,7 +147,7 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 parts.setdefault(part, []).append(100 * score["success_rate"])
         for part, rates in parts.items():
             mean, low, high = mean_interval(rates)
-            spread = f" ({low:.1f} to {high:.1f})" if len(rates) > 1 else ""
+            spread = f" ({max(low, 0):.1f} to {min(high, 100):.1f})" if len(rates) > 1 else ""
             each = ", ".join(f"{rate:.0f}" for rate in rates)
             means.append(f"| {kind} | {part} | {len(rates)} | {mean:.1f}{spread} | {each} |")
     return "\n".join([*lines, "", *means])
