@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,13 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("acrlpd.divergence=0.5", "acrlpd.use_ema=false", "training.optimizer.final_lr_share=0.1")],
+    [
+        (),
+        pytest.param(
+            ("acrlpd.divergence=0.5", "acrlpd.use_ema=false", "training.optimizer.final_lr_share=0.1"),
+            marks=pytest.mark.soak,
+        ),
+    ],
 )
 def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, overrides):
     torch.set_num_threads(1)
@@ -174,6 +181,18 @@ def test_values_that_diverge_lead_back_to_the_last_checkpoint(tmp_path, monkeypa
     monkeypatch.setattr(trainer_module.ACRLPDTrainer, "train_step_wrapper", always)
     with pytest.raises(InputError, match="step 1: the critics diverge"):
         unified_training_interface(debug(tmp_path / "always"))
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [("quickstart-critic", ""), ("resume-critic", " --resume")],
+)
+def test_make_starts_the_quickstart(target, arguments):
+    said = subprocess.run(
+        ["make", "-n", target], cwd=REPO_ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"-m pi0.acrlpd.train --config acrlpd_quickstart{arguments}" in said
 
 
 def test_presets_are_listed_and_a_misspelt_one_is_named(capsys):

@@ -216,6 +216,7 @@ WAYS = {
     "pi0.acrlpd.train --config acrlpd_debug --override training.fsdp_size=2": elsewhere(
         "test_acrlpd_ranks.py"
     ),
+    "pi0.acrlpd.train --config acrlpd_pi0_libero": not_run("needs a policy of full size and GPUs"),
     "pi0.acrlpd.train --config acrlpd_quickstart": elsewhere("test_acrlpd_runs.py"),
     "pi0.acrlpd.train --config_path configs/acrlpd_quickstart.yaml": elsewhere("test_acrlpd_runs.py"),
     "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --tasks 3 8 --critic_path": elsewhere(

@@ -446,9 +446,10 @@ def test_fixed_are_optimizer_and_schedule_what_is_practised_and_what_scores_are_
         "task.held_out_states", "task.fixtures", "task.max_episode_length", "task.settle_steps", "task.replan_steps",
         "task.image_size", "task.render", "algo.mode", "algo.lr", "algo.train_init_states", "training.num_train_steps",
         "training.seed", "training.optimizer", "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
+        "algo.critic_path",
     )  # fmt: skip
     assert fixed_keys(Config) == [each.name for each in describe_keys() if each.name.startswith(began)]
-    assert len(fixed_keys(Config)) == 28
+    assert len(fixed_keys(Config)) == 29
     assert fixed_keys(Program) == ["name"]
 
 

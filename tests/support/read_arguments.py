@@ -55,7 +55,7 @@ def is_there(checkpoint: str) -> bool:
 words = sys.argv[2:]
 if words[0] == "torchrun":
     launch = parse_launch(words[1:])
-    words = [launch.training_script, *launch.training_script_args]
+    words = [*(["-m"] if launch.module else []), launch.training_script, *launch.training_script_args]
 argparse.ArgumentParser.parse_args = parse_and_end
 if words[0] == "-m":
     sys.argv, sys.path[0] = words[1:], os.getcwd()
