@@ -274,3 +274,19 @@ def test_a_train_state_holds_the_parts_of_a_checkpoint():
     state = make_agent().create_train_state(step=2)
     assert state.can_be_saved and state.step == 2
     assert set(state.shared) == set(make_agent().to_train_state()) - {"step", "epoch"}
+
+
+def test_the_average_of_a_bfloat16_actor_moves():
+    agent = make_agent()
+    actor, critics = agent.pi0_model.bfloat16(), agent.critic_networks
+    coarse = ACRLPDPi0Agent(actor, critics, agent.features, 2, CHUNK, REAL)
+    before = weights(coarse.pi0_ema)
+    assert {weight.dtype for weight in before} == {torch.float32}
+    with torch.no_grad():
+        for weight in actor.parameters():
+            weight *= 1.01
+    coarse.update_ema_parameters()
+    for old, new, now in zip(before, weights(coarse.pi0_ema), weights(actor), strict=True):
+        expected = old.double() + 0.001 * (now.double() - old.double())
+        assert torch.allclose(new.double(), expected, atol=1e-7)
+    assert not same(before, weights(coarse.pi0_ema))

@@ -126,6 +126,7 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path, monkeypatch):
             ("acrlpd.divergence=0.5", "acrlpd.use_ema=false", "training.optimizer.final_lr_share=0.1"),
             marks=pytest.mark.soak,
         ),
+        pytest.param(("dtype=bfloat16", "acrlpd.features=own"), marks=pytest.mark.soak),
     ],
 )
 def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, overrides):

@@ -97,13 +97,18 @@ class ACRLPDDataLoader:
             self._fill_pool(self.files.next_pool(), None)
             self._count()
 
-    def without_candidates(self, anew: bool) -> int:
+    def count_to_refresh(self, moved: bool) -> int:
         """Observations for which `refresh_candidates` would draw."""
-        return sum(len(replay.states) for replay, _ in self._to_refresh(anew))
+        return sum(len(replay.states) for replay, _ in self._to_refresh(moved))
 
-    def refresh_candidates(self, sample: Callable[[dict[str, Any]], Tensor], anew: bool = True) -> None:
-        """Draw candidate chunks, as `ObservationCaches.refresh`: `anew` for all observations, else for those without."""
-        for replay, caches in self._to_refresh(anew):
+    def refresh_candidates(self, sample: Callable[[dict[str, Any]], Tensor], moved: bool = True) -> None:
+        """Draw candidate chunks, as `ObservationCaches.refresh`.
+
+        Args:
+            sample: gives [N, B, C, A] for observations of a batch.
+            moved: the actor has moved, so all candidates are replaced; else only missing ones are drawn.
+        """
+        for replay, caches in self._to_refresh(moved):
             caches.refresh(replay, sample)
 
     def sample_batch(self, batch_size: int, images: bool = True) -> dict[str, Any]:
@@ -165,8 +170,8 @@ class ACRLPDDataLoader:
         both = ((self.replay, self.caches), (self.pool, self.pool_caches))
         return [source for source in both if len(source[0])]
 
-    def _to_refresh(self, anew: bool) -> list[tuple[ReplayBuffer, ObservationCaches]]:
-        return [source for source in self._sources() if anew or source[1].candidates is None]
+    def _to_refresh(self, moved: bool) -> list[tuple[ReplayBuffer, ObservationCaches]]:
+        return [source for source in self._sources() if moved or source[1].candidates is None]
 
     def _fill_pool(self, episodes: list[RecordedEpisode], candidates: Tensor | None) -> None:
         self.pool = ReplayBuffer(max(1, sum(map(len, episodes))))

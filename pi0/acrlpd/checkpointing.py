@@ -55,7 +55,7 @@ _FREE = ("step", "epoch", "data")
 _OTHER_POLICY = "it is a checkpoint of another policy: begin with the policy folder that it began with"
 _OTHER_CHUNKS = "it is a checkpoint of critics of other chunks: make the agent for these"
 _MENDS = {
-    "format": "another version of this program wrote it: load it with that version, or train anew",
+    "format": "another version of this program wrote it: load it with that version, or start a new run",
     "critics": "it is a checkpoint of other critics: make the agent with critics of these sizes",
     "features": "its critics see features of another policy: begin with the policy folder that it began with",
     "horizon_length": _OTHER_CHUNKS,
@@ -217,7 +217,7 @@ def require_loadable(path: Path, agent: ACRLPDPi0Agent) -> dict[str, Any]:
     metadata = CheckpointStore(path.parent, keep=1).facts(path).get(METADATA)
     if metadata is None:
         raise CheckpointError(
-            f"{path} is no checkpoint of ACRLPD, or of a version before it had metadata; train anew"
+            f"{path} is no checkpoint of ACRLPD, or of a version before it had metadata; start a new run"
         )
     validate_checkpoint_compatibility(metadata, agent, path)
     findings: list[str] = []

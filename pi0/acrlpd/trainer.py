@@ -335,18 +335,18 @@ class ACRLPDTrainer:
     def _add(self, episodes: list[RecordedEpisode], step: int) -> None:
         """Keep episodes; controls and ablations change how they ended."""
         data = self.config.data
-        if data.horizon_is_failure:
-            episodes = [ended_at_horizon(each) for each in episodes]
         if data.shuffle_outcomes:
             key = (self.config.training.seed, step + 1, self._rank)
             episodes = shuffled_outcomes(episodes, np.random.default_rng(key))
+        if data.horizon_is_failure:
+            episodes = [ended_at_horizon(each) for each in episodes]
         self.loader.add(episodes)
 
     def _refresh_candidates(self) -> None:
         """Draw candidate chunks of the averaged actor for all observations in memory, unless they are of this actor."""
         history = self.state.history
         moved = bool(history) and history[-1]["actor_updates"] > 0
-        total, done = self.loader.without_candidates(moved), 0
+        total, done = self.loader.count_to_refresh(moved), 0
         if not largest(total):
             return
         with progress(total=total, label="candidates", unit="observation") as bar:
