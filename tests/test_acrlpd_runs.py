@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from pi0 import PI0Policy
 from pi0.acrlpd import trainer as trainer_module
@@ -39,7 +39,7 @@ def signals_as_before():
 def weights(run_dir: Path, step: int = 3) -> dict[str, np.ndarray]:
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     return {
-        f"{name}/{key}": array
+        f"{name}/{key}": tensor.reshape(-1).view(torch.uint8).numpy()  # its bytes, of whatever type
         for name in (
             "pi0_params",
             "pi0_ema_params",
@@ -47,7 +47,7 @@ def weights(run_dir: Path, step: int = 3) -> dict[str, np.ndarray]:
             "critic_ema_params",
             "target_critic_params",
         )
-        for key, array in load_file(folder / f"{name}.safetensors").items()
+        for key, tensor in load_file(folder / f"{name}.safetensors").items()
     }
 
 
