@@ -8,7 +8,7 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser game peers check test soak upstream quickstart quickstart-critic quickstart-game resume \
+.PHONY: help setup setup-browser game peers qc check test soak upstream quickstart quickstart-critic quickstart-game resume \
 	resume-critic resume-game
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ game: setup  ## install the emulator for pi0.parallel: stable-retro with Airstri
 
 peers:  ## install .venv-peers from requirements-peers.lock: Stable-Baselines3 and Atari, for benchmarks/parallel.py
 	@$(SET_UP) --torch cpu --peers
+
+qc:  ## install .venv-qc from requirements-qc.lock: OGBench and what qc's code imports, for benchmarks/qc.py
+	@$(SET_UP) --torch cpu --qc
 
 check: game  ## lint, check types, run the tests that start no process and simulate nothing
 	$(LINT)

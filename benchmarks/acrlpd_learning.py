@@ -1,7 +1,9 @@
 """What does ACRLPD learn, and from what? Runs the quickstart over seeds, with controls and ablations, scored part by part.
 
     python benchmarks/acrlpd_learning.py --runs full --seeds 0 1 2
-    python benchmarks/acrlpd_learning.py --runs shuffled untrained cloning --seeds 0 1 2
+    python benchmarks/acrlpd_learning.py --runs shuffled windows untrained cloning --seeds 0 1 2
+    python benchmarks/acrlpd_learning.py --runs critics --choices 1 2 4 8 16 32 --seeds 0 1 2
+    python benchmarks/acrlpd_learning.py --runs suite --seeds 0 1 2
     python benchmarks/acrlpd_learning.py --runs full --seeds 0 --rehearse    # does everything run? the numbers mean nothing
     python benchmarks/acrlpd_learning.py --table outputs/acrlpd_learning --picture outputs/acrlpd_learning.png
 
@@ -10,6 +12,7 @@
 | full | configs/acrlpd_quickstart.yaml: record, critics, offline, practice |
 | critics | the same, until the critics are learned; the policy stays as it was |
 | shuffled | critics, with success and failure exchanged between recorded episodes: reward teaches nothing |
+| windows | critics, with all that followed exchanged between windows: not even lengths of episodes teach anything |
 | untrained | critics without an update |
 | own | critics with a small network of their own in place of the policy's tokens |
 | horizon | critics, where an episode that reached its horizon has failed |
@@ -18,14 +21,18 @@
 | weighted | offline, with the weighted flow loss alone |
 | both | offline, with both and behaviour cloning of successful episodes |
 | cloning | offline, with behaviour cloning of successful episodes alone: the same data without a critic |
+| suite | critics, all ten tasks of libero_spatial, 1,000 rollouts and 3,000 updates, from a policy that is cloned first |
 
-Scores are of 100 of LIBERO's recorded states, with the same noise before and after. Minutes are of recording and learning,
-without scores. Finished runs are kept, so a stopped benchmark goes on.
+Scores are of 100 of LIBERO's recorded states (suite: 200), with the same noise before and after. Minutes are of recording
+and learning, without scores. Finished runs are kept, so a stopped benchmark goes on. Where the full run of a seed is
+finished, the others of that seed take the rollouts that it recorded and record none, so their minutes are without it.
+`--choices` scores the unchanged policy with the critics of the run `critics`, which chooses among so many chunks.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -47,6 +54,7 @@ OVERRIDES: dict[str, list[str]] = {
     "full": [],
     "critics": CRITICS,
     "shuffled": [*CRITICS, "data.shuffle_outcomes=true"],
+    "windows": [*CRITICS, "data.shuffle_windows=true"],
     "untrained": [*CRITICS, "training.critic_updates=0", "training.updates=0"],
     "own": [*CRITICS, "acrlpd.features=own"],
     "horizon": [*CRITICS, "data.horizon_is_failure=true"],
@@ -56,7 +64,13 @@ OVERRIDES: dict[str, list[str]] = {
     "weighted": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.awr_weight=1"],
     "both": [*OFFLINE, "acrlpd.awr_weight=1", "acrlpd.bc_loss_weight=0.1"],
     "cloning": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=1"],
-}
+    "suite": [
+        *CRITICS, "task.task_names_to_use=[]", "data.rollouts=1000", "training.critic_updates=3000",
+        "evaluation.episodes=200",
+    ],
+}  # fmt: skip
+RECORDS_ITSELF = ("full", "suite")
+POLICY = "checkpoints/pi0_tiny_libero_spatial"
 SHORT = [
     "data.rollouts=4", "data.init_states=2", "task.max_episode_length=20", "training.critic_updates=2",
     "training.updates=1", "training.rollouts=2", "evaluation.episodes=2",
@@ -79,19 +93,32 @@ def main() -> None:
     parser.add_argument(
         "--rehearse", action="store_true", help="do the least of everything, in another folder"
     )
+    parser.add_argument(
+        "--choices", action=Collect, nargs="+", type=ranged(int, low=1), default=[], metavar="N",
+        help="after the runs, score the policy with the best of so many chunks",
+    )  # fmt: skip
     parser.add_argument("--table", metavar="FOLDER", help="only print the tables of this folder")
     parser.add_argument("--picture", metavar="FILE", help="draw success against minutes there, a PNG")
+    parser.add_argument("--recorded", type=Path, help=argparse.SUPPRESS)  # how this script calls itself
+    parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.recorded:
+        train_with(options.recorded, options.train)
+        return
     if options.rehearse:
         options.output = f"{options.output}_rehearsal"
     if options.table is None:
         for seed in options.seeds:
             for run in options.runs:
                 learn(run, seed, options)
+            for number in options.choices:
+                choose(number, seed, options)
     runs = read(Path(options.table or options.output))
     if not runs:
         parser.error("there is no finished run")
     print(tables(runs))
+    if chosen := choices_table(Path(options.table or options.output)):
+        print(f"\n{chosen}")
     if options.picture:
         draw(runs, Path(options.picture))
 
@@ -105,11 +132,91 @@ def learn(run: str, seed: int, options: argparse.Namespace) -> None:
         f"training.seed={seed}", f"output_dir={folder}", "exp_name=run", "training.score_parts=true",
         "logging.use_wandb=false", *OVERRIDES[run], *(SHORT if options.rehearse else ()), *options.override,
     ]  # fmt: skip
-    command = ["-m", "pi0.acrlpd.train", "--config", CONFIG, "--override", *overrides]
+    if run == "suite":
+        overrides.insert(0, f"policy_path={suite_start(options)}")
+    command = ["--config", CONFIG, "--override", *overrides]
     if list(folder.glob("run-*/checkpoints")):  # of a benchmark that was stopped
         command.append("--resume")
-    print("$ python", *command, flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    recorded = None if run in RECORDS_ITSELF else recorded_by_full(seed, options)
+    trainer = (
+        ["-m", "pi0.acrlpd.train"] if recorded is None else [__file__, "--recorded", recorded, "--train"]
+    )
+    call(*trainer, *command)
+
+
+def call(*arguments: object) -> None:
+    """Run Python in the project's folder and show the command."""
+    words = [str(argument) for argument in arguments]
+    print("$ python", *words, flush=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def suite_start(options: argparse.Namespace) -> Path:
+    """The policy of the run `suite`: cloned from 50 demonstrations of each of the ten tasks until it solves half."""
+    folder = Path(options.output) / "suite_start"
+    if not (folder / "model.safetensors").is_file():
+        short = ["--demonstrations", 1, "--max-minutes", 0, "--score-episodes", 10]
+        call(
+            "-m", "pi0.warmstart", "--tasks", *range(10), "--output", folder,
+            *(short if options.rehearse else ["--demonstrations", 50]),
+        )  # fmt: skip
+    return folder
+
+
+def recorded_by_full(seed: int, options: argparse.Namespace) -> Path | None:
+    """The newest checkpoint's episodes of the seed's full run, if that is finished: those it recorded come first."""
+    finished = list(Path(options.output).glob(f"full-seed{seed}/run-*/results.json"))
+    files = sorted(file for each in finished for file in each.parent.glob("checkpoints/step-*/rank0.pt"))
+    return files[-1] if files else None
+
+
+def train_with(recorded: Path, arguments: Sequence[str]) -> None:
+    """`pi0.acrlpd.train`, with the first episodes of a checkpoint in place of rollouts to record."""
+    from pi0.acrlpd import train, trainer
+    from pi0.acrlpd.practice import Practice
+    from pi0.acrlpd.replay import ReplayBuffer
+    from pi0.training.checkpoint_store import load_state
+
+    earlier = ReplayBuffer(10**9)
+    earlier.load_state_dict(load_state(recorded)["data"]["replay"])
+    episodes, practise = iter(earlier.episodes), trainer.practise
+
+    def recall(environments: Any, policy: Any, rollouts: Sequence[Any], horizon: int, label: str) -> Practice:
+        if label.startswith("recording"):
+            return Practice(list(itertools.islice(episodes, len(rollouts))))
+        return practise(environments, policy, rollouts, horizon, label)
+
+    trainer.practise = recall
+    train.main(list(arguments))
+
+
+def choose(number: int, seed: int, options: argparse.Namespace) -> None:
+    """Score the unchanged policy with the best of so many chunks by the critics of the run `critics`."""
+    output = Path(options.output) / f"choices-seed{seed}" / str(number)
+    if (output / "results.json").is_file():
+        return
+    (critic,) = Path(options.output).glob(f"critics-seed{seed}/run-*/critic")
+    short = ["--episodes", 2, "--max_episode_length", 20] if options.rehearse else ["--episodes", 100]
+    call(
+        "-m", "pi0.evaluate", "--policy_path", POLICY, "--tasks", 3, 8, "--assets", "standins",
+        "--critic_path", critic, "--samples", number, "--output", output, *short,
+    )  # fmt: skip
+
+
+def choices_table(folder: Path) -> str:
+    """Successes by number of chunks and seed; empty if nothing was scored."""
+    found: dict[int, dict[str, str]] = {}
+    for file in folder.glob("choices-seed*/*/results.json"):
+        score = json.loads(file.read_text())
+        seed = file.parts[-3].rpartition("seed")[2]
+        found.setdefault(int(file.parts[-2]), {})[seed] = format_rate(score["successes"], score["episodes"])
+    seeds = sorted({seed for rates in found.values() for seed in rates}, key=int)
+    head = [f"| best of | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---|" + "---|" * len(seeds)]
+    rows = [
+        f"| {number} | {' | '.join(rates.get(seed, '-') for seed in seeds)} |"
+        for number, rates in sorted(found.items())
+    ]
+    return "\n".join([*head, *rows]) if rows else ""
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:

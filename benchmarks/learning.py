@@ -10,6 +10,8 @@
 | weighted | configs/quickstart.yaml, unchanged |
 | guidance | the same in guidance mode, failures with a tenth of the weight, evaluated with several guidance weights |
 | shuffled | the same with advantages shuffled inside groups |
+| short | the same with 6 iterations in place of 13: 384 rollouts |
+| critic | the same, but practice chooses the best of 8 chunks by the critics of benchmarks/acrlpd_learning.py (run `critics`) |
 | cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same policy |
 """
 
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import Collect, ranged
-from pi0.base.errors import run_command
+from pi0.base.errors import InputError, run_command
 from pi0.base.stats import format_rate, paired_difference
 
 SCRIPT = "13_train_production_ready.py"
@@ -35,6 +37,8 @@ OVERRIDES: dict[str, list[str]] = {
     "weighted": [],
     "guidance": ["algo.mode=guidance", "algo.negative_weight=0.1", "algo.num_epochs=3"],
     "shuffled": ["algo.shuffle_advantages=true"],
+    "short": ["training.num_train_steps=6"],
+    "critic": ["algo.num_action_samples=8"],
 }
 GUIDANCE_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0)
 # A rehearsal: an iteration of the shortest episodes that some of the policy's rollouts solve and others do not.
@@ -61,6 +65,10 @@ def main() -> None:
     parser.add_argument(
         "--override", action=Collect, nargs="*", default=[], help="further overrides for every run"
     )
+    parser.add_argument(
+        "--critics", type=Path, default=Path("outputs/acrlpd_learning"), metavar="FOLDER",
+        help="where benchmarks/acrlpd_learning.py left its runs, for the run `critic`",
+    )  # fmt: skip
     parser.add_argument(
         "--cloning-minutes",
         type=ranged(float, low=0),
@@ -96,6 +104,7 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
         f"output_dir={folder}",
         "exp_name=run",
         *OVERRIDES[run],
+        *([f"algo.critic_path={critic_of(seed, options.critics)}"] if run == "critic" else ()),
         *(SHORT_RUN if options.rehearse else ()),
         *options.override,
     ]
@@ -111,6 +120,20 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
         }
         results = json.loads((folder / "results.json").read_text())
         (folder / "results.json").write_text(json.dumps({**results, "guidance_weights": scores}, indent=1))
+
+
+def critic_of(seed: int, folder: Path) -> Path:
+    """The critics that a run of benchmarks/acrlpd_learning.py has learned.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    found = sorted(folder.glob(f"critics-seed{seed}/run-*/critic"))
+    if not found:
+        raise InputError(
+            f"{folder} has no critics of seed {seed}: python benchmarks/acrlpd_learning.py --runs critics --seeds {seed}"
+        )
+    return found[-1]
 
 
 def clone(seed: int, folder: Path, options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import gc
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def _freed_memory_is_returned():
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)
+
+
+@pytest.fixture
+def signals_as_before():
+    """For tests in whose process a trainer runs: it takes over these signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

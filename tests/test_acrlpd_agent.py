@@ -141,6 +141,36 @@ def test_only_what_a_loss_is_of_gets_its_gradient():
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_a_loss_whose_weight_is_0_is_not_computed():
+    agent, batch = make_agent(awr_weight=0.0), made_batch()
+    agent.bc_loss_weight = 0.0
+    given = []
+    learn = agent.pi0_model.flow_loss
+    agent.pi0_model.flow_loss = lambda observations, actions, *rest: (
+        given.append(actions) or learn(observations, actions, *rest)
+    )
+    loss, info = agent.compute_loss(batch)
+    (chunks,) = given
+    assert chunks.shape == (1, BATCH, CHUNK, ACTION_DIM)
+    assert not torch.equal(chunks[0], batch["actions"])
+    assert loss.item() == pytest.approx(info["critic_loss"] + info["best_loss"], rel=1e-5) == info["loss"]
+    assert not {"weighted_loss", "bc_loss"} & set(info)
+
+
+def test_cloning_alone_asks_the_critics_nothing_and_still_moves_the_actor():
+    agent, batch = make_agent(awr_weight=0.0, best_weight=0.0), made_batch()
+    agent.bc_loss_weight = 1.0
+    sampled = []
+    sample = agent.pi0_ema.sample
+    agent.pi0_ema.sample = lambda seen, noise: sampled.append(len(noise)) or sample(seen, noise)
+    before = weights(agent.pi0_model)
+    info = agent.train_step(batch)[1]
+    assert sampled == [5]  # for the targets
+    assert info["loss"] == pytest.approx(info["critic_loss"] + info["bc_loss"])
+    assert not same(before, weights(agent.pi0_model))
+    assert "actor_loss" not in info
+
+
 def test_failures_are_not_cloned():
     batch = made_batch()
     agent = make_agent()

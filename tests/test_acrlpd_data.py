@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pi0 import PI0Policy
-from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader
+from pi0.acrlpd.acrlpd_data_loader import ACRLPDDataLoader, exchanged
 from pi0.acrlpd.actor import Pi0Actor, network_inputs
 from pi0.acrlpd.critic_networks import ObservationFeatures
 from pi0.acrlpd.episodes import (
@@ -112,6 +112,24 @@ def test_a_batch_is_what_the_policy_makes_of_the_episodes(policy):
         assert bool(batch["masks"][row].min() == 0) == (final and episode.success)
         assert bool(batch["terminals"][row].any()) == final
         assert bool(batch["success"][row]) == episode.success
+
+
+def test_the_control_of_windows_exchanges_all_that_followed_and_nothing_else(policy):
+    episodes = [made_episode(3, 0), made_episode(4, 1, success=False), made_episode(2, 2)]
+    loader = make_loader(policy, episodes)
+    loader.refresh_candidates(lambda seen: torch.rand(2, len(seen["state"]), HORIZON, 32))
+    batch = loader.batch(torch.arange(9))
+    control = exchanged(batch, torch.Generator().manual_seed(0))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    assert order.tolist() != list(range(9))
+    for name in ("actions", "success", "features", "candidates"):
+        assert torch.equal(control[name], batch[name])
+    for name in ("rewards", "masks", "valid", "terminals", "next_terminal", "sequence_mask", "next_features"):
+        assert torch.equal(control[name], batch[name][order])
+    assert torch.equal(control["next_candidates"], batch["next_candidates"][:, order])
+    for name, changed in (("observations", False), ("next_observations", True)):
+        now, then = batch[name], control[name]
+        assert torch.equal(then["state"], now["state"][order] if changed else now["state"])
 
 
 def test_caches_follow_episodes_that_come_and_go(policy):

@@ -36,7 +36,7 @@ from pi0.acrlpd.replay import windows_of
 from pi0.acrlpd.train import unified_training_interface
 from pi0.base.errors import CheckpointError, MissingFileError
 from pi0.base.paths import REPO_ROOT
-from pi0.data import DataError, Demonstration, Observation, open_demonstrations
+from pi0.data import DataError, Demonstration, FeatureNames, Observation, open_demonstrations
 from pi0.data.lerobot_layout import LAST_OBSERVATIONS
 from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.data.recorded_chunks import leave_out_failures
@@ -381,6 +381,17 @@ def config_of(*datasets: Path, **data) -> RLTrainConfig:
 
 def made_files(policy: PI0Policy, *datasets: Path, **data) -> RecordedFiles:
     return RecordedFiles(config_of(*datasets, **data), policy)
+
+
+def test_names_of_features_can_be_given(policy, tmp_path):
+    own = FeatureNames({CAMERAS[0]: "front", CAMERAS[1]: "hand"}, "proprio", "delta")
+    recorded = write(tmp_path / "set", ROLLOUTS, names=own)
+    with pytest.raises(DataError, match="data.features"):
+        made_files(policy, recorded)
+    features = [f"{CAMERAS[0]}=front", f"{CAMERAS[1]}=hand", "state=proprio", "actions=delta"]
+    found = made_files(policy, recorded, features=features)
+    assert len(found) == len(ROLLOUTS)
+    assert found.solved == 2
 
 
 @pytest.fixture(scope="module")
@@ -741,17 +752,6 @@ def test_a_full_buffer_drops_whole_episodes_of_practice_and_none_of_the_files(po
 
 
 # Whole runs -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def signals_as_before():
-    """A trainer receives the signals of its process."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run_config(folder: Path, recorded: Path) -> RLTrainConfig:

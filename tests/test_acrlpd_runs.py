@@ -22,18 +22,7 @@ from pi0.base.paths import REPO_ROOT
 from pi0.evaluate import main as evaluate_command
 from pi0.policy.critics import load_critic
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    """A trainer receives the signals of its process."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("signals_as_before")]
 
 
 def weights(run_dir: Path, step: int = 3) -> dict[str, np.ndarray]:
@@ -151,6 +140,32 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, overrides):
     assert [[row.get(key) for key in keys] for row in rows(whole)] == [
         [row.get(key) for key in keys] for row in rows(resumed)
     ]
+
+
+@pytest.mark.tried(
+    "a stop (SIGTERM) while ACRLPD records",
+    "`--resume` records only what no checkpoint holds, and gives the same numbers to the bit",
+)
+def test_a_recording_that_is_stopped_goes_on(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    short = ("training.num_train_steps=1", "training.critic_updates=2")
+    whole = unified_training_interface(debug(tmp_path / "whole", *short))
+    practise, recorded = trainer_module.practise, []
+
+    def stopped(*given):
+        recorded.append(len(given[2]))
+        if len(recorded) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return practise(*given)
+
+    monkeypatch.setattr(trainer_module, "PORTION", 3)
+    monkeypatch.setattr(trainer_module, "practise", stopped)
+    run = unified_training_interface(debug(tmp_path / "part", *short))
+    assert not (run / "metrics.jsonl").exists() or not rows(run)
+    resumed = unified_training_interface(debug(tmp_path / "part", *short), str(run))
+    assert recorded == [3, 1, 1]
+    first, second = weights(whole, 1), weights(resumed, 1)
+    assert [name for name in first if not np.array_equal(first[name], second[name])] == []
 
 
 @pytest.mark.tried(

@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -755,17 +754,6 @@ def test_memory_that_grows_between_two_moments_is_seen(capsys):
 
 
 # Runs
-
-
-@pytest.fixture
-def signals_as_before():
-    """A trainer receives the signals of its process."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 SHORT = [

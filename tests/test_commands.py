@@ -63,8 +63,8 @@ SPELT_OUT = {
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
-    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers]": (
-        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers"
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc]": (
+        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers --qc"
     ),
     "torchrun --nproc_per_node=1": (
         "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
@@ -163,6 +163,7 @@ WAYS = {
     "make game": here(),
     "make game peers": here(soak=True),
     "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
+    "make qc": here(soak=True),  # from the package registry, if .venv-qc is not there
     "make quickstart-game": elsewhere("test_parallel_runs.py"),
     "make quickstart-critic": elsewhere("test_acrlpd_runs.py"),
     "make resume-critic": elsewhere("test_acrlpd_runs.py"),
@@ -271,6 +272,8 @@ WAYS = {
         "--runs overlap --seeds 0 --minutes 0.1 --episodes 2 --output {out}/learning", soak=True
     ),
     "benchmarks/parallel_learning.py --table": not_run("prints what a whole measurement has written"),
+    "benchmarks/qc.py": not_run("needs qc's repository, which is no part of this project"),
+    "benchmarks/qc.py --table": not_run("prints what a whole measurement has written"),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(
         f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"

@@ -25,7 +25,7 @@ from pi0.parallel.scorer import WAYS, Scorer
 from pi0.parallel.trainer import ParallelTrainer
 from tests.support.programs import children_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("signals_as_before")]
 DOT = "tests.support.games:Dot-v0"
 SMALL = {
     "n_workers": 2,
@@ -37,19 +37,6 @@ SMALL = {
     "threads": 1,
     "noop_max": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    """A trainer receives the signals of its process."""
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    }
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc]
 
 With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel. With --upstream it makes
 .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from
-requirements-peers.lock, for benchmarks/parallel.py.
+requirements-peers.lock, for benchmarks/parallel.py; with --qc .venv-qc from requirements-qc.lock, for benchmarks/qc.py.
 
 It runs with the system's Python before any package is installed, so it imports only the standard library. A second
 run with the same lock file does nothing; a run after an interrupted one continues where that one stopped.
@@ -46,6 +46,7 @@ class Environment(NamedTuple):
 PROJECT = Environment(ROOT / ".venv", ROOT / "requirements.lock")
 UPSTREAM = Environment(ROOT / ".venv-upstream", ROOT / "requirements-upstream.lock")  # needs no OpenGL
 PEERS = Environment(ROOT / ".venv-peers", ROOT / "requirements-peers.lock")
+QC = Environment(ROOT / ".venv-qc", ROOT / "requirements-qc.lock")  # no torch
 GAME_LOCK = ROOT / "requirements-game.lock"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
 # The modules that a trainer, a rollout worker and a test import, some of them late.
@@ -197,9 +198,14 @@ def main():
     parser.add_argument(
         "--peers", action="store_true", help="make .venv-peers, an environment of other projects' trainers"
     )
+    parser.add_argument(
+        "--qc", action="store_true", help="make .venv-qc, an environment of OGBench and of what qc imports"
+    )
     parser.add_argument("--game", action="store_true", help="also the emulator for pi0.parallel (500 MB)")
     options = parser.parse_args()
-    environment = UPSTREAM if options.upstream else PEERS if options.peers else PROJECT
+    environment = PROJECT
+    for chosen, other in ((options.upstream, UPSTREAM), (options.peers, PEERS), (options.qc, QC)):
+        environment = other if chosen else environment
     build = options.torch
     if build == "auto":
         build = "cuda" if has_nvidia_gpu() else "cpu"
@@ -220,14 +226,15 @@ def install_environment(environment, build):
     start = time.monotonic()
     environment.stamp.unlink(missing_ok=True)
     requirements = re.findall(r"^[\w.-]+==\S+", lock_text, flags=re.MULTILINE)
-    torch = next(requirement for requirement in requirements if requirement.startswith("torch=="))
+    torch = next((requirement for requirement in requirements if requirement.startswith("torch==")), None)
     builders = [requirement for requirement in requirements if requirement.startswith("setuptools==")]
     if not has_working_pip(environment):
         say(f"making {environment.folder.name}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment.folder)], check=True)
     discard_half_installed(environment)
     say(f"installing {len(requirements)} packages from {environment.lock.name}, torch for {build}")
-    install_torch(environment, torch, build)
+    if torch:
+        install_torch(environment, torch, build)
     if builders:  # without build isolation the locked setuptools builds bddl, not the newest one
         pip_or_stop(environment, "--no-deps", *builders)
     others = [requirement for requirement in requirements if requirement not in (torch, *builders)]

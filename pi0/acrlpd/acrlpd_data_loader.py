@@ -19,6 +19,12 @@ from pi0.base.errors import InputError
 from pi0.ranks.collectives import gather, rank_and_world_size
 from pi0.training.state import Place
 
+# What a batch says of the time after its windows began.
+FOLLOWED = (
+    "rewards", "masks", "valid", "terminals", "next_terminal", "sequence_mask", "next_observations", "next_features",
+    "next_candidates",
+)  # fmt: skip
+
 
 def create_acrlpd_data_loader(
     config: RLTrainConfig, policy: PI0Policy, features: nn.Module | None
@@ -31,7 +37,13 @@ def create_acrlpd_data_loader(
     data = config.data
     files = RecordedFiles(config, policy) if data.datasets else None
     return ACRLPDDataLoader(
-        policy, features, data.buffer_windows, config.training.seed, files, data.online_share
+        policy,
+        features,
+        data.buffer_windows,
+        config.training.seed,
+        files,
+        data.online_share,
+        data.shuffle_windows,
     )
 
 
@@ -56,6 +68,7 @@ class ACRLPDDataLoader:
         files: where other episodes come from; `refresh_memory_pool` takes the first of them.
         online_share: share of a batch that is drawn from practice, where both are there; None: windows are drawn evenly
             from all.
+        shuffle_windows: a control: what followed is exchanged between the windows of a batch.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class ACRLPDDataLoader:
         seed: int = 0,
         files: RecordedFiles | None = None,
         online_share: float | None = None,
+        shuffle_windows: bool = False,
     ):
         self._policy = policy
         self.replay = ReplayBuffer(capacity)
@@ -74,6 +88,7 @@ class ACRLPDDataLoader:
         self.pool = ReplayBuffer(1)
         self.pool_caches = ObservationCaches(policy, features)
         self._online_share = online_share
+        self._shuffle_windows = shuffle_windows
         self._rank, _ = rank_and_world_size()
         self.generator = torch.Generator().manual_seed(seed + 1_000_003 * self._rank)
         self._practised: list[int] = []  # windows of practice of each rank
@@ -113,7 +128,8 @@ class ACRLPDDataLoader:
 
     def sample_batch(self, batch_size: int, images: bool = True) -> dict[str, Any]:
         """This rank's part of a batch; without `images` it is for critics, whose features and candidates are kept."""
-        return self.batch(self._draw(batch_size), images)
+        batch = self.batch(self._draw(batch_size), images)
+        return exchanged(batch, self.generator) if self._shuffle_windows else batch
 
     def _draw(self, count: int) -> Tensor:
         practised, filed, share = self._practised, self._filed, self._online_share
@@ -237,6 +253,18 @@ def shares(total: int, sizes: Sequence[int]) -> list[int]:
         found[found.argmin()] += 1
         found[found.argmax()] -= 1
     return found.tolist()
+
+
+def exchanged(batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """A control: the batch in which each window is followed by what followed another one, drawn at random."""
+    order = torch.randperm(len(batch["rewards"]), generator=generator)
+
+    def pick(name: str, part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: pick(key, value) for key, value in part.items()}
+        return part[:, order] if name == "next_candidates" else part[order]
+
+    return {name: pick(name, part) if name in FOLLOWED else part for name, part in batch.items()}
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

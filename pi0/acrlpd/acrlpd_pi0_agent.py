@@ -276,29 +276,40 @@ class ACRLPDPi0Agent:
     def compute_actor_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Flow loss weighted by exp(A / temperature), plus that on the best of N samples.
 
-        A is the value of the window's chunk less the mean over the samples. Nothing of it has a gradient.
+        A is the value of the window's chunk less the mean over the samples. Nothing of it has a gradient. A part whose
+        weight is 0 is not computed.
         """
         judged = self._judge(batch)
-        return self._actor_loss(judged, self._flow_losses(batch, judged))
+        flow = self._flow_losses(batch, judged, recorded=self.settings.awr_weight > 0)
+        return self._actor_loss(judged, flow)
 
     def compute_bc_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Flow loss on the windows of successful episodes; 0 if there is none."""
-        return self._bc_loss(batch, self._flow_losses(batch, None))
+        return self._bc_loss(batch, self._flow_losses(batch, None, recorded=True)["recorded"])
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Info]:
         """Critic loss, actor loss and the weighted loss of behaviour cloning, added; and what each part says of itself."""
         total, info, _ = self._total_loss(batch)
         return total, info
 
-    def _total_loss(self, batch: Batch) -> tuple[Tensor, Info, Judgement]:
-        critic, info = self.compute_critic_loss(batch)
-        judged = self._judge(batch)
-        flow = self._flow_losses(batch, judged)
-        actor, of_actor = self._actor_loss(judged, flow)
-        cloning, of_cloning = self._bc_loss(batch, flow)
-        info |= {**of_actor, **of_cloning}
-        info["loss"] = info["critic_loss"] + info["actor_loss"] + self.bc_loss_weight * info["bc_loss"]
-        return critic + actor + self.bc_loss_weight * cloning, info, judged
+    def _total_loss(self, batch: Batch) -> tuple[Tensor, Info, Judgement | None]:
+        settings = self.settings
+        total, info = self.compute_critic_loss(batch)
+        info["loss"] = info["critic_loss"]
+        judged = None
+        if settings.awr_weight > 0 or settings.best_weight > 0 or self.temp_opt_state is not None:
+            judged = self._judge(batch)
+        recorded = settings.awr_weight > 0 or self.bc_loss_weight > 0
+        flow = self._flow_losses(batch, judged, recorded)
+        if judged is not None:
+            actor, of_actor = self._actor_loss(judged, flow)
+            total = total + actor
+            info |= {**of_actor, "loss": info["loss"] + of_actor["actor_loss"]}
+        if self.bc_loss_weight > 0:
+            cloning, of_cloning = self._bc_loss(batch, flow["recorded"])
+            total = total + self.bc_loss_weight * cloning
+            info |= {**of_cloning, "loss": info["loss"] + self.bc_loss_weight * of_cloning["bc_loss"]}
+        return total, info, judged
 
     @torch.no_grad()
     def _judge(self, batch: Batch) -> Judgement:
@@ -315,32 +326,34 @@ class ACRLPDPi0Agent:
         own = weights.split([len(part) for part in parts])[rank_and_world_size()[0]]
         return Judgement(advantages, own, _pick(candidates, best), values.amax(0) - values.mean(0))
 
-    def _flow_losses(self, batch: Batch, judged: Judgement | None) -> Tensor:
-        """Flow loss of the windows' chunks and, if they are judged and that is learned, of the best samples: [K, B]."""
-        chunks, valid = [batch["actions"]], [batch["valid"]]
-        if judged is not None and self.settings.best_weight:
-            chunks.append(judged.best[:, : self.horizon_length])
-            valid.append(torch.ones_like(batch["valid"]))
-        return self.pi0_model.flow_loss(
-            batch["observations"],
-            torch.stack(chunks),
-            torch.stack(valid),
-            self.generator,
-            self.settings.flow_samples,
+    def _flow_losses(self, batch: Batch, judged: Judgement | None, recorded: bool) -> dict[str, Tensor]:
+        """Flow losses [B] of the `recorded` chunks and, if they are judged and that is learned, of the `best` samples."""
+        parts = {}
+        if recorded:
+            parts["recorded"] = (batch["actions"], batch["valid"])
+        if judged is not None and self.settings.best_weight > 0:
+            parts["best"] = (judged.best[:, : self.horizon_length], torch.ones_like(batch["valid"]))
+        if not parts:
+            return {}
+        chunks, valid = (torch.stack(each) for each in zip(*parts.values(), strict=True))
+        losses = self.pi0_model.flow_loss(
+            batch["observations"], chunks, valid, self.generator, self.settings.flow_samples
         )
+        return dict(zip(parts, losses, strict=True))
 
-    def _actor_loss(self, judged: Judgement, flow: Tensor) -> tuple[Tensor, Info]:
-        awr, best, every = self.settings.awr_weight, self.settings.best_weight, torch.ones_like(flow[0])
-        weighted, distilled = judged.weights * flow[0], flow[-1] if best else torch.zeros_like(flow[0])
+    def _actor_loss(self, judged: Judgement, flow: Mapping[str, Tensor]) -> tuple[Tensor, Info]:
+        every = torch.ones_like(judged.best_over_mean)
+        parts = {}  # by name: weight and losses
+        if self.settings.awr_weight > 0:
+            parts["weighted_loss"] = (self.settings.awr_weight, judged.weights * flow["recorded"])
+        if self.settings.best_weight > 0:
+            parts["best_loss"] = (self.settings.best_weight, flow["best"])
+        of_parts = {name: (losses, every) for name, (_, losses) in parts.items()}
+        info = _means(**of_parts, best_over_mean=(judged.best_over_mean, every))
         advantages, temperature = judged.advantages, self.log_temperature.exp().item()
         everywhere = advantage_weights(advantages, temperature)
-        info = _means(
-            weighted_loss=(weighted, every),
-            best_loss=(distilled, every),
-            best_over_mean=(judged.best_over_mean, every),
-        )
         info |= {
-            "actor_loss": awr * info["weighted_loss"] + best * info["best_loss"],
+            "actor_loss": sum(weight * info[name] for name, (weight, _) in parts.items()),
             "advantage": advantages.mean().item(),
             "advantage_spread": advantages.std().item() if len(advantages) > 1 else 0.0,
             "sample_size": effective_sample_size(everywhere).item(),
@@ -348,12 +361,13 @@ class ACRLPDPi0Agent:
             "weights_divergence": weights_divergence(advantages, temperature).item(),
             "temperature": temperature,
         }
-        return _part(awr * weighted + best * distilled, every), info
+        total = sum((weight * losses for weight, losses in parts.values()), torch.zeros_like(every))
+        return _part(total, every), info
 
     def _bc_loss(self, batch: Batch, flow: Tensor) -> tuple[Tensor, Info]:
         solved = batch["success"].to(flow)
-        info = _means(bc_loss=(flow[0], solved), solved_share=(solved, torch.ones_like(solved)))
-        return _part(flow[0], solved), info
+        info = _means(bc_loss=(flow, solved), solved_share=(solved, torch.ones_like(solved)))
+        return _part(flow, solved), info
 
     def _features(self, batch: Batch, name: str, observations: Observations) -> Tensor:
         """Kept features, or new ones."""
@@ -372,7 +386,7 @@ class ACRLPDPi0Agent:
         self._clear_gradients()
         loss, info, judged = self._total_loss(batch)
         loss.backward()
-        info |= self._apply(judged)
+        info |= self._apply(True, judged)
         return self, info
 
     def critic_step(self, batch: Batch) -> Info:
@@ -384,12 +398,11 @@ class ACRLPDPi0Agent:
         self._clear_gradients()
         loss, info = self.compute_critic_loss(batch)
         loss.backward()
-        return info | self._apply(None)
+        return info | self._apply(False, None)
 
-    def _apply(self, judged: Judgement | None) -> Info:
-        """A step of the critics and, if the actor was judged, of the actor and the temperature."""
+    def _apply(self, actor: bool, judged: Judgement | None) -> Info:
+        """A step of the critics, of the `actor` and, where its chunks were judged, of the temperature."""
         _require(self.critic_opt_state is not None, "the agent has no optimizer of its critics")
-        actor = judged is not None
         learns = {"critic_grad_norm": [self.critic_networks, self.features]}
         if actor:
             learns["actor_grad_norm"] = [self.pi0_model]
@@ -404,10 +417,10 @@ class ACRLPDPi0Agent:
             self._clear_gradients()
             raise FloatingPointError(f"{' and '.join(bad)} not finite")
         self.critic_opt_state.step()  # type: ignore[union-attr]
-        if judged is not None:
+        if actor:
             self.pi0_opt_state.step()  # type: ignore[union-attr]
-            if self.temp_opt_state is not None:
-                self._temperature_step(judged.advantages)
+        if judged is not None and self.temp_opt_state is not None:
+            self._temperature_step(judged.advantages)
         self.update_target_networks()
         self.update_ema_parameters(actor)
         self._clear_gradients()

@@ -100,6 +100,10 @@ class DataConfig:
         None, "what 1 means for the gripper in datasets; null: close, and each set must have actions that open it",
         fixed=True,
     )  # fmt: skip
+    features: list[str] = key(
+        [], "names of state, actions and each camera in LeRobot datasets, NAME=FEATURE each; none: their own names tell",
+        fixed=True,
+    )  # fmt: skip
     skip_norm_stats: bool = key(
         False,
         "do not compare frames a second, robot, names and statistics of datasets with the policy's",
@@ -118,6 +122,10 @@ class DataConfig:
     )
     shuffle_outcomes: bool = key(
         False, "control: exchange success and failure between episodes of a task, so that reward teaches nothing",
+        fixed=True,
+    )  # fmt: skip
+    shuffle_windows: bool = key(
+        False, "control: exchange what followed between the windows of a batch, lengths of episodes included",
         fixed=True,
     )  # fmt: skip
     horizon_is_failure: bool = key(
@@ -277,6 +285,12 @@ def conflicts(config: RLTrainConfig) -> list[str]:
     elif config.data.shuffle_outcomes or config.data.horizon_is_failure:
         found.append(
             "data.shuffle_outcomes and data.horizon_is_failure are for rollouts alone; leave data.datasets out"
+        )
+    weights = ("awr_weight", "best_weight", "bc_loss_weight")
+    moves = config.training.num_train_steps > 1 and config.training.updates
+    if moves and not any(getattr(config.acrlpd, name) for name in weights):
+        found.append(
+            f"{', '.join(f'acrlpd.{name}' for name in weights)} are all 0, so the actor learns nothing; raise one"
         )
     if config.acrlpd.lowest_reward > config.acrlpd.highest_reward:
         found.append(

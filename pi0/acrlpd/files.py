@@ -13,7 +13,7 @@ from pi0.acrlpd.config import RLTrainConfig
 from pi0.acrlpd.episodes import RecordedEpisode, looked_steps, of_demonstration, rewards_of, terminates
 from pi0.base.errors import CheckpointError
 from pi0.base.progress import progress
-from pi0.data import DataError, Demonstration, DemonstrationSet, open_demonstrations
+from pi0.data import DataError, Demonstration, DemonstrationSet, FeatureNames, open_demonstrations
 from pi0.data.recorded_chunks import plain_prompt, require_robot
 from pi0.libero.episodes import ROBOT
 from pi0.libero.rendering import CAMERAS
@@ -53,8 +53,10 @@ class RecordedFiles:
         self._sets: list[tuple[str, DemonstrationSet]] = []
         self._places: list[tuple[int, int]] = []  # of each episode: the set, its number there
         self.solved = 0
+        names = {"names": FeatureNames.parse(data.features)} if data.features else {}
         for path in data.datasets:
-            found = open_demonstrations(path, data.gripper, None if data.skip_norm_stats else ROBOT)
+            robot = None if data.skip_norm_stats else ROBOT
+            found = open_demonstrations(path, data.gripper, robot, **names)
             self._places += [(len(self._sets), number) for number in range(len(found))]
             self._sets.append((path, found))
             self.solved += self._check(path, found, policy)

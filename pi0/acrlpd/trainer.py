@@ -61,6 +61,7 @@ from pi0.training.random_state import OwnStream
 from pi0.training.safeguards import Safeguards
 
 RECORDED = -1  # in place of an iteration's number: rollouts before the first one
+PORTION = 200  # recorded rollouts after which there is a checkpoint
 
 
 class ACRLPDTrainer:
@@ -158,10 +159,8 @@ class ACRLPDTrainer:
             self._started = time.monotonic() - state.facts.get("seconds", 0.0)
             self.memory = enable_memory_monitoring(self.agent, self.loader, self.policy.device)
             before = self._score_before()
-            if not len(self.loader):
-                self._record()
             if state.step == 0:
-                self.save_checkpoint()
+                self._record()
             self._score_part(state.step)  # if the run was stopped meanwhile
             while state.step < config.training.num_train_steps:
                 try:
@@ -211,7 +210,8 @@ class ACRLPDTrainer:
         metrics["lr"] = self._schedule.get_last_lr()[0]
         if both:
             self._schedule.step()
-        metrics |= {"critic_updates": len(infos) + len(both), "actor_updates": len(both)}
+        actor = sum(map(bool, both))  # what is left out says nothing
+        metrics |= {"critic_updates": sum(map(bool, infos)) + actor, "actor_updates": actor}
         statistics = self.loader.get_dataset_statistics()
         metrics |= {name: statistics[name] for name in ("episodes", "solved", "windows")}
         metrics |= {
@@ -317,12 +317,23 @@ class ACRLPDTrainer:
         return {name: restore_result(self.environments, content) for name, content in parts.items()}
 
     def _record(self) -> None:
-        """Rollouts of the policy as it is, and the first episodes of the files."""
-        if count := self.config.data.rollouts:
-            recorded = self._practise(RECORDED, count, self.start, "recording")
-            self._add(recorded.episodes, RECORDED)
-        self.loader.refresh_memory_pool()
+        """The first episodes of the files, then rollouts of the policy as it is; a stopped run goes on after a portion."""
+        count, facts = self.config.data.rollouts, self.state.facts
+        if "recorded" not in facts:
+            self.loader.refresh_memory_pool()
+            facts["recorded"] = 0
+        while (done := facts["recorded"]) < count:
+            upto = min(done + PORTION, count)
+            label = f"recording {upto} of {count}"
+            self._add(
+                self._practise(RECORDED, count, self.start, label, slice(done, upto)).episodes, RECORDED
+            )
+            facts["recorded"] = upto
+            if upto < count:
+                self.state.begin()
+                self.save_checkpoint()
         self.state.begin()  # the episodes belong to the state before the first iteration
+        self.save_checkpoint()
         parts = gather(self.loader.get_dataset_statistics())
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
         print(
@@ -363,10 +374,13 @@ class ACRLPDTrainer:
                 self.loader.refresh_candidates(sample, moved)
         self.interrupts.check_together(abandoned=done < total)
 
-    def _practise(self, step: int, count: int, policy: Any, label: str) -> Practice:
+    def _practise(
+        self, step: int, count: int, policy: Any, label: str, portion: slice = slice(None)
+    ) -> Practice:
+        """A portion of the rollouts of a step."""
         config = self.config
         rollouts = choose_rollouts(self.environments, self._pools, count, config.training.seed, step + 1)
-        return practise(self.environments, policy, rollouts, config.qchunking.horizon_length, label)
+        return practise(self.environments, policy, rollouts[portion], config.qchunking.horizon_length, label)
 
     def _finish(self, metrics: dict[str, Any]) -> None:
         state, config = self.state, self.config

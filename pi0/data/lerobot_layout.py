@@ -197,7 +197,7 @@ class DatasetInfo:
             for name, feature in self.features.items()
             if feature["dtype"] in ("image", "video") or name.startswith("observation.image")
         }
-        mend = "--dataset-features or algo.cotraining_features, each with state=, actions= and CAMERA=FEATURE"
+        mend = "--dataset-features, algo.cotraining_features or data.features (pi0.acrlpd), each with state=, actions= and CAMERA=FEATURE"
         if not vectors or not images:
             known = " nor ".join(f"{state} and {actions}" for state, actions, _ in _VECTORS)
             what = f"neither {known}" if not vectors else "no image"
