@@ -98,7 +98,11 @@ def main() -> None:
         help="after the runs, score the policy with the best of so many chunks",
     )  # fmt: skip
     parser.add_argument("--table", metavar="FOLDER", help="only print the tables of this folder")
-    parser.add_argument("--picture", metavar="FILE", help="draw success against minutes there, a PNG")
+    parser.add_argument("--picture", metavar="FILE", help="draw success against minutes and rollouts, a PNG")
+    parser.add_argument(
+        "--ript", type=Path, default=Path("outputs/learning"), metavar="FOLDER",
+        help="draw RIPT's runs (benchmarks/learning.py --runs short weighted) beside it",
+    )  # fmt: skip
     parser.add_argument("--recorded", type=Path, help=argparse.SUPPRESS)  # how this script calls itself
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -120,7 +124,7 @@ def main() -> None:
     if chosen := choices_table(Path(options.table or options.output)):
         print(f"\n{chosen}")
     if options.picture:
-        draw(runs, Path(options.picture))
+        draw(curves(runs, options.ript), Path(options.picture))
 
 
 def learn(run: str, seed: int, options: argparse.Namespace) -> None:
@@ -260,35 +264,67 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join([*lines, "", *means])
 
 
-def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Success of each part against minutes, a line for each run and way of acting."""
+def rollouts_until(part: str, config: Mapping[str, Any]) -> int:
+    """Rollouts that a run of this configuration has made at the end of a part."""
+    training = config["training"]
+    practised = training["num_train_steps"] - training["offline_iterations"] if part == "after" else 0
+    return config["data"]["rollouts"] + practised * training["rollouts"]
+
+
+def curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], ript: Path
+) -> dict[str, list[tuple[float, float, float]]]:
+    """Points of each line, means over seeds: minutes, rollouts, success in %."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for kind, of_kind in runs.items():
+        for way in ("one sample", "best"):
+            points: dict[str, list[tuple[float, float, float]]] = {}
+            for results in of_kind:
+                points.setdefault("before", []).append((0, 0, 100 * results["before"]["success_rate"]))
+                for name, score in results["scores"].items():
+                    part, _, how = name.partition(", ")
+                    if how.startswith(way):
+                        made = rollouts_until(part, results["config"])
+                        where = (results["minutes"][name], made, 100 * score["success_rate"])
+                        points.setdefault(part, []).append(where)
+            if len(points) > 1:
+                found[f"{kind}, {way}"] = [middle(each) for each in points.values()]
+    ends: dict[str, list[tuple[float, float, float]]] = {"before": []}
+    for kind in ("short", "weighted"):
+        for file in sorted(ript.glob(f"{kind}-seed*/results.json")):
+            results = json.loads(file.read_text())
+            made = sum(each["rollouts"] for each in results["history"])
+            ends["before"].append((0, 0, 100 * results["before"]["success_rate"]))
+            ends.setdefault(kind, []).append(
+                (results["seconds"] / 60, made, 100 * results["after"]["success_rate"])
+            )
+    if ends["before"]:
+        found["RIPT, one sample (minutes with its scores)"] = [middle(each) for each in ends.values()]
+    return found
+
+
+def middle(points: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Mean of points."""
+    return tuple(sum(values) / len(values) for values in zip(*points, strict=True))
+
+
+def draw(lines: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
+    """Success against minutes and against rollouts."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for kind, of_kind in runs.items():
-        for way in ("one sample", "best"):
-            points: dict[str, list[tuple[float, float]]] = {}
-            for results in of_kind:
-                points.setdefault("before", []).append((0.0, 100 * results["before"]["success_rate"]))
-                for part, score in results["scores"].items():
-                    if way in part:
-                        points.setdefault(part.partition(",")[0], []).append(
-                            (results["minutes"][part], 100 * score["success_rate"])
-                        )
-            middle = [
-                tuple(sum(values) / len(values) for values in zip(*each, strict=True))
-                for each in points.values()
-            ]
-            if len(middle) > 1:
-                x, y = zip(*middle, strict=True)
-                axes.plot(x, y, marker="o", label=f"{kind}, {way}")
-    axes.set_xlabel("minutes of recording and learning")
-    axes.set_ylabel("success (%), 100 episodes, mean over seeds")
-    axes.set_ylim(0, 100)
-    axes.legend(fontsize=8)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for label, points in lines.items():
+        minutes, rollouts, success = zip(*points, strict=True)
+        for axes, x in zip(panels, (minutes, rollouts), strict=True):
+            axes.plot(x, success, marker="o", label=label)
+    panels[0].set_xlabel("minutes of recording and learning")
+    panels[1].set_xlabel("rollouts")
+    panels[0].set_ylabel("success (%), 100 episodes, mean over seeds")
+    panels[0].set_ylim(0, 100)
+    panels[1].legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})

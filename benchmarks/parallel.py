@@ -10,7 +10,7 @@
 |---|---|---|
 | training | `python -m pi0.parallel.train_parallel`, modes overlap and sync, bfloat16 and float32; its checkpoints and logs included | Stable-Baselines3's PPO on SubprocVecEnv; a loop in CleanRL's style on gymnasium's AsyncVectorEnv |
 | rollouts | workers with their own policies, a slice of each after another, no learning | SubprocVecEnv with VecFrameStack, a torch policy on the stacks of all environments |
-| scaling | rollouts and training with 1, 2, 4, ... workers, to the number of cores | - |
+| scaling | rollouts and training with 1, 2, 4, ... workers, to the number of cores, and training in one process | - |
 | parts | milliseconds of a step of 4 frames, each part alone in one process | the same |
 
 All learn the same network (Mnih et al. 2015) by 4 epochs of minibatches of 256 from 2048 transitions, and see the same
@@ -72,6 +72,7 @@ IDLE_PERCENT = (5.0, 2.0)
 WORKER_MB = (300.0, 150.0)
 WANTED = {4: 3.6, 8: 7.0, 16: 12.0}  # times one worker
 MODEL = (1, 2, 4, 8, 16)
+ONE_PROCESS = "one process"
 PART_NAMES = ("emulator", "preprocessing", "inference", "transport")
 Values = dict[str, Any]
 Turns = dict[str, list[Values]]
@@ -204,6 +205,7 @@ def rollout_sides(options: argparse.Namespace) -> dict[str, Callable[[], Values]
 def scaling_sides(options: argparse.Namespace) -> dict[str, Callable[[], Values]]:
     """Rollouts and trainings by "what, workers"."""
     sides: dict[str, Callable[[], Values]] = {}
+    sides[ONE_PROCESS] = partial(our_training, 1, options.updates, "sync", "auto", "--workers", 0)
     for workers in (number for number in MODEL if number <= usable_cores()):
         sides[f"rollouts, {workers}"] = partial(own_process, "rollouts", workers, options.seconds)
         for mode in ("sync", "overlap"):
@@ -231,13 +233,13 @@ def part_sides(options: argparse.Namespace) -> dict[str, Callable[[], Values]]:
 SIDES = {"training": training_sides, "rollouts": rollout_sides, "scaling": scaling_sides, "parts": part_sides}
 
 
-def our_training(workers: int, updates: int, mode: str, precision: str) -> Values:
+def our_training(workers: int, updates: int, mode: str, precision: str, *more: object) -> Values:
     """A run of train_parallel: steps a second and more over its updates after those that warm up, without the last."""
     with tempfile.TemporaryDirectory() as folder:
         start(
             sys.executable, "-m", "pi0.parallel.train_parallel", "--n_workers", workers, "--mode", mode,
             "--precision", precision, "--update_interval", UPDATE_INTERVAL, "--max_updates", WARM_UP + updates + 1,
-            "--factored", "false", "--max_episodes", 10**9, "--evaluation_episodes", 0, "--logging.use_wandb", "false", "--output_dir", folder,
+            "--factored", "false", "--max_episodes", 10**9, "--evaluation_episodes", 0, "--logging.use_wandb", "false", "--output_dir", folder, *more,
         )  # fmt: skip
         (file,) = Path(folder).glob("*/metrics.jsonl")
         records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -249,7 +251,7 @@ def our_training(workers: int, updates: int, mode: str, precision: str) -> Value
     return {
         "steps_per_s": transitions / seconds,
         "idle_percent": 100 - statistics.mean(record["cpu_percent"] for record in measured),
-        "worker_mb": statistics.mean(measured[-1]["memory"]["worker_mb"].values()),
+        "worker_mb": statistics.mean(measured[-1]["memory"]["worker_mb"].values() or [0.0]),
         "trainer_mb": measured[-1]["memory"]["rss_mb"],
         "update_ms": 1e3 * (seconds - phases["wait"]) / transitions,
         "episode_steps": records[-1]["steps"] / finished if finished else None,
@@ -568,6 +570,14 @@ def scaling_table(turns: Turns) -> str:
             f"{(median(overlap, 'trainer_mb') or 0) + workers * (median(overlap, 'worker_mb') or 0):,.0f}",
         ]
         lines.append(f"| {workers} | {' | '.join(cells)} |")
+    rows = {"one process": (ONE_PROCESS, 0)}
+    rows |= {f"{workers}, overlap": (f"overlap, {workers}", workers) for workers in facts["measured"]}
+    lines += ["", "| workers | steps/s | over one process | episodes/h | MB, all |", "|---|---|---|---|---|"]
+    for label, (name, workers) in rows.items():
+        rate = statistics.median(values["steps_per_s"] for values in turns[name])
+        memory = (median(turns[name], "trainer_mb") or 0) + workers * (median(turns[name], "worker_mb") or 0)
+        ratio = format_ratio(ratios(turns[name], turns[ONE_PROCESS]))
+        lines.append(f"| {label} | {spread(turns[name])} | {ratio} | {an_hour(rate)} | {memory:,.0f} |")
     times = f"t_w = {play:.2f} ms for a worker's step, t_u = {learn:.2f} ms for a transition in the update with all cores"
     head = "| workers | sync over 1 | overlap over 1 in sync, at most | episodes/h, sync | episodes/h, overlap, at most "
     lines += [
