@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,9 @@ import ogbench.manipspace  # noqa: F401 - registers its environments
 LONGEST = 200  # steps of an episode that is scored
 PLAY_STEPS = 1001  # of an episode of data: OGBench's data_gen_scripts/generate_manipspace.py, "play"
 FIRST_STATE = 1_000_000  # seeds of the scored episodes' first states
+warnings.filterwarnings(
+    "ignore", message=".*precision lowered by casting"
+)  # of the action space, which is float32
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ class RecordedFiles:
         self._sets: list[tuple[str, DemonstrationSet]] = []
         self._places: list[tuple[int, int]] = []  # of each episode: the set, its number there
         self.solved = 0
-        names = {"names": FeatureNames.parse(data.features)} if data.features else {}
+        names: dict[str, Any] = {"names": FeatureNames.parse(data.features)} if data.features else {}
         for path in data.datasets:
             robot = None if data.skip_norm_stats else ROBOT
             found = open_demonstrations(path, data.gripper, robot, **names)
