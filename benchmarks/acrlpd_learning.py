@@ -98,7 +98,9 @@ def main() -> None:
         help="after the runs, score the policy with the best of so many chunks",
     )  # fmt: skip
     parser.add_argument("--table", metavar="FOLDER", help="only print the tables of this folder")
-    parser.add_argument("--picture", metavar="FILE", help="draw success against minutes and rollouts, a PNG")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw success of --runs against minutes and rollouts, a PNG"
+    )
     parser.add_argument(
         "--ript", type=Path, default=Path("outputs/learning"), metavar="FOLDER",
         help="draw RIPT's runs (benchmarks/learning.py --runs short weighted) beside it",
@@ -124,7 +126,8 @@ def main() -> None:
     if chosen := choices_table(Path(options.table or options.output)):
         print(f"\n{chosen}")
     if options.picture:
-        draw(curves(runs, options.ript), Path(options.picture))
+        shown = {kind: of_kind for kind, of_kind in runs.items() if kind in options.runs}
+        draw(curves(shown, options.ript), Path(options.picture))
 
 
 def learn(run: str, seed: int, options: argparse.Namespace) -> None:
@@ -265,9 +268,9 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def rollouts_until(part: str, config: Mapping[str, Any]) -> int:
-    """Rollouts that a run of this configuration has made at the end of a part."""
+    """Rollouts that a run of this configuration has made at the end of a part, or at its own end, without a name."""
     training = config["training"]
-    practised = training["num_train_steps"] - training["offline_iterations"] if part == "after" else 0
+    practised = 0 if part else training["num_train_steps"] - training["offline_iterations"]
     return config["data"]["rollouts"] + practised * training["rollouts"]
 
 
@@ -282,7 +285,7 @@ def curves(
             for results in of_kind:
                 points.setdefault("before", []).append((0, 0, 100 * results["before"]["success_rate"]))
                 for name, score in results["scores"].items():
-                    part, _, how = name.partition(", ")
+                    part, _, how = name.rpartition(", ")  # at the end of a run without the part's name
                     if how.startswith(way):
                         made = rollouts_until(part, results["config"])
                         where = (results["minutes"][name], made, 100 * score["success_rate"])
