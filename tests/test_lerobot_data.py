@@ -439,7 +439,7 @@ def test_images_whose_names_do_not_tell_have_to_be_named(tmp_path, demonstration
     names = replace(LEROBOT_NAMES, cameras=features)
     with LeRobotWriter(tmp_path / "set", recordings.FPS, names) as writer:
         writer.add(demonstrations[0])
-    with pytest.raises(DataError, match=r"--dataset-features or algo\.cotraining_features"):
+    with pytest.raises(DataError, match=r"--dataset-features, algo\.cotraining_features or data\.features"):
         open_demonstrations(tmp_path / "set")
     assert_same(open_demonstrations(tmp_path / "set", names=names).read(0), demonstrations[0])
 

@@ -20,9 +20,13 @@ from pathlib import Path
 
 os.environ.setdefault("MUJOCO_GL", "disable")  # nothing is drawn
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
 import gymnasium
 import numpy as np
 import ogbench.manipspace  # noqa: F401 - registers its environments
+
+from pi0.base.arguments import ranged
 
 LONGEST = 200  # steps of an episode that is scored
 PLAY_STEPS = 1001  # of an episode of data: OGBench's data_gen_scripts/generate_manipspace.py, "play"
@@ -38,14 +42,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["data", "learn", "play"])
-    parser.add_argument("--task", type=int, default=2, help="1 to 5; 2 is OGBench's default of cube-single")
+    parser.add_argument(
+        "--task", type=ranged(int, low=1, high=5), default=2, help="2 is OGBench's default of cube-single"
+    )
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--episodes", type=int, default=100, help="of the oracle, 1000 steps each")
+    parser.add_argument(
+        "--episodes", type=ranged(int, low=1), default=100, help="of the oracle, 1000 steps each"
+    )
     parser.add_argument("--qc", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--settings", type=json.loads, default={}, help="of the learner, JSON")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=100, help="episodes that are scored")
+    parser.add_argument("--seed", type=ranged(int, low=0), default=0)
+    parser.add_argument("--count", type=ranged(int, low=1), default=100, help="episodes that are scored")
     options = parser.parse_args()
     {"data": make_data, "learn": learn, "play": play}[options.what](options)
 
