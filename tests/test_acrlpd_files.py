@@ -813,3 +813,30 @@ def test_a_run_that_learns_from_files_resumes_to_the_bit(tmp_path, monkeypatch, 
             for step in (2, 3)
         ]
         assert drawn == [2, 3], "each iteration has a pool of its own"
+
+
+@pytest.mark.engine
+@pytest.mark.tried(
+    "a stop (SIGTERM) while ACRLPD records its first rollouts beside files",
+    "`--resume` has the files' episodes and the rollouts",
+)
+def test_a_stop_in_the_first_recorded_rollouts_keeps_the_files_episodes(
+    tmp_path, monkeypatch, recorded, signals_as_before
+):
+    torch.set_num_threads(1)
+    config = run_config(tmp_path, recorded)
+    config.data.rollouts, config.training.num_train_steps, config.training.critic_updates = 2, 1, 1
+    config.features.save_video = False
+    practise = trainer_module.practise
+
+    def stopped(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return practise(*given)
+
+    monkeypatch.setattr(trainer_module, "practise", stopped)
+    run = unified_training_interface(config)
+    assert not (run / "results.json").exists()
+    monkeypatch.setattr(trainer_module, "practise", practise)
+    resumed = unified_training_interface(config, str(run))
+    (row,) = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert row["episodes"] == 3 + 2, "a pool of the six episodes in files, and two rollouts"

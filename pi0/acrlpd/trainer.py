@@ -322,6 +322,7 @@ class ACRLPDTrainer:
         if "recorded" not in facts:
             self.loader.refresh_memory_pool()
             facts["recorded"] = 0
+            self.state.begin()  # a stop before the first portion keeps the pool, too
         while (done := facts["recorded"]) < count:
             upto = min(done + PORTION, count)
             label = f"recording {upto} of {count}"
