@@ -232,7 +232,8 @@ def install_environment(environment, build):
         say(f"making {environment.folder.name}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment.folder)], check=True)
     discard_half_installed(environment)
-    say(f"installing {len(requirements)} packages from {environment.lock.name}, torch for {build}")
+    of_torch = f", torch for {build}" if torch else ""
+    say(f"installing {len(requirements)} packages from {environment.lock.name}{of_torch}")
     if torch:
         install_torch(environment, torch, build)
     if builders:  # without build isolation the locked setuptools builds bddl, not the newest one
