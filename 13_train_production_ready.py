@@ -225,7 +225,6 @@ class _TeeIO(DescriptorTap):
 def setup_run_logging(rank: int) -> list[_TeeIO]:
     """Log all output of this rank; only rank 0's standard output reaches the console."""
     sys.stdout = sys.__stdout__
-    sys.stdout.reconfigure(line_buffering=True)  # whole lines at once, in order with the errors
     tees = [_TeeIO(1, echo=rank == 0), _TeeIO(2, echo=True)]
     for tee in tees:
         atexit.register(tee.restore)  # after the interpreter has printed its last traceback

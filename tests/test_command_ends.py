@@ -136,6 +136,34 @@ def test_a_pipe_of_the_program_itself_that_breaks_is_a_fault_of_the_program():
     assert done.returncode == 1 and "BrokenPipeError" in done.stderr
 
 
+LINES = """
+import sys
+from pi0.base.errors import run_command
+def main():
+    print("a line")
+    print("a fault", file=sys.stderr)
+    print("the end")
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)], ids=["buffered", "unbuffered"])
+@pytest.mark.tried("Ranks print to one terminal, with PYTHONUNBUFFERED=1", "Lines do not join")
+def test_a_line_and_its_end_are_written_at_once(unbuffered):
+    reader, writer = os.pipe2(os.O_DIRECT)  # each write is read by itself
+    subprocess.run(
+        [sys.executable, *unbuffered, "-c", LINES],
+        cwd=REPO_ROOT,
+        stdout=writer,
+        stderr=writer,
+        timeout=100,
+        check=True,
+    )
+    os.close(writer)
+    with open(reader, "rb", buffering=0) as pipe:
+        assert list(iter(lambda: pipe.read(4096), b"")) == [b"a line\n", b"a fault\n", b"the end\n"]
+
+
 FULL = """
 import resource, signal, sys
 from pathlib import Path

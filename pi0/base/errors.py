@@ -54,8 +54,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
       itself stays ignored, since a worker that dies must not end its trainer by it.
     * A file's name or content that the locale cannot express (LC_ALL=C without UTF-8): what to set.
 
-    Before, it mends the standard streams. Characters that a terminal cannot show are printed as escapes; a stream
-    that is closed (`>&-`) drops what is written.
+    Before, it mends the standard streams. Characters that a terminal cannot show are printed as escapes; a line
+    is written at once; a stream that is closed (`>&-`) drops what is written.
     """
     _mend_streams()
     status: object
@@ -149,7 +149,9 @@ def _mend_streams() -> None:
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        # Whole lines at once, also with PYTHONUNBUFFERED, which writes a line's end by itself: the lines of ranks
+        # that share a terminal would join.
+        output.reconfigure(errors="backslashreplace", line_buffering=True, write_through=False)  # type: ignore[union-attr]
 
 
 def _drop_output(*descriptors: int) -> None:
