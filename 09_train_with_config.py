@@ -108,6 +108,8 @@ def make_learner(config: Config, policy: PI0Policy, env_runner: LIBEROEnvRunner)
         noise_samples=algo.noise_samples,
         negative_weight=algo.negative_weight,
         condition_dropout=algo.condition_dropout,
+        noise_level=algo.noise_level,
+        ratio_clip=algo.ratio_clip,
         augmentation=Augmentation(),
     )
     optimizer = make_optimizer(policy, algo.lr, training.optimizer)
@@ -143,7 +145,8 @@ def update_policy(config: Config, learner: Learner, batch: WeightedChunks) -> di
                     learner.average.update()
                     accumulated = 0
     policy.eval()
-    return {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), "updates": len(norms)}
+    counts = {"updates": len(norms), **adapter.ratio_metrics()}
+    return {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms)), **counts}
 
 
 def train_iteration(config: Config, learner: Learner, collection: Collection, metrics: dict) -> dict:

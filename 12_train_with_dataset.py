@@ -301,6 +301,8 @@ def make_learner(config: Config, model: nn.Module, env_runner: LIBEROEnvRunner, 
         noise_samples=algo.noise_samples,
         negative_weight=algo.negative_weight,
         condition_dropout=algo.condition_dropout,
+        noise_level=algo.noise_level,
+        ratio_clip=algo.ratio_clip,
         augmentation=Augmentation(),
     )
     optimizer = make_optimizer(policy, algo.lr, training.optimizer)
@@ -339,7 +341,8 @@ def update_policy(config: Config, learner: Learner, batch: WeightedChunks) -> di
                     accumulated = 0
     policy.eval()
     loss = float(np.mean(gather(np.mean(losses))))
-    return {"loss": loss, "grad_norm": float(np.mean(norms)), "updates": len(norms)}
+    counts = {"updates": len(norms), **adapter.ratio_metrics()}
+    return {"loss": loss, "grad_norm": float(np.mean(norms)), **counts}
 
 
 def train_iteration(

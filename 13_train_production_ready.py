@@ -357,6 +357,8 @@ def make_learner(config: Config, policy: PI0Policy, env_runner: LIBEROEnvRunner,
         noise_samples=algo.noise_samples,
         negative_weight=algo.negative_weight,
         condition_dropout=algo.condition_dropout,
+        noise_level=algo.noise_level,
+        ratio_clip=algo.ratio_clip,
         augmentation=Augmentation(),
         mixed_precision=training.use_mixed_precision,
     )
@@ -429,7 +431,7 @@ def update_policy(
     if largest(int(not weights_are_finite(policy))):
         raise FloatingPointError("the weights are not finite")
     policy.eval()
-    counts = {"updates": len(norms), "bad_updates": bad, "passes": adapter.passes}
+    counts = {"updates": len(norms), "bad_updates": bad, "passes": adapter.passes, **adapter.ratio_metrics()}
     if bad:
         print(f"{bad} gradients were not finite and were left out")
     if not norms:

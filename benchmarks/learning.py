@@ -9,6 +9,7 @@
 |---|---|
 | weighted | configs/quickstart.yaml, unchanged |
 | guidance | the same in guidance mode, failures with a tenth of the weight, evaluated with several guidance weights |
+| ratio | the same in ratio mode: policy gradient with noise in the flow's steps |
 | shuffled | the same with advantages shuffled inside groups |
 | short | the same with 6 iterations in place of 13: 384 rollouts |
 | critic | the same, but practice chooses the best of 8 chunks by the critics of benchmarks/acrlpd_learning.py (run `critics`) |
@@ -36,6 +37,7 @@ CHECKPOINT = "checkpoints/pi0_tiny_libero_spatial"
 OVERRIDES: dict[str, list[str]] = {
     "weighted": [],
     "guidance": ["algo.mode=guidance", "algo.negative_weight=0.1", "algo.num_epochs=3"],
+    "ratio": ["algo.mode=ratio", "algo.ema_decay=0", "algo.replay_iterations=1"],
     "shuffled": ["algo.shuffle_advantages=true"],
     "short": ["training.num_train_steps=6"],
     "critic": ["algo.num_action_samples=8"],

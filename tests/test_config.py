@@ -168,6 +168,13 @@ def test_a_value_in_place_of_a_section_is_named(write):
     assert error == 'run.yaml:2: algo = "fast": algo is a section; set its keys, such as algo.mode'
 
 
+@pytest.mark.parametrize("name", ["critic_path", "cotraining_path"])
+def test_what_has_no_probability_does_not_go_with_ratios(write, name):
+    (error,) = errors_of(write("policy_path: a\n"), "algo.mode=ratio", f"algo.{name}=somewhere")
+    assert f'algo.{name} = "somewhere" and algo.mode = ratio exclude each other' in error
+    assert "use mode: weighted" in error
+
+
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
@@ -180,7 +187,7 @@ def test_a_value_in_place_of_a_section_is_named(write):
         ("task.task_names_to_use=3", "3: expected list of str or int, got int"),
         ("task.task_names_to_use=[1.5]", "[1.5]: expected list of str or int, got list"),
         ("exp_name=3", "3: expected str, got int"),
-        ("algo.mode=ppo", '"ppo": expected weighted or guidance, got str'),
+        ("algo.mode=ppo", '"ppo": expected weighted or guidance or ratio, got str'),
         ("task.max_episode_length=long", '"long": expected int or null, got str'),
     ],
 )
@@ -446,10 +453,10 @@ def test_fixed_are_optimizer_and_schedule_what_is_practised_and_what_scores_are_
         "task.held_out_states", "task.fixtures", "task.max_episode_length", "task.settle_steps", "task.replan_steps",
         "task.image_size", "task.render", "algo.mode", "algo.lr", "algo.train_init_states", "training.num_train_steps",
         "training.seed", "training.optimizer", "evaluation.episodes", "evaluation.seed", "training.trainable", "dtype",
-        "algo.critic_path",
+        "algo.critic_path", "algo.noise_level",
     )  # fmt: skip
     assert fixed_keys(Config) == [each.name for each in describe_keys() if each.name.startswith(began)]
-    assert len(fixed_keys(Config)) == 29
+    assert len(fixed_keys(Config)) == 30
     assert fixed_keys(Program) == ["name"]
 
 

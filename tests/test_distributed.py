@@ -155,6 +155,7 @@ def test_smart_sampling_names_states_and_passes_over_solved_ones_for_one_round(d
         ("weighted", "0,4"),
         ("weighted", "2,0,7"),
         ("guidance", "3,1"),
+        ("ratio", "0,4"),
     ],
 )
 def test_ranks_together_have_the_gradient_of_one_process_over_all_episodes(mode, episodes):

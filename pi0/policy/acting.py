@@ -72,10 +72,12 @@ class ActingPolicy:
             "prompt": prompts,
         }
         with one_thread():
-            actions = self._policy.select_action(
-                observations, noise=torch.from_numpy(noise), guidance_weight=self._guidance_weight
-            )
+            actions = self._sample(observations, torch.from_numpy(noise))
         return actions.float().cpu().numpy()
+
+    def _sample(self, observations: dict, noise: torch.Tensor) -> torch.Tensor:
+        """The robot's actions for observations as `PI0Policy.select_action` takes them."""
+        return self._policy.select_action(observations, noise=noise, guidance_weight=self._guidance_weight)
 
     def prepared(
         self, images: dict[str, np.ndarray], states: np.ndarray, prompts: list[str]
@@ -88,3 +90,29 @@ class ActingPolicy:
             for camera, tensor in given.pop(name).items()
         }
         return {name: tensor.cpu().numpy() for name, tensor in (parts | given).items()}
+
+
+class NoisyPolicy(ActingPolicy):
+    """Acts with noise in every Euler step of the flow (`pi0.policy.flow_sde`), as the policy gradient of flows needs it.
+
+    At level 0 it does what `ActingPolicy` does, to the bit.
+
+    Args:
+        policy: the policy.
+        level: of the noise, 0 or more.
+    """
+
+    def __init__(self, policy: PI0Policy, level: float):
+        super().__init__(policy)
+        self._level = level
+        self._shape = (policy.config.num_steps + 1, *self._shape)
+
+    def noise(self, key: tuple[int, ...]) -> np.ndarray:
+        """Standard normal float32 [1 + steps, horizon, action dim]; the first is `ActingPolicy.noise` of the key."""
+        return super().noise(key)
+
+    def _sample(self, observations: dict, noise: torch.Tensor) -> torch.Tensor:
+        policy = self._policy
+        given = noise.to(policy.device).movedim(-3, 0)  # [1 + steps, ..., B, horizon, action dim]
+        path = policy.sample_path(**policy.prepare(observations), noise=given, noise_level=self._level)
+        return policy.unnormalize_actions(path[-1], observations["state"]).clamp(-1, 1)

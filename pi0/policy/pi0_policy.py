@@ -20,6 +20,7 @@ from pi0.model.config import Pi0Config
 from pi0.model.lora import RANKS
 from pi0.model.network import NULL, POSITIVE, Pi0Network, PrefixCache
 from pi0.policy.cameras import How
+from pi0.policy.flow_sde import step_mean, step_std
 from pi0.policy.folder import (
     Origin,
     load_weights,
@@ -276,13 +277,13 @@ class PI0Policy(nn.Module):
         state: Tensor,
         tokenized_prompt: Tensor,
         tokenized_prompt_mask: Tensor,
-        actions: Tensor,
+        actions: Tensor | None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
         condition: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Flow-matching loss of action chunks, per element and not reduced.
+        """Flow-matching loss of action chunks, per element and not reduced; or, without actions, the velocity.
 
         With x_t = t * noise + (1 - t) * actions, the squared error of the predicted velocity against
         noise - actions (Black et al. 2024, eq. 1; openpi's direction of time: 1 is noise).
@@ -294,7 +295,8 @@ class PI0Policy(nn.Module):
             tokenized_prompt: int [B, L].
             tokenized_prompt_mask: bool [B, L].
             actions: normalised, float [B, H, A]; or [S, B, H, A], other ones for each draw, of which `noise` and
-                `time` must then be given.
+                `time` must then be given. None: `noise` is x_t, and the result is the velocity there. It is computed
+                here, and not in a method of its own, since wrappers that shard a policy know only `forward`.
             noise: standard normal, float [B, H, A]; or [S, B, H, A] for S draws on each observation, whose
                 images and prompt are then encoded once. None draws [B, H, A].
             time: flow time of each draw, [B] or [S, B]; None draws it (`draw_noise_and_time`).
@@ -303,11 +305,18 @@ class PI0Policy(nn.Module):
             generator: random generator for what is drawn here.
 
         Returns:
-            Squared error, float, in the shape of the noise.
+            Squared error, or velocity, float, in the shape of the noise.
 
         Raises:
             ValueError: noise and time have different numbers of draws.
         """
+        observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        if actions is None:
+            if noise is None or time is None or condition is not None:
+                raise ValueError("a velocity needs x_t as noise, and time; it has no condition")
+            prefix = self._run(Pi0Network.encode_prefix, *observation)
+            x_t = noise.reshape(-1, *noise.shape[-2:])
+            return self._run(Pi0Network.velocity, prefix, state, x_t, time.flatten()).view(noise.shape)
         if noise is None or time is None:
             samples = None if noise is None or noise.ndim == 3 else len(noise)
             drawn_noise, drawn_time = self.draw_noise_and_time(actions, samples, generator)
@@ -323,7 +332,6 @@ class PI0Policy(nn.Module):
         x_t = t[..., None, None] * noise + (1 - t[..., None, None]) * actions
         if condition is not None:
             condition = condition.expand(len(noise), -1).flatten()
-        observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
         prefix = self._run(Pi0Network.encode_prefix, *observation)
         velocity = self._run(Pi0Network.velocity, prefix, state, x_t.flatten(0, 1), t.flatten(), condition)
         return (velocity.view_as(noise) - (noise - actions)).square().view(shape)
@@ -372,15 +380,61 @@ class PI0Policy(nn.Module):
             ValueError: num_steps is below 1.
         """
         observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        for x_t in self._follow_flow(observation, state, noise, num_steps, guidance_weight):
+            actions = x_t
+        return actions
+
+    @torch.no_grad()
+    def sample_path(
+        self,
+        images: Mapping[str, Tensor],
+        image_masks: Mapping[str, Tensor],
+        state: Tensor,
+        tokenized_prompt: Tensor,
+        tokenized_prompt_mask: Tensor,
+        noise: Tensor,
+        noise_level: float,
+    ) -> Tensor:
+        """Follow the flow in Euler steps with noise (`pi0.policy.flow_sde`), in as many as the configuration says.
+
+        Args:
+            images, image_masks, state, tokenized_prompt, tokenized_prompt_mask: as in `forward`.
+            noise: standard normal, float [1 + K, B, H, A] or [1 + K, S, B, H, A], with K = `config.num_steps`: where
+                the flow begins, then the noise of each step.
+            noise_level: of the steps; with 0 the actions are those of `sample_actions`, to the bit.
+
+        Returns:
+            Where the flow is before each step and, at last, the normalised actions, in the shape of the noise.
+        """
+        observation = (images, image_masks, tokenized_prompt, tokenized_prompt_mask)
+        return torch.stack(
+            list(self._follow_flow(observation, state, noise[0], None, None, noise[1:], noise_level))
+        )
+
+    def _follow_flow(
+        self,
+        observation: tuple,
+        state: Tensor,
+        start: Tensor,
+        num_steps: int | None,
+        guidance_weight: float | None,
+        step_noise: Tensor | None = None,
+        noise_level: float = 0.0,
+    ) -> Iterator[Tensor]:
+        """Where the flow is before each Euler step and after the last, each in the shape of `start`."""
         prefix = self._run(Pi0Network.encode_prefix, *observation)
         steps = self.config.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {steps}")
-        x_t = noise.reshape(-1, *noise.shape[-2:])
+        x_t = start.reshape(-1, *start.shape[-2:])
         for step in range(steps):
-            t = torch.full((len(x_t),), 1 - step / steps, dtype=noise.dtype, device=noise.device)
-            x_t = x_t - self.guided_velocity(prefix, state, x_t, t, guidance_weight) / steps
-        return x_t.view(noise.shape)
+            yield x_t.view(start.shape)
+            t = torch.full((len(x_t),), 1 - step / steps, dtype=start.dtype, device=start.device)
+            velocity = self.guided_velocity(prefix, state, x_t, t, guidance_weight)
+            x_t = step_mean(x_t, velocity, step, steps, noise_level)
+            if step_noise is not None:
+                x_t = x_t + step_std(step, steps, noise_level) * step_noise[step].view(x_t.shape)
+        yield x_t.view(start.shape)
 
     def guided_velocity(
         self, prefix: PrefixCache, state: Tensor, x_t: Tensor, t: Tensor, weight: float | None

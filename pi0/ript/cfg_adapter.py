@@ -11,7 +11,10 @@ from the same data. Acting follows v_null + w (v_positive - v_null). The weight 
 advantage, for failures times `negative_weight`. With equal weights, failures, which are longer, would be most of an
 iteration's data, and the weights that both conditions share would learn to imitate them.
 
-Unanimous groups (advantage 0) do not show what is better and are left out in both modes.
+`ratio`: the policy gradient, by clipped ratios of the probabilities of the flow's noisy steps (`pi0.ript.flow_ratio`).
+Advantages of failures count in full: the clip bounds how far a chunk is pushed away.
+
+Unanimous groups (advantage 0) do not show what is better and are left out in all modes.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from pi0.data.chunks import Chunks
 from pi0.libero.episodes import ROBOT, Episode
 from pi0.model.network import NEGATIVE, NULL, POSITIVE
 from pi0.ranks.collectives import gather, mean_over_ranks, rank_and_world_size
+from pi0.ript.flow_ratio import Paths, RatioSums, clipped_ratio_loss, noise_of, step_log_probs, trace
 from pi0.training.flow_loss import Augmentation, flow_loss
 
-MODES = ("weighted", "guidance")
+MODES = ("weighted", "guidance", "ratio")
 NEGATIVE_CLIP = (
     1.0  # flow loss of a policy that predicts the mean velocity of standardised actions is about 2
 )
@@ -50,29 +54,34 @@ class WeightedChunks:
 
     Attributes:
         chunks: N chunks.
-        weights: float32 [N]; the loss is sum(weights * flow loss) / sum(|weights|).
+        weights: float32 [N]; the loss is sum(weights * flow loss) / sum(|weights|). In mode ratio, advantages.
         optimality: int64 [N], `POSITIVE` or `NEGATIVE`.
+        paths: how the flow came to them, in mode ratio; else None.
     """
 
     chunks: Chunks
     weights: Tensor
     optimality: Tensor
+    paths: Paths | None = None
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, index: Tensor) -> WeightedChunks:
-        return WeightedChunks(self.chunks[index], self.weights[index], self.optimality[index])
+        paths = None if self.paths is None else self.paths[index]
+        return WeightedChunks(self.chunks[index], self.weights[index], self.optimality[index], paths)
 
     def state_dict(self) -> dict:
         """Tensors and strings, for a checkpoint."""
-        return {**vars(self.chunks), "weights": self.weights, "optimality": self.optimality}
+        paths = {} if self.paths is None else vars(self.paths)
+        return {**vars(self.chunks), "weights": self.weights, "optimality": self.optimality, **paths}
 
     @staticmethod
     def from_state(state: dict) -> WeightedChunks:
         """The inverse of `state_dict`."""
         chunks = Chunks(**{name: state[name] for name in ("images", "states", "prompts", "actions", "valid")})
-        return WeightedChunks(chunks, state["weights"], state["optimality"])
+        paths = Paths(state["points"], state["log_probs"]) if "points" in state else None
+        return WeightedChunks(chunks, state["weights"], state["optimality"], paths)
 
     @staticmethod
     def empty(cameras: Sequence[str], image_size: int, chunk: int) -> WeightedChunks:
@@ -87,11 +96,13 @@ class WeightedChunks:
 
     @staticmethod
     def cat(parts: Sequence[WeightedChunks]) -> WeightedChunks:
-        """All chunks of `parts`, in order."""
+        """All chunks of `parts`, in order; those of a mode have paths all or none, but for parts without chunks."""
+        paths = [part.paths for part in parts if part.paths is not None]
         return WeightedChunks(
             Chunks.cat([part.chunks for part in parts]),
             torch.cat([part.weights for part in parts]),
             torch.cat([part.optimality for part in parts]),
+            Paths.cat(paths) if paths else None,
         )
 
 
@@ -100,11 +111,15 @@ class PI0_CFG_Adapter:
 
     Args:
         policy: trained in place; it needs `config.guidance` in guidance mode.
-        mode: `weighted` or `guidance`.
-        noise_samples: draws of noise and time for each chunk.
-        negative_weight: factor of negative advantages, 0 to 1; 0 leaves failures out.
+        mode: `weighted`, `guidance` or `ratio`.
+        noise_samples: draws of noise and time for each chunk; in mode ratio so many of the flow's steps, all of them
+            if there are fewer.
+        negative_weight: factor of negative advantages, 0 to 1; 0 leaves failures out. Mode ratio does not use it.
         condition_dropout: share of chunks that train the unconditional flow (guidance mode), 0 to 1.
-        augmentation: random changes to the observations.
+        noise_level: noise of the flow's steps with which the policy acted (mode ratio), above 0.
+        ratio_clip: a ratio counts up to so far from 1 (mode ratio).
+        augmentation: random changes to the observations. Mode ratio makes none: it asks for the probability of what
+            was done at what was seen.
         model: distributed wrapper of the policy, called for the loss; it averages gradients over ranks. Every rank
             must call it equally often, also with few or no chunks. None: the policy itself.
         mixed_precision: compute the loss in bfloat16 where PyTorch's autocast considers it safe.
@@ -121,6 +136,8 @@ class PI0_CFG_Adapter:
         noise_samples: int = 4,
         negative_weight: float = 0.0,
         condition_dropout: float = 0.1,
+        noise_level: float = 0.5,
+        ratio_clip: float = 0.2,
         augmentation: Augmentation | None = None,
         model: nn.Module | None = None,
         mixed_precision: bool = False,
@@ -134,14 +151,25 @@ class PI0_CFG_Adapter:
         self.noise_samples = noise_samples
         self.negative_weight = negative_weight
         self.condition_dropout = condition_dropout
+        self.noise_level = noise_level
+        self.ratio_clip = ratio_clip
         self.augmentation = augmentation
         self.model = model or policy
         self.mixed_precision = mixed_precision
         self.passes = 1  # passes in which a minibatch is computed; more after memory ran out
+        self._moved = RatioSums()
 
-    def weigh(self, episodes: Sequence[Episode], advantages: Sequence[float]) -> WeightedChunks | None:
-        """The chunks whose weight is not 0; None if there are none."""
-        parts = []
+    def weigh(
+        self, episodes: Sequence[Episode], advantages: Sequence[float], acted: PI0Policy | None = None
+    ) -> WeightedChunks | None:
+        """The chunks whose weight is not 0; None if there are none.
+
+        Args:
+            episodes: finished rollouts.
+            advantages: one for each episode.
+            acted: the policy that acted in them, with the same weights; None: the one in training. Mode ratio needs it.
+        """
+        parts, noise = [], []
         for episode, advantage in zip(episodes, advantages, strict=True):
             weight = self._weight(advantage)
             if weight != 0.0:
@@ -152,7 +180,15 @@ class PI0_CFG_Adapter:
                         chunks, torch.full((len(chunks),), weight), torch.full((len(chunks),), optimality)
                     )
                 )
-        return WeightedChunks.cat(parts) if parts else None
+                if self.mode == "ratio":
+                    noise.append(noise_of(self.policy, episode, self.noise_level))
+        if not parts:
+            return None
+        batch = WeightedChunks.cat(parts)
+        if self.mode == "ratio":
+            of_acting = (acted or self.policy, batch.chunks, torch.cat(noise), self.noise_level)
+            batch.paths = trace(*of_acting, self.mixed_precision)
+        return batch
 
     def compute_weighted_loss(
         self, episodes: Sequence[Episode], advantages: Sequence[float], generator: torch.Generator
@@ -176,6 +212,9 @@ class PI0_CFG_Adapter:
     ) -> Tensor:
         """Weighted loss of a batch: sum(weights * loss) / sum(|weights|), a scalar with gradient.
 
+        In mode ratio the loss of a chunk is the mean over its steps of PPO's, times the number of steps in a path: an
+        unbiased estimate of the sum over all of them.
+
         In a distributed run the divisor is the mean over ranks. The mean of the ranks' gradients is then the gradient
         of the loss over all their chunks, however unevenly the chunks are distributed.
 
@@ -186,6 +225,9 @@ class PI0_CFG_Adapter:
         """
         if len(batch) == 0:
             batch = batch.weightless()
+        whole = self._divisor(batch) if divisor is None else divisor
+        if self.mode == "ratio":
+            return self._ratio_losses(batch, generator).sum() / whole
         condition = self._conditions(batch.optimality, generator) if self.mode == "guidance" else None
         losses = flow_loss(
             self.policy,
@@ -198,7 +240,26 @@ class PI0_CFG_Adapter:
         )
         weights = batch.weights.to(losses)
         bounded = torch.where(weights < 0, losses.clamp(max=NEGATIVE_CLIP), losses)
-        return (weights * bounded).sum() / (self._divisor(batch) if divisor is None else divisor).to(losses)
+        return (weights * bounded).sum() / whole.to(losses)
+
+    def _ratio_losses(self, batch: WeightedChunks, generator: torch.Generator) -> Tensor:
+        """Loss of each chunk, float [N], for as many of its steps as there are draws of noise in other modes."""
+        paths = Paths.blank(self.policy) if batch.paths is None else batch.paths
+        count = paths.log_probs.shape[1]
+        order = torch.rand(count, len(batch), generator=generator).argsort(0)
+        steps = order[: self.noise_samples]  # [S, N], other ones for each chunk
+        log_probs = step_log_probs(
+            self.policy, batch.chunks, paths.points, steps, self.noise_level, self.model
+        )
+        acted = paths.log_probs.gather(1, steps.T).T.to(log_probs)
+        advantages = batch.weights.to(log_probs)
+        self._moved.add(log_probs - acted, advantages, self.ratio_clip)
+        return clipped_ratio_loss(log_probs, acted, advantages, self.ratio_clip).mean(0) * count
+
+    def ratio_metrics(self) -> dict[str, float]:
+        """How far the policy moved from the one that acted, since the last call, on all ranks; {} in other modes."""
+        moved, self._moved = self._moved, RatioSums()
+        return moved.over_ranks() if self.mode == "ratio" else {}
 
     def accumulate_gradient(
         self, batch: WeightedChunks, generator: torch.Generator, steps: int, retry: bool = True
@@ -274,7 +335,7 @@ class PI0_CFG_Adapter:
         return -(-len(batch) // size)
 
     def _weight(self, advantage: float) -> float:
-        if advantage > 0:
+        if advantage > 0 or self.mode == "ratio":
             return advantage
         return self.negative_weight * (abs(advantage) if self.mode == "guidance" else advantage)
 

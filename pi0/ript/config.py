@@ -43,9 +43,10 @@ STAGE = "stage {:02d}"  # name of a version of this program
 class AlgoConfig:
     """RIPT, reinforcement interactive post-training: collecting, learning, co-training."""
 
-    mode: Literal["weighted", "guidance"] = key(
+    mode: Literal["weighted", "guidance", "ratio"] = key(
         "weighted",
-        "advantage-weighted flow loss, or classifier-free guidance by an optimality condition",
+        "advantage-weighted flow loss; classifier-free guidance by an optimality condition; policy gradient by clipped "
+        "ratios, with noise in the flow's steps",
         fixed=True,
     )
     rloo_batch_size: int = key(8, "rollouts whose scores are compared (a group)", unit="rollouts", low=2)
@@ -101,12 +102,18 @@ class AlgoConfig:
     num_epochs: int = key(2, "passes over the collected chunks in an iteration", unit="epochs", low=1)
     minibatch_size: int = key(64, "action chunks in a forward pass", unit="chunks", low=1)
     gradient_accumulation_steps: int = key(1, "minibatches in an optimizer step", unit="minibatches", low=1)
-    noise_samples: int = key(4, "draws of noise and time for a chunk's flow loss", unit="draws", low=1)
+    noise_samples: int = key(
+        4,
+        "draws of noise and time for a chunk's flow loss; in mode: ratio, so many of its steps",
+        unit="draws",
+        low=1,
+    )
     lr: float = key(1e-4, "learning rate", above=0, fixed=True)
     grad_norm_clip: float = key(1.0, "largest gradient norm; longer gradients are shortened to it", above=0)
     negative_weight: float = key(
         0.0,
-        "factor of negative advantages; 0: learn only from success; above 0 for mode: guidance",
+        "factor of negative advantages; 0: learn only from success; above 0 for mode: guidance; mode: ratio takes all "
+        "advantages as they are",
         low=0,
         high=1,
     )
@@ -149,6 +156,16 @@ class AlgoConfig:
     )
     guidance_weight: float = key(
         1.0, "w in v_null + w (v_positive - v_null) when the policy acts (mode: guidance)", low=0
+    )
+    noise_level: float = key(
+        0.5,
+        "noise of the flow's steps in practice (mode: ratio); scores are without",
+        above=0,
+        high=1,
+        fixed=True,
+    )
+    ratio_clip: float = key(
+        0.2, "a ratio counts from 1 less this to 1 and this (mode: ratio)", above=0, high=1
     )
     critic_path: str | None = key(
         None,
@@ -325,6 +342,16 @@ def _conflicts(config: Config) -> list[str]:
             f"training.use_fsdp = true shards weights of one type only, but dtype = {show(config.dtype)} mixes two; "
             "use dtype = float32 with training.use_mixed_precision = true"
         )
+    if algo.mode == "ratio":
+        unfit = {
+            "critic_path": "the critic's choice has no probability",
+            "cotraining_path": "demonstrations have no probability",
+        }
+        conflicts += [
+            f"algo.{name} = {show(getattr(algo, name))} and algo.mode = ratio exclude each other: {why}; use mode: weighted"
+            for name, why in unfit.items()
+            if getattr(algo, name) is not None
+        ]
     if algo.data_batch_size % algo.rloo_batch_size:
         conflicts.append(
             f"algo.data_batch_size = {algo.data_batch_size} is not a whole number of groups of "

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from pi0 import PI0Policy, pick_device
-from pi0.policy.acting import ActingPolicy
+from pi0.policy.acting import ActingPolicy, NoisyPolicy
 from pi0.policy.critics import BestOfPolicy, load_critic
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter, WeightedChunks
 from pi0.ript.config import Config
@@ -77,11 +77,14 @@ class Learner:
 
     def take_in(self, collection: Collection) -> None:
         """Weight the chunks of an iteration's episodes by their advantages, and keep those with a weight other than 0."""
-        self.replay.add(self.adapter.weigh(collection.episodes, collection.advantages))
+        acted = self.average.module
+        self.replay.add(self.adapter.weigh(collection.episodes, collection.advantages, acted))
 
 
 def acting_policies(config: Config, learner: Learner) -> tuple[ActingPolicy, ActingPolicy]:
-    """The averaged policy as it is scored, and as it practises: with the best of several chunks if there is a critic.
+    """The averaged policy as it is scored, and as it practises.
+
+    It practises with the best of several chunks if there is a critic, and in mode ratio with noise in the flow's steps.
 
     Raises:
         CheckpointError, MissingFileError: `algo.critic_path` is no critic's folder, or of another robot.
@@ -89,6 +92,8 @@ def acting_policies(config: Config, learner: Learner) -> tuple[ActingPolicy, Act
     algo, policy = config.algo, learner.average.module
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     scored = ActingPolicy(policy, weight)
+    if algo.mode == "ratio":
+        return scored, NoisyPolicy(policy, algo.noise_level)
     if algo.critic_path is None:
         return scored, scored
     critic = load_critic(algo.critic_path, policy.device)

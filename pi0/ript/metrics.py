@@ -75,6 +75,12 @@ LEARNED = (
            curves=(Curve("training", "gradient norm",
                          limit=("algo.grad_norm_clip", "the gradient norm is clipped to this")),),
            column="gradient norm", format=".3f"),
+    Metric("clipped_share", "0 to 1",
+           "share of the flow's steps that teach nothing because their ratio is beyond `algo.ratio_clip` (mode ratio)",
+           curves=(Curve("training", "steps beyond the clip"),), format=".3f"),
+    Metric("ratio_kl", "nats",
+           "mean over the flow's steps of ratio - 1 - log(ratio), an estimate of the divergence from the policy that "
+           "acted (mode ratio)"),
     Metric("lr", "Adam steps", "learning rate of the step: how far a weight moves where its gradient is steady",
            curves=(Curve("training", "learning rate"),), column="learning rate", format=".2e"),
     Metric("bad_updates", "optimizer steps",
