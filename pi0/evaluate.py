@@ -2,7 +2,10 @@
 
     python -m pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_spatial --tasks 3 8 --episodes 50
 
-It prints success per task with 95% intervals and writes them with the protocol as JSON; `--videos` adds videos.
+    python -m pi0.evaluate --server ws://127.0.0.1:8000 --suite libero_spatial --tasks 3 8 --episodes 50
+
+The policy is a folder, or runs elsewhere behind openpi's protocol (`python -m pi0.serve`, or openpi's own server). It
+prints success per task with 95% intervals and writes them with the protocol as JSON; `--videos` adds videos.
 Episodes whose simulation broke are not counted; if more than a tenth broke, the exit status is 3.
 """
 
@@ -11,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -21,14 +26,19 @@ from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
 from pi0.libero.environments import Environments
 from pi0.libero.evaluation import describe_broken, evaluate, refuse_broken
-from pi0.libero.films import film_episodes
+from pi0.libero.films import VIDEO_EVERY, write_films
 from pi0.libero.init_states import FIXTURE_MODES
 from pi0.libero.rendering import MODES
 from pi0.libero.rollouts import Policy
 from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
+from pi0.model.config import Pi0Config
 from pi0.policy.acting import ActingPolicy
 from pi0.policy.critics import BestOfPolicy, load_critic
+from pi0.serving.client import ServedPolicy
+from pi0.serving.messages import plain
 from pi0.training.machine import machine
+
+OPENPI_FRAME, OPENPI_REPLAN = 256, 5  # examples/libero/main.py: for servers that do not say what they want
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +48,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--policy_path", required=True, help="policy folder")
+    policy = parser.add_mutually_exclusive_group(required=True)
+    policy.add_argument("--policy_path", help="policy folder")
+    policy.add_argument(
+        "--server", metavar="URL", help="address of a policy server, such as ws://127.0.0.1:8000"
+    )
     parser.add_argument(
         "--norm_stats_path", help="normalisation statistics to use instead of the folder's own"
     )
@@ -76,7 +90,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image_size",
         type=range_of(TaskConfig, "image_size"),
-        help="pixels a side of the frames, which are resized to the policy's; default: the policy's; openpi's: 256",
+        help="pixels a side of the frames, which are resized to the policy's; default: the policy's; openpi's, and that of "
+        "servers whose metadata name no size: 256",
+    )
+    parser.add_argument(
+        "--server_image_size",
+        type=range_of(TaskConfig, "image_size"),
+        help="pixels a side of the images sent to a server; default: what its metadata say, else openpi's 224",
+    )
+    parser.add_argument(
+        "--chunk_length",
+        type=ranged(int, low=1),
+        help="actions of a server's chunk that are used; default: all",
+    )
+    parser.add_argument(
+        "--server_connections",
+        type=ranged(int, low=1),
+        default=4,
+        help="connections to a server, each with one request at a time",
+    )
+    parser.add_argument(
+        "--server_patience",
+        type=ranged(float, above=0),
+        default=300.0,
+        help="seconds for which a server that does not answer is waited for",
     )
     parser.add_argument(
         "--replan_steps",
@@ -114,13 +151,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="outputs/evaluation", help="folder for results.json and videos")
     parser.add_argument("--videos", type=ranged(int, low=0), default=0, help="episodes of each task to film")
     options = parser.parse_args(arguments)
+    if options.server is not None:
+        of_a_folder = ("norm_stats_path", "guidance_weight", "critic_path", "compile")
+        given = [name for name in of_a_folder if getattr(options, name)]
+        if given:
+            parser.error(f"--{given[0]} is for --policy_path; start the server with it (python -m pi0.serve)")
     return options
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Evaluate, print, write."""
-    options = parse_arguments(arguments)
-    started = time.monotonic()
+def local_policy(options: argparse.Namespace) -> tuple[Policy, Pi0Config, dict[str, Any]]:
+    """The policy of a folder, its sizes, and what the results say of it."""
     policy = PI0Policy.from_pretrained(
         options.policy_path,
         pick_device(options.device),
@@ -129,36 +169,63 @@ def main(arguments: list[str] | None = None) -> None:
         trainable="none",
     )
     policy.compiled = options.compile
-    horizon = policy.config.action_horizon
-    output = writable_dir(options.output)
-    task = task_of_command(options, replan_steps=options.replan_steps or min(10, horizon))
-    with Environments(task, policy.config) as environments:
-        acting: Policy = ActingPolicy(policy, options.guidance_weight)
-        if options.critic_path:
-            critic = load_critic(options.critic_path, policy.device)
-            acting = BestOfPolicy(policy, *critic, options.samples, options.guidance_weight)
-        result = evaluate(environments, acting, options.episodes, options.seed)
-        write_json(
-            output / "results.json",
-            {
-                "date": time.strftime("%Y-%m-%d"),
-                "command": " ".join(sys.argv),
-                "policy_path": options.policy_path,
-                "protocol": {
-                    **result.protocol,
-                    "guidance_weight": options.guidance_weight,
-                    "critic_path": options.critic_path,
-                    "samples": options.samples if options.critic_path else 1,
-                },
-                "dtype": options.dtype,
-                "compiled": options.compile,
-                "machine": machine(),
-                "seconds": time.monotonic() - started,
-                **result.score(),
-            },
-        )
-        if options.videos:
-            film_episodes(environments, acting, result, options.videos, output)
+    acting = ActingPolicy(policy, options.guidance_weight)
+    if options.critic_path:
+        critic = load_critic(options.critic_path, policy.device)
+        acting = BestOfPolicy(policy, *critic, options.samples, options.guidance_weight)
+    about = {
+        "policy_path": options.policy_path,
+        "dtype": options.dtype,
+        "compiled": options.compile,
+        "protocol": {
+            "guidance_weight": options.guidance_weight,
+            "critic_path": options.critic_path,
+            "samples": options.samples if options.critic_path else 1,
+        },
+    }
+    return acting, policy.config, about
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Evaluate, print, write."""
+    options = parse_arguments(arguments)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        acting: Policy
+        frames_known = True
+        if options.server is None:
+            acting, spec, about = local_policy(options)
+        else:
+            acting = stack.enter_context(
+                ServedPolicy(
+                    options.server,
+                    connections=options.server_connections,
+                    image_size=options.server_image_size,
+                    chunk_length=options.chunk_length,
+                    patience_s=options.server_patience,
+                )
+            )
+            spec, about = acting.config, {"server": options.server, "metadata": plain(acting.metadata)}
+            frames_known = "image_size" in acting.metadata
+            if not frames_known:
+                options.image_size = options.image_size or OPENPI_FRAME
+        output = writable_dir(options.output)
+        usual = min(10 if frames_known else OPENPI_REPLAN, spec.action_horizon)
+        task = task_of_command(options, replan_steps=options.replan_steps or usual)
+        environments = stack.enter_context(Environments(task, spec))
+        record = VIDEO_EVERY if options.videos else 0
+        result = evaluate(environments, acting, options.episodes, options.seed, record, filmed=options.videos)
+        content = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": " ".join(sys.argv),
+            **about,
+            "protocol": {**result.protocol, **about.get("protocol", {})},
+            "machine": machine(),
+            "seconds": time.monotonic() - started,
+            **result.score(),
+        }
+        write_json(output / "results.json", content)
+        write_films(result, output)
     for name, outcomes in [*result.by_task().items(), ("all tasks", result.outcomes)]:
         print(f"{name.replace('_', ' '):<90} {format_rate(sum(outcomes), len(outcomes))}")
     if result.broken:

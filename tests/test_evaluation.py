@@ -10,7 +10,7 @@ import pytest
 from pi0.base.errors import InputError
 from pi0.libero.environments import Environments
 from pi0.libero.evaluation import evaluate, restore_result
-from pi0.libero.films import VIDEO_EPISODES, VIDEO_EVERY, film_before_after, film_episodes
+from pi0.libero.films import VIDEO_EPISODES, VIDEO_EVERY, film_before_after, write_films
 from pi0.libero.settings import TaskConfig
 from pi0.model.config import PUBLISHED_CAMERAS, Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
@@ -140,7 +140,8 @@ def frames_of(file) -> list[np.ndarray]:
 
 
 def test_the_first_states_of_each_task_are_filmed(environments, result, tmp_path):
-    film_episodes(environments, Wobbly(), result, 2, tmp_path)
+    filmed = evaluate(environments, Wobbly(), 6, 7, VIDEO_EVERY, filmed=2)
+    write_films(filmed, tmp_path)
     names = {f"task{task}-state{state}-failure.mp4" for task in (3, 4) for state in (0, 1)}
     assert {file.name for file in tmp_path.iterdir()} == names
     for name in names:

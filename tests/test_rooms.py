@@ -25,6 +25,7 @@ ROOMS = [
     ("data",),
     ("policy",),
     ("workers",),
+    ("serving",),
     ("model",),
     ("base",),
 ]

@@ -148,6 +148,7 @@ def evaluate(
     record: int = 0,
     label: str = "evaluation",
     initial_states: list[InitStatePool] | None = None,
+    filmed: int | None = None,
 ) -> EvaluationResult:
     """Evaluate a policy on the evaluation states of all tasks, or on other `initial_states`.
 
@@ -162,6 +163,7 @@ def evaluate(
         record: draw a video frame every this many control steps; 0: none.
         label: text of the progress bar.
         initial_states: states to use instead of the evaluation states, a pool for each task.
+        filmed: draw frames only in the first so many states of each task; None: in all.
     Raises:
         InputError: more episodes than there are states.
         Interrupted: the run was asked to stop.
@@ -175,7 +177,12 @@ def evaluate(
                 f"{states.task.name} has {len(states)} evaluation states, but {count} are needed; use fewer episodes"
             )
     rollouts = [
-        environments.rollout(states, index, (EVALUATION, seed, states.task.index, index), record)
+        environments.rollout(
+            states,
+            index,
+            (EVALUATION, seed, states.task.index, index),
+            record if filmed is None or index < filmed else 0,
+        )
         for states, count in zip(pools, counts, strict=True)
         for index in range(count)
     ]

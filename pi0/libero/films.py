@@ -18,26 +18,18 @@ VIDEO_EVERY = 4  # control steps from one frame to the next
 VIDEO_FPS = 10  # twice real time
 
 
-def film_episodes(
-    environments: Environments, policy: Policy, result: EvaluationResult, count: int, folder: Path
-) -> None:
-    """Write a video of each episode of `result` that started in one of the first `count` states of its task.
+def write_films(result: EvaluationResult, folder: Path) -> None:
+    """Write a video of each episode of `result` that was filmed.
 
-    A video is `folder`/taskI-stateJ-success.mp4 or ...-failure.mp4. There is none of an episode that breaks.
+    A video is `folder`/taskI-stateJ-success.mp4 or ...-failure.mp4. There is none of an episode that broke.
 
     Args:
-        environments: tasks and workers.
-        policy: the policy that was evaluated.
-        result: the evaluation.
-        count: states of each task, from the first on.
+        result: an evaluation with `record`.
         folder: folder for the videos.
     """
-    chosen = [
-        replace(episode.rollout, record=VIDEO_EVERY)
-        for episode in result.episodes
-        if episode.rollout.init_index < count
-    ]
-    for _, episode in environments.run_policy(policy, chosen):
+    for episode in result.episodes:
+        if not episode.rollout.record:
+            continue
         if episode.failure is not None:
             print(f"not filmed: {episode.rollout}: {episode.failure}")
             continue

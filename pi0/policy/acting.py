@@ -14,10 +14,10 @@ from pi0.model.config import SiglipDims
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one torch thread within: beside busy workers more would wait for each other."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with so many torch threads within."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -27,17 +27,18 @@ def one_thread() -> Iterator[None]:
 class ActingPolicy:
     """Adapter between `PI0Policy` and `pi0.libero.rollouts`.
 
-    On a CPU it acts with one thread: the other cores simulate meanwhile, and more threads would wait for each
-    other beside busy workers.
+    On a CPU it acts with one thread by default: the other cores simulate meanwhile, and more threads would wait for
+    each other beside busy workers.
 
     Args:
         policy: the policy.
         guidance_weight: weight w of classifier-free guidance; None samples the unconditional field.
+        threads: torch threads with which it acts.
     Raises:
         InputError: a guidance weight is given, but the policy has no optimality condition.
     """
 
-    def __init__(self, policy: PI0Policy, guidance_weight: float | None = None):
+    def __init__(self, policy: PI0Policy, guidance_weight: float | None = None, threads: int = 1):
         if guidance_weight is not None and not policy.config.guidance:
             raise InputError(
                 f"guidance weight {guidance_weight}: this policy has no optimality condition; "
@@ -45,6 +46,7 @@ class ActingPolicy:
             )
         self._policy = policy
         self._guidance_weight = guidance_weight
+        self._threads = threads
         # A small tower costs less than another batch. SigLIP and Gemma take most of a chunk's time.
         self.shares_first_look = isinstance(policy.config.vision, SiglipDims)
         self._shape: tuple[int, ...] = (policy.config.action_horizon, policy.config.action_dim)
@@ -71,7 +73,7 @@ class ActingPolicy:
             "state": torch.from_numpy(states),
             "prompt": prompts,
         }
-        with one_thread():
+        with torch_threads(self._threads):
             actions = self._sample(observations, torch.from_numpy(noise))
         return actions.float().cpu().numpy()
 

@@ -26,7 +26,7 @@ from pi0.base.tensors import write_tensors
 from pi0.model.config import Pi0Config, SiglipDims
 from pi0.model.network import Pi0Network
 from pi0.model.vision import ConvTowers, SiglipTower
-from pi0.policy.acting import ActingPolicy, one_thread
+from pi0.policy.acting import ActingPolicy, torch_threads
 from pi0.policy.pi0_policy import PI0Policy
 
 SIZES_FILE, WEIGHTS_FILE = "critic.json", "critic.safetensors"
@@ -325,7 +325,7 @@ class BestOfPolicy(ActingPolicy):
         critics: they value; the mean of all decides.
         features: what they see.
         samples: N.
-        guidance_weight: as for `ActingPolicy`.
+        guidance_weight, threads: as for `ActingPolicy`.
 
     Raises:
         CheckpointError: critics and policy are of different robots.
@@ -340,8 +340,9 @@ class BestOfPolicy(ActingPolicy):
         features: Features,
         samples: int,
         guidance_weight: float | None = None,
+        threads: int = 1,
     ):
-        super().__init__(policy, guidance_weight)
+        super().__init__(policy, guidance_weight, threads)
         if samples < 1:
             raise ValueError(f"the best of {samples} chunks; 1 or more are needed")
         config = policy.config
@@ -364,7 +365,7 @@ class BestOfPolicy(ActingPolicy):
     ) -> np.ndarray:
         """The best chunk of each observation, float32 [B, horizon, 7]; `noise` is [B, N, horizon, action dim]."""
         policy, critics = self._policy, self._critics
-        with one_thread():
+        with torch_threads(self._threads):
             inputs = policy.prepare({"images": images, "state": states, "prompt": prompts})
             drawn = torch.from_numpy(noise).to(policy.device).transpose(0, 1)
             sampled = policy.sample_actions(**inputs, noise=drawn, guidance_weight=self._guidance_weight)
