@@ -8,7 +8,7 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser game peers qc check test soak upstream quickstart quickstart-critic quickstart-game resume \
+.PHONY: help setup setup-browser game peers qc openpi check test soak upstream quickstart quickstart-critic quickstart-game resume \
 	resume-critic resume-game
 
 help:  ## list the targets
@@ -30,6 +30,10 @@ peers:  ## install .venv-peers from requirements-peers.lock: Stable-Baselines3 a
 qc:  ## install .venv-qc from requirements-qc.lock: OGBench and what qc's code imports, for benchmarks/qc.py
 	@$(SET_UP) --torch cpu --qc
 
+# Only soak needs it: its tests run openpi's client and server against this project's.
+openpi:
+	@$(SET_UP) --torch cpu --openpi
+
 check: game  ## lint, check types, run the tests that start no process and simulate nothing
 	$(LINT)
 	$(PYTEST) -m "not engine and not runs and not soak" $(ARGS)
@@ -38,7 +42,7 @@ test: game  ## check, then the tests of the engine, of whole runs and of documen
 	$(LINT)
 	$(PYTEST) $(ARGS)
 
-soak: setup-browser game  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
+soak: setup-browser game openpi  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
 	$(PYTEST) -m soak $(ARGS)
 
 # An environment of its own, of 1.3 GB: openpi asks for other versions. The check computes on the CPU.

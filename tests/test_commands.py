@@ -63,8 +63,8 @@ SPELT_OUT = {
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
-    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc]": (
-        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers --qc"
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi]": (
+        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers --qc --openpi"
     ),
     "torchrun --nproc_per_node=1": (
         "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
@@ -198,6 +198,8 @@ WAYS = {
     "pi0.checkpoint convert FOLDER OUTPUT --layout": elsewhere("test_published_checkpoints.py"),
     "pi0.norm_stats": here("--tasks 3 --demonstrations 1 --output {out}/stats.json"),
     "pi0.evaluate": here(EVALUATED),
+    "pi0.evaluate --server": elsewhere("test_serving.py"),
+    "pi0.serve": elsewhere("test_serving.py"),
     "pi0.warmstart": here(f"{CLONED} --demonstrations 1 --frame-every 9"),
     "pi0.warmstart --tasks 3 8 --output outputs/warmstart --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),
@@ -279,6 +281,7 @@ WAYS = {
     "benchmarks/stage13_parts.py": here(
         f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"
     ),
+    "benchmarks/serve.py": here("--clients 1 2 --seconds 0.2 --turns 1"),
     "benchmarks/stages.py": here(STAGES),
     "benchmarks/stages.py --iterations": here(
         f"--stages 13 --iterations 1 --output {{out}}/stages.json --override {SHORTEST} logging.use_wandb=false"

@@ -38,6 +38,7 @@ from pi0.serving.messages import (
     unpack,
 )
 from pi0.serving.server import PolicyServer
+from tests.support.ranks import free_port
 
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
@@ -636,3 +637,88 @@ def test_options_of_a_folder_do_not_go_with_a_server():
         )  # fmt: skip
         assert done.returncode == 2
         assert f"{option[0]} is for --policy_path; start the server with it" in done.stderr
+
+
+# openpi's own code ---------------------------------------------------------------------------------------
+
+OPENPI_PYTHON = REPO_ROOT / ".venv-openpi" / "bin" / "python"  # make openpi
+
+
+@pytest.mark.soak
+def test_openpis_client_gets_the_policys_actions(policy, tmp_path):
+    images, states, prompts = seen(1, size=256)
+    random = np.random.default_rng(1)
+    wide = random.integers(0, 256, (200, 256, 3), dtype=np.uint8)  # it is resized with borders
+    noise = ActingPolicy(policy).noise((4,))
+    np.savez(
+        tmp_path / "observation.npz",
+        **{
+            "observation/image": wide,
+            "observation/wrist_image": images["left_wrist_0_rgb"][0][:, ::-1],
+            "observation/state": states[0].astype(np.float64),
+            "prompt": np.array(prompts[0]),
+            "noise": noise,
+        },
+    )
+    with served(ActingPolicy(policy), policy, batch_size=1) as running:
+        script = REPO_ROOT / "tests" / "support" / "ask_by_openpi.py"
+        files = tmp_path / "observation.npz", tmp_path / "actions.npz"
+        subprocess.run([OPENPI_PYTHON, script, str(running.port), *files], check=True, timeout=100)
+    got = np.load(tmp_path / "actions.npz")
+    frames = {"base_0_rgb": wide[None, :, ::-1].copy(), "left_wrist_0_rgb": images["left_wrist_0_rgb"]}
+    same_size = {"base_0_rgb": frames["base_0_rgb"], "left_wrist_0_rgb": frames["left_wrist_0_rgb"]}
+    expected = ActingPolicy(policy).act(same_size, states, prompts, noise[None])[0]
+    for actions in got["actions"]:
+        np.testing.assert_allclose(actions, expected, atol=1e-6)
+    assert "'policy': 'tiny'" in str(got["metadata"])
+    assert (got["milliseconds"] > 0).all()
+    assert "'observation/state' must be numbers [8], not [3]" in str(got["error"])
+    np.testing.assert_array_equal(resize_with_pad(wide, 224), got["resized"])
+
+
+@pytest.mark.soak
+def test_openpis_server_is_scored_by_what_its_policy_does(tmp_path):
+    """A server that repeats the recorded chunks of a policy gets that policy's outcomes, episode by episode."""
+    from pi0.libero.environments import Environments
+    from pi0.libero.evaluation import evaluate
+    from pi0.libero.settings import TaskConfig
+
+    policy = PI0Policy.from_pretrained(CHECKPOINT)
+    task = TaskConfig(task_names_to_use=[3, 8], assets="standins", max_episode_length=120, replan_steps=5)
+    with Environments(task, policy.config) as environments:
+        known = evaluate(environments, ActingPolicy(policy), 8, 0)
+    np.savez(
+        tmp_path / "table.npz",
+        states=np.concatenate([episode.states for episode in known.episodes]),
+        actions=np.concatenate([episode.actions for episode in known.episodes]),
+    )
+    port = free_port()
+    script = REPO_ROOT / "tests" / "support" / "serve_by_openpi.py"
+    server = subprocess.Popen(
+        [OPENPI_PYTHON, script, tmp_path / "table.npz", str(port)], stderr=subprocess.DEVNULL
+    )
+    try:
+        short = [
+            "--tasks",
+            "3",
+            "8",
+            "--episodes",
+            "8",
+            "--assets",
+            "standins",
+            "--max_episode_length",
+            "120",
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "pi0.evaluate", "--server", f"ws://127.0.0.1:{port}", "--server_patience", "30", *short, "--output", tmp_path],
+            cwd=REPO_ROOT, check=True, timeout=300,
+        )  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
+    scored = json.loads((tmp_path / "results.json").read_text())
+    assert [each["success"] for each in scored["outcomes"]] == known.outcomes
+    assert [each["steps"] for each in scored["outcomes"]] == [episode.steps for episode in known.episodes]
+    assert set(known.outcomes) == {True, False}
+    assert scored["metadata"] == {"who": "openpi"}
+    assert (scored["protocol"]["image_size"], scored["protocol"]["replan_steps"]) == (256, 5)

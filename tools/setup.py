@@ -1,10 +1,11 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi]
 
 With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel. With --upstream it makes
 .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from
-requirements-peers.lock, for benchmarks/parallel.py; with --qc .venv-qc from requirements-qc.lock, for benchmarks/qc.py.
+requirements-peers.lock, for benchmarks/parallel.py; with --qc .venv-qc from requirements-qc.lock, for benchmarks/qc.py;
+with --openpi .venv-openpi from requirements-openpi.lock: openpi's client and server of policies, for tests.
 
 It runs with the system's Python before any package is installed, so it imports only the standard library. A second
 run with the same lock file does nothing; a run after an interrupted one continues where that one stopped.
@@ -47,6 +48,7 @@ PROJECT = Environment(ROOT / ".venv", ROOT / "requirements.lock")
 UPSTREAM = Environment(ROOT / ".venv-upstream", ROOT / "requirements-upstream.lock")  # needs no OpenGL
 PEERS = Environment(ROOT / ".venv-peers", ROOT / "requirements-peers.lock")
 QC = Environment(ROOT / ".venv-qc", ROOT / "requirements-qc.lock")  # no torch
+OPENPI = Environment(ROOT / ".venv-openpi", ROOT / "requirements-openpi.lock")  # no torch
 GAME_LOCK = ROOT / "requirements-game.lock"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
 # The modules that a trainer, a rollout worker and a test import, some of them late.
@@ -201,10 +203,16 @@ def main():
     parser.add_argument(
         "--qc", action="store_true", help="make .venv-qc, an environment of OGBench and of what qc imports"
     )
+    parser.add_argument(
+        "--openpi",
+        action="store_true",
+        help="make .venv-openpi, an environment of openpi's policy client and server",
+    )
     parser.add_argument("--game", action="store_true", help="also the emulator for pi0.parallel (500 MB)")
     options = parser.parse_args()
     environment = PROJECT
-    for chosen, other in ((options.upstream, UPSTREAM), (options.peers, PEERS), (options.qc, QC)):
+    others = (UPSTREAM, options.upstream), (PEERS, options.peers), (QC, options.qc), (OPENPI, options.openpi)
+    for other, chosen in others:
         environment = other if chosen else environment
     build = options.torch
     if build == "auto":
