@@ -24,7 +24,7 @@ from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.files import writable_dir, write_json
 from pi0.base.stats import format_rate
-from pi0.libero.environments import Environments
+from pi0.libero.environments import Environments, PolicySpec
 from pi0.libero.evaluation import describe_broken, evaluate, refuse_broken
 from pi0.libero.films import VIDEO_EVERY, write_films
 from pi0.libero.init_states import FIXTURE_MODES
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.monotonic()
     with ExitStack() as stack:
         acting: Policy
+        spec: PolicySpec
         frames_known = True
         if options.server is None:
             acting, spec, about = local_policy(options)

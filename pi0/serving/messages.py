@@ -60,12 +60,14 @@ def pack(value: Any) -> bytes:
     return msgpack.packb(value, default=_pack_array)
 
 
-def unpack(message: bytes) -> Any:
+def unpack(message: bytes | str) -> Any:
     """The value of a message.
 
     Raises:
-        MessageError: it is no MessagePack, or an array in it is not one of numbers.
+        MessageError: it is text or no MessagePack, or an array in it is not one of numbers.
     """
+    if isinstance(message, str):
+        raise MessageError(f"the message is text: {message!r:.200}")
     try:
         return msgpack.unpackb(message, object_hook=_unpack_array)
     except MessageError:
@@ -179,8 +181,8 @@ def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
     ratio = max(width / size, height / size)
     new = int(width / ratio), int(height / ratio)
     square = Image.new("RGB", (size, size))
-    corner = tuple(max(0, int((size - length) / 2)) for length in new)
-    square.paste(Image.fromarray(image).resize(new, resample=Image.Resampling.BILINEAR), corner)
+    left, top = (max(0, int((size - length) / 2)) for length in new)
+    square.paste(Image.fromarray(image).resize(new, resample=Image.Resampling.BILINEAR), (left, top))
     return np.asarray(square)
 
 
