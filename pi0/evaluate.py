@@ -30,6 +30,7 @@ from pi0.libero.films import VIDEO_EVERY, write_films
 from pi0.libero.init_states import FIXTURE_MODES
 from pi0.libero.rendering import MODES
 from pi0.libero.rollouts import Policy
+from pi0.libero.scoring import score
 from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.model.config import Pi0Config
 from pi0.policy.acting import ActingPolicy
@@ -39,6 +40,8 @@ from pi0.serving.messages import plain
 from pi0.training.machine import machine
 
 OPENPI_FRAME, OPENPI_REPLAN = 256, 5  # examples/libero/main.py: for servers that do not say what they want
+
+__all__ = ["main", "parse_arguments", "score"]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
