@@ -15,51 +15,37 @@ import asyncio
 import os
 from pathlib import Path
 
-import torch
-
-from pi0 import PI0Policy, pick_device
 from pi0.base.arguments import ranged
 from pi0.base.errors import run_command
 from pi0.libero.settings import ScoreConfig, range_of
-from pi0.policy.acting import ActingPolicy
-from pi0.policy.critics import BestOfPolicy, load_critic
-from pi0.serving.server import HEALTH, PolicyServer, serve_until_asked_to_end
+from pi0.policy.command_line import add_policy_options, load_acting
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and each option's default."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pi0.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pi0.serve", description=__doc__, formatter_class=_Formatter
     )
     parser.add_argument("--policy_path", required=True, help="policy folder")
-    parser.add_argument(
-        "--norm_stats_path", help="normalisation statistics to use instead of the folder's own"
-    )
-    parser.add_argument(
-        "--critic_path", help="folder of a critic (pi0.acrlpd), which chooses among --samples chunks"
-    )
-    parser.add_argument(
-        "--samples", type=ranged(int, low=1), default=8, help="chunks among which the critic chooses (8)"
-    )
-    parser.add_argument(
-        "--guidance_weight",
-        type=ranged(float, low=0),
-        help="act by classifier-free guidance with this weight",
-    )
+    add_policy_options(parser)
     parser.add_argument(
         "--host", default="127.0.0.1",
-        help="address to listen on (127.0.0.1: this machine alone; 0.0.0.0: every network it is in, without a password)",
+        help="address to listen on; 127.0.0.1: this machine alone; 0.0.0.0: every network it is in, without a password",
     )  # fmt: skip
     parser.add_argument(
-        "--port", type=ranged(int, low=0, high=65535), default=8000, help="port (8000); 0: any that is free"
+        "--port", type=ranged(int, low=0, high=65535), default=8000, help="port; 0: any that is free"
     )
     parser.add_argument(
         "--batch_size",
         type=ranged(int, low=1),
         default=8,
-        help="most requests that go through the network together (8)",
+        help="most requests that go through the network together",
     )
     parser.add_argument(
         "--pad", action="store_true",
@@ -69,31 +55,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--max_clients",
         type=ranged(int, low=1),
         default=64,
-        help="connections at once; more are refused (64)",
+        help="connections at once; more are refused",
     )
+    parser.add_argument("--max_message_mb", type=ranged(float, above=0), default=16.0, help="largest request")
     parser.add_argument(
-        "--max_message_mb", type=ranged(float, above=0), default=16.0, help="largest request (16)"
-    )
-    parser.add_argument(
-        "--seed", type=range_of(ScoreConfig, "seed"), default=0, help="seed of the policy's noise (0)"
+        "--seed", type=range_of(ScoreConfig, "seed"), default=0, help="seed of the policy's noise"
     )
     parser.add_argument(
         "--threads",
         type=ranged(int, low=1),
         default=os.cpu_count(),
-        help="threads that compute on a CPU (all cores)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="device of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="type of the transformers' weights",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the network with torch.compile, which takes minutes"
+        help="threads that compute on a CPU",
     )
     return parser.parse_args(arguments)
 
@@ -101,23 +73,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Load, warm up, serve."""
     options = parse_arguments(arguments)
-    policy = PI0Policy.from_pretrained(
-        options.policy_path,
-        pick_device(options.device),
-        getattr(torch, options.dtype),
-        options.norm_stats_path,
-        trainable="none",
-    )
-    policy.compiled = options.compile
-    acting = ActingPolicy(policy, options.guidance_weight, threads=options.threads)
-    if options.critic_path:
-        critic = load_critic(options.critic_path, policy.device)
-        acting = BestOfPolicy(
-            policy, *critic, options.samples, options.guidance_weight, threads=options.threads
-        )
+    acting, config = load_acting(options, options.threads)
+
+    from pi0.serving.server import HEALTH, PolicyServer, serve_until_asked_to_end  # not for `--help`
+
     server = PolicyServer(
         acting,
-        policy.config,
+        config,
         Path(options.policy_path).resolve().name,
         batch_size=options.batch_size,
         pad=options.pad,

@@ -629,6 +629,20 @@ def test_a_server_ends_by_ctrl_c_and_refuses_a_folder_that_is_none(tmp_path):
 
 
 @pytest.mark.runs
+@pytest.mark.parametrize("module", ["pi0.evaluate", "pi0.serve"])
+def test_help_is_there_before_what_takes_seconds_to_load(module):
+    code = (
+        f"import sys, {module} as door\ntry: door.parse_arguments(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'mujoco', 'websockets') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--policy_path" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.runs
 def test_options_of_a_folder_do_not_go_with_a_server():
     for option in (["--critic_path", "here"], ["--guidance_weight", "1"], ["--compile"]):
         done = subprocess.run(

@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from pi0 import PI0Policy, pick_device
 from pi0.acrlpd.config import ACRLPDTrainingConfig, DataConfig
 from pi0.acrlpd.episodes import demonstration_of
 from pi0.acrlpd.practice import choose_rollouts
-from pi0.base.arguments import Collect, ranged
+from pi0.base.arguments import ranged
 from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.data.lerobot_layout import LEROBOT_NAMES
@@ -28,12 +25,10 @@ from pi0.data.lerobot_writer import LeRobotWriter
 from pi0.libero.environments import Environments
 from pi0.libero.episodes import Episode, Rollout
 from pi0.libero.evaluation import refuse_broken
-from pi0.libero.rendering import MODES
 from pi0.libero.rollouts import Policy
-from pi0.libero.settings import TaskConfig, range_of, task_of_command
+from pi0.libero.settings import add_task_options, range_of, task_of_command
 from pi0.libero.stepping import CONTROL_HZ
-from pi0.policy.acting import ActingPolicy
-from pi0.policy.critics import BestOfPolicy, load_critic
+from pi0.policy.command_line import add_policy_options, load_acting
 
 
 def create_argument_parser() -> argparse.ArgumentParser:
@@ -51,21 +46,8 @@ def create_argument_parser() -> argparse.ArgumentParser:
         default=400,
         help="number in all, spread evenly over the tasks",
     )
-    parser.add_argument(
-        "--norm_stats_path", help="normalisation statistics to use instead of the folder's own"
-    )
-    parser.add_argument(
-        "--critic_path", help="folder of a critic (pi0.acrlpd), which chooses among --samples chunks"
-    )
-    parser.add_argument(
-        "--samples", type=ranged(int, low=1), default=8, help="chunks among which the critic chooses"
-    )
-    parser.add_argument(
-        "--suite", default="libero_spatial", help="libero_spatial, _object, _goal, _10 or _90"
-    )
-    parser.add_argument(
-        "--tasks", action=Collect, nargs="*", default=[], help="tasks by index or name; none: the whole suite"
-    )
+    add_policy_options(parser)
+    add_task_options(parser)
     parser.add_argument(
         "--init_states",
         type=range_of(DataConfig, "init_states"),
@@ -78,43 +60,6 @@ def create_argument_parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of training states, their order and the policy's noise",
     )
-    parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; searched for by default")
-    parser.add_argument("--render", default="fast", choices=MODES, help="fast frames, or exactly LIBERO's")
-    parser.add_argument(
-        "--image_size",
-        type=range_of(TaskConfig, "image_size"),
-        help="pixels a side of the frames; default: the policy's; openpi's: 256",
-    )
-    parser.add_argument(
-        "--replan_steps",
-        type=range_of(TaskConfig, "replan_steps"),
-        help="actions executed of each chunk; default: all, at most 10; openpi's: 5",
-    )
-    parser.add_argument(
-        "--max_episode_length",
-        type=range_of(TaskConfig, "max_episode_length"),
-        help="control steps; default: the suite's usual horizon",
-    )
-    parser.add_argument(
-        "--settle_steps",
-        type=range_of(TaskConfig, "settle_steps"),
-        default=10,
-        help="control steps of standing still before the policy acts",
-    )
-    parser.add_argument(
-        "--workers",
-        type=range_of(TaskConfig, "num_parallel_envs"),
-        help="simulator processes; one on each core by default",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="device of the policy: cpu, cuda, cuda:1; auto: the GPU if any"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="type of the transformers' weights",
-    )
     parser.add_argument("--video", action="store_true", help="write images as H.264 video, not as PNG")
     return parser
 
@@ -122,20 +67,9 @@ def create_argument_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Load the policy, record, write."""
     options = create_argument_parser().parse_args(arguments)
-    policy = PI0Policy.from_pretrained(
-        options.policy_path,
-        pick_device(options.device),
-        getattr(torch, options.dtype),
-        options.norm_stats_path,
-        trainable="none",
-    )
-    acting: Policy = ActingPolicy(policy)
-    if options.critic_path:
-        acting = BestOfPolicy(policy, *load_critic(options.critic_path, policy.device), options.samples)
-    task = task_of_command(
-        options, replan_steps=options.replan_steps or min(10, policy.config.action_horizon)
-    )
-    with Environments(task, policy.config) as environments:
+    acting, config = load_acting(options)
+    task = task_of_command(options, replan_steps=options.replan_steps or min(10, config.action_horizon))
+    with Environments(task, config) as environments:
         names = replace(
             LEROBOT_NAMES, cameras={camera: LEROBOT_NAMES.cameras[camera] for camera in environments.cameras}
         )

@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
+from pi0.base.arguments import Collect
 from pi0.base.typed_yaml import key, show, unfit_values
 
 Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
@@ -123,6 +124,49 @@ def task_conflicts(task: TaskConfig) -> list[str]:
     return conflicts
 
 
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `task_of_command` reads: which tasks a command simulates, and how."""
+    parser.add_argument(
+        "--suite", default="libero_spatial", help="libero_spatial, _object, _goal, _10 or _90"
+    )
+    parser.add_argument(
+        "--tasks", action=Collect, nargs="*", default=[], help="tasks by index or name; none: the whole suite"
+    )
+    parser.add_argument("--assets", help="folder of LIBERO's assets, or standins; searched for by default")
+    parser.add_argument(
+        "--render",
+        default="fast",
+        choices=choices_of(TaskConfig, "render"),
+        help="fast frames, or exactly LIBERO's",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=range_of(TaskConfig, "image_size"),
+        help="pixels a side of the frames, which are resized to the policy's; default: the policy's; openpi's: 256",
+    )
+    parser.add_argument(
+        "--replan_steps",
+        type=range_of(TaskConfig, "replan_steps"),
+        help="actions executed of each chunk; default: all, at most 10; openpi's: 5",
+    )
+    parser.add_argument(
+        "--max_episode_length",
+        type=range_of(TaskConfig, "max_episode_length"),
+        help="control steps; default: the suite's usual horizon",
+    )
+    parser.add_argument(
+        "--settle_steps",
+        type=range_of(TaskConfig, "settle_steps"),
+        default=10,
+        help="control steps of standing still before the policy acts",
+    )
+    parser.add_argument(
+        "--workers",
+        type=range_of(TaskConfig, "num_parallel_envs"),
+        help="simulator processes; one on each core by default",
+    )
+
+
 # Common options of commands, by the key of the section that each of them sets.
 _OPTIONS = {
     "benchmark_name": "suite",
@@ -147,6 +191,11 @@ def task_of_command(options: argparse.Namespace, **decided: Any) -> TaskConfig:
     """
     given = {name: getattr(options, option) for name, option in _OPTIONS.items() if hasattr(options, option)}
     return TaskConfig(**given | decided)
+
+
+def choices_of(section: type, name: str) -> tuple[str, ...]:
+    """The `choices` of a command's option that sets a key of a section with a few words as values."""
+    return get_args(get_type_hints(section)[name])
 
 
 def range_of(section: type, name: str) -> Callable[[str], int]:
