@@ -629,6 +629,7 @@ def test_a_server_ends_by_ctrl_c_and_refuses_a_folder_that_is_none(tmp_path):
 
 
 @pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
 @pytest.mark.parametrize("module", ["pi0.evaluate", "pi0.serve"])
 def test_help_is_there_before_what_takes_seconds_to_load(module):
     code = (
