@@ -169,3 +169,10 @@ def test_a_run_of_two_ranks_goes_on_in_one_process(tmp_path):
 def test_ranks_that_cannot_be_divided_are_named(tmp_path):
     output = finish(torchrun(2, *arguments(tmp_path, "training.fsdp_size=3")), 1)
     assert "training.fsdp_size = 3: 2 ranks cannot be divided into copies of 3" in error_line(output)
+
+
+@pytest.mark.runs
+def test_a_batch_smaller_than_the_ranks_is_named_before_anything_is_recorded(tmp_path):
+    output = finish(torchrun(2, *arguments(tmp_path, "data.batch_size=1")), 1)
+    assert "data.batch_size = 1: each of 2 ranks needs a window; use at least 2" in error_line(output)
+    assert not list(tmp_path.iterdir())

@@ -142,7 +142,17 @@ def analyze_fsdp_effectiveness(found: dict[str, int]) -> str:
 def unified_training_interface(
     config: RLTrainConfig, resume: str = "", watch: RankWatch | None = None
 ) -> Path:
-    """Train as configured; returns the run's folder. All ranks call it together."""
+    """Train as configured; returns the run's folder. All ranks call it together.
+
+    Raises:
+        InputError: policy, settings and ranks do not fit.
+    """
+    _, ranks = rank_and_world_size()
+    for name in ("batch_size", "actor_batch_size"):
+        if (windows := getattr(config.data, name)) < ranks:
+            raise typed_yaml.ConfigError(
+                f"data.{name} = {windows}: each of {ranks} ranks needs a window; use at least {ranks}"
+            )
     interrupts = Interrupts(watch)
     interrupts.install()
     set_seed(config.training.seed)
