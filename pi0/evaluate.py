@@ -154,6 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             )
             spec, about = acting.config, {"server": options.server, "metadata": plain(acting.metadata)}
+            sent = f"images of {spec.image_size} pixels, chunks of {spec.action_horizon} actions"
+            print(f"server: {acting.metadata.get('policy', 'a policy without a name')}, {sent}")
             frames_known = "image_size" in acting.metadata
             if not frames_known:
                 options.image_size = options.image_size or OPENPI_FRAME

@@ -549,6 +549,22 @@ def test_a_server_that_does_not_answer_is_waited_for_only_so_long():
             ServedPolicy(address)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"image_size": 100_000}, "wants images of 100000 pixels a side; 8 to 4096 can be sent"),
+        ({"noise_shape": [10**6, 10**6]}, "asks for noise of the shape"),
+        ({"noise_shape": "much"}, "asks for noise of the shape 'much'"),
+    ],
+)
+def test_metadata_that_cannot_be_meant_are_named(metadata, complaint):
+    with (
+        scripted(answering(np.zeros((10, 7)), metadata)) as url,
+        pytest.raises(InputError, match=re.escape(complaint)),
+    ):
+        ServedPolicy(url)
+
+
 def test_a_policy_of_another_robot_is_refused():
     with (
         scripted(answering(np.zeros((10, 14)), {"state_dim": 14, "action_dim": 14})) as url,

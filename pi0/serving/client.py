@@ -7,6 +7,7 @@ episodes would be scored as failures that the policy never made.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -21,11 +22,20 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
 from pi0.base.errors import InputError, MachineError
-from pi0.serving.messages import IMAGE_KEYS, MessageError, observation_message, read_actions, unpack
+from pi0.serving.messages import (
+    IMAGE_KEYS,
+    LARGEST_IMAGE,
+    SMALLEST_IMAGE,
+    MessageError,
+    observation_message,
+    read_actions,
+    unpack,
+)
 
 OPENPI_IMAGE_SIZE = 224  # pixels a side of what openpi's LIBERO example sends
 STATE_DIM, ACTION_DIM = 8, 7
 PAUSE_S = 0.5  # from one attempt to connect to the next
+LARGEST_NOISE = 10_000_000  # numbers for an observation
 SLOW_S = 10.0  # after so long without an answer a line says so
 
 
@@ -81,22 +91,26 @@ class ServedPolicy:
         patience_s: float = 300.0,
         report: Callable[[str], None] = print,
     ):
+        self._url = url
         self._closed = threading.Event()
         self._work: queue.SimpleQueue[tuple[bytes, Future[np.ndarray]] | None] = queue.SimpleQueue()
         self._connections = [_Connection(url, patience_s, report, self._closed) for _ in range(connections)]
         self.metadata = self._connections[0].open()
         for connection in self._connections[1:]:
             connection.expected = self.metadata
-        given = self._size_of("image_size")
-        size = image_size or given or OPENPI_IMAGE_SIZE
+        size = image_size or self._size_of("image_size") or OPENPI_IMAGE_SIZE
+        if not SMALLEST_IMAGE <= size <= LARGEST_IMAGE:
+            raise InputError(
+                f"{url} wants images of {size} pixels a side; {SMALLEST_IMAGE} to {LARGEST_IMAGE} can be sent "
+                "(--server_image_size)"
+            )
         widths = self._size_of("state_dim") or STATE_DIM, self._size_of("action_dim") or ACTION_DIM
         if widths != (STATE_DIM, ACTION_DIM):
             raise InputError(
                 f"{url}: this policy is of another robot, whose state has {widths[0]} features and whose actions have "
                 f"{widths[1]}; LIBERO's have {STATE_DIM} and {ACTION_DIM}"
             )
-        shape = self.metadata.get("noise_shape")
-        self._noise_shape = tuple(shape) if isinstance(shape, list) else None
+        self._noise_shape = self._shape_of_noise()
         keys = self.metadata.get("keys")
         known = list(IMAGE_KEYS) if not isinstance(keys, list) else [key for key in IMAGE_KEYS if key in keys]
         cameras = tuple(IMAGE_KEYS[key] for key in known)
@@ -159,6 +173,20 @@ class ServedPolicy:
     def _size_of(self, name: str) -> int | None:
         value = self.metadata.get(name)
         return value if isinstance(value, int) and value > 0 else None
+
+    def _shape_of_noise(self) -> tuple[int, ...] | None:
+        """Shape of the noise that the server takes; None if it takes none.
+
+        Raises:
+            ServerError: no such noise can be meant.
+        """
+        shape = self.metadata.get("noise_shape")
+        if shape is None:
+            return None
+        sizes = shape if isinstance(shape, list | tuple) else [None]
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) > LARGEST_NOISE:
+            raise ServerError(f"{self._url} asks for noise of the shape {shape!r:.80}")
+        return tuple(sizes)
 
     def _first_answer(self) -> np.ndarray:
         """Actions for an observation of nothing: how long are the chunks, and does it answer at all?"""

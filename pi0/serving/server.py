@@ -296,7 +296,7 @@ class PolicyServer:
         return actions[: len(requests)]
 
     def _warm_up(self) -> None:
-        """Passes of every size there will be, so that the first client does not wait for libraries and compilers."""
+        """A pass of one request and a full one, so that the first client does not wait for libraries and compilers."""
         size = self._config.image_size
         blank = Request(
             {name: np.zeros((size, size, 3), np.uint8) for name in self.cameras},
@@ -304,7 +304,7 @@ class PolicyServer:
             "",
             self._acting.noise((SERVED, self._seed, 0)),
         )
-        for count in [self._batch_size] if self._pad else range(1, self._batch_size + 1):
+        for count in {self._batch_size if self._pad else 1, self._batch_size}:
             self._act([blank] * count)
         self.times = Times()
 
