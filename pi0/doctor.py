@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pi0.base.errors import InputError, OutputError, run_command
-from pi0.base.paths import REPO_ROOT, cache_dir
+from pi0.base.paths import DATA_ROOT, INSTALLED, cache_dir
+from pi0.libero.libero_import import INSTALLED_ALONE
 
 # A check imports the packages it needs itself, because a package may be missing.
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pi0.libero.suites import Task
     from pi0.ript.config import AlgoConfig, Config
 
+SET_UP = f"pip install --no-deps -r {DATA_ROOT / 'requirements.lock'}" if INSTALLED else "make setup"
 OK, NOTE, STOP = "ok", "note", "stop"
 GIB = 2**30
 # A run writes checkpoints, videos and logs, and scenes into the cache; with less space it may end in the middle.
@@ -61,9 +63,19 @@ def check_python() -> Iterator[Finding]:
         yield Finding(NOTE, "python", version, "the locked packages are for 3.11: run .venv/bin/python")
 
 
-def locked_versions(lock: Path = REPO_ROOT / "requirements.lock") -> dict[str, str]:
+def locked_versions(lock: Path = DATA_ROOT / "requirements.lock") -> dict[str, str]:
     """Version of every package in the lock file, by name."""
     return dict(re.findall(r"^([\w.-]+)==([^\s;#]+)", lock.read_text(), flags=re.MULTILINE))
+
+
+def needed_versions() -> dict[str, str]:
+    """Locked versions of what must be there: in a checkout all, else what the project asks for and LIBERO's packages."""
+    locked = locked_versions()
+    if not INSTALLED:
+        return locked
+    asked = [line for line in metadata.requires("ript-pi0") or [] if "extra ==" not in line]
+    names = {re.split(r"[\s<>=!~;\[]", line, maxsplit=1)[0] for line in asked}
+    return {name: version for name, version in locked.items() if name in names | {*INSTALLED_ALONE}}
 
 
 def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
@@ -74,11 +86,11 @@ def check_packages(locked: dict[str, str]) -> Iterator[Finding]:
             installed = metadata.version(name)
         except metadata.PackageNotFoundError:
             differing += 1
-            yield Finding(STOP, "packages", f"{name} is missing", f"run: make setup (for {name} {version})")
+            yield Finding(STOP, "packages", f"{name} is missing", f"run: {SET_UP} (for {name} {version})")
             continue
         if installed.partition("+")[0] != version:
             differing += 1
-            yield Finding(NOTE, "packages", f"{name} is {installed}, locked is {version}", "run: make setup")
+            yield Finding(NOTE, "packages", f"{name} is {installed}, locked is {version}", f"run: {SET_UP}")
     if not differing:
         yield Finding(OK, "packages", f"{len(locked)} packages as locked")
 
@@ -331,7 +343,7 @@ def examine(config: "Config | None") -> Iterator[Finding]:
     suite, names = (config.task.benchmark_name, config.task.chosen) if config else ("libero_spatial", [])
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", check_python),
-        ("packages", lambda: check_packages(locked_versions())),
+        ("packages", lambda: check_packages(needed_versions())),
         ("gl", check_gl),
         ("gpu", check_gpus),
         ("memory", lambda: check_memory_and_cores(config.task.num_parallel_envs if config else None)),

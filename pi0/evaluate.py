@@ -132,8 +132,6 @@ def main(arguments: list[str] | None = None) -> None:
     from pi0.libero.environments import Environments
     from pi0.libero.evaluation import describe_broken, evaluate, refuse_broken
     from pi0.libero.films import VIDEO_EVERY, write_films
-    from pi0.serving.client import ServedPolicy
-    from pi0.serving.messages import plain
     from pi0.training.machine import machine
 
     with ExitStack() as stack:
@@ -144,6 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
             acting, spec = load_acting(options)
             about = about_policy(options)
         else:
+            from pi0.serving.client import ServedPolicy
+            from pi0.serving.messages import plain
+
             acting = stack.enter_context(
                 ServedPolicy(
                     options.server,

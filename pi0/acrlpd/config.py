@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pi0.base import typed_yaml
-from pi0.base.paths import REPO_ROOT
+from pi0.base.paths import DATA_ROOT
 from pi0.base.typed_yaml import ConfigError, key, section, show
 from pi0.libero.settings import MAX_SEED, ScoreConfig, TaskConfig, task_conflicts
 from pi0.training.run_folder import name_problem
 from pi0.training.settings import FeaturesConfig, LoggingConfig, OptimizerConfig, check_config, read_config
 
-CONFIGS = REPO_ROOT / "configs"
+CONFIGS = DATA_ROOT / "configs"
 # Keys of earlier sketches, and the one key that means the same here.
 RENAMED = {
     "chunk_length": "qchunking.horizon_length",

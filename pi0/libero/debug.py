@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pi0.base.paths import REPO_ROOT
+from pi0.base.paths import INSTALLED, REPO_ROOT
 from pi0.base.video import write_video
 from pi0.libero.episodes import Episode, Rollout
 
@@ -35,7 +35,8 @@ class DebugOutput:
     def __init__(self) -> None:
         self.videos = _is_on("PI0_DEBUG_SAVE_VIDEO")
         self.observations = _is_on("DEBUG_SAVE_PROCESSED")
-        self.folder = Path(os.environ.get("PI0_DEBUG_DIR") or REPO_ROOT / "outputs" / "debug")
+        here = Path.cwd() if INSTALLED else REPO_ROOT
+        self.folder = Path(os.environ.get("PI0_DEBUG_DIR") or here / "outputs" / "debug")
 
     def prepare(self, rollout: Rollout) -> Rollout:
         """The rollout, with recording on if videos are requested."""

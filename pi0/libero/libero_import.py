@@ -16,23 +16,32 @@ from types import ModuleType
 
 import yaml
 
-from pi0.base.errors import OutputError
+from pi0.base.errors import InputError, OutputError
 from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
 
+# Packages to install without what their metadata ask for.
+INSTALLED_ALONE = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "bddl": "1.0.1"}
 # Packages that LIBERO imports (matplotlib, software GL) keep caches in the home unless these variables are set.
 HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa", "NUMBA_CACHE_DIR": "numba"}
+
+
+class MissingPackageError(InputError, ModuleNotFoundError):
+    """A package that is installed by itself is not there."""
 
 
 def libero_package_root() -> Path:
     """Return the installed `libero/libero` folder, found without importing it.
 
     Raises:
-        ModuleNotFoundError: hf-libero is not installed.
+        MissingPackageError: hf-libero is not installed.
     """
     spec = importlib.util.find_spec("libero")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("LIBERO is not installed: pip install hf-libero==0.1.4")
+        raise MissingPackageError(
+            f"LIBERO is not installed: pip install --no-deps {' '.join(map('=='.join, INSTALLED_ALONE.items()))} (without "
+            "--no-deps pip would add transformers, torchvision, robomimic and others, which nothing here needs)"
+        )
     return Path(spec.origin).parent / "libero"
 
 

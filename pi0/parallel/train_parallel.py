@@ -23,10 +23,11 @@ from typing import Any, NoReturn
 
 from pi0.base import typed_yaml
 from pi0.base.errors import run_command
+from pi0.base.paths import DATA_ROOT
 from pi0.parallel.config import Config, load_config
 from pi0.parallel.trainer import ParallelTrainer
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "parallel.yaml"
+DEFAULT_CONFIG = DATA_ROOT / "configs" / "parallel.yaml"
 
 
 class _Parser(argparse.ArgumentParser):
