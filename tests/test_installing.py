@@ -109,3 +109,47 @@ def test_installed_by_pip_it_evaluates_trains_and_serves_far_from_the_checkout(t
     finally:
         server.terminate()
         assert server.wait(60) == 0
+
+
+def dockerfile_steps() -> list[tuple[str, str]]:
+    """Instructions and their arguments."""
+    lines = (REPO_ROOT / "Dockerfile").read_text().splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith("#")]  # type: ignore[misc]
+
+
+def test_the_dockerfile_copies_what_is_there_and_installs_what_set_up_asks_for():
+    steps = dockerfile_steps()
+    for kind, words in steps:
+        if kind == "COPY":
+            assert (REPO_ROOT / words.split()[0]).exists(), words
+    (system,) = [words for kind, words in steps if kind == "RUN" and "apt-get" in words]
+    set_up = (REPO_ROOT / "tools" / "setup.py").read_text()
+    for package in ("libegl1", "libgl1-mesa-dri", "libosmesa6"):
+        assert package in system and f'"{package}"' in set_up
+    assert steps[-1] == ("CMD", '["make", "quickstart"]')
+    ignored = (REPO_ROOT / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv*", ".cache", "outputs"} <= set(ignored)
+
+
+@pytest.mark.soak
+def test_the_steps_of_the_dockerfile_run_in_an_empty_folder(tmp_path):
+    """All but apt-get, whose packages `make setup` installs where it may; then the quickstart, cut short."""
+    tracked = [name for name in run("git", "ls-files", "-z").stdout.split("\0") if name]
+    for kind, words in dockerfile_steps():
+        if kind == "COPY":
+            source = words.split()[0]
+            for name in tracked if source == "." else [source]:
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(REPO_ROOT / name, tmp_path / name)
+        elif kind == "RUN" and "apt-get" not in words:
+            done = run("sh", "-c", words, cwd=tmp_path, TORCH="cpu", PYTHONPATH="", PI0_CACHE_DIR="")
+            assert done.returncode == 0, done.stdout + done.stderr
+    short = (
+        "training.num_train_steps=1 algo.data_batch_size=4 algo.rloo_batch_size=4 task.max_episode_length=20"
+    )
+    rest = f"{short} algo.train_init_states=4 evaluation.episodes=2 logging.use_wandb=false"
+    done = run(
+        "make", "quickstart", f"ARGS=--override {rest}", cwd=tmp_path, TORCH="cpu", PYTHONPATH="", PI0_CACHE_DIR="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.glob("outputs/quickstart-*/report.html"))
