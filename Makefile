@@ -8,7 +8,7 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser game peers qc openpi check test soak upstream quickstart quickstart-critic quickstart-game resume \
+.PHONY: help setup setup-browser game libero-pro peers qc openpi check test soak upstream quickstart quickstart-critic quickstart-game resume \
 	resume-critic resume-game
 
 help:  ## list the targets
@@ -34,15 +34,18 @@ qc:  ## install .venv-qc from requirements-qc.lock: OGBench and what qc's code i
 openpi:
 	@$(SET_UP) --torch cpu --openpi
 
-check: game  ## lint, check types, run the tests that start no process and simulate nothing
+libero-pro: setup  ## install LIBERO-PRO's changed tasks: evaluate --suite libero_pro/spatial_swap (6 MB)
+	@$(SET_UP) --libero-pro
+
+check: game libero-pro  ## lint, check types, run the tests that start no process and simulate nothing
 	$(LINT)
 	$(PYTEST) -m "not engine and not runs and not soak" $(ARGS)
 
-test: game  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
+test: game libero-pro  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
 	$(LINT)
 	$(PYTEST) $(ARGS)
 
-soak: setup-browser game openpi  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
+soak: setup-browser game libero-pro openpi  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
 	$(PYTEST) -m soak $(ARGS)
 
 # An environment of its own, of 1.3 GB: openpi asks for other versions. The check computes on the CPU.

@@ -132,6 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     from pi0.libero.environments import Environments
     from pi0.libero.evaluation import describe_broken, evaluate, refuse_broken
     from pi0.libero.films import VIDEO_EVERY, write_films
+    from pi0.libero.suites import left_out
     from pi0.training.machine import machine
 
     with ExitStack() as stack:
@@ -164,13 +165,16 @@ def main(arguments: list[str] | None = None) -> None:
         usual = min(10 if frames_known else OPENPI_REPLAN, spec.action_horizon)
         task = task_of_command(options, replan_steps=options.replan_steps or usual)
         environments = stack.enter_context(Environments(task, spec))
+        gone = left_out(options.suite)
+        for name in gone:
+            print(f"left out, since its file of initial states is empty: {name}")
         record = VIDEO_EVERY if options.videos else 0
         result = evaluate(environments, acting, options.episodes, options.seed, record, filmed=options.videos)
         content = {
             "date": time.strftime("%Y-%m-%d"),
             "command": " ".join(sys.argv),
             **about,
-            "protocol": {**result.protocol, **about.get("protocol", {})},
+            "protocol": {**result.protocol, "left_out": gone, **about.get("protocol", {})},
             "machine": machine(),
             "seconds": time.monotonic() - started,
             **result.score(),

@@ -2,28 +2,15 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
-from pi0 import PI0Policy
 from pi0.data.chunks import Chunks
-from pi0.model.config import Pi0Config
 from pi0.model.network import NULL
-from pi0.policy.normalization import NormStats, Stats
 from pi0.ript.cfg_adapter import NEGATIVE_CLIP, PI0_CFG_Adapter
 from pi0.training.flow_loss import Augmentation, flow_loss
 from tests.support.episodes import make_episode
-
-
-def make_policy(guidance: bool = False) -> PI0Policy:
-    def unit(size):
-        ones = np.ones(size, np.float32)
-        return Stats(mean=0 * ones, std=ones, q01=-ones, q99=ones)
-
-    torch.manual_seed(0)
-    config = Pi0Config.preset("pi0_tiny", guidance=guidance)
-    return PI0Policy(config, NormStats(state=unit(8), actions=unit(7)))
+from tests.support.new_policy import make_policy, seeded
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +28,6 @@ EPISODES = [
     make_episode(False, [10, 10], 1),
     make_episode(True, [10, 3], 2),
 ]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_weighted_loss_is_the_weighted_mean_of_per_chunk_losses(policy):

@@ -63,8 +63,8 @@ SPELT_OUT = {
     "python -m pi0.doctor [--config_path FILE] [--override KEY=VALUE ...]": (
         "python -m pi0.doctor --config_path configs/minimal_test.yaml --override algo.lr=2e-5 training.seed=1"
     ),
-    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi]": (
-        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers --qc --openpi"
+    "python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi] [--libero-pro]": (
+        "python3.11 tools/setup.py --torch cpu --browser --game --upstream --peers --qc --openpi --libero-pro"
     ),
     "torchrun --nproc_per_node=1": (
         "torchrun --nproc_per_node=1 10_train_with_distributed.py --config_path configs/minimal_test.yaml"
@@ -163,6 +163,7 @@ WAYS = {
     "make game": here(),
     "make game peers": here(soak=True),
     "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
+    "make libero-pro": here(),
     "make qc": here(soak=True),  # from the package registry, if .venv-qc is not there
     "make quickstart-game": elsewhere("test_parallel_runs.py"),
     "make quickstart-critic": elsewhere("test_acrlpd_runs.py"),

@@ -23,7 +23,7 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.flow_ratio import clipped_ratio_loss, noise_of, step_log_probs, trace
 from pi0.ript.learner import acting_policies
 from tests.support.episodes import make_episode
-from tests.test_cfg_adapter import make_policy, seeded
+from tests.support.new_policy import make_policy, seeded
 
 LEVEL = 0.5
 EPISODES = [make_episode(True, [10, 10, 4], 0), make_episode(False, [10, 10], 1)]

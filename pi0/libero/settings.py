@@ -8,7 +8,14 @@ from typing import Any, Literal, get_args, get_type_hints
 from pi0.base.arguments import Collect
 from pi0.base.typed_yaml import key, show, unfit_values
 
-Suite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+Suite = Literal[
+    "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90",
+    # LIBERO-PRO's changes of these (`pi0.libero.suites.PRO_SUITES`)
+    "libero_pro/spatial_lan", "libero_pro/spatial_task", "libero_pro/spatial_swap",
+    "libero_pro/object_lan", "libero_pro/object_task", "libero_pro/object_swap",
+    "libero_pro/goal_lan", "libero_pro/goal_task", "libero_pro/goal_swap",
+    "libero_pro/10_lan", "libero_pro/10_task", "libero_pro/10_swap",
+]  # fmt: skip
 MAX_SEED = 2**31 - 1
 RECORDED_STATES = 50  # for each task of every suite
 
@@ -127,7 +134,9 @@ def task_conflicts(task: TaskConfig) -> list[str]:
 def add_task_options(parser: argparse.ArgumentParser) -> None:
     """The options that `task_of_command` reads: which tasks a command simulates, and how."""
     parser.add_argument(
-        "--suite", default="libero_spatial", help="libero_spatial, _object, _goal, _10 or _90"
+        "--suite",
+        default="libero_spatial",
+        help="libero_spatial, _object, _goal, _10 or _90; LIBERO-PRO's changes of them: libero_pro/spatial_lan, ...",
     )
     parser.add_argument(
         "--tasks", action=Collect, nargs="*", default=[], help="tasks by index or name; none: the whole suite"
