@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pi0.base.errors import MissingPackageError
 from pi0.libero import suites
-from pi0.libero.libero_import import MissingPackageError, libero_pro_root
+from pi0.libero.libero_import import libero_pro_root
 from pi0.libero.settings import TaskConfig, choices_of
 from pi0.libero.suites import (
     CHANGES,

@@ -403,7 +403,9 @@ def test_a_port_that_is_taken_is_named(policy):
         taken.listen()
         port = taken.getsockname()[1]
         server = PolicyServer(ActingPolicy(policy), policy.config, "tiny")
-        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}: .*; take another --port"):
+        with pytest.raises(
+            InputError, match=f"cannot listen on 127.0.0.1:{port}: .*; take another --port or --host"
+        ):
             asyncio.run(server.run("127.0.0.1", port, lambda _: None, asyncio.Event()))
 
 
@@ -657,6 +659,23 @@ def test_help_is_there_before_what_takes_seconds_to_load(module):
     )
     assert "--policy_path" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.runs
+@pytest.mark.usefixtures("fresh_python")
+@pytest.mark.tried("websockets or msgpack is not installed", "One line with the command that installs them")
+def test_packages_of_the_extra_that_are_missing_are_named():
+    code = (
+        "import importlib.util as util, runpy, sys\nfind = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'websockets' else find(name, *rest)\n"
+        "sys.argv = ['pi0.evaluate', '--server', 'ws://127.0.0.1:1']\n"
+        "runpy.run_module('pi0.evaluate', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: websockets not installed: pip install websockets==")
 
 
 @pytest.mark.runs

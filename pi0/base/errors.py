@@ -29,6 +29,10 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or folder does not exist."""
 
 
+class MissingPackageError(InputError, ModuleNotFoundError):
+    """A package that is installed only where it is wanted is not there."""
+
+
 class OutputError(InputError):
     """A folder or file of results cannot be written, or a result is not there."""
 

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import yaml
 
-from pi0.base.errors import InputError, OutputError
+from pi0.base.errors import MissingPackageError, OutputError
 from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
 
@@ -24,10 +24,6 @@ from pi0.base.paths import cache_dir
 INSTALLED_ALONE = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "bddl": "1.0.1"}
 # Packages that LIBERO imports (matplotlib, software GL) keep caches in the home unless these variables are set.
 HOME_WRITERS = {"MPLCONFIGDIR": "matplotlib", "MESA_SHADER_CACHE_DIR": "mesa", "NUMBA_CACHE_DIR": "numba"}
-
-
-class MissingPackageError(InputError, ModuleNotFoundError):
-    """A package that is installed by itself is not there."""
 
 
 def libero_package_root() -> Path:

@@ -154,7 +154,7 @@ class PolicyServer:
             self._server = await listening
         except OSError as error:
             raise InputError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; take another --port"
+                f"cannot listen on {host}:{port}: {error.strerror or error}; take another --port or --host"
             ) from error
         async with self._server:
             loop = asyncio.get_running_loop()
