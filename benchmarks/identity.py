@@ -23,7 +23,7 @@ from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.progress import progress
 from pi0.libero.assets import resolve_assets, use_assets
-from pi0.libero.experts import NoExpertError, PickAndPlace
+from pi0.libero.experts import Expert, NoExpertError
 from pi0.libero.stepping import InitState, TaskSim, quat_to_axis_angle
 from pi0.libero.suites import Task, find_tasks
 
@@ -77,7 +77,7 @@ def compare(task: Task, assets_name: str, steps: int) -> tuple[int, bool, str | 
     fixtures = np.concatenate([model.body_pos[bodies], model.body_quat[bodies]], 1).reshape(-1, 7)
     ours.reset(InitState(recorded, fixtures))
     try:
-        expert = PickAndPlace(ours)
+        expert = Expert(ours)
     except NoExpertError:
         expert = None
     random, solved = np.random.default_rng(0), False

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 import pi0.libero.gym_env  # noqa: F401 registers the environments
 from pi0.base.paths import REPO_ROOT
 from pi0.libero.episodes import Rollout
-from pi0.libero.experts import PickAndPlace
+from pi0.libero.experts import Expert
 from pi0.libero.gym_env import LIBEROEnv, LIBEROVectorEnv
 from pi0.libero.rollouts import RolloutPool
 from pi0.workers.process import WorkerError
@@ -69,7 +69,7 @@ def expert_episode(env):
     """What an expert does from state 5 until the task is solved: actions [steps, 7], and every answer of `step`."""
     env.reset(options={"init_state": 5})
     sim, _ = env._worker.open(env.task)
-    expert, actions, answers = PickAndPlace(sim), [], []
+    expert, actions, answers = Expert(sim), [], []
     while not answers or not any(answers[-1][2:4]):
         actions.append(expert.action().astype(np.float32))
         answers.append(env.step(actions[-1]))

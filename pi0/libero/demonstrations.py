@@ -9,7 +9,7 @@ import numpy as np
 from pi0.base.progress import progress
 from pi0.data import Demonstration
 from pi0.data.chunks import Chunks
-from pi0.libero.experts import PickAndPlace
+from pi0.libero.experts import Expert
 from pi0.libero.stepping import InitState
 from pi0.libero.suites import Task
 
@@ -102,7 +102,7 @@ def _demonstrate(
     sim, renderer = worker.open(task)
     spec = worker.spec
     sim.reset(init, settle_steps)
-    expert = PickAndPlace(sim)
+    expert = Expert(sim)
     random = np.random.default_rng(key)
     drift = np.zeros(3)
     images: list[np.ndarray] = []

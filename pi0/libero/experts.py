@@ -1,229 +1,90 @@
-"""Scripted experts: they solve pick-and-place tasks with privileged state and the policy's own 7-dim actions.
+"""Scripted experts: they solve tasks with privileged state and the policy's own 7-dim actions.
 
-They make the demonstrations for the warm start of the tiny policy, for `libero_spatial` (bowl onto plate),
-`libero_object` (grocery into basket) and those tasks of `libero_10` that place two objects one after the other.
+They make the demonstrations for warm starts: of `libero_spatial`, `libero_object`, `libero_goal`, and of most tasks of
+`libero_10`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
-import mujoco
 import numpy as np
 
-from pi0.base.errors import InputError
+from pi0.libero.motions import CloseDrawer, DrawAside, OpenDrawer, PushPlate, TurnOn
+from pi0.libero.pick_and_place import NoExpertError, PickAndPlace
 from pi0.libero.stepping import TaskSim
 
-OPEN, CLOSED = -1.0, 1.0
-TRAVEL_HEIGHT = 0.12  # m above the grasp point while moving sideways
-CLEARANCE = 0.08  # m above the release point while moving sideways
-GAIN = 16.0  # action per metre of position error; 20 would cancel it in one step if the arm followed at once
-REACHED = 0.015  # m
-LOST = 0.05  # m; an object that has moved further in the hand has slipped, and is grasped again
-GRIP_STEPS = 12  # the fingers need 8 control steps from open to closed, and some to press
-STALLED = 12  # control steps without progress: something is in the way, so the next phase begins
-NEARER = 0.001  # m
-TURN_GAIN = 0.6  # action per radian of orientation error; 2 would cancel it in one step
-HIGH = 0.3  # m; higher above an object nothing is in the hand's way
-PALM = 0.03  # m from the middle of the fingertips up to the palm; taller things do not fit in between
-FINGER_REACH = 0.02  # m of the fingertips below the middle of the hand
-# Points that must be free, from the middle of the hand (m), along and across it: for the hand, and the outer fingertip.
-HAND_LENGTH, HAND_WIDTH = np.linspace(-0.12, 0.12, 9), np.linspace(-0.04, 0.04, 3)
-FINGER_LENGTH, FINGER_WIDTH = np.linspace(0.04, 0.07, 3), np.linspace(-0.03, 0.03, 5)
-# Directions (rad) from which a round object may be grasped; at 90 degrees the hand need not turn.
-SIDES = np.radians([90, -90, 60, 120, 30, 150, -60, -120, -30, -150])
+__all__ = ["Expert", "NoExpertError"]
+HOLD = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+Part = PickAndPlace | OpenDrawer | CloseDrawer | TurnOn | PushPlate | DrawAside
 
 
-@dataclass(frozen=True)
-class Grasp:
-    """How to grasp an object (m). The fingers open across its side, or along y if it is grasped in the middle."""
-
-    side: float  # horizontal distance of the grasp from the object's middle
-    height: float  # height of the grasp above the object's origin
-    release_height: float  # height of the object's origin above the target's at release
-    middle: float = (
-        0.0  # the object's middle from its origin, along y; a mug's origin is nearer to its handle
-    )
-
-
-# Bowl and mugs are grasped at the rim, groceries in the middle.
-GRASPS = {
-    "akita_black_bowl": Grasp(0.045, 0.03, 0.012),
-    "alphabet_soup": Grasp(0.0, 0.01, 0.16),
-    "cream_cheese": Grasp(0.0, 0.0, 0.14),
-    "salad_dressing": Grasp(0.0, 0.02, 0.18),
-    "bbq_sauce": Grasp(0.0, 0.02, 0.18),
-    "ketchup": Grasp(0.0, 0.02, 0.18),
-    "tomato_sauce": Grasp(0.0, 0.01, 0.16),
-    "butter": Grasp(0.0, 0.0, 0.14),
-    "milk": Grasp(0.0, 0.02, 0.18),
-    "chocolate_pudding": Grasp(0.0, 0.0, 0.14),
-    "orange_juice": Grasp(0.0, 0.02, 0.18),
-    "porcelain_mug": Grasp(0.037, 0.09, 0.03, middle=-0.015),
-    "white_yellow_mug": Grasp(0.040, 0.085, 0.03, middle=0.018),
-}
-
-
-class NoExpertError(InputError, ValueError):
-    """There is no scripted expert for the task."""
-
-
-class _Placement:
-    """One part of a goal: an object that must be on or in something."""
-
-    def __init__(self, sim: TaskSim, goal: list[str]):
-        _, name, target = goal
-        category = sim.libero.get_object(name).category_name
-        if category not in GRASPS:
-            raise NoExpertError(f"{sim.task.name}: no grasp is known for {category}")
-        self._sim, self._goal, self._target = sim, goal, target
-        self.grasp = GRASPS[category]
-        self.body = sim.libero.obj_body_id[name]
-        region = sim.libero.object_sites_dict.get(target)
-        self._owner = sim.libero.obj_body_id.get(target if region is None else region.parent_name)
-
-    def target(self) -> np.ndarray:
-        """Target position of the object [3] (m): origin of the object below it, or middle of a region of the table."""
-        if self._owner is not None:
-            return self._sim.data.xpos[self._owner]
-        return self._sim.data.site(self._target).xpos
-
-    def holds(self) -> bool:
-        """Whether LIBERO's predicate holds."""
-        return bool(self._sim.libero._eval_predicate(self._goal))
-
-
-class PickAndPlace:
-    """Expert for tasks whose goal is objects on or in others; it places one after the other.
+class Expert:
+    """Brings a task's goal about, one part after the other: it opens, turns on, places, and closes.
 
     Args:
         sim: the running task; it is read, never changed.
     Raises:
-        NoExpertError: the goal is of another kind, or the grasp of an object is unknown.
+        NoExpertError: a part of the goal is of another kind, or the grasp of an object is unknown.
     """
 
     def __init__(self, sim: TaskSim):
-        goals = sim.libero.parsed_problem["goal_state"]
-        if not all(len(goal) == 3 for goal in goals):
-            raise NoExpertError(f"{sim.task.name}: the goal {goals} is more than placements")
-        self._placements = [_Placement(sim, goal) for goal in goals]
         self._sim = sim
-        self._phase = 0
-        self._waited = 0
-        self._nearest = np.inf
-        self._lift_to = np.zeros(3)
-        self._held_at = np.zeros(3)
-        self._start_ori = self._hand_ori()
-        self._turns = False
-        self._begin(self._placements[0])
+        self._goals: list[list[str]] = sim.libero.parsed_problem["goal_state"]
+        self._upright = np.array(sim.data.site_xmat[sim.hand_site]).reshape(3, 3)
+        self._moved = False
+        self._plan = self._parts()
+        self._part = self._next()
 
     def action(self) -> np.ndarray:
         """The next action, float64 [7] in [-1, 1]; call it once a control step."""
-        hand = self._sim.data.site_xpos[self._sim.hand_site]
-        thing = self._sim.data.xpos[self._now.body]
-        target = self._now.target()
-        up = np.array([0.0, 0.0, TRAVEL_HEIGHT])
-        grasp_point = thing + self._offset
-        if self._phase in (3, 4, 5) and np.linalg.norm(thing - hand - self._held_at) > LOST:
-            self._enter(0)
-        # While carrying, keep the object, not the hand, over the target.
-        release_point = target + (hand - thing) + [0.0, 0.0, self._now.grasp.release_height]
-        if self._phase == 0:
-            return self._go(hand, grasp_point + up, OPEN, tolerance=0.02)
-        if self._phase == 1:
-            return self._go(hand, grasp_point, OPEN, tolerance=0.012)
-        if self._phase == 2:
-            self._lift_to, self._held_at = hand + up, thing - hand
-            return self._hold(CLOSED)
-        if self._phase == 3:
-            return self._go(hand, self._lift_to, CLOSED, tolerance=0.03)
-        if self._phase == 4:
-            above = np.array([release_point[0], release_point[1], max(release_point[2] + CLEARANCE, hand[2])])
-            return self._go(hand, above, CLOSED)
-        if self._phase == 5:
-            return self._go(hand, release_point, CLOSED)
-        if self._phase == 6:
-            self._lift_to = hand + up
-            return self._hold(OPEN)
-        if self._phase == 7:
-            return self._go(hand, self._lift_to, OPEN, tolerance=0.03)
-        # Continue with an object that is not yet in place, which may be the same one.
-        self._begin(next((place for place in self._placements if not place.holds()), self._now))
-        return self._hold(OPEN)
+        if self._part is not None and self._part.finished:
+            self._moved = True
+            self._part = self._next()
+        return HOLD if self._part is None else self._part.action()
 
-    def _begin(self, placement: _Placement) -> None:
-        self._now = placement
-        self._offset, self._turn = self._choose_side()
-        self._turns |= self._turn != 0.0  # the hand must later turn back
-        self._enter(0)
+    def _next(self) -> Part | None:
+        """The next part; after the last, what is undone again; None if nothing is."""
+        self._plan = self._plan or self._parts()
+        return self._plan.pop(0)() if self._plan else None
 
-    def _go(
-        self, hand: np.ndarray, goal: np.ndarray, gripper: float, tolerance: float = REACHED
-    ) -> np.ndarray:
-        error = goal - hand
-        distance = float(np.linalg.norm(error))
-        self._waited = 0 if distance < self._nearest - NEARER else self._waited + 1
-        self._nearest = min(self._nearest, distance)
-        turning = self._turning() if self._turns and self._phase < 2 else np.zeros(3)
-        if (distance < tolerance and not turning.any()) or self._waited >= STALLED:
-            self._enter(self._phase + 1)
-        return np.array([*np.clip(GAIN * error, -1.0, 1.0), *turning, gripper])
+    def _parts(self) -> list[Callable[[], Part]]:
+        """What is left to do, in order; each part is made when its turn comes."""
+        sim, libero = self._sim, self._sim.libero
+        before: list[Callable[[], Part]] = []
+        placements: list[list[str]] = []
+        after: list[Callable[[], Part]] = []
+        for goal in self._goals:
+            kind, target = goal[0], goal[-1]
+            undone = not libero._eval_predicate(goal)
+            if kind == "turnon":
+                before += [partial(TurnOn, sim, goal)] * undone
+            elif kind == "open" and self._is_drawer(target):
+                before += [partial(OpenDrawer, sim, goal)] * undone
+            elif kind == "close" and self._is_drawer(target):
+                after.append(partial(CloseDrawer, sim, goal))
+            elif kind in ("on", "in") and libero.get_object(goal[1]).category_name == "plate":
+                after.append(partial(PushPlate, sim, goal))
+            elif kind in ("on", "in"):
+                if self._is_drawer(target) and not libero.object_states_dict[target].is_open():
+                    if not DrawAside(sim, goal).holds:
+                        before.append(partial(DrawAside, sim, goal))
+                    before.append(partial(OpenDrawer, sim, ["open", target]))
+                placements.append(goal)
+            else:
+                raise NoExpertError(f"{sim.task.name}: there is no motion for the goal {goal}")
+        if placements:
+            upright = self._upright
 
-    def _hold(self, gripper: float) -> np.ndarray:
-        self._waited += 1
-        if self._waited >= GRIP_STEPS:
-            self._enter(self._phase + 1)
-        return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper])
+            def place() -> PickAndPlace:
+                return PickAndPlace(sim, placements, upright if self._moved else None)
 
-    def _enter(self, phase: int) -> None:
-        self._phase, self._waited, self._nearest = phase, 0, np.inf
+            PickAndPlace(sim, placements)  # refuses unknown grasps now
+            before.append(place)
+        return [*before, *after]
 
-    def _hand_ori(self) -> np.ndarray:
-        return np.array(self._sim.data.site_xmat[self._sim.hand_site]).reshape(3, 3)
-
-    def _choose_side(self) -> tuple[np.ndarray, float]:
-        """Grasp relative to the object's origin [3] (m), and the turn of the hand (rad) from its current direction."""
-        grasp = self._now.grasp
-        middle = np.array([0.0, grasp.middle, 0.0])
-        thing = self._sim.data.xpos[self._now.body] + middle
-        if grasp.side == 0.0:
-            top = HIGH - self._clear_below(thing + [0.0, 0.0, HIGH], exclude=-1)
-            return middle + [0.0, 0.0, max(grasp.height, top - PALM)], 0.0
-        angle = max(SIDES, key=lambda angle: self._room(thing, angle))
-        if grasp.middle:  # a mug: across from its handle
-            angle = np.copysign(np.pi / 2, grasp.middle)
-        offset = middle + [grasp.side * np.cos(angle), grasp.side * np.sin(angle), grasp.height]
-        return offset, float(
-            angle % np.pi - np.pi / 2
-        )  # the fingers are alike, so half a turn makes no difference
-
-    def _room(self, thing: np.ndarray, angle: float) -> tuple[int, int]:
-        """How many points are free for the hand, and for the outer fingertip, when it comes down on that side."""
-        outwards, across = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0]])
-        grasp = thing + self._now.grasp.side * outwards + [0.0, 0.0, self._now.grasp.height]
-
-        def count_free(along: np.ndarray, sideways: np.ndarray, height: float) -> int:
-            starts = [
-                grasp + a * outwards + b * across + [0, 0, height + HIGH] for a in along for b in sideways
-            ]
-            return sum(self._clear_below(start, self._now.body) >= HIGH for start in starts)
-
-        return count_free(HAND_LENGTH, HAND_WIDTH, PALM), count_free(
-            FINGER_LENGTH, FINGER_WIDTH, -FINGER_REACH
-        )
-
-    def _clear_below(self, point: np.ndarray, exclude: int) -> float:
-        """Metres from `point` down to the first thing that is not the body `exclude`."""
-        down, collision_geoms = np.array([0.0, 0.0, -1.0]), np.array([1, 0, 0, 0, 0, 0], np.uint8)
-        model, data, hit = self._sim.model, self._sim.data, np.zeros(1, np.int32)
-        distance = mujoco.mj_ray(model, data, point, down, collision_geoms, 1, exclude, hit)
-        return distance if distance >= 0 else np.inf
-
-    def _turning(self) -> np.ndarray:
-        """Rotation part of the action [3]; zero once the hand has turned to the chosen side."""
-        cos, sin = np.cos(self._turn), np.sin(self._turn)
-        goal = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]) @ self._start_ori
-        quat, error = np.zeros(4), np.zeros(3)
-        mujoco.mju_mat2Quat(quat, (goal @ self._hand_ori().T).flatten())
-        mujoco.mju_quat2Vel(error, quat, 1.0)
-        return np.zeros(3) if np.linalg.norm(error) < 0.05 else np.clip(TURN_GAIN * error, -1.0, 1.0)
+    def _is_drawer(self, target: str) -> bool:
+        """Whether a region is that of a drawer."""
+        region = self._sim.libero.object_sites_dict.get(target)
+        return region is not None and bool(region.joints)
