@@ -22,6 +22,7 @@ NEARER = 0.001  # m
 TURN_GAIN = 0.6  # action per radian of orientation error; 2 would cancel it in one step
 RACK = "wine_rack"  # an object that stands still, with a region of its own
 DRAWER_FRONT = 0.008  # m from the middle of a drawer towards its front, where the hand has more room
+BESIDE = 0.085  # m between the middles of two things in one region of a fixture
 HIGH = 0.3  # m; higher above an object nothing is in the hand's way
 PALM = 0.03  # m from the middle of the fingertips up to the palm; taller things do not fit in between
 FINGER_REACH = 0.02  # m of the fingertips below the middle of the hand
@@ -92,13 +93,20 @@ class _Placement:
             sim.model.body_jntadr[sim.model.site_bodyid[sim.model.site(target).id]] if self.on_fixture else -1
         )
         self._drawer = int(joint)  # or -1
+        self.aside = 0.0  # m along the region's x axis, beside the hand
 
     def target(self) -> np.ndarray:
         """Target position of the object [3] (m): origin of the object below it, or middle of a region."""
         if self.on_fixture or self._owner is None:
             outwards = -self._sim.data.xaxis[self._drawer] if self._drawer >= 0 else np.zeros(3)
-            return self._sim.data.site(self._target).xpos + [0.0, 0.0, self._above] + DRAWER_FRONT * outwards
+            site = self._sim.data.site(self._target)
+            sideways = self.aside * site.xmat.reshape(3, 3)[:, 0]
+            return site.xpos + sideways + [0.0, 0.0, self._above] + DRAWER_FRONT * outwards
         return self._sim.data.xpos[self._owner]
+
+    def shares(self, other: _Placement) -> bool:
+        """Whether both things are to be placed in the same region."""
+        return self._target == other._target
 
     def _surface(self) -> float:
         """Metres from the region up to the surface there; a slanted one is too far below its middle to be meant."""
@@ -124,6 +132,9 @@ class PickAndPlace:
 
     def __init__(self, sim: TaskSim, goals: list[list[str]], upright: np.ndarray | None = None):
         self._placements = [_Placement(sim, goal) for goal in goals]
+        for placement in self._placements:  # several things on one stove stand side by side
+            beside = [each for each in self._placements if each.on_fixture and each.shares(placement)]
+            placement.aside = BESIDE * (beside.index(placement) - (len(beside) - 1) / 2) if beside else 0.0
         self._sim = sim
         self._phase = 0
         self._waited = 0
