@@ -20,7 +20,7 @@ GRIP_STEPS = 12  # the fingers need 8 control steps from open to closed, and som
 STALLED = 12  # control steps without progress: something is in the way, so the next phase begins
 NEARER = 0.001  # m
 TURN_GAIN = 0.6  # action per radian of orientation error; 2 would cancel it in one step
-RACK = "wine_rack"  # an object that stands still, with a region of its own
+STANDING = ("wine_rack", "desk_caddy")  # objects that stand still, with regions of their own
 DRAWER_FRONT = 0.008  # m from the middle of a drawer towards its front, where the hand has more room
 BESIDE = 0.085  # m between the middles of two things in one region of a fixture
 HIGH = 0.3  # m; higher above an object nothing is in the hand's way
@@ -44,6 +44,7 @@ class Grasp:
         0.0  # the object's middle from its origin, along y; a mug's origin is nearer to its handle
     )
     precision: float = 0.012  # distance from the grasp at which the fingers close
+    thin: bool = False  # grasped across its x axis, which is set down along the region's
 
 
 # Bowl and mugs are grasped at the rim, groceries in the middle.
@@ -63,6 +64,7 @@ GRASPS = {
     "white_yellow_mug": Grasp(0.040, 0.085, 0.03, middle=0.018),
     "wine_bottle": Grasp(0.0, 0.12, 0.02, precision=0.004),
     "moka_pot": Grasp(0.0, 0.06, 0.09),
+    "black_book": Grasp(0.0, 0.1, 0.04, precision=0.006, thin=True),
 }
 
 
@@ -85,7 +87,7 @@ class _Placement:
         owner = target if region is None else region.parent_name
         self._owner = sim.libero.obj_body_id.get(owner)
         self.on_fixture = region is not None and (
-            owner in sim.libero.fixtures_dict or str(owner).startswith(RACK)
+            owner in sim.libero.fixtures_dict or str(owner).startswith(STANDING)
         )
         # Of a fixture the region itself counts: on its surface, or where the object just touches a slanted one.
         self._above = 0.0 if not self.on_fixture or goal[0] == "in" else self._surface()
@@ -103,6 +105,14 @@ class _Placement:
             sideways = self.aside * site.xmat.reshape(3, 3)[:, 0]
             return site.xpos + sideways + [0.0, 0.0, self._above] + DRAWER_FRONT * outwards
         return self._sim.data.xpos[self._owner]
+
+    def yaw(self) -> float:
+        """Direction of the object's x axis (rad), seen from above."""
+        return yaw_of(self._sim.data.xmat[self.body].reshape(3, 3))
+
+    def target_yaw(self) -> float:
+        """Direction of the x axis of the region (rad)."""
+        return yaw_of(self._sim.data.site(self._target).xmat.reshape(3, 3))
 
     def shares(self, other: _Placement) -> bool:
         """Whether both things are to be placed in the same region."""
@@ -173,6 +183,9 @@ class PickAndPlace:
         if self._phase == 3:
             return self._go(hand, self._lift_to, CLOSED, tolerance=0.03)
         if self._phase == 4:
+            if self._now.grasp.thin:
+                wanted = yaw_of(self._hand_ori()) + half_turn(self._now.target_yaw() - self._now.yaw())
+                self._turn = wanted - yaw_of(self._start_ori)
             above = np.array([release_point[0], release_point[1], max(release_point[2] + CLEARANCE, hand[2])])
             return self._go(hand, above, CLOSED)
         if self._phase == 5:
@@ -199,7 +212,8 @@ class PickAndPlace:
         distance = float(np.linalg.norm(error))
         self._waited = 0 if distance < self._nearest - NEARER else self._waited + 1
         self._nearest = min(self._nearest, distance)
-        turning = self._turning() if self._turns and self._phase < 2 else np.zeros(3)
+        turns = self._phase < 2 or (self._now.grasp.thin and self._phase in (4, 5))
+        turning = self._turning() if self._turns and turns else np.zeros(3)
         if (distance < tolerance and not turning.any()) or self._waited >= STALLED:
             self._enter(self._phase + 1)
         return np.array([*np.clip(GAIN * error, -1.0, 1.0), *turning, gripper])
@@ -222,8 +236,9 @@ class PickAndPlace:
         middle = np.array([0.0, grasp.middle, 0.0])
         thing = self._sim.data.xpos[self._now.body] + middle
         if grasp.side == 0.0:
+            turn = half_turn(self._now.yaw() - yaw_of(self._start_ori)) if grasp.thin else 0.0
             top = HIGH - clear_below(self._sim, thing + [0.0, 0.0, HIGH], exclude=-1)
-            return middle + [0.0, 0.0, max(grasp.height, top - PALM)], 0.0
+            return middle + [0.0, 0.0, max(grasp.height, top - PALM)], turn
         target = self._now.target() + [0.0, 0.0, grasp.release_height]
 
         def room(angle: float) -> tuple[int, int]:
@@ -275,3 +290,13 @@ def clear_below(sim: TaskSim, point: np.ndarray, exclude: int) -> float:
         if not sim.model.body(sim.model.geom_bodyid[hit[0]]).name.startswith(("robot0_", "gripper0_")):
             return float(point[2] - start[2])
         start[2] -= 0.001
+
+
+def yaw_of(axes: np.ndarray) -> float:
+    """Direction of the first of three axes in columns (rad), seen from above."""
+    return float(np.arctan2(axes[1, 0], axes[0, 0]))
+
+
+def half_turn(angle: float) -> float:
+    """The angle within a quarter turn to either side that is the same for fingers, which are alike (rad)."""
+    return (angle + np.pi / 2) % np.pi - np.pi / 2
