@@ -151,6 +151,7 @@ class PickAndPlace:
         self._nearest = np.inf
         self._lift_to = np.zeros(3)
         self._held_at = np.zeros(3)
+        self._offset, self._turn = np.zeros(3), 0.0
         self._start_ori = self._hand_ori() if upright is None else upright
         self._turns = upright is not None  # a motion before may have turned the hand
         self._begin(self._placements[0])
