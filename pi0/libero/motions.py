@@ -22,6 +22,7 @@ STALLED = 12  # control steps without progress: something is in the way, so the 
 NEARER = 0.001  # m
 RADIAN = 0.1  # m that a radian of orientation error counts as
 GRIP_STEPS = 12  # the fingers need 8 control steps from open to closed, and some to press
+SLIPPED = 0.04  # m that the hand is ahead of a handle when it has slipped off
 UP = np.array([0.0, 0.0, 1.0])
 
 
@@ -35,6 +36,7 @@ class Move:
         turn: orientation of the hand [3, 3]; None: as it is.
         tolerance: m at which the move is over.
         steps: it lasts so many control steps, whatever is reached; None: until the goal is reached, or nothing moves.
+        lost: asked at every step; if so the motion begins again from its first move.
     """
 
     goal: Callable[[], np.ndarray]
@@ -42,6 +44,7 @@ class Move:
     turn: np.ndarray | None = None
     tolerance: float = REACHED
     steps: int | None = None
+    lost: Callable[[], bool] = lambda: False
 
 
 class Motion:
@@ -99,7 +102,9 @@ class Motion:
             over = self._done >= move.steps
         else:
             over = (distance < move.tolerance and angle < TURNED) or self._waited >= STALLED
-        if over:
+        if move.lost():
+            self._begin([])
+        elif over:
             self._begin(self._left[1:])
         return np.array([*np.clip(GAIN * error, -1, 1), *np.clip(TURN_GAIN * turn, -1, 1), move.gripper])
 
@@ -112,6 +117,10 @@ class Motion:
     def orientation(self) -> np.ndarray:
         """The hand's axes in columns [3, 3]: across its fingers, along its width, and where it points."""
         return np.array(self._sim.data.site_xmat[self._sim.hand_site]).reshape(3, 3)
+
+    def _off(self, body: int, radius: float) -> bool:
+        """Whether the fingertips are no longer over a round thing."""
+        return bool(np.linalg.norm((self.hand - self._sim.data.xpos[body])[:2]) > radius)
 
     def _begin(self, moves: list[Move]) -> None:
         self._left, self._done, self._waited, self._nearest = list(moves), 0, 0, np.inf
@@ -174,7 +183,13 @@ class OpenDrawer(_OfDrawer):
             Move(lambda: self._front(self.HANDLE + 0.10) + 0.02 * UP, OPEN, turn),
             Move(lambda: self._front(self.HANDLE), OPEN, turn, tolerance=0.012),
             Move(lambda: self.hand, CLOSED, turn, steps=GRIP_STEPS),
-            Move(lambda: self.hand + 0.06 * self._outwards, CLOSED, turn, steps=60),
+            Move(
+                lambda: self.hand + 0.06 * self._outwards,
+                CLOSED,
+                turn,
+                steps=60,
+                lost=lambda: (self.hand - self._front(self.HANDLE)) @ self._outwards > SLIPPED,
+            ),
         ]
 
     def after(self) -> list[Move]:
@@ -253,7 +268,7 @@ class PushPlate(Motion):
             Move(lambda: np.array([*start[:2], data.xpos[plate][2] + 0.12]), CLOSED),
             Move(lambda: data.xpos[plate] + 0.12 * UP, CLOSED),
             Move(lambda: data.xpos[plate] + self.PRESS * UP, CLOSED, tolerance=0.006),
-            Move(ahead, CLOSED, steps=90),
+            Move(ahead, CLOSED, steps=90, lost=lambda: self._off(plate, 0.065)),
         ]
 
 
@@ -296,5 +311,5 @@ class DrawAside(Motion):
             Move(lambda: np.array([*start[:2], data.xpos[self._thing][2] + 0.15]), CLOSED),
             Move(lambda: data.xpos[self._thing] + 0.15 * UP, CLOSED),
             Move(lambda: data.xpos[self._thing] + self.PRESS * UP, CLOSED, tolerance=0.03),
-            Move(ahead, CLOSED, steps=40),
+            Move(ahead, CLOSED, steps=40, lost=lambda: self._off(self._thing, 0.07)),
         ]
