@@ -249,6 +249,7 @@ WAYS = {
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
     "benchmarks/learning.py --runs short critic": here(f"--runs short {LEARNED}"),
+    "benchmarks/learning.py --runs ratio --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     "benchmarks/learning.py --table": here(),
     "benchmarks/pictures.py": here(copied=True),
     "benchmarks/rollout_cost.py": here("--tables profile --episodes 1"),
