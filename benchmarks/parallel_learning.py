@@ -4,7 +4,7 @@
     python benchmarks/parallel_learning.py                    # 10 minutes for each run and seed, with nothing beside it
     python benchmarks/parallel_learning.py --runs overlap stable-baselines3 --seeds 0 1 2 --minutes 10
     python benchmarks/parallel_learning.py --runs overlap --seeds 0 --minutes 0.5 --episodes 2    # does it run?
-    python benchmarks/parallel_learning.py --table outputs/parallel_learning --picture outputs/parallel_learning.png
+    python benchmarks/parallel_learning.py --table benchmarks/results/parallel_learning --picture outputs/parallel_learning.png
 
 | run | what it is |
 |---|---|

@@ -278,7 +278,7 @@ WAYS = {
     "benchmarks/parallel_learning.py": here(
         "--runs overlap --seeds 0 --minutes 0.1 --episodes 2 --output {out}/learning", soak=True
     ),
-    "benchmarks/parallel_learning.py --table": not_run("prints what a whole measurement has written"),
+    "benchmarks/parallel_learning.py --table": here("--picture {out}/curves.png"),
     "benchmarks/qc.py": not_run("needs qc's repository, which is no part of this project"),
     "benchmarks/qc.py --table": not_run("prints what a whole measurement has written"),
     "benchmarks/run_memory.py": here(),
