@@ -1,4 +1,4 @@
-"""All commands under one name: `pi0 evaluate ...` is `python -m pi0.evaluate ...`.
+"""All commands under one name: `pi0 evaluate` is `python -m pi0.evaluate`, and so on.
 
     python -m pi0 --help
     python -m pi0 evaluate --help
@@ -9,6 +9,7 @@ and the warm-started policy, so that what the README says can be done in that fo
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import runpy
@@ -39,28 +40,29 @@ EXAMPLES = ("[01][0-9]_train_*.py", "configs/*.yaml", "checkpoints/*/*")
 
 def main() -> None:
     """Run the command that the first argument names."""
-    name, *rest = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(help_text())
-    elif name == "examples":
-        copy_examples(rest)
-    elif name == "train":
-        sys.argv = [str(DATA_ROOT / TRAIN), *rest]
+    parser = argparse.ArgumentParser(
+        prog="pi0", description=commands(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="pi0 COMMAND --help shows the arguments of a command.",
+    )  # fmt: skip
+    names = [*MODULES, "train", "examples"]
+    parser.add_argument("name", metavar="COMMAND", choices=names, help="one of those above")
+    parser.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args()
+    if options.name == "examples":
+        copy_examples(options.rest)
+    elif options.name == "train":
+        sys.argv = [str(DATA_ROOT / TRAIN), *options.rest]
         sys.path.insert(0, str(DATA_ROOT))
         runpy.run_path(sys.argv[0], run_name="__main__")
-    elif name in MODULES:
-        sys.argv = [f"pi0 {name}", *rest]
-        runpy.run_module(MODULES[name], run_name="__main__", alter_sys=True)
     else:
-        raise InputError(
-            f"pi0 has no command {name!r}; its commands are {', '.join([*MODULES, 'train', 'examples'])}"
-        )
+        sys.argv = [f"pi0 {options.name}", *options.rest]
+        runpy.run_module(MODULES[options.name], run_name="__main__", alter_sys=True)
 
 
-def help_text() -> str:
+def commands() -> str:
     """The commands, each with the first line of what it says of itself."""
-    lines = ["usage: pi0 COMMAND [arguments], or pi0 COMMAND --help", ""]
     files = {name: Path(importlib.util.find_spec(module).origin) for name, module in MODULES.items()}  # type: ignore[union-attr, arg-type]
+    lines = []
     for name, file in {**files, "train": DATA_ROOT / TRAIN}.items():
         said = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         lines.append(f"  {name:<11} {said}")

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from pi0.base.errors import InputError, OutputError, run_command
 from pi0.base.paths import DATA_ROOT, INSTALLED, cache_dir
-from pi0.libero.libero_import import INSTALLED_ALONE
 
 # A check imports the packages it needs itself, because a package may be missing.
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ def needed_versions() -> dict[str, str]:
     locked = locked_versions()
     if not INSTALLED:
         return locked
+    from pi0.libero.libero_import import INSTALLED_ALONE
+
     asked = [line for line in metadata.requires("ript-pi0") or [] if "extra ==" not in line]
     names = {re.split(r"[\s<>=!~;\[]", line, maxsplit=1)[0] for line in asked}
     return {name: version for name, version in locked.items() if name in names | {*INSTALLED_ALONE}}

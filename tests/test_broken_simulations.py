@@ -141,13 +141,14 @@ def test_an_iteration_whose_groups_all_broke_ends_the_run():
         merge_metrics([broken, broken])
 
 
+# Rollouts begin with so much standing still that no machine is fast enough to finish one between two kills.
 EVALUATION = [
-    "-m", "pi0.evaluate", "--policy_path", "checkpoints/pi0_tiny_libero_spatial", "--tasks", "3", "--episodes", "2",
+    "-m", "pi0.evaluate", "--settle_steps", "20000", "--policy_path", "checkpoints/pi0_tiny_libero_spatial", "--tasks", "3", "--episodes", "2",
     "--assets", "standins", "--workers", "1", "--output",
 ]  # fmt: skip
 TRAINING = [
     SCRIPT, "--config_path", "configs/minimal_test.yaml", "--override", "evaluation.episodes=2", "task.assets=standins",
-    "task.num_parallel_envs=1",
+    "task.num_parallel_envs=1", "task.settle_steps=20000",
 ]  # fmt: skip
 
 

@@ -202,7 +202,6 @@ WAYS = {
     "pi0.evaluate --server": elsewhere("test_serving.py"),
     "pi0.serve": elsewhere("test_serving.py"),
     "pi0": elsewhere("test_installing.py"),
-    "venv": elsewhere("test_installing.py"),
     "pi0.warmstart": here(f"{CLONED} --demonstrations 1 --frame-every 9"),
     "pi0.warmstart --tasks 3 8 --output outputs/warmstart --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),

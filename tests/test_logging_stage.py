@@ -320,6 +320,7 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("stage_11", sys.argv[1])
 stage = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(stage)
+sys.stdout.reconfigure(line_buffering=True)  # as `run_command` does
 tees = stage.setup_run_logging(int(sys.argv[3]))
 print("before the file has a name")
 for tee in tees:

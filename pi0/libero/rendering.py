@@ -8,7 +8,9 @@ decides, this saves most of the time.
 
 from __future__ import annotations
 
+import atexit
 import os
+import weakref
 
 import mujoco
 import numpy as np
@@ -19,6 +21,7 @@ from pi0.libero.gl import GLUnavailableError
 CAMERAS = {"base_0_rgb": "agentview", "left_wrist_0_rgb": "robot0_eye_in_hand"}
 MODES = ("exact", "fast")
 _COLLISION, _VISUAL, _HIDDEN = 0, 1, 5
+_RENDERERS: weakref.WeakSet[Renderer] = weakref.WeakSet()  # that hold a GL context
 
 
 class Renderer:
@@ -41,6 +44,11 @@ class Renderer:
             _draw_robot_by_collision_geoms(model)
         self._context = _gl_context(model.vis.global_.offwidth, model.vis.global_.offheight)
         self._process = os.getpid()
+        if not _RENDERERS:
+            # After MuJoCo has registered the end of its GL display, so before that comes.
+            atexit.unregister(_close_all)
+            atexit.register(_close_all)
+        _RENDERERS.add(self)
         self._context.make_current()
         self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
@@ -82,8 +90,16 @@ class Renderer:
 
     def close(self) -> None:
         """Free the GL context; the renderer cannot be used afterwards."""
+        _RENDERERS.discard(self)
         self._mjr.free()
         self._context.free()
+
+
+def _close_all() -> None:
+    """At the end of a program, for environments that nobody has closed; a fork has no right to its parent's contexts."""
+    for renderer in [*_RENDERERS]:
+        if renderer._process == os.getpid():
+            renderer.close()
 
 
 def _refuse_fork(process: int | None) -> None:

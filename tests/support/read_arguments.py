@@ -39,7 +39,7 @@ def look_up(options: dict) -> None:
         config = load_config(options["config_path"], options["override"])
         check_evaluation(config, find_tasks(config.task.benchmark_name, config.task.chosen))
         assert is_there(config.policy_path), config.policy_path
-    if "policy_path" in options:
+    if options.get("policy_path") is not None:  # else the policy runs elsewhere
         assert is_there(options["policy_path"]), options["policy_path"]
     if "tasks" in options and "suite" in options:
         find_tasks(options["suite"], options["tasks"])
