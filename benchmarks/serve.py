@@ -66,7 +66,7 @@ def main() -> None:
         help="most requests in a pass of the first server",
     )
     parser.add_argument(
-        "--threads", type=ranged(int, low=1), help="threads of each server; default: all cores"
+        "--threads", type=ranged(int, low=1), help="threads of each server; default: the server's own choice"
     )
     options = parser.parse_args()
     end_on_sigterm()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from pathlib import Path
 
 from pi0.base.arguments import ranged
@@ -64,8 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads",
         type=ranged(int, low=1),
-        default=os.cpu_count(),
-        help="threads that compute on a CPU",
+        help="threads that compute on a CPU; default: all cores for a policy with SigLIP's tower, 1 for a small one",
     )
     return parser.parse_args(arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from pi0.base.arguments import ranged
@@ -45,12 +46,13 @@ def add_policy_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_acting(options: argparse.Namespace, threads: int = 1) -> tuple[ActingPolicy, Pi0Config]:
+def load_acting(options: argparse.Namespace, threads: int | None = 1) -> tuple[ActingPolicy, Pi0Config]:
     """The policy of a command line as it acts, and its sizes.
 
     Args:
         options: with `policy_path` and the options of `add_policy_options`.
-        threads: torch threads with which it acts on a CPU.
+        threads: torch threads with which it acts on a CPU; None: all cores for a policy with SigLIP's tower, 1 for a
+            small one, whose operations are too short to be shared out.
 
     Raises:
         InputError: a folder is none, or its policy cannot act as asked.
@@ -58,6 +60,7 @@ def load_acting(options: argparse.Namespace, threads: int = 1) -> tuple[ActingPo
     import torch  # takes a second: not for `--help`
 
     from pi0 import PI0Policy, pick_device
+    from pi0.model.config import SiglipDims
     from pi0.policy.acting import ActingPolicy
     from pi0.policy.critics import BestOfPolicy, load_critic
 
@@ -69,6 +72,8 @@ def load_acting(options: argparse.Namespace, threads: int = 1) -> tuple[ActingPo
         trainable="none",
     )
     policy.compiled = options.compile
+    if threads is None:
+        threads = (os.cpu_count() or 1) if isinstance(policy.config.vision, SiglipDims) else 1
     if not options.critic_path:
         return ActingPolicy(policy, options.guidance_weight, threads), policy.config
     critic = load_critic(options.critic_path, policy.device)
