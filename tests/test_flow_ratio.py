@@ -64,7 +64,7 @@ def test_steps_are_those_of_flow_grpo(steps):
 
 
 def test_the_noisy_flow_has_the_marginals_of_the_flow():
-    # Of actions with mean 1.5 and deviation 0.4, x_t is Gaussian, and the best velocity is known.
+    # Actions have mean 1.5 and deviation 0.4. Then x_t is Gaussian, and the best velocity is known.
     steps, level, count = 400, 0.7, 50_000
     random = torch.Generator().manual_seed(0)
     x = torch.randn(count, generator=random, dtype=torch.float64)

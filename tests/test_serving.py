@@ -575,6 +575,8 @@ def test_a_policy_of_another_robot_is_refused():
         ServedPolicy(url)
 
 
+SHORT = ["--tasks", "3", "8", "--episodes", "8", "--assets", "standins", "--max_episode_length", "120"]
+
 # Programs ------------------------------------------------------------------------------------------------
 
 
@@ -598,19 +600,8 @@ def test_a_served_policy_gets_the_scores_of_the_local_one_episode_by_episode(tmp
             ("local", ["--policy_path", str(CHECKPOINT)]),
         ):
             folder = tmp_path / name
-            short = [
-                "--tasks",
-                "3",
-                "8",
-                "--episodes",
-                "8",
-                "--assets",
-                "standins",
-                "--max_episode_length",
-                "120",
-            ]
             subprocess.run(
-                [sys.executable, "-m", "pi0.evaluate", *source, *short, "--videos", "1", "--output", str(folder)],
+                [sys.executable, "-m", "pi0.evaluate", *source, *SHORT, "--videos", "1", "--output", str(folder)],
                 cwd=REPO_ROOT, env={**os.environ, "PYTHONPATH": str(REPO_ROOT)}, check=True, timeout=300,
             )  # fmt: skip
             scores[name] = json.loads((folder / "results.json").read_text())
@@ -748,19 +739,8 @@ def test_openpis_server_is_scored_by_what_its_policy_does(tmp_path):
         [OPENPI_PYTHON, script, tmp_path / "table.npz", str(port)], stderr=subprocess.DEVNULL
     )
     try:
-        short = [
-            "--tasks",
-            "3",
-            "8",
-            "--episodes",
-            "8",
-            "--assets",
-            "standins",
-            "--max_episode_length",
-            "120",
-        ]
         subprocess.run(
-            [sys.executable, "-m", "pi0.evaluate", "--server", f"ws://127.0.0.1:{port}", "--server_patience", "30", *short, "--output", tmp_path],
+            [sys.executable, "-m", "pi0.evaluate", "--server", f"ws://127.0.0.1:{port}", "--server_patience", "30", *SHORT, "--output", tmp_path],
             cwd=REPO_ROOT, check=True, timeout=300,
         )  # fmt: skip
     finally:

@@ -5,6 +5,7 @@ They use privileged state, and the places of handles and knobs, which the joints
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Move:
     lost: Callable[[], bool] = lambda: False
 
 
-class Motion:
+class Motion(ABC):
     """Moves of the hand until a predicate of LIBERO holds, again from the first if need be; then those that let go.
 
     Args:
@@ -63,9 +64,9 @@ class Motion:
         self._nearest = np.inf
         self._begin(self.moves())
 
+    @abstractmethod
     def moves(self) -> list[Move]:
         """The moves that bring the predicate about, from where things are now."""
-        raise NotImplementedError
 
     def after(self) -> list[Move]:
         """The moves that follow when it holds."""

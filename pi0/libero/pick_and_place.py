@@ -8,17 +8,13 @@ import mujoco
 import numpy as np
 
 from pi0.base.errors import InputError
+from pi0.libero.motions import CLOSED, GAIN, GRIP_STEPS, NEARER, OPEN, STALLED, rotation_error
 from pi0.libero.stepping import TaskSim
 
-OPEN, CLOSED = -1.0, 1.0
 TRAVEL_HEIGHT = 0.12  # m above the grasp point while moving sideways
 CLEARANCE = 0.08  # m above the release point while moving sideways
-GAIN = 16.0  # action per metre of position error; 20 would cancel it in one step if the arm followed at once
 REACHED = 0.015  # m
 LOST = 0.05  # m; an object that has moved further in the hand has slipped, and is grasped again
-GRIP_STEPS = 12  # the fingers need 8 control steps from open to closed, and some to press
-STALLED = 12  # control steps without progress: something is in the way, so the next phase begins
-NEARER = 0.001  # m
 TURN_GAIN = 0.6  # action per radian of orientation error; 2 would cancel it in one step
 STANDING = ("wine_rack", "desk_caddy")  # objects that stand still, with regions of their own
 DRAWER_FRONT = 0.008  # m from the middle of a drawer towards its front, where the hand has more room
@@ -89,7 +85,7 @@ class _Placement:
         self.on_fixture = region is not None and (
             owner in sim.libero.fixtures_dict or str(owner).startswith(STANDING)
         )
-        # Of a fixture the region itself counts: on its surface, or where the object just touches a slanted one.
+        # On a fixture the region itself is the target: its surface, or where the object just touches a slanted one.
         self._above = 0.0 if not self.on_fixture or goal[0] == "in" else self._surface()
         joint = (
             sim.model.body_jntadr[sim.model.site_bodyid[sim.model.site(target).id]] if self.on_fixture else -1
@@ -272,10 +268,8 @@ class PickAndPlace:
     def _turning(self) -> np.ndarray:
         """Rotation part of the action [3]; zero once the hand has turned to the chosen side."""
         cos, sin = np.cos(self._turn), np.sin(self._turn)
-        goal = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]) @ self._start_ori
-        quat, error = np.zeros(4), np.zeros(3)
-        mujoco.mju_mat2Quat(quat, (goal @ self._hand_ori().T).flatten())
-        mujoco.mju_quat2Vel(error, quat, 1.0)
+        goal = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        error = rotation_error(self._hand_ori(), goal @ self._start_ori)
         return np.zeros(3) if np.linalg.norm(error) < 0.05 else np.clip(TURN_GAIN * error, -1.0, 1.0)
 
 

@@ -2,10 +2,10 @@
 
 Practice samples with noise in every Euler step (`pi0.policy.flow_sde`), so a chunk comes about by K Gaussian steps, and
 a rollout is a Markov decision process in which each of them is an action (piRL's Flow-SDE; Flow-GRPO). A step's
-log-probability is the sum over the actions that were carried out and the robot's features, as in piRL: the others,
-which nobody saw, would add nothing but variance. Where all of a chunk is carried out and the network's actions have no
-padding, that is the whole step, and the gradient is the policy gradient to the letter. Else it leaves out how what was
-not carried out influenced later steps.
+log-probability is the sum over the actions that were carried out and the robot's features, as in piRL. Where all of a
+chunk is carried out and the network's actions have no padding, that is the whole step, and the gradient is the policy
+gradient to the letter. Else it is an approximation: it leaves out how the other elements, whose noise nobody saw,
+influenced later steps of these, and has less variance for it.
 
 The ratio is the present probability over that of the policy that acted. `Paths` keep what it takes.
 """

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -95,37 +95,21 @@ class ServedPolicy:
         self._closed = threading.Event()
         self._work: queue.SimpleQueue[tuple[bytes, Future[np.ndarray]] | None] = queue.SimpleQueue()
         self._connections = [_Connection(url, patience_s, report, self._closed) for _ in range(connections)]
-        self.metadata = self._connections[0].open()
-        for connection in self._connections[1:]:
-            connection.expected = self.metadata
-        size = image_size or self._size_of("image_size") or OPENPI_IMAGE_SIZE
-        if not SMALLEST_IMAGE <= size <= LARGEST_IMAGE:
-            raise InputError(
-                f"{url} wants images of {size} pixels a side; {SMALLEST_IMAGE} to {LARGEST_IMAGE} can be sent "
-                "(--server_image_size)"
-            )
-        widths = self._size_of("state_dim") or STATE_DIM, self._size_of("action_dim") or ACTION_DIM
-        if widths != (STATE_DIM, ACTION_DIM):
-            raise InputError(
-                f"{url}: this policy is of another robot, whose state has {widths[0]} features and whose actions have "
-                f"{widths[1]}; LIBERO's have {STATE_DIM} and {ACTION_DIM}"
-            )
-        self._noise_shape = self._shape_of_noise()
-        keys = self.metadata.get("keys")
-        known = list(IMAGE_KEYS) if not isinstance(keys, list) else [key for key in IMAGE_KEYS if key in keys]
-        cameras = tuple(IMAGE_KEYS[key] for key in known)
-        self.config = ServedSpec(cameras, size, 1, url)
-        self._threads = [
-            threading.Thread(target=self._serve, args=(connection,), daemon=True)
-            for connection in self._connections
-        ]
-        for thread in self._threads:
-            thread.start()
-        sent = len(self._first_answer())
-        if chunk_length is not None and chunk_length > sent:
+        try:
+            self.metadata = self._connections[0].open()
+            for connection in self._connections[1:]:
+                connection.expected = self.metadata
+            self._noise_shape = self._shape_of_noise()
+            self.config = self._described(image_size)
+            for connection in self._connections:
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            sent = self._chunk_of_first_answer()
+            if chunk_length is not None and chunk_length > sent:
+                raise InputError(f"{url}: its chunks have {sent} actions, and {chunk_length} are asked for")
+        except BaseException:  # also Ctrl+C: no connection stays open, and the error goes on
             self.close()
-            raise InputError(f"{url}: its chunks have {sent} actions, and {chunk_length} are asked for")
-        self.config = ServedSpec(cameras, size, chunk_length or sent, url)
+            raise
+        self.config = replace(self.config, action_horizon=chunk_length or sent)
 
     def noise(self, key: tuple[int, ...]) -> np.ndarray:
         """Noise from `key` alone for a server that takes it, float32; else an empty array: the server draws its own."""
@@ -188,16 +172,34 @@ class ServedPolicy:
             raise ServerError(f"{self._url} asks for noise of the shape {shape!r:.80}")
         return tuple(sizes)
 
-    def _first_answer(self) -> np.ndarray:
-        """Actions for an observation of nothing: how long are the chunks, and does it answer at all?"""
+    def _described(self, image_size: int | None) -> ServedSpec:
+        """What the metadata say; the length of chunks is not yet known, and 1.
+
+        Raises:
+            InputError: another robot's policy, or images of a size that cannot be sent.
+        """
+        size = image_size or self._size_of("image_size") or OPENPI_IMAGE_SIZE
+        if not SMALLEST_IMAGE <= size <= LARGEST_IMAGE:
+            raise InputError(
+                f"{self._url} wants images of {size} pixels a side; {SMALLEST_IMAGE} to {LARGEST_IMAGE} can be sent "
+                "(--server_image_size)"
+            )
+        widths = self._size_of("state_dim") or STATE_DIM, self._size_of("action_dim") or ACTION_DIM
+        if widths != (STATE_DIM, ACTION_DIM):
+            raise InputError(
+                f"{self._url}: this policy is of another robot, whose state has {widths[0]} features and whose actions "
+                f"have {widths[1]}; LIBERO's have {STATE_DIM} and {ACTION_DIM}"
+            )
+        keys = self.metadata.get("keys")
+        known = [key for key in IMAGE_KEYS if not isinstance(keys, list) or key in keys]
+        return ServedSpec(tuple(IMAGE_KEYS[key] for key in known), size, 1, self._url)
+
+    def _chunk_of_first_answer(self) -> int:
+        """How many actions the answer to an observation of nothing has: does the server answer at all?"""
         size = self.config.image_size
         blank = {camera: np.zeros((size, size, 3), np.uint8) for camera in self.config.cameras}
         drawn = self.noise((0,)) if self._noise_shape else None
-        try:
-            return self._ask(blank, np.zeros(STATE_DIM, np.float32), "do nothing", drawn).result()
-        except BaseException:
-            self.close()
-            raise
+        return len(self._ask(blank, np.zeros(STATE_DIM, np.float32), "do nothing", drawn).result())
 
     def _ask(
         self, images: dict[str, np.ndarray], state: np.ndarray, prompt: str, noise: np.ndarray | None

@@ -227,6 +227,10 @@ class PolicyServer:
             actions = await waiting.answer
         except Exception as error:  # noqa: BLE001  whatever a request does, its client hears of it and nobody else
             self.times.errors += 1
+            if not isinstance(
+                error, MessageError
+            ):  # not the client's fault, so whoever runs the server must see it
+                print(f"a request failed: {type(error).__name__}: {error}", flush=True)
             return f"{type(error).__name__}: {error}"
         took = time.perf_counter() - came
         self.times.answers += 1
