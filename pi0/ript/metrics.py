@@ -77,7 +77,7 @@ LEARNED = (
            column="gradient norm", format=".3f"),
     Metric("clipped_share", "0 to 1",
            "share of the flow's steps that teach nothing because their ratio is beyond `algo.ratio_clip` (mode ratio)",
-           curves=(Curve("training", "steps beyond the clip"),), format=".3f"),
+           curves=(Curve("training", "clipped share"),), format=".3f"),
     Metric("ratio_kl", "nats",
            "mean over the flow's steps of ratio - 1 - log(ratio), an estimate of the divergence from the policy that "
            "acted (mode ratio)"),
