@@ -1,5 +1,6 @@
 """Worker processes without a simulator: calls, arrays, random numbers, and every way in which a worker is lost."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -336,6 +337,8 @@ class StreamOnly:
     def kill(self) -> None:
         pass
 
+    close = wait = kill
+
 
 def drawn(streams: np.random.SeedSequence, workers: int, generations: int, count: int) -> np.ndarray:
     """The first numbers of every process of a pool whose workers are lost time and again, [G, W, count]."""
@@ -390,7 +393,7 @@ def test_processes_draw_from_these_streams(tmp_path, monkeypatch):
 def test_workers_end_with_the_pool_and_close_what_they_hold(tmp_path):
     pool = make_pool(tmp_path, workers=2)
     assert results(pool, "add", [(1, 2), (3, 4)]) == [3, 7]
-    workers, processes = pool._workers, pool.processes
+    workers, processes = list(pool._workers), pool.processes
     pool.close()
     assert [worker._process.returncode for worker in workers] == [0, 0]
     assert {file.name for file in tmp_path.iterdir()} == {f"closed-{pid}" for pid in processes}
@@ -429,3 +432,32 @@ def test_by_default_there_is_a_worker_on_each_core(monkeypatch):
     assert 1 <= usable_cores() <= cores
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(4 * cores))
     assert usable_cores() == 1
+
+
+@pytest.mark.parametrize("moment", ["_execute_child", "__init__"])
+def test_ctrl_c_while_a_process_is_made_leaves_no_process(tmp_path, monkeypatch, moment):
+    made = []
+
+    def interrupted(self, *args, _original=getattr(subprocess.Popen, moment), **options):
+        _original(self, *args, **options)
+        made.append(self.pid)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if tests run in the background
+    monkeypatch.setattr(subprocess.Popen, moment, interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make_pool(tmp_path)
+    finally:
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    gc.collect()
+    assert len(made) == 1
+    assert not Path(f"/proc/{made[0]}").exists()  # it has ended and its status was collected
+
+
+def test_a_pool_that_nobody_closes_leaves_no_process(tmp_path):
+    pool = make_pool(tmp_path)
+    processes = pool.processes
+    del pool
+    gc.collect()
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]

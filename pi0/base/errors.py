@@ -5,7 +5,9 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 # What the system says of a disk that is full, or of a file that may not be read or written, and the mend.
@@ -98,6 +100,26 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             _drop_output(1)
         status = 1
     sys.exit(status)  # type: ignore[arg-type]
+
+
+@contextmanager
+def interrupt_afterwards() -> Iterator[None]:
+    """Ctrl+C within the block raises KeyboardInterrupt at its end: for what must be done whole or not at all.
+
+    Where the program has a handler of its own, or in another thread, nothing changes: no KeyboardInterrupt comes there.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if heard:
+            raise KeyboardInterrupt
 
 
 def attempt(function: Callable[..., object], *arguments: object) -> str | None:

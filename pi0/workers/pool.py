@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pi0.base.errors import interrupt_afterwards
 from pi0.workers.arrays import ArrayTable, SharedArrays
 from pi0.workers.process import LostWorkerError, LostWorkersError, WorkerError, WorkerProcess
 
@@ -95,7 +97,11 @@ class WorkerPool:
         self._common = SharedArrays("pi0-workers", common or {})
         self.common = self._common.arrays
         self._streams = streams.spawn(workers or usable_cores())
-        self._workers = [self._start(number) for number in range(len(self._streams))]
+        self._workers: list[WorkerProcess] = []
+        # It also ends them where nobody closes the pool, as when Ctrl+C comes before a `with` has it.
+        self._end = weakref.finalize(self, _end, self._workers)
+        for number in range(len(self._streams)):
+            self._start(number)
 
     @property
     def arrays(self) -> list[dict[str, np.ndarray]]:
@@ -222,23 +228,18 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the workers; one that still owes an answer at once."""
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            if worker.busy:
-                worker.kill()
-            else:
-                worker.close()
-        for worker in workers:
-            worker.wait()
+        self._end()
         self._common.close()
 
-    def _start(self, number: int) -> WorkerProcess:
+    def _start(self, number: int) -> None:
         (stream,) = self._streams[number].spawn(1)  # the next one: a replacement's is another
-        return WorkerProcess(number, *self._made_of, stream, self._environment, self._common)
+        with interrupt_afterwards():  # else the process is there and nobody knows of it
+            worker = WorkerProcess(number, *self._made_of, stream, self._environment, self._common)
+            self._workers[number : number + 1] = [worker]
 
     def _replace(self, number: int) -> None:
         self._workers[number].kill()
-        self._workers[number] = self._start(number)
+        self._start(number)
 
     def _outcomes(self) -> Iterator[tuple[int, Any]]:
         while (outcome := self.next_outcome()) is not None:
@@ -251,3 +252,14 @@ class WorkerPool:
             return error
         except LostWorkerError as lost:
             return self.lose(worker.number, str(lost))
+
+
+def _end(workers: list[WorkerProcess]) -> None:
+    for worker in workers:
+        if worker.busy:
+            worker.kill()
+        else:
+            worker.close()
+    for worker in workers:
+        worker.wait()
+    workers.clear()
