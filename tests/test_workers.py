@@ -436,14 +436,14 @@ def test_by_default_there_is_a_worker_on_each_core(monkeypatch):
 
 @pytest.mark.parametrize("moment", ["_execute_child", "__init__"])
 def test_ctrl_c_while_a_process_is_made_leaves_no_process(tmp_path, monkeypatch, moment):
-    made = []
+    made, original = [], getattr(subprocess.Popen, moment)
 
-    def interrupted(self, *args, _original=getattr(subprocess.Popen, moment), **options):
-        _original(self, *args, **options)
+    def interrupted(self, *args, **options):
+        original(self, *args, **options)
         made.append(self.pid)
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if tests run in the background
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
     monkeypatch.setattr(subprocess.Popen, moment, interrupted)
     try:
         with pytest.raises(KeyboardInterrupt):
