@@ -2,13 +2,14 @@
 # ARGS goes to training and to pytest, for example ARGS="--override training.seed=1" or ARGS="-k model".
 PYTHON ?= $(firstword $(shell command -v python3.11 2>/dev/null) $(shell command -v python3 2>/dev/null))
 TORCH ?= auto
+PYTHON312 ?= python3.12
 NO_PYTHON = no python3.11 on the path: install Python 3.11 (Debian: apt-get install python3.11-venv)
 SET_UP = test -n "$(PYTHON)" || { echo "$(NO_PYTHON)"; exit 1; }; "$(PYTHON)" tools/setup.py --torch $(TORCH)
 LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser game libero-pro peers qc openpi check test soak upstream quickstart quickstart-critic quickstart-game resume \
+.PHONY: help setup setup-browser game libero-pro peers qc openpi lerobot check test soak upstream quickstart quickstart-critic quickstart-game resume \
 	resume-critic resume-game
 
 help:  ## list the targets
@@ -33,6 +34,10 @@ qc:  ## install .venv-qc from requirements-qc.lock: OGBench and what qc's code i
 # Only soak needs it: its tests run openpi's client and server against this project's.
 openpi:
 	@$(SET_UP) --torch cpu --openpi
+
+# LeRobot asks for a torch of which the usual index has only builds with CUDA.
+lerobot:  ## install .venv-lerobot from requirements-lerobot.lock, by Python 3.12: lerobot-eval with this engine (5 GB)
+	@$(SET_UP) --torch cuda --lerobot "$(PYTHON312)"
 
 libero-pro: setup  ## install LIBERO-PRO's changed tasks: evaluate --suite libero_pro/spatial_swap (6 MB)
 	@$(SET_UP) --libero-pro

@@ -198,6 +198,54 @@ def test_environments_in_a_vector_are_single_environments(env, workers):
         assert np.array_equal(after["state"][i], observation["state"])
 
 
+def test_without_autoreset_what_has_ended_stays_until_it_is_reset():
+    envs = LIBEROVectorEnv(3, **SETTINGS, workers=2, horizon=3, autoreset=False)
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.DISABLED
+    assert LIBEROVectorEnv.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    still, moved = np.zeros((3, 7), np.float32), np.ones((3, 7), np.float32)
+    envs.reset(seed=7)
+    envs.step(still)
+    mask = np.array([False, True, False])
+    observations, infos = envs.reset(options={"reset_mask": mask, "init_state": 5})
+    assert infos["init_state"][1] == 5
+    assert (infos["init_state"] == 5).tolist() == mask.tolist()
+    for _ in range(2):
+        observations, _, _, truncated, _ = envs.step(still)
+    assert truncated.tolist() == [True, False, True]
+    after, rewards, terminated, truncated, _ = envs.step(moved)
+    assert truncated.all()
+    assert not rewards.any()
+    assert not terminated.any()
+    assert [np.array_equal(after["state"][i], observations["state"][i]) for i in range(3)] == [
+        True,
+        False,
+        True,
+    ]
+    assert same(envs.step(moved)[0], after)
+    with pytest.raises(ValueError, match=r"reset_mask is float64 \[2\]; bool \[3\] is needed"):
+        envs.reset(options={"reset_mask": np.ones(2)})
+    os.kill(envs._pool.processes[0], signal.SIGKILL)
+    with pytest.raises(WorkerError):
+        envs.reset()
+    with pytest.raises(gymnasium.error.ResetNeeded, match="without reset_mask"):
+        envs.reset(options={"reset_mask": mask})
+    assert not envs.reset()[1]["success"].any()
+    envs.close()
+
+
+def test_a_success_is_rewarded_once_and_stays(expert_episode):
+    actions, _ = expert_episode
+    envs = LIBEROVectorEnv(2, **SETTINGS, workers=1, horizon=300, autoreset=False)
+    envs.reset(options={"init_state": 5})
+    total = np.zeros(2)
+    for action in [*actions, *actions[-3:]]:
+        _, rewards, terminated, _, infos = envs.step(np.stack([action, 0 * action]))
+        total += rewards
+    assert total.tolist() == [1, 0]
+    assert terminated.tolist() == infos["success"].tolist() == [True, False]
+    envs.close()
+
+
 @pytest.mark.tried("A worker of a vector dies", "An error; after a reset it goes on")
 def test_a_vector_whose_worker_is_lost_says_so_and_can_be_reset():
     envs = LIBEROVectorEnv(2, **SETTINGS, workers=2, horizon=4)

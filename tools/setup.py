@@ -1,12 +1,14 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
     python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi] [--libero-pro]
+                               [--lerobot PYTHON3.12]
 
 With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel; with --libero-pro
 requirements-libero-pro.lock: LIBERO-PRO's changed tasks. With --upstream it makes
 .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from
 requirements-peers.lock, for benchmarks/parallel.py; with --qc .venv-qc from requirements-qc.lock, for benchmarks/qc.py;
-with --openpi .venv-openpi from requirements-openpi.lock: openpi's client and server of policies, for tests.
+with --openpi .venv-openpi from requirements-openpi.lock: openpi's client and server of policies, for tests; with --lerobot
+.venv-lerobot from requirements-lerobot.lock, by a Python 3.12: LeRobot with this project's plug-in.
 
 It runs with the system's Python before any package is installed, so it imports only the standard library. A second
 run with the same lock file does nothing; a run after an interrupted one continues where that one stopped.
@@ -50,6 +52,8 @@ UPSTREAM = Environment(ROOT / ".venv-upstream", ROOT / "requirements-upstream.lo
 PEERS = Environment(ROOT / ".venv-peers", ROOT / "requirements-peers.lock")
 QC = Environment(ROOT / ".venv-qc", ROOT / "requirements-qc.lock")  # no torch
 OPENPI = Environment(ROOT / ".venv-openpi", ROOT / "requirements-openpi.lock")  # no torch
+LEROBOT = Environment(ROOT / ".venv-lerobot", ROOT / "requirements-lerobot.lock")
+PLUGIN = ROOT / "plugins" / "lerobot"
 GAME_LOCK = ROOT / "requirements-game.lock"
 LIBERO_PRO_LOCK = ROOT / "requirements-libero-pro.lock"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
@@ -210,26 +214,49 @@ def main():
         action="store_true",
         help="make .venv-openpi, an environment of openpi's policy client and server",
     )
+    parser.add_argument(
+        "--lerobot",
+        metavar="PYTHON3.12",
+        help="make .venv-lerobot by this interpreter, an environment of LeRobot with this project's plug-in (5 GB)",
+    )
     parser.add_argument("--game", action="store_true", help="also the emulator for pi0.parallel (500 MB)")
     parser.add_argument("--libero-pro", action="store_true", help="also LIBERO-PRO's changed tasks (6 MB)")
     options = parser.parse_args()
     environment = PROJECT
-    others = (UPSTREAM, options.upstream), (PEERS, options.peers), (QC, options.qc), (OPENPI, options.openpi)
+    others = (
+        (UPSTREAM, options.upstream), (PEERS, options.peers), (QC, options.qc), (OPENPI, options.openpi),
+        (LEROBOT, options.lerobot),
+    )  # fmt: skip
     for other, chosen in others:
         environment = other if chosen else environment
     build = options.torch
     if build == "auto":
         build = "cuda" if has_nvidia_gpu() else "cpu"
 
+    python = python_3_12(options.lerobot) if options.lerobot else sys.executable
     install_system_packages(environment, options.browser)
-    install_environment(environment, build)
+    install_environment(environment, build, python)
+    if options.lerobot:
+        pip_or_stop(LEROBOT, "--no-deps", "--no-build-isolation", "--editable", ROOT, "--editable", PLUGIN)
     if options.game:
         install_optional(GAME_LOCK)
     if options.libero_pro:
         install_optional(LIBERO_PRO_LOCK)
 
 
-def install_environment(environment, build):
+def python_3_12(name):
+    """The interpreter of that name, if it is one of Python 3.12 and runs."""
+    found = shutil.which(name)
+    version = [found, "-c", "import sys; print(*sys.version_info[:2], sep='.')"]
+    run = subprocess.run(version, check=False, capture_output=True, text=True) if found else None
+    if run is None or run.returncode or run.stdout.strip() != "3.12":
+        stop(
+            f"LeRobot needs Python 3.12, and {name!r} is none; name one: make lerobot PYTHON312=/path/to/python3.12"
+        )
+    return found
+
+
+def install_environment(environment, build, python=sys.executable):
     """Install the packages of an environment's lock file, unless they are there."""
     lock_text = environment.lock.read_text()
     stamp = f"{hashlib.sha256(lock_text.encode()).hexdigest()} torch-{build}\n"
@@ -243,7 +270,7 @@ def install_environment(environment, build):
     builders = [requirement for requirement in requirements if requirement.startswith("setuptools==")]
     if not has_working_pip(environment):
         say(f"making {environment.folder.name}")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment.folder)], check=True)
+        subprocess.run([python, "-m", "venv", "--clear", str(environment.folder)], check=True)
     discard_half_installed(environment)
     of_torch = f", torch for {build}" if torch else ""
     say(f"installing {len(requirements)} packages from {environment.lock.name}{of_torch}")

@@ -238,11 +238,13 @@ class LIBEROVectorEnv(VectorEnv):
     Observations and actions as in `LIBEROEnv`, with a leading dimension of `num_envs`. Environment i of
     `reset(seed=s)` draws what a `LIBEROEnv` draws after `reset(seed=s + i)`. Autoreset is gymnasium's
     `NEXT_STEP`: the step after an episode's last ignores its action and returns the next episode's first
-    observation, with reward 0.
+    observation, with reward 0. With `autoreset=False` it is `DISABLED`: an environment whose episode has ended stays
+    as it is, with reward 0, until `reset`; `options["reset_mask"]`, bool [num_envs], says which ones that starts.
 
     Args:
         num_envs: environments in all.
         workers: processes that share them.
+        autoreset: start the next episode where one has ended.
         Others: as in `LIBEROEnv`.
     """
 
@@ -259,6 +261,7 @@ class LIBEROVectorEnv(VectorEnv):
         task: str | int = 0,
         *,
         workers: int = 2,
+        autoreset: bool = True,
         cameras: Sequence[str] = tuple(CAMERAS),
         image_size: int = 128,
         render: str = "fast",
@@ -286,12 +289,15 @@ class LIBEROVectorEnv(VectorEnv):
         self._pool = RolloutPool(spec, workers)
         (self._states,) = evaluation_pools(self._pool, [self.task], fixtures)
         self._settle_steps, self._horizon = settle_steps, horizon
+        self._autoreset = autoreset
+        mode = AutoresetMode.NEXT_STEP if autoreset else AutoresetMode.DISABLED
+        self.metadata = {**self.metadata, "autoreset_mode": mode}
         self.single_observation_space, self.single_action_space = _spaces(spec)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._randoms: list[np.random.Generator] = []
+        self._randoms = [gymnasium.utils.seeding.np_random()[0] for _ in range(num_envs)]
         self._init_states = np.zeros(num_envs, np.int64)
-        self._ended = np.zeros(num_envs, bool)
+        self._ended, self._succeeded = np.zeros(num_envs, bool), np.zeros(num_envs, bool)
         self._running = False  # until the first reset, and after a worker was lost with its episodes
 
     @property
@@ -299,22 +305,37 @@ class LIBEROVectorEnv(VectorEnv):
         """What the robot is told to do."""
         return self.task.prompt
 
+    @property
+    def init_states(self) -> int:
+        """How many recorded initial states the task has."""
+        return len(self._states)
+
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None):
-        """Start all environments; `options["init_state"]` is one index for all, or one for each."""
-        if seed is not None or not self._randoms:
-            seeds = (
-                seed
-                if isinstance(seed, list)
-                else [None if seed is None else seed + i for i in range(self.num_envs)]
+        """Start all environments, or those of `options["reset_mask"]`.
+
+        `options["init_state"]` is one index for all, or one for each.
+        """
+        seeds = (
+            seed
+            if isinstance(seed, list)
+            else [seed if seed is None else seed + i for i in range(self.num_envs)]
+        )
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments")
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise ValueError(
+                f"reset_mask is {mask.dtype} {list(mask.shape)}; bool [{self.num_envs}] is needed"
             )
-            if len(seeds) != self.num_envs:
-                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments")
-            self._randoms = [gymnasium.utils.seeding.np_random(each)[0] for each in seeds]
+        if not mask.all() and not self._running:
+            raise gymnasium.error.ResetNeeded("no episode is running: reset without reset_mask")
+        for i in np.flatnonzero(mask).tolist():
+            if seeds[i] is not None:
+                self._randoms[i] = gymnasium.utils.seeding.np_random(seeds[i])[0]
         given = (options or {}).get("init_state")
         wanted = [None] * self.num_envs if given is None else np.broadcast_to(given, self.num_envs).tolist()
-        self._advance({i: self._start(i, wanted[i]) for i in range(self.num_envs)})
-        self._ended[:] = False
-        return self._observations(), self._infos(np.zeros(self.num_envs, bool))
+        self._advance({i: self._start(i, wanted[i]) for i in np.flatnonzero(mask).tolist()})
+        return self._observations(), self._infos()
 
     def step(self, actions: np.ndarray):
         """One control step of every environment; those whose episode ended in the step before start another."""
@@ -324,11 +345,12 @@ class LIBEROVectorEnv(VectorEnv):
         for i in range(self.num_envs):
             worker, slot = self._place(i)
             self._pool.arrays[worker]["actions"][slot, 0] = actions[i]
-        commands = {i: self._start(i, None) if self._ended[i] else 1 for i in range(self.num_envs)}
-        done, success = self._advance(commands)
-        self._ended = done
-        truncated = done & ~success
-        return self._observations(), success.astype(np.float64), success, truncated, self._infos(success)
+        commands: dict[int, Rollout | int] = {i: 1 for i in np.flatnonzero(~self._ended).tolist()}
+        if self._autoreset:
+            commands |= {i: self._start(i, None) for i in np.flatnonzero(self._ended).tolist()}
+        rewards = self._advance(commands)
+        success = self._succeeded.copy()
+        return self._observations(), rewards, success, self._ended & ~success, self._infos()
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the workers."""
@@ -343,22 +365,23 @@ class LIBEROVectorEnv(VectorEnv):
         self._init_states[i] = rollout.init_index
         return rollout
 
-    def _advance(self, commands: dict[int, Rollout | int]) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each environment's episode has ended, and by success."""
+    def _advance(self, commands: dict[int, Rollout | int]) -> np.ndarray:
+        """Start an episode or take a step, in each of these environments; the rewards of all, float64 [num_envs]."""
         by_worker: list[list[tuple[int, Rollout | int]]] = [[] for _ in self._pool.arrays]
         for i, command in commands.items():
             worker, slot = self._place(i)
             by_worker[worker].append((slot, command))
-        done, success = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        rewards = np.zeros(self.num_envs)
         self._running = False
         for worker, answers in enumerate(self._pool.advance(by_worker)):
             for progress in answers:
                 if progress.failure:
                     raise WorkerError(f"worker {worker}: {progress.failure}")
                 i = worker * self._pool.spec.slots + progress.slot
-                done[i], success[i] = progress.done, progress.success
+                self._ended[i], self._succeeded[i] = progress.done, progress.success
+                rewards[i] = progress.success
         self._running = True
-        return done, success
+        return rewards
 
     def _observations(self) -> dict[str, Any]:
         images = np.concatenate([arrays["images"] for arrays in self._pool.arrays])[: self.num_envs]
@@ -368,12 +391,12 @@ class LIBEROVectorEnv(VectorEnv):
             "state": states,
         }
 
-    def _infos(self, success: np.ndarray) -> dict[str, Any]:
+    def _infos(self) -> dict[str, Any]:
         everywhere = np.ones(self.num_envs, bool)
         return {
             "init_state": self._init_states.copy(),
             "_init_state": everywhere,
-            "success": success.copy(),
+            "success": self._succeeded.copy(),
             "_success": everywhere,
         }
 
