@@ -328,7 +328,9 @@ leave_out_wrappers()
 from pi0.libero.stepping import TaskSim
 from pi0.libero.suites import suite_tasks
 print(TaskSim(suite_tasks("libero_object")[0], resolve_assets("standins")).model.nq)
-print([name for name in ("matplotlib", "gymnasium", "torch") if name in sys.modules])
+print([name for name in ("matplotlib", "gymnasium", "torch", "scipy.linalg") if name in sys.modules])
+from scipy import linalg  # which numba has in part
+print(linalg.inv([[2.0, 0.0], [0.0, 4.0]]).diagonal())
 """
 
 
@@ -336,9 +338,10 @@ print([name for name in ("matplotlib", "gymnasium", "torch") if name in sys.modu
 def test_a_worker_imports_no_wrappers(cache):
     done = python(A_WORKERS_START, cache)
     assert done.returncode == 0, done.stderr
-    size, imported = done.stdout.splitlines()[-2:]
+    size, imported, diagonal = done.stdout.splitlines()[-3:]
     assert int(size) > 20
     assert imported == "[]"
+    assert diagonal == "[0.5  0.25]"
 
 
 @pytest.mark.runs

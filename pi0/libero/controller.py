@@ -23,6 +23,10 @@ from robosuite.utils.control_utils import (
     set_goal_orientation,
 )
 
+from pi0.libero.libero_import import load_blas_alone
+
+load_blas_alone()  # before anything compiled is used
+
 
 def _mujoco_function(name: str, *arguments: types.Type) -> types.ExternalFunction:
     """A function of MuJoCo's C library, for compiled code; models and data are passed by address."""

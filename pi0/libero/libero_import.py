@@ -109,6 +109,24 @@ def leave_out_wrappers() -> None:
     sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
 
 
+def load_blas_alone() -> None:
+    """Load the parts of scipy.linalg that numba's compiled code calls, without the rest, a sixth of a worker's start time.
+
+    numba finds both modules where it looks for them. scipy.linalg itself is not imported, and can be later.
+    """
+    package = "scipy.linalg"
+    if package in sys.modules:
+        return
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    try:
+        importlib.import_module(f"{package}.cython_blas")
+        importlib.import_module(f"{package}.cython_lapack")
+    finally:
+        del sys.modules[package]
+
+
 @contextmanager
 def no_cuda_devices() -> Iterator[None]:
     """For the import of robosuite, which refuses an EGL device whose number CUDA_VISIBLE_DEVICES does not hold.
