@@ -328,7 +328,7 @@ leave_out_wrappers()
 from pi0.libero.stepping import TaskSim
 from pi0.libero.suites import suite_tasks
 print(TaskSim(suite_tasks("libero_object")[0], resolve_assets("standins")).model.nq)
-print([name for name in ("matplotlib", "gymnasium", "torch", "scipy.linalg") if name in sys.modules])
+print([name for name in ("matplotlib", "gymnasium", "torch", "scipy.linalg", "cv2") if name in sys.modules])
 from scipy import linalg  # which numba has in part
 print(linalg.inv([[2.0, 0.0], [0.0, 4.0]]).diagonal())
 """

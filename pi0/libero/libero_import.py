@@ -98,15 +98,19 @@ def prepare_libero() -> ModuleType:
 
 
 def leave_out_wrappers() -> None:
-    """Keep LIBERO's package of environments from importing its wrappers, in a process that needs only the tasks.
+    """Keep LIBERO and robosuite from importing wrappers and windows, in a process that needs only the tasks.
 
-    The wrappers import matplotlib and gymnasium, a quarter of a worker's start time. After this call
-    `libero.libero.envs` itself is empty; its other submodules are unchanged.
+    LIBERO's wrappers import matplotlib and gymnasium, robosuite's window OpenCV: together a third of a worker's start
+    time. After this call `libero.libero.envs` itself is empty, and robosuite has no `OpenCVRenderer`; their other
+    submodules are unchanged.
     """
     prepare_libero()
     spec = importlib.util.find_spec("libero.libero.envs")
     assert spec is not None
     sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    window = ModuleType("robosuite.utils.opencv_renderer")
+    vars(window)["OpenCVRenderer"] = None
+    sys.modules.setdefault(window.__name__, window)
 
 
 def load_blas_alone() -> None:

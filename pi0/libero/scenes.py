@@ -50,16 +50,16 @@ def _key(xml: str) -> str:
 def _load(file: Path) -> mujoco.MjModel | None:
     """Read a cached file: a digest, then MuJoCo's binary format, which MuJoCo itself hardly checks."""
     try:
-        content = file.read_bytes()
+        with file.open("rb") as stream:
+            digest, binary = stream.read(_DIGEST_BYTES), stream.read()
     except OSError:
         return None
-    binary = memoryview(content)[_DIGEST_BYTES:]
-    if hashlib.sha256(binary).digest() != content[:_DIGEST_BYTES]:
+    if hashlib.sha256(binary).digest() != digest:
         logger.warning("the compiled scene %s is damaged; it is made again", file)
         return None
     with contextlib.suppress(OSError):
         os.utime(file)  # used now
-    return mujoco.MjModel.from_binary_path(file.name, {file.name: bytes(binary)})
+    return mujoco.MjModel.from_binary_path(file.name, {file.name: binary})
 
 
 def _save(file: Path, model: mujoco.MjModel) -> None:
