@@ -12,6 +12,7 @@
 | small | the same | `render: fast` at 64 pixels, as the tiny policy sees |
 | loop | `SubprocVectorEnv`, 2 processes, used as in RIPT-VLA: reset, set the state, 10 settle steps, both cameras at 256 pixels in every step, chunks of 8, in lock-step until all are done | `Environments` with 2 workers, quickstart settings, chunks of 8 |
 | start | imports, building the environment, a reset, one step | the same with a warm cache |
+| worker | `SubprocVectorEnv` with 1 process, a fork that needs no imports: made, reset, one step | a vector environment with 1 worker, a new process: the same |
 | workers | | rollouts with 2 workers against 1 |
 | memory | PSS of one more environment of the same task: a process | PSS of one more worker, divided by its 4 rollouts |
 
@@ -56,7 +57,8 @@ GOALS = {
     "fast": (3.0, 8.0),
     "small": (3.0, 8.0),
     "loop": (20.0, 40.0),
-    "start": (2.0, 4.0),
+    "start": (3.0, 4.0),
+    "worker": (1.0, 2.0),
     "workers": (1.8, 1.95),
     "memory": (2.0, 4.0),
 }
@@ -67,6 +69,7 @@ UNITS = {
     "small": "ms a frame",
     "loop": "rollouts/min",
     "start": "s",
+    "worker": "s",
     "workers": "rollouts/min",
     "memory": "MB",
 }
@@ -286,6 +289,32 @@ def measure_start(side: str, options: argparse.Namespace) -> float:
     return 0.0
 
 
+def measure_worker(side: str, options: argparse.Namespace) -> float:
+    """Seconds until a vector environment of one process has taken its first step; imports of this process are before."""
+    task, _ = task_and_assets(options)
+    from libero.libero.envs import SubprocVectorEnv
+
+    from pi0.libero.gym_env import LIBEROVectorEnv
+
+    still = np.zeros((1, 7), np.float32)
+    started = time.perf_counter()
+    if side == "theirs":
+        size = {"camera_heights": CAMERA_SIZE, "camera_widths": CAMERA_SIZE}
+        envs = SubprocVectorEnv([lambda: their_env(task, **size)])
+        envs.reset()
+        envs.set_init_state(task.recorded_init_states()[:1])
+        envs.step(still)
+    else:
+        envs = LIBEROVectorEnv(
+            1, *TASK, workers=1, image_size=CAMERA_SIZE, assets=options.assets, settle_steps=0
+        )
+        envs.reset(options={"init_state": 0})
+        envs.step(still)
+    seconds = time.perf_counter() - started
+    envs.close()
+    return seconds
+
+
 # The whole loop -----------------------------------------------------------------------------------
 
 
@@ -434,6 +463,7 @@ MEASUREMENTS = {
     "small": lambda side, options: measure_frames(side, options, "fast", 64),
     "loop": measure_loop,
     "start": measure_start,
+    "worker": measure_worker,
     "workers": measure_workers,
     "memory": measure_memory,
 }
