@@ -1,4 +1,5 @@
-"""Does the policy learn, and does it learn from the reward? Runs the quickstart over seeds, with controls.
+"""Does the policy learn, and does it learn from the reward? Runs the quickstart, or another configuration of stage 13,
+over seeds, with controls.
 
     python benchmarks/learning.py --runs weighted --seeds 0 1 2
     python benchmarks/learning.py --runs weighted guidance shuffled cloning --seeds 0 1 2 --output outputs/learning
@@ -7,7 +8,7 @@
 
 | run | what it is |
 |---|---|
-| weighted | configs/quickstart.yaml, unchanged |
+| weighted | configs/quickstart.yaml, or `--config`, unchanged |
 | guidance | the same in guidance mode, failures with a tenth of the weight, evaluated with several guidance weights |
 | ratio | the same in ratio mode: policy gradient with noise in the flow's steps |
 | shuffled | the same with advantages shuffled inside groups |
@@ -22,6 +23,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,10 +32,10 @@ sys.path.insert(0, str(ROOT))
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, run_command
 from pi0.base.stats import format_rate, paired_difference
+from pi0.ript.config import Config, load_config
 
 SCRIPT = "13_train_production_ready.py"
 CONFIG = "configs/quickstart.yaml"
-CHECKPOINT = "checkpoints/pi0_tiny_libero_spatial"
 OVERRIDES: dict[str, list[str]] = {
     "weighted": [],
     "guidance": ["algo.mode=guidance", "algo.negative_weight=0.1", "algo.num_epochs=3"],
@@ -61,6 +63,7 @@ def main() -> None:
         "--runs", action=Collect, nargs="+", choices=[*OVERRIDES, "cloning"], default=["weighted"]
     )
     parser.add_argument("--seeds", action=Collect, nargs="+", type=ranged(int, low=0), default=[0, 1, 2])
+    parser.add_argument("--config", default=CONFIG, help="what stage 13 runs, a YAML file")
     parser.add_argument(
         "--output", default="outputs/learning", help="folder of the runs; finished ones are kept"
     )
@@ -110,14 +113,14 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
         *(SHORT_RUN if options.rehearse else ()),
         *options.override,
     ]
-    call(SCRIPT, "--config_path", CONFIG, "--override", *overrides)
+    call(SCRIPT, "--config_path", options.config, "--override", *overrides)
     made = max(folder.glob("run-*"))
     for file in made.iterdir():
         file.rename(folder / file.name)
     made.rmdir()
     if run == "guidance":
         scores = {
-            str(weight): evaluate(folder / "policy", folder / f"w{weight}", options.rehearse, weight)
+            str(weight): evaluate(folder / "policy", folder / f"w{weight}", options, weight)
             for weight in GUIDANCE_WEIGHTS
         }
         results = json.loads((folder / "results.json").read_text())
@@ -140,26 +143,34 @@ def critic_of(seed: int, folder: Path) -> Path:
 
 def clone(seed: int, folder: Path, options: argparse.Namespace) -> None:
     """The control: continue cloning from the same policy, then evaluate on the same states and noise."""
-    policy, rehearse = folder / "policy", options.rehearse
+    policy, config = folder / "policy", load_config(options.config)
     call(
-        "-m", "pi0.warmstart", "--start-from", CHECKPOINT, "--output", str(policy), "--seed", str(seed + 100),
-        "--max-minutes", str(options.cloning_minutes), "--target-success", "1.1", "--lr", "2e-4",
-        *(SHORT_CLONING if rehearse else ()),
+        "-m", "pi0.warmstart", "--start-from", config.policy_path, "--output", str(policy), "--seed", str(seed + 100),
+        *tasks_of(config), "--max-minutes", str(options.cloning_minutes), "--target-success", "1.1", "--lr", "2e-4",
+        *(SHORT_CLONING if options.rehearse else ()),
     )  # fmt: skip
-    before = evaluate(Path(CHECKPOINT), folder / "before", rehearse)
-    after = evaluate(policy, folder / "after", rehearse)
+    before = evaluate(Path(config.policy_path), folder / "before", options)
+    after = evaluate(policy, folder / "after", options)
     (folder / "results.json").write_text(
         json.dumps({"before": before, "after": after, "seconds": 60 * options.cloning_minutes})
     )
 
 
-def evaluate(policy: Path, output: Path, rehearse: bool, guidance_weight: float | None = None) -> dict:
-    """The quickstart's evaluation of a policy."""
-    short = SHORT_EVALUATION if rehearse else ()
+def tasks_of(config: Config) -> list[str]:
+    """The options of a command that takes the configuration's tasks."""
+    return ["--suite", config.task.benchmark_name, "--tasks", *map(str, config.task.chosen)]
+
+
+def evaluate(
+    policy: Path, output: Path, options: argparse.Namespace, guidance_weight: float | None = None
+) -> dict:
+    """The configuration's evaluation of a policy."""
+    config, short = load_config(options.config), SHORT_EVALUATION if options.rehearse else ()
     guidance = [] if guidance_weight is None else ["--guidance_weight", str(guidance_weight)]
     call(
-        "-m", "pi0.evaluate", "--policy_path", str(policy), "--suite", "libero_spatial", "--tasks", "3", "8",
-        "--episodes", "100", "--assets", "standins", "--output", str(output), *guidance, *short,
+        "-m", "pi0.evaluate", "--policy_path", str(policy), *tasks_of(config),
+        "--episodes", str(config.evaluation.episodes), "--assets", str(config.task.assets), "--output", str(output),
+        *guidance, *short,
     )  # fmt: skip
     return json.loads((output / "results.json").read_text())
 
@@ -204,9 +215,28 @@ def table(folder: Path) -> str:
         lines.append(
             f"| {kind} | {len(runs)} | {cells[0]} | {cells[1]} | {100 * (rates[1] - rates[0]):+.1f} points |"
         )
+    lines += ["", *by_task(kinds)]
     if extra:
         lines += ["", "| run | guidance weight | after |", "|---|---|---|", *extra]
     return "\n".join(lines)
+
+
+def by_task(kinds: Mapping[str, Sequence[dict]]) -> list[str]:
+    """Rows of a table: successes of each task before and after, all seeds together."""
+    lines = ["| run | task | before | after |", "|---|---|---|---|"]
+    for kind, runs in kinds.items():
+        for task in sorted({outcome["task"] for run in runs for outcome in run["before"]["outcomes"]}):
+            cells = []
+            for when in ("before", "after"):
+                outcomes = [
+                    outcome["success"]
+                    for run in runs
+                    for outcome in run[when]["outcomes"]
+                    if outcome["task"] == task and outcome["success"] is not None
+                ]
+                cells.append(f"{sum(outcomes)}/{len(outcomes)}")
+            lines.append(f"| {kind} | {task} | {cells[0]} | {cells[1]} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="libero_spatial, libero_object, libero_goal, and tasks 0 to 8 of libero_10 have experts",
     )
     parser.add_argument(
-        "--tasks", action=Collect, nargs="+", default=["3", "8"], help="tasks by index or name"
-    )
+        "--tasks", action=Collect, nargs="*", default=["3", "8"],
+        help="tasks by index or name; --tasks alone: the whole suite",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, help="policy folder to write")
     parser.add_argument("--start-from", help="policy folder to continue from, instead of new weights")
     parser.add_argument("--norm-stats-path", help="statistics to use instead of that folder's own")
