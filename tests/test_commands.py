@@ -242,6 +242,10 @@ WAYS = {
     ),
     "benchmarks/acrlpd_learning.py --table": not_run("prints what finished runs have written"),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
+    "benchmarks/few_demonstrations.py": here(
+        "--demonstrations 1 --seeds 0 --rehearse --output {out}/few", soak=True
+    ),
+    "benchmarks/few_demonstrations.py --table": not_run("prints what finished runs have written"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
