@@ -8,7 +8,7 @@ over seeds, with controls.
 
 | run | what it is |
 |---|---|
-| weighted | configs/quickstart.yaml, or `--config`, unchanged |
+| weighted | configs/quickstart.yaml, or `--config_path`, unchanged |
 | guidance | the same in guidance mode, failures with a tenth of the weight, evaluated with several guidance weights |
 | ratio | the same in ratio mode: policy gradient with noise in the flow's steps |
 | shuffled | the same with advantages shuffled inside groups |
@@ -63,7 +63,7 @@ def main() -> None:
         "--runs", action=Collect, nargs="+", choices=[*OVERRIDES, "cloning"], default=["weighted"]
     )
     parser.add_argument("--seeds", action=Collect, nargs="+", type=ranged(int, low=0), default=[0, 1, 2])
-    parser.add_argument("--config", default=CONFIG, help="what stage 13 runs, a YAML file")
+    parser.add_argument("--config_path", default=CONFIG, help="what stage 13 runs, a YAML file")
     parser.add_argument(
         "--output", default="outputs/learning", help="folder of the runs; finished ones are kept"
     )
@@ -113,7 +113,7 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
         *(SHORT_RUN if options.rehearse else ()),
         *options.override,
     ]
-    call(SCRIPT, "--config_path", options.config, "--override", *overrides)
+    call(SCRIPT, "--config_path", options.config_path, "--override", *overrides)
     made = max(folder.glob("run-*"))
     for file in made.iterdir():
         file.rename(folder / file.name)
@@ -143,7 +143,7 @@ def critic_of(seed: int, folder: Path) -> Path:
 
 def clone(seed: int, folder: Path, options: argparse.Namespace) -> None:
     """The control: continue cloning from the same policy, then evaluate on the same states and noise."""
-    policy, config = folder / "policy", load_config(options.config)
+    policy, config = folder / "policy", load_config(options.config_path)
     call(
         "-m", "pi0.warmstart", "--start-from", config.policy_path, "--output", str(policy), "--seed", str(seed + 100),
         *tasks_of(config), "--max-minutes", str(options.cloning_minutes), "--target-success", "1.1", "--lr", "2e-4",
@@ -165,7 +165,7 @@ def evaluate(
     policy: Path, output: Path, options: argparse.Namespace, guidance_weight: float | None = None
 ) -> dict:
     """The configuration's evaluation of a policy."""
-    config, short = load_config(options.config), SHORT_EVALUATION if options.rehearse else ()
+    config, short = load_config(options.config_path), SHORT_EVALUATION if options.rehearse else ()
     guidance = [] if guidance_weight is None else ["--guidance_weight", str(guidance_weight)]
     call(
         "-m", "pi0.evaluate", "--policy_path", str(policy), *tasks_of(config),
