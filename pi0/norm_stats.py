@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         default="libero_spatial",
-        help="libero_spatial, libero_object, libero_goal, or libero_10 with tasks 0 to 8",
+        help="libero_spatial, libero_object, libero_goal or libero_10",
     )
     parser.add_argument(
         "--tasks",

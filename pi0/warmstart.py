@@ -67,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         default="libero_spatial",
-        help="libero_spatial, libero_object, libero_goal, and tasks 0 to 8 of libero_10 have experts",
+        help="libero_spatial, libero_object, libero_goal and libero_10 have experts",
     )
     parser.add_argument(
         "--tasks", action=Collect, nargs="*", default=["3", "8"],

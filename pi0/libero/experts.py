@@ -1,7 +1,6 @@
 """Scripted experts: they solve tasks with privileged state and the policy's own 7-dim actions.
 
-They make the demonstrations for warm starts: of `libero_spatial`, `libero_object`, `libero_goal` and `libero_10`, whose
-last task, a mug in a microwave that is to be closed, has none yet.
+They make the demonstrations for warm starts: of `libero_spatial`, `libero_object`, `libero_goal` and `libero_10`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from functools import partial
 
 import numpy as np
 
-from pi0.libero.motions import CloseDrawer, DrawAside, OpenDrawer, PushPlate, TurnOn
+from pi0.libero.microwave import CloseDoor, PutIn
+from pi0.libero.motions import CloseDrawer, DrawAside, Motion, OpenDrawer, PushPlate, TurnOn
 from pi0.libero.pick_and_place import NoExpertError, PickAndPlace
 from pi0.libero.stepping import TaskSim
 
 __all__ = ["Expert", "NoExpertError"]
 HOLD = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
-Part = PickAndPlace | OpenDrawer | CloseDrawer | TurnOn | PushPlate | DrawAside
+Part = PickAndPlace | Motion
 
 
 class Expert:
@@ -26,7 +26,7 @@ class Expert:
     Args:
         sim: the running task; it is read, never changed.
     Raises:
-        NoExpertError: a part of the goal is of another kind, or the grasp of an object is unknown.
+        NoExpertError: a part of the goal is of another kind, or the grasp or handle of an object is unknown.
     """
 
     def __init__(self, sim: TaskSim):
@@ -64,6 +64,11 @@ class Expert:
                 before += [partial(OpenDrawer, sim, goal)] * undone
             elif kind == "close" and self._is_drawer(target):
                 after.append(partial(CloseDrawer, sim, goal))
+            elif kind == "close" and self._is_microwave(target):
+                after.append(partial(CloseDoor, sim, goal))
+            elif kind == "in" and self._is_microwave(target):
+                PutIn(sim, goal)  # refuses unknown handles now
+                before += [partial(PutIn, sim, goal)] * undone
             elif kind in ("on", "in") and libero.get_object(goal[1]).category_name == "plate":
                 after.append(partial(PushPlate, sim, goal))
             elif kind in ("on", "in"):
@@ -88,3 +93,9 @@ class Expert:
         """Whether a region is that of a drawer."""
         region = self._sim.libero.object_sites_dict.get(target)
         return region is not None and bool(region.joints)
+
+    def _is_microwave(self, target: str) -> bool:
+        """Whether a fixture, or that of a region, is a microwave."""
+        region = self._sim.libero.object_sites_dict.get(target)
+        fixture = self._sim.libero.fixtures_dict.get(target if region is None else region.parent_name)
+        return fixture is not None and fixture.category_name == "microwave"
