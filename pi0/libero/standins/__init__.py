@@ -1,4 +1,4 @@
-"""Built-in stand-ins for LIBERO's geometry: every object, fixture and scene of its four suites, generated
+"""Built-in stand-ins for LIBERO's geometry: every object, fixture and scene of its suites, generated
 from primitives, in the folder layout and with the names that LIBERO's code asks for.
 """
 

@@ -55,6 +55,18 @@ def black_bowl() -> Item:
     )
 
 
+def white_bowl() -> Item:
+    return scanned(
+        "white_bowl",
+        0.022,
+        [
+            *star(0.0170, 0.0006, 0.0042, WHITE),
+            *ring(12, (0.0175, 0.0035), (0.0305, 0.0110), 0.0025, WHITE),
+            *ring(12, (0.0315, 0.0105), (0.0395, 0.0350), 0.0025, WHITE),
+        ],
+    )
+
+
 def plate() -> Item:
     return scanned(
         "plate",
@@ -173,6 +185,11 @@ def salad_dressing() -> Item:
     return bottle("salad_dressing", 0.0540, (0.24, 0.30, 0.16), (0.75, 0.78, 0.60), (0.08, 0.42, 0.16))
 
 
+def new_salad_dressing() -> Item:
+    """The same bottle with its origin near the foot."""
+    return bottle("new_salad_dressing", 0.0237, (0.24, 0.30, 0.16), (0.75, 0.78, 0.60), (0.08, 0.42, 0.16))
+
+
 def bbq_sauce() -> Item:
     brown = (0.28, 0.10, 0.04)
     return grocery(
@@ -262,17 +279,66 @@ def wine_rack() -> Item:
     return furnishing("wine_rack", 0.62, parts, [region])
 
 
-def black_book() -> Item:
-    cover = (0.09, 0.09, 0.10)
-    return furnishing(
-        "black_book",
-        0.156,
-        [
-            box((-0.0148, -0.0673, 0.0022), (0.0139, 0.0430, 0.1366), cover),
-            box((-0.0115, -0.0660, 0.0035), (0.0106, 0.0435, 0.1371), (0.88, 0.87, 0.84), solid=False),
-            box((-0.0151, -0.0400, 0.0950), (0.0142, 0.0200, 0.1000), (0.80, 0.80, 0.80), solid=False),
-        ],
+def book(name: str, mass: float, low: Vec3, high: Vec3, cover: Colour, title: Part) -> Item:
+    """Return a standing book, its back towards -y, between two corners; the pages show at the other sides."""
+    pages = box(
+        (low[0] + 0.0033, low[1] + 0.0013, low[2] + 0.0013),
+        (high[0] - 0.0033, high[1] + 0.0005, high[2] + 0.0005),
+        (0.88, 0.87, 0.84),
+        solid=False,
     )
+    return furnishing(name, mass, [box(low, high, cover), pages, title])
+
+
+def black_book() -> Item:
+    title = box((-0.0151, -0.0400, 0.0950), (0.0142, 0.0200, 0.1000), (0.80, 0.80, 0.80), solid=False)
+    low, high = (-0.0148, -0.0673, 0.0022), (0.0139, 0.0430, 0.1366)
+    return book("black_book", 0.156, low, high, (0.09, 0.09, 0.10), title)
+
+
+def yellow_book() -> Item:
+    title = box((-0.0105, -0.0300, 0.0850), (0.0137, 0.0250, 0.0900), (0.35, 0.20, 0.10), solid=False)
+    low, high = (-0.0102, -0.0488, 0.0020), (0.0134, 0.0490, 0.1242)
+    return book("yellow_book", 0.108, low, high, (0.86, 0.66, 0.16), title)
+
+
+def wooden_tray() -> Item:
+    """A crate with a handle above each short side."""
+    wood, floor = (0.68, 0.52, 0.31), (0.60, 0.45, 0.27)
+    parts = [
+        box((-0.1362, -0.0851, -0.0001), (0.1518, 0.0747, 0.0071), floor),
+        box((-0.1362, -0.0868, 0.0038), (0.1518, -0.0822, 0.0626), wood),
+        box((-0.1362, 0.0735, 0.0028), (0.1518, 0.0781, 0.0596), wood),
+    ]
+    for wall, post in ((-0.1392, -0.1321), (0.1532, 0.1453)):
+        parts += [
+            box((wall - 0.0023, -0.0833, 0.0053), (wall + 0.0023, 0.0723, 0.0545), wood),
+            box((post - 0.0067, -0.0840, 0.0785), (post + 0.0067, 0.0740, 0.0809), wood),
+            *[
+                box((post - 0.0055, y - 0.0062, 0.0016), (post + 0.0055, y + 0.0062, 0.0800), wood)
+                for y in (-0.0785, 0.0685)
+            ],
+        ]
+    region = Site("contain_region", (0.0086, -0.0047, 0.0426), (0.0404, 0.0784, 0.1355), quat=turn("y", 90))
+    return furnishing("wooden_tray", 0.515, parts, [region])
+
+
+def wooden_two_layer_shelf() -> Item:
+    """Two boards between two sides and a back, open towards -y."""
+    wood, inside = (0.22, 0.18, 0.15), (0.17, 0.14, 0.115)
+    parts = [
+        box((-0.1609, -0.0792, 0.0002), (-0.1467, 0.1116, 0.2061), wood),
+        box((0.1560, -0.0792, 0.0002), (0.1702, 0.1116, 0.2061), wood),
+        box((-0.1604, 0.1070, 0.0002), (0.1662, 0.1117, 0.2061), inside),
+        box((-0.1480, -0.0707, 0.0692), (0.1584, 0.1081, 0.0708), inside),
+        box((-0.1706, -0.0787, 0.2061), (0.1806, 0.1115, 0.2103), wood),
+    ]
+    sites = [
+        Site("top_side", (0.0050, 0.0157, 0.2069), (0.1756, 0.0944, 0.0015)),
+        Site("top_region", (0.0054, 0.0169, 0.1367), (0.0674, 0.0856, 0.1509), quat=turn("y", -90)),
+        Site("bottom_region", (0.0056, 0.0169, 0.0141), (0.0353, 0.0856, 0.1558), quat=turn("y", 90)),
+    ]
+    return furnishing("wooden_two_layer_shelf", 2.32, parts, sites)
 
 
 def desk_caddy() -> Item:
@@ -400,6 +466,7 @@ def white_yellow_mug() -> Item:
 
 OBJECTS = [
     black_bowl,
+    white_bowl,
     plate,
     ramekin,
     cookies,
@@ -407,6 +474,7 @@ OBJECTS = [
     tomato_sauce,
     ketchup,
     salad_dressing,
+    new_salad_dressing,
     bbq_sauce,
     milk,
     orange_juice,
@@ -417,6 +485,9 @@ OBJECTS = [
     wine_bottle,
     wine_rack,
     black_book,
+    yellow_book,
+    wooden_tray,
+    wooden_two_layer_shelf,
     desk_caddy,
     moka_pot,
     frypan,

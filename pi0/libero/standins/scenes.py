@@ -139,14 +139,14 @@ def write_floor(folder: Path) -> None:
 
 
 def write_kitchen(folder: Path) -> None:
-    """Write the kitchen of libero_10, where the arena class brings other walls and floor."""
+    """Write the kitchen of libero_10 and libero_90, where the arena class brings other walls and floor."""
     room = arena("kitchen_arena")
     sizable_table(*room)
     write_tree(room[0], folder / "scenes" / "libero_kitchen_tabletop_base_style.xml")
 
 
 def write_living_room(folder: Path) -> None:
-    """Write the living room of libero_10: a low oval table, and a wall unit behind the robot."""
+    """Write the living room of libero_10 and libero_90: a low oval table, and a wall unit behind the robot."""
     root, asset, world = arena("living_room_arena", floor_body=True)
     add_material(asset, "table_wood", (0.36, 0.23, 0.17))
     add_material(asset, "unit_wood", (0.12, 0.10, 0.10))
@@ -162,7 +162,7 @@ def write_living_room(folder: Path) -> None:
 
 
 def write_study(folder: Path) -> None:
-    """Write the study of libero_10: a desk, a bookshelf and a plant."""
+    """Write the study of libero_10 and libero_90: a desk, a bookshelf and a plant."""
     root, asset, world = arena("study_arena")
     for name, colour in (
         ("desk_wood", (0.56, 0.39, 0.23)),
