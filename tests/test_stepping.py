@@ -13,13 +13,15 @@ from pi0.libero.libero_import import prepare_libero
 from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim, quat_to_axis_angle
 from pi0.libero.suites import DamagedPackageError, find_tasks, suite_tasks
 
-# A table, an open drawer, a floor of groceries, a stove to turn on, a kitchen with articulated doors.
+# A table, an open drawer, a floor of groceries, a stove to turn on, a kitchen with articulated doors, a tray, a shelf.
 TASKS = [
     ("libero_spatial", 3),
     ("libero_spatial", 4),
     ("libero_object", 1),
     ("libero_goal", 7),
     ("libero_10", 9),
+    ("libero_90", 63),
+    ("libero_90", 88),
     # LIBERO-PRO: other places, another goal
     ("libero_pro/object_swap", 3),
     ("libero_pro/goal_task", 0),
