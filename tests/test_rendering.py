@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -16,6 +17,16 @@ from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim
 from pi0.libero.suites import suite_tasks
 
 pytestmark = pytest.mark.engine
+
+BALL = """
+<mujoco>
+  <worldbody>
+    <light pos="0 0 2" dir="0 0 -1"/>
+    <camera name="agentview" pos="0 0 1"/>
+    <geom type="sphere" size="0.2" group="1" rgba="{} 0.2 0.2 1"/>
+  </worldbody>
+</mujoco>
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +86,26 @@ def test_frames_are_upright(frames):
 def test_an_unknown_mode_is_refused(frames):
     with pytest.raises(ValueError, match="use one of exact, fast"):
         Renderer(None, "pretty", 64)
+
+
+def test_a_renderer_that_is_closed_leaves_the_others_alone():
+    gl.select_backend()
+    models = [mujoco.MjModel.from_xml_string(BALL.format(red)) for red in (0.2, 0.9)]
+    renderers = [Renderer(model, "fast", 32) for model in models]
+    datas = [mujoco.MjData(model) for model in models]
+
+    def drawn(which: int) -> np.ndarray:
+        mujoco.mj_forward(models[which], datas[which])
+        frame = np.zeros((32, 32, 3), np.uint8)
+        renderers[which].render(datas[which], "agentview", frame)
+        return frame
+
+    drawn(1)
+    before = drawn(0)
+    assert before.max() > 0
+    renderers[1].close()  # while the context of the other one is current
+    assert np.array_equal(drawn(0), before)
+    renderers[0].close()
 
 
 def test_no_working_gl_says_what_each_back_end_answered_and_what_to_install(monkeypatch):

@@ -91,6 +91,9 @@ class Renderer:
     def close(self) -> None:
         """Free the GL context; the renderer cannot be used afterwards."""
         _RENDERERS.discard(self)
+        # What is freed belongs to the current context, and each one numbers its things from 1: without this, another
+        # renderer would lose its own and draw black frames.
+        self._context.make_current()
         self._mjr.free()
         self._context.free()
 
