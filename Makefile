@@ -9,7 +9,7 @@ LINT = .venv/bin/ruff check && .venv/bin/ruff format --check && .venv/bin/mypy
 PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser game libero-pro peers qc openpi lerobot check test soak upstream quickstart quickstart-critic quickstart-game resume \
+.PHONY: help setup setup-browser game libero-pro libero-plus peers qc openpi lerobot check test soak upstream quickstart quickstart-critic quickstart-game resume \
 	resume-critic resume-game
 
 help:  ## list the targets
@@ -42,15 +42,18 @@ lerobot:  ## install .venv-lerobot from requirements-lerobot.lock, by Python 3.1
 libero-pro: setup  ## install LIBERO-PRO's changed tasks: evaluate --suite libero_pro/spatial_swap (6 MB)
 	@$(SET_UP) --libero-pro
 
-check: game libero-pro  ## lint, check types, run the tests that start no process and simulate nothing
+libero-plus: setup  ## install LIBERO-plus's variants of tasks: evaluate --suite libero_plus/spatial (25 MB)
+	@$(SET_UP) --libero-plus
+
+check: game libero-pro libero-plus  ## lint, check types, run the tests that start no process and simulate nothing
 	$(LINT)
 	$(PYTEST) -m "not engine and not runs and not soak" $(ARGS)
 
-test: game libero-pro  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
+test: game libero-pro libero-plus  ## check, then the tests of the engine, of whole runs and of documented commands; CI runs it
 	$(LINT)
 	$(PYTEST) $(ARGS)
 
-soak: setup-browser game libero-pro openpi  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
+soak: setup-browser game libero-pro libero-plus openpi  ## run the long tests: many kills, hosts that die, every documented command, the report in a browser
 	$(PYTEST) -m soak $(ARGS)
 
 # An environment of its own, of 1.3 GB: openpi asks for other versions. The check computes on the CPU.

@@ -164,6 +164,7 @@ WAYS = {
     "make game peers": here(soak=True),
     "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
     "make libero-pro": here(),
+    "make libero-plus": here(),
     "make qc": here(soak=True),  # from the package registry, if .venv-qc is not there
     "make quickstart-game": elsewhere("test_parallel_runs.py"),
     "make quickstart-critic": elsewhere("test_acrlpd_runs.py"),

@@ -14,6 +14,7 @@ from pi0.libero.libero_import import libero_pro_root
 from pi0.libero.settings import TaskConfig, choices_of
 from pi0.libero.suites import (
     CHANGES,
+    PLUS_SUITES,
     PRO_SUITES,
     DamagedPackageError,
     UnknownTaskError,
@@ -24,7 +25,7 @@ from pi0.libero.suites import (
 
 
 def test_every_suite_can_be_configured():
-    assert {*PRO_SUITES, *suites.HORIZONS} == {*choices_of(TaskConfig, "benchmark_name")}
+    assert {*PRO_SUITES, *PLUS_SUITES, *suites.HORIZONS} == {*choices_of(TaskConfig, "benchmark_name")}
     assert len(PRO_SUITES) == 4 * len(CHANGES)
 
 
@@ -62,7 +63,7 @@ def test_tasks_without_initial_states_are_left_out_and_named():
     with pytest.raises(UnknownTaskError, match=re.escape("has tasks 0 to 9 without [3, 7], not 7")):
         find_tasks("libero_pro/spatial_task", [7])
     with pytest.raises(UnknownTaskError, match="unknown task"):
-        find_tasks("libero_pro/spatial_task", gone["libero_pro/spatial_task"][:1])
+        find_tasks("libero_pro/spatial_task", list(gone["libero_pro/spatial_task"])[:1])
     (task,) = find_tasks("libero_pro/spatial_task", [8])
     assert task.index == 8
     (empty,) = (

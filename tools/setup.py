@@ -1,10 +1,11 @@
 """Makes .venv from requirements.lock, and installs the software-GL libraries if it may.
 
     python3.11 tools/setup.py [--torch auto|cpu|cuda] [--browser] [--game] [--upstream] [--peers] [--qc] [--openpi] [--libero-pro]
-                               [--lerobot PYTHON3.12]
+                               [--libero-plus] [--lerobot PYTHON3.12]
 
 With --game it also installs requirements-game.lock into .venv: the emulator for pi0.parallel; with --libero-pro
-requirements-libero-pro.lock: LIBERO-PRO's changed tasks. With --upstream it makes
+requirements-libero-pro.lock: LIBERO-PRO's changed tasks; with --libero-plus requirements-libero-plus.lock: LIBERO-plus's
+variants. With --upstream it makes
 .venv-upstream from requirements-upstream.lock instead, for tools/check_upstream.py; with --peers .venv-peers from
 requirements-peers.lock, for benchmarks/parallel.py; with --qc .venv-qc from requirements-qc.lock, for benchmarks/qc.py;
 with --openpi .venv-openpi from requirements-openpi.lock: openpi's client and server of policies, for tests; with --lerobot
@@ -56,6 +57,7 @@ LEROBOT = Environment(ROOT / ".venv-lerobot", ROOT / "requirements-lerobot.lock"
 PLUGIN = ROOT / "plugins" / "lerobot"
 GAME_LOCK = ROOT / "requirements-game.lock"
 LIBERO_PRO_LOCK = ROOT / "requirements-libero-pro.lock"
+LIBERO_PLUS_LOCK = ROOT / "requirements-libero-plus.lock"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # names of Chromium; any of them is enough
 # The modules that a trainer, a rollout worker and a test import, some of them late.
 IMPORTS = """
@@ -221,6 +223,9 @@ def main():
     )
     parser.add_argument("--game", action="store_true", help="also the emulator for pi0.parallel (500 MB)")
     parser.add_argument("--libero-pro", action="store_true", help="also LIBERO-PRO's changed tasks (6 MB)")
+    parser.add_argument(
+        "--libero-plus", action="store_true", help="also LIBERO-plus's variants of tasks (25 MB)"
+    )
     options = parser.parse_args()
     environment = PROJECT
     others = (
@@ -242,6 +247,8 @@ def main():
         install_optional(GAME_LOCK)
     if options.libero_pro:
         install_optional(LIBERO_PRO_LOCK)
+    if options.libero_plus:
+        install_optional(LIBERO_PLUS_LOCK)
 
 
 def python_3_12(name):

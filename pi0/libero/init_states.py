@@ -25,6 +25,7 @@ import numpy as np
 from pi0.base.errors import MissingFileError
 from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
+from pi0.base.progress import progress
 from pi0.data.demonstrations import DataError
 from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim, state_hash
 from pi0.libero.suites import Task, suite_tasks
@@ -46,6 +47,7 @@ ARM_NOISE = 0.02
 # m sideways; if objects move further while they settle, the state is drawn again.
 MAX_SETTLE_MOTION = 0.05
 MAX_DRAWS_PER_STATE = 20
+BAR_AFTER_S = 10.0  # of making states, a bar shows how far it is
 
 
 class Caller(Protocol):
@@ -86,16 +88,20 @@ def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[Ini
     if fixtures not in FIXTURE_MODES:
         raise ValueError(f"unknown fixture placement {fixtures!r}; use one of {', '.join(FIXTURE_MODES)}")
     recorded = [task.recorded_init_states() for task in tasks]
-    jobs = [(task, len(states), fixtures) for task, states in zip(tasks, recorded, strict=True)]
-    files = [_cache_file("fixtures", pool, task, f"{fixtures}-{count}") for task, count, _ in jobs]
-    placed = _kept_or_made(pool, files, ["fixtures"], _place_fixtures, jobs)
+    counts: dict[Task, int] = {}
+    for task, states in zip(tasks, recorded, strict=True):
+        counts[task.scene] = max(len(states), counts.get(task.scene, 0))
+    jobs = [(scene, count, fixtures) for scene, count in counts.items()]
+    files = [_cache_file("fixtures", pool, scene, f"{fixtures}-{count}") for scene, count, _ in jobs]
+    made = _kept_or_made(pool, files, ["fixtures"], _place_fixtures, jobs)
+    placed = dict(zip(counts, made, strict=True))
     return [
         InitStatePool(
             task,
             "evaluation",
             [
                 InitState(state, fixture)
-                for state, fixture in zip(recorded[index], placed[index]["fixtures"], strict=True)
+                for state, fixture in zip(recorded[index], placed[task.scene]["fixtures"], strict=True)
             ],
             {"source": Path(task.init_states_file).name, "fixtures": fixtures, "count": len(recorded[index])},
         )
@@ -267,9 +273,11 @@ def _kept_or_made(
     """
     found = [_load(file, names, count) for file, (_, count, _) in zip(files, jobs, strict=True)]
     missing = [index for index, entry in enumerate(found) if entry is None]
-    for job, entry in pool.call(make, [jobs[index] for index in missing]):
-        found[missing[job]] = entry
-        _save(files[missing[job]], entry)
+    with progress(len(missing), "initial states", "scene", delay=BAR_AFTER_S) as bar:
+        for job, entry in pool.call(make, [jobs[index] for index in missing]):
+            found[missing[job]] = entry
+            _save(files[missing[job]], entry)
+            bar.update()
     return [entry for entry in found if entry is not None]
 
 

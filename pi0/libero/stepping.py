@@ -12,16 +12,20 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
 
 from pi0.libero.assets import Assets, use_assets
+from pi0.libero.changes import AGENT_CAMERA, Change
 from pi0.libero.libero_import import no_cuda_devices, prepare_libero
 from pi0.libero.scenes import compile_scene
 from pi0.libero.suites import Task
+
+if TYPE_CHECKING:
+    from pi0.libero.controller import ArmController
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +124,31 @@ class TaskSim:
         ).reshape(-1, 7)
         self._initializers = list(self.libero.object_property_initializers)
         self._arm = ArmController(self.libero)
+        self._arms: dict[tuple[float, ...], ArmController] = {(): self._arm}  # by the joints after a reset
+        camera = self.model.camera(AGENT_CAMERA)
+        self._camera = camera.id, camera.pos.copy(), camera.quat.copy()
+        self._change: Change | None = None
         self._clock = _ObservationClock(self.libero.model_timestep)
         self._contact_geoms: dict[int, np.ndarray] = {}
         self.libero.check_contact = self._check_contact
         self.success = False
+        self.change_to(task.change)
+
+    def change_to(self, change: Change | None) -> None:
+        """Make this the scene of a variant, or with None LIBERO's own; `reset` or `restore` must follow.
+
+        Camera and joints are changed. What else a variant changes lies in its task and in its frames.
+        """
+        if change == self._change:
+            return
+        camera, position, turn = self._camera
+        moved = (position, turn) if change is None else change.camera(position, turn)
+        self.model.cam_pos[camera], self.model.cam_quat[camera] = moved
+        joints = () if change is None else change.joints
+        if joints not in self._arms:
+            self._arms[joints] = self._arm_reset_to(joints)
+        self._arm = self._arms[joints]
+        self._change = change
 
     # Reset ---------------------------------------------------------------------------------------
 
@@ -262,6 +287,21 @@ class TaskSim:
         self._clock.elapsed, self._clock.sampled = snapshot.clock
 
     # Internals -----------------------------------------------------------------------------------
+
+    def _arm_reset_to(self, joints: tuple[float, ...]) -> ArmController:
+        """The controller of a robot that a reset puts elsewhere.
+
+        The recorded state then sets the arm's joints, as always. But the controller's first goal and the posture that
+        it prefers all through the episode are those of the reset, which is LIBERO-plus's change of the robot.
+        """
+        from pi0.libero.controller import ArmController
+
+        robot = self.libero.robots[0]
+        usual, robot.init_qpos = robot.init_qpos, np.array(joints)
+        self.libero.sim.reset()
+        robot.reset(deterministic=True)  # without drawing from NumPy's global random stream
+        robot.init_qpos = usual
+        return ArmController(self.libero)
 
     def _set_fixtures(self, placements: np.ndarray) -> None:
         self.model.body_pos[self._fixture_bodies] = placements[:, :3]

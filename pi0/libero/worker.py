@@ -10,20 +10,23 @@ import gc
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from pi0.data.demonstrations import Observation
 from pi0.libero.assets import Assets
+from pi0.libero.changes import AGENT_CAMERA
+from pi0.libero.corruptions import corrupted_view
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
 from pi0.libero.libero_import import leave_out_wrappers
-from pi0.libero.rendering import Renderer
+from pi0.libero.rendering import CAMERAS, Renderer
 from pi0.libero.stepping import Snapshot, TaskSim
 from pi0.libero.suites import Task
 from pi0.workers.arrays import ArrayTable
 
 VIDEO_SIZE = 256
-VIDEO_CAMERA = "agentview"
+VIDEO_CAMERA = AGENT_CAMERA
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,25 @@ class Worker:
         self._render_s = 0.0
 
     def open(self, task: Task) -> tuple[TaskSim, Renderer]:
-        """The scene of a task, built on first use."""
-        if task not in self._open:
+        """The scene of a task, built on first use, with the changes of a variant."""
+        scene = task.scene
+        if scene not in self._open:
             if len(self._open) >= self.spec.max_open_tasks:
                 self._close_oldest()
                 # LIBERO's objects refer to each other in circles, and Python, which does not see the hundred
                 # megabytes of MuJoCo's behind them, would let dozens of closed scenes pile up.
                 gc.collect()
-            sim = TaskSim(task, self.spec.assets)
-            self._open[task] = (
+            sim = TaskSim(scene, self.spec.assets)
+            self._open[scene] = (
                 sim,
                 Renderer(sim.model, self.spec.render, max(self.spec.image_size, VIDEO_SIZE)),
             )
-        self._open.move_to_end(task)
-        return self._open[task]
+        self._open.move_to_end(scene)
+        self._open[scene][0].change_to(task.change)
+        return self._open[scene]
 
     def report(self) -> frozenset[Task]:
-        """Tasks whose scenes are open."""
+        """Tasks whose scenes are open; one for all variants in a scene."""
         return frozenset(self._open)
 
     def close(self) -> None:
@@ -149,7 +154,7 @@ class Worker:
         else:
             sim, renderer = self.open(rollout.task)
             sim.reset(rollout.init, rollout.settle_steps)
-            self._observe(slot, sim, renderer)
+            self._observe(slot, sim, renderer, rollout, 0)
             self._slots[slot] = _Slot(rollout, sim.snapshot())
             if rollout.record:
                 self._film(self._slots[slot], sim, renderer)
@@ -176,8 +181,9 @@ class Worker:
         between: list[Observation] = []
 
         def look() -> None:
-            self._observe(slot, sim, renderer)
+            self._observe(slot, sim, renderer, rollout, began + executed)
 
+        began = running.steps
         for executed in range(1, count + 1):
             if rollout.keep_every and executed > 1:
                 between.append(self._seen(slot))
@@ -207,11 +213,19 @@ class Worker:
             self.arrays["states"][slot].copy(),
         )
 
-    def _observe(self, slot: int, sim: TaskSim, renderer: Renderer) -> None:
+    def _observe(self, slot: int, sim: TaskSim, renderer: Renderer, rollout: Rollout, moment: int) -> None:
+        """Put what is seen after `moment` control steps into a slot's arrays."""
         self.arrays["states"][slot] = sim.proprioception()
         started = time.perf_counter()
+        change = rollout.task.change
         for index, camera in enumerate(self.spec.cameras):
-            renderer.render(sim.data, camera, self.arrays["images"][slot, index])
+            image = self.arrays["images"][slot, index]
+            if change is not None and change.noise and CAMERAS[camera] == AGENT_CAMERA:
+                name = f"{rollout.task.name} {rollout.init.name} {moment}"
+                draw = partial(renderer.render, sim.data, camera)
+                image[:] = corrupted_view(draw, change.noise, name, self.spec.image_size)
+            else:
+                renderer.render(sim.data, camera, image)
         self._render_s += time.perf_counter() - started
 
     def _film(self, running: _Slot, sim: TaskSim, renderer: Renderer) -> None:
