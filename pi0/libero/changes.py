@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mujoco
 import numpy as np
 
 # The seven kinds of LIBERO-plus (Fei et al. 2025), in the order of its table.
@@ -48,37 +47,34 @@ class Change:
         It follows `_setup_camera` of LIBERO-plus's problem classes. They round every pose, so the camera of a variant
         that leaves it alone stands up to 0.05 mm from LIBERO's.
         """
+        from scipy.spatial.transform import (
+            Rotation,  # as LIBERO-plus: a pose between two roundings falls to the same side
+        )
+
+        def around_z(degrees: int) -> Rotation:
+            return Rotation.from_euler("z", degrees, degrees=True)
+
+        def around_y(degrees: int) -> Rotation:
+            return Rotation.from_rotvec(np.radians(-degrees) * np.array([0, 1, 0]))
+
+        def turned(turn: np.ndarray, rotation: Rotation) -> np.ndarray:
+            return _rounded(
+                (rotation * Rotation.from_quat(turn, scalar_first=True)).as_quat(scalar_first=True)
+            )
+
         around, up, percent, aside, tilt = self.view
-        position, turn = np.array(position, dtype=np.float64), np.array(turn, dtype=np.float64)
         if up:
-            raising = _rotation((0, -1, 0), up)
-            position = _rounded(_rotated(position - _PIVOT, raising) + _PIVOT)
-            turn = _rounded(_product(raising, turn))
-        turning = _rotation((0, 0, 1), around)
-        position, turn = _rounded(_rotated(position, turning)), _rounded(_product(turning, turn))
+            raising = around_y(up)
+            position, turn = _rounded(raising.apply(position - _PIVOT) + _PIVOT), turned(turn, raising)
+        turning = around_z(around)
+        position, turn = _rounded(turning.apply(position)), turned(turn, turning)
         if percent != 100:
             position = _rounded(_PIVOT + (position - _PIVOT) * (percent / 100))
-        for axis, degrees in (((0, 0, 1), aside), ((0, -1, 0), tilt)):
-            if degrees:
-                turn = _rounded(_product(_rotation(axis, degrees), turn))
+        if aside:
+            turn = turned(turn, around_z(aside))
+        if tilt:
+            turn = turned(turn, around_y(tilt))
         return position, turn / np.linalg.norm(turn)
-
-
-def _rotation(axis: tuple[int, int, int], degrees: int) -> np.ndarray:
-    half = np.radians(degrees) / 2
-    return np.array([np.cos(half), *(np.sin(half) * np.array(axis))])
-
-
-def _product(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    product = np.zeros(4)
-    mujoco.mju_mulQuat(product, first, second / np.linalg.norm(second))
-    return product
-
-
-def _rotated(vector: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    rotated = np.zeros(3)
-    mujoco.mju_rotVecQuat(rotated, vector, turn)
-    return rotated
 
 
 def _rounded(numbers: np.ndarray) -> np.ndarray:

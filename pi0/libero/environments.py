@@ -21,7 +21,7 @@ from pi0.libero.init_states import (
 from pi0.libero.rendering import CAMERAS
 from pi0.libero.rollouts import Policy, RolloutPool
 from pi0.libero.settings import MAX_SEED, TaskConfig
-from pi0.libero.suites import Task, find_tasks
+from pi0.libero.suites import Task, find_tasks, package_of
 from pi0.libero.worker import WorkerSpec
 from pi0.ranks import collectives
 from pi0.training.interrupts import Interrupts
@@ -241,7 +241,9 @@ class Environments:
             "assets": spec.assets.describe(),
             "versions": {
                 name: importlib.metadata.version(name)
-                for name in ("mujoco", "robosuite", "hf-libero", "torch", "numpy")
+                for name in dict.fromkeys(
+                    ("mujoco", "robosuite", "hf-libero", "torch", "numpy", package_of(self.benchmark_name))
+                )
             },
             **more,
         }

@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from pi0.base.errors import InputError, MachineError
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate, wilson_interval
+from pi0.libero.changes import KINDS
 from pi0.libero.environments import EVALUATION, EVALUATION_STATES, VALIDATION_STATES, Environments
-from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Episode
+from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Policy
 from pi0.ranks import collectives
 from pi0.training.interrupts import Interrupted
+
+
+class Kept(Protocol):
+    """Episodes of earlier runs of an evaluation, and where finished ones go (`pi0.libero.kept.KeptEpisodes`)."""
+
+    def outline(self, rollout: Rollout) -> dict[str, Any] | None:
+        """`success` and `steps` of a rollout; None if it is still to be run."""
+
+    def add(self, episode: Episode) -> Episode:
+        """Keep an episode; it is returned as an outline."""
+
 
 LARGEST_BROKEN_SHARE = 0.1  # of episodes; if more broke, the command ends with an error
 
@@ -75,7 +87,8 @@ class EvaluationResult:
     def score(self) -> dict[str, Any]:
         """The evaluation as numbers: counts and 95% Wilson intervals, for each task and for all.
 
-        An episode that broke is in "outcomes" without success or failure (None), and counted nowhere.
+        An episode that broke is in "outcomes" without success or failure (None), and counted nowhere. Of variants there
+        are also numbers for each kind of change.
         """
 
         def rate(outcomes: list[bool]) -> dict[str, Any]:
@@ -87,9 +100,11 @@ class EvaluationResult:
                 "interval_95": [low, high],
             }
 
+        kinds = self.by_kind()
         return {
             **rate(self.outcomes),
             "tasks": {name: rate(outcomes) for name, outcomes in self.by_task().items()},
+            **({"kinds": {kind: rate(outcomes) for kind, outcomes in kinds.items()}} if kinds else {}),
             "broken": self.broken,
             "outcomes": [
                 {
@@ -97,16 +112,33 @@ class EvaluationResult:
                     "state": e.rollout.init_index,
                     "success": e.success if e.failure is None else None,
                     "steps": e.steps,
+                    **(
+                        {"kind": e.rollout.task.change.kind, "name": e.rollout.task.name}
+                        if e.rollout.task.change
+                        else {}
+                    ),
                 }
                 for e in self.episodes
             ],
         }
 
+    def by_kind(self) -> dict[str, list[bool]]:
+        """Outcomes of variants by kind of change, in the order of `KINDS`; empty if there are none."""
+        kinds: dict[str, list[bool]] = {}
+        for episode in self.episodes:
+            change = episode.rollout.task.change
+            if change is not None:
+                outcomes = kinds.setdefault(change.kind, [])
+                if episode.failure is None:
+                    outcomes.append(episode.success)
+        return {kind: kinds[kind] for kind in KINDS if kind in kinds}
+
     def by_task(self) -> dict[str, list[bool]]:
-        """Outcomes by task name; the list is empty if all episodes of a task broke."""
+        """Outcomes by task name; the list is empty if all episodes of a task broke. Variants count for LIBERO's task."""
         tasks: dict[str, list[bool]] = {}
         for episode in self.episodes:
-            outcomes = tasks.setdefault(episode.rollout.task.name, [])
+            task = episode.rollout.task
+            outcomes = tasks.setdefault(task.change.base if task.change else task.name, [])
             if episode.failure is None:
                 outcomes.append(episode.success)
         return tasks
@@ -149,6 +181,7 @@ def evaluate(
     label: str = "evaluation",
     initial_states: list[InitStatePool] | None = None,
     filmed: int | None = None,
+    kept: Kept | None = None,
 ) -> EvaluationResult:
     """Evaluate a policy on the evaluation states of all tasks, or on other `initial_states`.
 
@@ -163,7 +196,8 @@ def evaluate(
         record: draw a video frame every this many control steps; 0: none.
         label: text of the progress bar.
         initial_states: states to use instead of the evaluation states, a pool for each task.
-        filmed: draw frames only in the first so many states of each task; None: in all.
+        filmed: draw frames only in the first so many episodes of each task, of variants of each kind; None: in all.
+        kept: episodes that an earlier run has finished are not run again, and the result holds outlines.
     Raises:
         InputError: more episodes than there are states.
         Interrupted: the run was asked to stop.
@@ -177,21 +211,31 @@ def evaluate(
                 f"{states.task.name} has {len(states)} evaluation states, but {count} are needed; use fewer episodes"
             )
     rollouts = [
-        environments.rollout(
-            states,
-            index,
-            (EVALUATION, seed, states.task.index, index),
-            record if filmed is None or index < filmed else 0,
-        )
+        environments.rollout(states, index, (EVALUATION, seed, states.task.index, index), record)
         for states, count in zip(pools, counts, strict=True)
         for index in range(count)
     ]
+    if filmed is not None:
+        rollouts = _filmed_first(rollouts, filmed)
     rank, world_size = collectives.rank_and_world_size()
     share = range(rank, len(rollouts), world_size)
-    results: dict[int, Episode] = {}
-    with progress(total=len(share), label=label, unit="episode") as bar, suppress(Interrupted):
-        for index, episode in environments.run_policy(policy, [rollouts[index] for index in share]):
-            results[share[index]] = episode
+    known = {index: None if kept is None else kept.outline(rollouts[index]) for index in share}
+    results = {
+        index: _restored(environments, rollouts[index], outline)
+        for index, outline in known.items()
+        if outline is not None
+    }
+    # Variants that share a scene come together, so that few scenes are open at a time.
+    scenes = {rollout.task.scene: number for number, rollout in reversed([*enumerate(rollouts)])}
+    waiting = sorted(
+        set(share) - results.keys(), key=lambda index: (scenes[rollouts[index].task.scene], index)
+    )
+    with (
+        progress(total=len(share), label=label, unit="episode", initial=len(results)) as bar,
+        suppress(Interrupted),
+    ):
+        for index, episode in environments.run_policy(policy, [rollouts[index] for index in waiting]):
+            results[waiting[index]] = episode if kept is None else kept.add(episode)
             bar.update(1, f"{sum(e.success for e in results.values())} solved")
     environments.interrupts.check_together(abandoned=len(results) < len(share))
     if world_size > 1:
@@ -204,6 +248,31 @@ def evaluate(
     )
 
 
+def _filmed_first(rollouts: list[Rollout], count: int) -> list[Rollout]:
+    """The rollouts, of which only the first `count` of each task, or of each kind of variants, are filmed."""
+    seen: Counter = Counter()
+    chosen = []
+    for rollout in rollouts:
+        change = rollout.task.change
+        group = rollout.task if change is None else change.kind
+        chosen.append(rollout if seen[group] < count else replace(rollout, record=0))
+        seen[group] += 1
+    return chosen
+
+
+def _restored(environments: Environments, rollout: Rollout, outline: dict[str, Any]) -> Episode:
+    """An episode of which only its outline is known."""
+    return Episode(
+        rollout,
+        images={},
+        states=np.zeros((0, STATE_DIM), np.float32),
+        actions=np.zeros((0, environments.pool.spec.chunk, ACTION_DIM), np.float32),
+        executed=np.array([outline["steps"]]),
+        success=outline["success"],
+        failure=outline["failure"],
+    )
+
+
 def restore_result(environments: Environments, content: dict) -> EvaluationResult:
     """Restore an evaluation of recorded states from `EvaluationResult.to_dict`; a collective."""
     pools = {pool.task.index: pool for pool in collectives.on_rank_zero(environments.evaluation_states)}
@@ -211,15 +280,6 @@ def restore_result(environments: Environments, content: dict) -> EvaluationResul
     episodes = []
     for outline in content["episodes"]:
         task, state = outline["task"], outline["state"]
-        episodes.append(
-            Episode(
-                environments.rollout(pools[task], state, (EVALUATION, seed, task, state)),
-                images={},
-                states=np.zeros((0, STATE_DIM), np.float32),
-                actions=np.zeros((0, environments.pool.spec.chunk, ACTION_DIM), np.float32),
-                executed=np.array([outline["steps"]]),
-                success=outline["success"],
-                failure=outline["failure"],
-            )
-        )
+        rollout = environments.rollout(pools[task], state, (EVALUATION, seed, task, state))
+        episodes.append(_restored(environments, rollout, outline))
     return EvaluationResult(episodes, content["protocol"])

@@ -28,14 +28,19 @@ def write_films(result: EvaluationResult, folder: Path) -> None:
         folder: folder for the videos.
     """
     for episode in result.episodes:
-        if not episode.rollout.record:
-            continue
-        if episode.failure is not None:
-            print(f"not filmed: {episode.rollout}: {episode.failure}")
-            continue
-        outcome = "success" if episode.success else "failure"
-        name = f"task{episode.rollout.task.index}-state{episode.rollout.init_index}-{outcome}.mp4"
-        write_video(folder / name, episode.video, VIDEO_FPS)
+        write_film(episode, folder)
+
+
+def write_film(episode: Episode, folder: Path) -> None:
+    """Write the video of an episode, if it was filmed (`write_films`)."""
+    if not episode.rollout.record:
+        return
+    if episode.failure is not None:
+        print(f"not filmed: {episode.rollout}: {episode.failure}")
+        return
+    outcome = "success" if episode.success else "failure"
+    name = f"task{episode.rollout.task.index}-state{episode.rollout.init_index}-{outcome}.mp4"
+    write_video(folder / name, episode.video, VIDEO_FPS)
 
 
 def film_before_after(

@@ -120,7 +120,7 @@ def _variant(suite: str, name: str, bases: list[str]) -> Variant:
             categories(libero_plus_root() / "bddl_files" / suite / f"{name}.bddl") - _known_categories()
         )
         if unknown:
-            left_out = f"there is no stand-in for {', '.join(unknown)}"
+            left_out = f"there are no stand-ins for what they add: {', '.join(unknown)}"
     return Variant(name, Change(kind, base, view, joints, noise), goal, instruction, states, left_out)
 
 

@@ -18,6 +18,7 @@ Suite = Literal[
     # LIBERO-plus's variants of these (`pi0.libero.suites.PLUS_SUITES`)
     "libero_plus/spatial", "libero_plus/object", "libero_plus/goal", "libero_plus/10",
 ]  # fmt: skip
+PLUS = "libero_plus/"  # how the names of suites of variants begin
 MAX_SEED = 2**31 - 1
 RECORDED_STATES = 50  # for each task of every suite
 

@@ -24,6 +24,7 @@ from pi0.data.instructions import instruction_in
 from pi0.libero import libero_plus
 from pi0.libero.changes import Change
 from pi0.libero.libero_import import libero_package_root, libero_plus_root, libero_pro_root
+from pi0.libero.settings import PLUS
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
 HORIZONS = {
@@ -48,7 +49,6 @@ PRO_SUITES = tuple(
     for change in CHANGES
 )
 # LIBERO-plus (Fei et al. 2025) makes about 2,500 variants of each of these suites' ten tasks.
-PLUS = "libero_plus/"
 PLUS_SUITES = tuple(f"{PLUS}{name}" for name in ("spatial", "object", "goal", "10"))
 
 # The functions and classes in the pickle of an array.
@@ -192,14 +192,14 @@ def suite_tasks(suite: str) -> list[Task]:
         MissingPackageError: a changed suite, and its package is not installed.
     """
     gone = left_out(suite)
-    return [task for task in _tasks(suite) if task.name not in gone]
+    return [task for task in every_task(suite) if task.name not in gone]
 
 
 def left_out(suite: str) -> dict[str, str]:
     """Names of the tasks of a changed suite that cannot be simulated, and why; none of LIBERO's own."""
     refuse_unknown_suite(suite)
     if suite.startswith(PRO):
-        return {task.name: NO_STATES for task in _tasks(suite) if _unusable(task)}
+        return {task.name: NO_STATES for task in every_task(suite) if _unusable(task)}
     if suite.startswith(PLUS):
         return {variant.name: variant.left_out for variant in _variants(suite) if variant.left_out}
     return {}
@@ -214,7 +214,8 @@ def _unusable(task: Task) -> bool:
     return False
 
 
-def _tasks(suite: str) -> list[Task]:
+def every_task(suite: str) -> list[Task]:
+    """All tasks of a suite, also those that are left out; raises as `suite_tasks` does."""
     refuse_unknown_suite(suite)
     if suite.startswith(PLUS):
         return list(_plus_tasks(suite))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pi0 import PI0Policy
-from pi0.base.errors import InputError
+from pi0.base.errors import CheckpointError, InputError
 from pi0.model.config import SiglipDims
 
 
@@ -54,6 +54,17 @@ class ActingPolicy:
     def noise(self, key: tuple[int, ...]) -> np.ndarray:
         """Standard normal float32 [horizon, action dim]; the same key gives the same numbers everywhere."""
         return np.random.default_rng(key).standard_normal(self._shape, dtype=np.float32)
+
+    def reads(self, prompt: str) -> bool:
+        """Whether the policy has room for an instruction."""
+        config = self._policy.config
+        # The middle bin of a state has three digits, and none has more.
+        width = config.action_dim if config.pad_discrete_state else config.robot_state_dim
+        try:
+            self._policy.tokenizer.encode(prompt, np.zeros(width) if config.discrete_state_input else None)
+        except CheckpointError:
+            return False
+        return True
 
     @torch.inference_mode()
     def act(
