@@ -166,6 +166,7 @@ WAYS = {
     "make peers": here(soak=True),  # from the package registry, if .venv-peers is not there
     "make libero-pro": here(),
     "make libero-plus": here(),
+    "make lerobot": not_run("needs a Python 3.12 and 5 GB; test_lerobot_plugin.py runs in what it makes"),
     "make qc": here(soak=True),  # from the package registry, if .venv-qc is not there
     "make quickstart-game": elsewhere("test_parallel_runs.py"),
     "make quickstart-critic": elsewhere("test_acrlpd_runs.py"),
