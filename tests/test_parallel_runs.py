@@ -280,20 +280,27 @@ def test_a_resumed_run_keeps_the_number_of_workers_that_was_chosen_for_it(tmp_pa
 
 
 def disturb(trainer: ParallelTrainer, times: int, seed: int, signals: tuple[int, ...]) -> threading.Thread:
-    """Kill or stop random workers, so many times, while the trainer runs; stops when none is left to disturb."""
+    """Kill or stop random workers, so many times, while the trainer runs; stops when none is left to disturb.
+
+    A worker is disturbed once an update at most: a slice is filled within two, and a third loss would end the run.
+    """
     draw = random.Random(seed)
 
     def run():
-        done = 0
-        while done < times:
+        disturbed: set[tuple[int, int]] = set()
+        while len(disturbed) < times:
             time.sleep(draw.uniform(0.02, 0.3))
-            started = trainer.run_dir is not None and (trainer.run_dir / "metrics.jsonl").exists()
-            if started and (workers := trainer.processes):
+            metrics = None if trainer.run_dir is None else trainer.run_dir / "metrics.jsonl"
+            if metrics is None or not metrics.exists() or not (workers := trainer.processes):
+                continue
+            updates = metrics.read_text().count("\n")
+            number = draw.randrange(len(workers))
+            if (number, updates) not in disturbed:
                 try:
-                    os.kill(draw.choice(workers), draw.choice(signals))
+                    os.kill(workers[number], draw.choice(signals))
                 except ProcessLookupError:
                     continue
-                done += 1
+                disturbed.add((number, updates))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
