@@ -204,10 +204,11 @@ class TaskEnvs(VectorEnv):
         """As `call`."""
         return self.call(name)
 
-    def close_extras(self, **kwargs: Any) -> None:
-        """End the workers."""
+    def close(self, **kwargs: Any) -> None:
+        """End the workers. The next `reset` begins again with the first state, as where LeRobot scores while it trains."""
         if self._envs is not None:
             self._envs.close()
+        self._envs, self._next_state = None, 0
 
     def _turned(self, observations: dict[str, Any]) -> dict[str, Any]:
         # The engine's frames are upright and true; LIBERO's, which are upside down, turned by 180 degrees are mirrored.
