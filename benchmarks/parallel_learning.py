@@ -216,6 +216,11 @@ def tables(runs: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> str:
             format_mean(last),
         )
         lines.append(f"| {' | '.join(map(str, cells))} | {compared.strip()}")
+    lines += ["", "| run | seeds | mean of the last 100 episodes, over seeds |", "|---|---|---|"]
+    for name in RUNS:
+        means = [statistics.mean(scores_of(each)[-RECENT:]) for each in runs if each["run"] == name]
+        if means:
+            lines.append(f"| {name} | {len(means)} | {statistics.mean(means):.1f} |")
     lines += ["", "| score of whole episodes, overlap | seed | before | after |", "|---|---|---|---|"]
     for each in ordered(runs):
         for how in each["scores"].get("before", {}):

@@ -84,7 +84,7 @@ RESTLESS_ORIGINALS: dict[tuple[str, int], dict[str, tuple[int, str]]] = {
         "ketchup_1": (50, IN_THE_AIR.format(57)),
         "tomato_sauce_1": (1, SHOVED.format(201)),
     },
-    # Of libero_90 the tasks in whose tested states something moves.
+    # In libero_90 these are the tasks in whose tested states something moves.
     ("libero_90", 0): {
         "akita_black_bowl_1": (2, SHOVED.format(1060)),
         "butter_1": (4, SHOVED.format(80)),

@@ -110,7 +110,8 @@ class Task:
     def recorded_init_states(self) -> np.ndarray:
         """LIBERO's recorded initial states, float64 [50, state size]: time, qpos, qvel.
 
-        A variant of LIBERO-plus has one: its benchmark runs each of them once, from the first state. They are pickles: only files of the installed package are opened, and only arrays are read from them.
+        A variant of LIBERO-plus has one: its benchmark runs each of them once, from the first state. They are pickles: only
+        files of the installed package are opened, and only arrays are read from them.
 
         Raises:
             ValueError: the file is not one of the installed package.
@@ -172,7 +173,7 @@ def package_of(suite: str) -> str:
 
 
 def _roots(suite: str) -> list[Callable[[], Path]]:
-    """Of the packages that a suite's initial states may come from."""
+    """What finds the folders of the packages that hold a suite's initial states."""
     changed = {PRO: libero_pro_root, PLUS: libero_plus_root}
     return [libero_package_root, *(root for prefix, root in changed.items() if suite.startswith(prefix))]
 
