@@ -43,6 +43,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figures import save
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.stats import format_rate, mean_interval, paired_difference
@@ -328,10 +329,7 @@ def draw(lines: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) 
     panels[0].set_ylabel("success (%), 100 episodes, mean over seeds")
     panels[0].set_ylim(0, 100)
     panels[1].legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    print(f"written to {path}")
+    save(figure, path)
 
 
 if __name__ == "__main__":

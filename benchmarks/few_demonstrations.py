@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.figures import save
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.stats import format_rate
@@ -158,10 +159,7 @@ def draw(runs: dict[int, list[dict[str, Any]]], file: Path) -> None:
     axes.set_ylabel("success on recorded states, %")
     axes.set_ylim(0, 102)
     axes.legend()
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100, metadata={"Software": None})
-    print(f"written to {file}")
+    save(figure, file)
 
 
 if __name__ == "__main__":

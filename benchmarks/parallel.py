@@ -47,6 +47,7 @@ sys.path.insert(0, str(ROOT))
 
 from processes import PEERS, PEERS_PYTHON, end_on_sigterm, require_peers, run, start
 
+from benchmarks.figures import save
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.files import write_json
@@ -697,10 +698,7 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
     axis.set_ylabel("times one worker")
     axis.set_title(f"{result['machine']['cpu']}, {result['date']}", fontsize=9)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100, metadata={"Software": None})
-    print(f"written to {file}")
+    save(figure, file)
 
 
 if __name__ == "__main__":

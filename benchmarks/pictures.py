@@ -21,6 +21,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.figures import save
 from pi0.base.errors import run_command
 from pi0.libero import gl
 from pi0.libero.assets import resolve_assets
@@ -68,7 +69,7 @@ def draw_standins(file: Path) -> None:
             axis.imshow(frame(renderer, sim, camera, 256))
         column[0].set_title(f"{suite} {index}", fontsize=9)
         renderer.close()
-    save(figure, axes, file)
+    save_frames(figure, axes, file)
 
 
 def draw_rendering(file: Path) -> None:
@@ -83,7 +84,7 @@ def draw_rendering(file: Path) -> None:
             axis.set_title(f"{camera}, {size} pixels", fontsize=8)
         row[0].set_ylabel(f"render: {mode}")
         renderer.close()
-    save(figure, axes, file)
+    save_frames(figure, axes, file)
 
 
 def frame(renderer: Renderer, sim: TaskSim, camera: str, size: int) -> np.ndarray:
@@ -92,13 +93,11 @@ def frame(renderer: Renderer, sim: TaskSim, camera: str, size: int) -> np.ndarra
     return out
 
 
-def save(figure: plt.Figure, axes: np.ndarray, file: Path) -> None:
+def save_frames(figure: plt.Figure, axes: np.ndarray, file: Path) -> None:
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.tight_layout()
-    figure.savefig(file, dpi=80, metadata={"Software": None})
-    print(f"written to {file}")
+    save(figure, file, dpi=80)
 
 
 if __name__ == "__main__":

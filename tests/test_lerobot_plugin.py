@@ -15,6 +15,7 @@ from pi0.libero.evaluation import evaluate
 from pi0.libero.gym_env import LIBEROEnv
 from pi0.libero.settings import TaskConfig
 from pi0.policy.acting import ActingPolicy
+from tests.support.episodes import write_chunks
 
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 
@@ -44,11 +45,7 @@ def test_a_policy_in_lerobot_gets_the_outcomes_it_has_here(tmp_path):
     task = TaskConfig(task_names_to_use=[3, 8], assets="standins", max_episode_length=120)
     with Environments(task, policy.config) as environments:
         known = evaluate(environments, ActingPolicy(policy), 12, 0)
-    np.savez(
-        tmp_path / "table.npz",
-        states=np.concatenate([episode.states for episode in known.episodes]),
-        actions=np.concatenate([episode.actions for episode in known.episodes]),
-    )
+    write_chunks(tmp_path / "table.npz", known.episodes)
     package = tmp_path / "packages" / "lerobot_policy_repeats-0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: lerobot_policy_repeats\nVersion: 0\n")

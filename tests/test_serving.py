@@ -38,6 +38,7 @@ from pi0.serving.messages import (
     unpack,
 )
 from pi0.serving.server import PolicyServer
+from tests.support.episodes import write_chunks
 from tests.support.ranks import free_port
 
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
@@ -728,11 +729,7 @@ def test_openpis_server_is_scored_by_what_its_policy_does(tmp_path):
     task = TaskConfig(task_names_to_use=[3, 8], assets="standins", max_episode_length=120, replan_steps=5)
     with Environments(task, policy.config) as environments:
         known = evaluate(environments, ActingPolicy(policy), 8, 0)
-    np.savez(
-        tmp_path / "table.npz",
-        states=np.concatenate([episode.states for episode in known.episodes]),
-        actions=np.concatenate([episode.actions for episode in known.episodes]),
-    )
+    write_chunks(tmp_path / "table.npz", known.episodes)
     port = free_port()
     script = REPO_ROOT / "tests" / "support" / "serve_by_openpi.py"
     server = subprocess.Popen(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from pi0.libero.episodes import Episode, Rollout
@@ -11,6 +14,15 @@ from pi0.libero.suites import Task
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 TASK = Task("libero_spatial", 3, "pick_up_the_bowl", "pick up the black bowl", "", "")
+
+
+def write_chunks(file: Path, episodes: Sequence[Episode]) -> None:
+    """The states [N, 8] in which a policy was asked, and its chunks [N, H, 7], for policies that repeat them."""
+    np.savez(
+        file,
+        states=np.concatenate([episode.states for episode in episodes]),
+        actions=np.concatenate([episode.actions for episode in episodes]),
+    )
 
 
 def make_episode(success: bool, executed: list[int], seed: int, chunk: int = 10, index: int = 0) -> Episode:
