@@ -10,7 +10,7 @@ PYTEST = .venv/bin/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-browser game libero-pro libero-plus peers qc openpi lerobot check test soak upstream quickstart quickstart-critic quickstart-game resume \
-	resume-critic resume-game
+	resume-critic resume-game suites suite
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,19 @@ quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table
 
 resume: setup  ## resume an interrupted quickstart
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)
+
+# Starts of configs/suite_*.yaml. They must half-work: a suite with less than 0.6 on training states practises better.
+SUITES ?= spatial object goal
+START_spatial = --demonstrations 50
+START_object = --demonstrations 40
+START_goal = --demonstrations 40 --action-noise 0.1
+suites: setup  ## make the starts of whole suites from nothing: scripted demonstrations, then cloning (10 minutes each)
+	$(foreach suite,$(SUITES),.venv/bin/python -m pi0.warmstart --suite libero_$(suite) --tasks $(START_$(suite)) --max-minutes 8 \
+		--target-success 0.6 --score-every 600 --score-episodes 60 --output checkpoints/suite_$(suite) &&) true
+
+suite: setup  ## practise all tasks of a suite by RIPT: make suite SUITE=libero_spatial (or libero_object, libero_goal)
+	@test -f configs/suite_$(SUITE:libero_%=%).yaml || { echo "name a suite: make suite SUITE=libero_spatial"; exit 1; }
+	.venv/bin/python 13_train_production_ready.py --config_path configs/suite_$(SUITE:libero_%=%).yaml $(ARGS)
 
 quickstart-critic: setup  ## improve the same policy by ACRLPD: critics choose among its actions and teach it; table, films, report
 	.venv/bin/python -m pi0.acrlpd.train --config acrlpd_quickstart $(ARGS)

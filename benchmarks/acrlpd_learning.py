@@ -50,7 +50,7 @@ from pi0.base.stats import format_rate, mean_interval, paired_difference
 
 CONFIG = "acrlpd_quickstart"
 CRITICS = ["training.num_train_steps=1", "training.offline_iterations=1"]
-OFFLINE = ["training.num_train_steps=2", "training.offline_iterations=2"]
+OFFLINE = ["training.num_train_steps=2", "training.offline_iterations=2", "training.score_parts=false"]
 OVERRIDES: dict[str, list[str]] = {
     "full": [],
     "critics": CRITICS,

@@ -364,7 +364,12 @@ def score_on_training_states(
     for number in range(episodes):
         pool, index = pools[number % len(pools)], number // len(pools)
         rollouts.append(environments.rollout(pool, index, (TRAINING, seed, pool.task.index, index)))
-    played = [episode for _, episode in environments.run_policy(ActingPolicy(policy), rollouts)]
+    played, solved = [], 0
+    with progress(total=len(rollouts), label="score on training states", unit="episode") as bar:
+        for _, episode in environments.run_policy(ActingPolicy(policy), rollouts):
+            played.append(episode)
+            solved += episode.success
+            bar.update(1, f"{solved} solved")
     broken = [episode.failure for episode in played if episode.failure is not None]
     if broken:
         print(f"score on training states: {describe_broken(broken, len(played))}")

@@ -55,12 +55,32 @@ def test_a_run_leaves_policy_critic_results_and_report(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ObservationCaches, "refresh", lambda caches, *of: (drawn.append(len(of[0])), refresh(caches, *of))
     )
+    scored, evaluate = [], trainer_module.evaluate
+    monkeypatch.setattr(
+        trainer_module,
+        "evaluate",
+        lambda *of, label, **how: (scored.append(label), evaluate(*of, label=label, **how))[1],
+    )
     run = unified_training_interface(debug(tmp_path, "features.save_video=true", "training.score_parts=true"))
     assert {"values.mp4", "before_after.mp4"} <= {path.name for path in run.iterdir()}
     results = json.loads((run / "results.json").read_text())
     ways = ("one sample", "best of 2")
     rows_of_parts = [f"{part}, {way}" for part in ("critics", "offline", "after") for way in ways]
     assert [row[0] for row in results["table"]] == ["", "before", *rows_of_parts]
+    assert scored == [
+        "score before",
+        *(
+            f"score {part}"
+            for part in (
+                "of critics, best of 2",
+                "of offline, one sample",
+                "of offline, best of 2",
+                "after, one sample",
+                "after, best of 2",
+            )
+        ),
+    ]  # until the actor learns, one sample has the score from before
+    assert results["scores"]["critics, one sample"] == results["before"]
     minutes = list(results["minutes"].values())
     assert minutes == sorted(minutes) and 0 < minutes[0] < minutes[2] < minutes[4]
     assert results["after"]["episodes"] == 2

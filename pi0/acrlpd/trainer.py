@@ -259,10 +259,17 @@ class ACRLPDTrainer:
         return BestOfPolicy(agent.pi0_ema.policy, agent.critic_ema, self._seen.network, count)
 
     def evaluate(self, label: str, episodes: int | None = None) -> dict[str, EvaluationResult]:
-        """Scores on states that are never trained on: with one sample, and with the best of N."""
+        """Scores on states that are never trained on: with one sample, and with the best of N.
+
+        Until the actor has learned, one sample's score is that from before.
+        """
         scored, evaluation, began = {}, self.config.evaluation, time.monotonic()
+        same_actor = self.state.step <= 1 and episodes is None  # the first iteration learns critics alone
         for samples in dict.fromkeys((1, self.agent.num_action_samples)):
             name = f"best of {samples}" if samples > 1 else "one sample"
+            if samples == 1 and same_actor and "before" in self.state.facts:
+                scored[name] = restore_result(self.environments, self.state.facts["before"])
+                continue
             scored[name] = evaluate(
                 self.environments,
                 self.best_policy(samples),
