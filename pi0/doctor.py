@@ -193,6 +193,11 @@ def check_init_states(suite: str, names: Sequence[str | int]) -> Iterator[Findin
             STOP, "tasks", str(error), "correct task.benchmark_name, task_name or task_names_to_use"
         )
         return
+    if not all(task.has_recorded_states for task in tasks):
+        yield Finding(
+            OK, "init states", f"drawn for {len(tasks)} tasks of {suite}, also those of the evaluation"
+        )
+        return
     counts = []
     for task in tasks:
         try:

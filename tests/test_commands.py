@@ -100,6 +100,8 @@ STAND_INS = {
     "outputs/RUN": "{run}",
     "outputs/RUN/policy": "{run}/policy",
     "outputs/ript-20260102-030405": "{run}",
+    "policy_path=outputs/start": "policy_path=checkpoints/pi0_tiny_libero_spatial",
+    "outputs/start": "checkpoints/pi0_tiny_libero_spatial",
     "policy_path=/data/pi0_libero": "policy_path=checkpoints/pi0_tiny_libero_spatial",
     "/data/pi0_libero": "checkpoints/pi0_tiny_libero_spatial",
     "algo.cotraining_path=demonstrations": "algo.cotraining_path={demonstrations}",
@@ -159,6 +161,8 @@ STAGES = f"--stages 08 13 two --iterations 1 --output {{out}}/stages.json --over
 WAYS = {
     "make setup": here(),
     "make quickstart": here(overrides=QUICKSTART),
+    "make suites": not_run("makes committed policies in half an hour; the recipe's commands are looked at"),
+    "make suite": here(overrides=QUICKSTART, soak=True),  # the same as quickstart, with other tasks
     "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
     "make upstream": here(soak=True),  # from the package registry, if .venv-upstream is not there
     "make game": here(),
@@ -185,6 +189,9 @@ WAYS = {
     "12_train_with_dataset.py": here(overrides=TRAINS),
     "12_train_with_dataset.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py": here(overrides=f"{TRAINS} compile=false"),
+    "13_train_production_ready.py --config_path configs/quickstart.yaml --override policy_path=outputs/start": here(
+        overrides=LEAST_OF_12.replace("=[3]", "=[0]")
+    ),
     "13_train_production_ready.py --config_path configs/quickstart.yaml --resume": here(
         overrides=LEAST_OF_12.replace("num_train_steps=1", "num_train_steps=2")
     ),
@@ -205,9 +212,15 @@ WAYS = {
     "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --suite libero_plus/spatial": here(
         VARIED
     ),
+    "pi0.evaluate --policy_path outputs/start --suite examples/breakfast/": here(
+        EVALUATED.replace("--tasks 3", "--tasks 0")
+    ),
     "pi0.evaluate --server": elsewhere("test_serving.py"),
     "pi0.serve": elsewhere("test_serving.py"),
     "pi0": elsewhere("test_installing.py"),
+    "pi0.warmstart --suite examples/breakfast/": here(
+        f"{CLONED} --demonstrations 1 --frame-every 9".replace("--tasks 3", "--tasks 0")
+    ),
     "pi0.warmstart": here(f"{CLONED} --demonstrations 1 --frame-every 9"),
     "pi0.warmstart --tasks 3 8 --output outputs/warmstart --dataset demonstrations": here(CLONED),
     "pi0.warmstart --tasks 3 8 --dataset demonstrations": here(CLONED),

@@ -26,6 +26,8 @@ import yaml
 from pi0.base.errors import InputError
 
 Schema = TypeVar("Schema")
+# A type of keys: text with a slash, so that it is no word of a `Literal` beside it.
+SlashedPath = typing.NewType("SlashedPath", str)
 
 
 class ConfigError(InputError, ValueError):
@@ -410,6 +412,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
     if hint is float:
         return _is_number(value)
+    if hint is SlashedPath:
+        return isinstance(value, str) and "/" in value
     # bool is a subclass of int, but "true" is not a number.
     return type(value) is hint
 
@@ -422,7 +426,8 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(each) for each in typing.get_args(hint))
     if origin is list:
         return f"list of {_type_name(typing.get_args(hint)[0])}"
-    return "null" if hint is type(None) else hint.__name__
+    names = {type(None): "null", SlashedPath: "a path with a slash"}
+    return names.get(hint) or hint.__name__
 
 
 def _one_line(error: Exception) -> str:

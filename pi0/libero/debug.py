@@ -49,7 +49,9 @@ class DebugOutput:
         rollout = episode.rollout
         key = "-".join(str(number) for number in rollout.noise_key)
         outcome = "failed" if episode.failure else "success" if episode.success else "failure"
-        name = f"{rollout.task.suite.replace('/', '-')}-task{rollout.task.index}-state{rollout.init_index}-{key}-{outcome}"
+        name = (
+            f"{rollout.task.suite_label}-task{rollout.task.index}-state{rollout.init_index}-{key}-{outcome}"
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.videos and episode.video:
             write_video(self.folder / f"{name}.mp4", episode.video, VIDEO_FPS)

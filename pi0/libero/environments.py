@@ -12,6 +12,8 @@ from pi0.libero.assets import resolve_assets
 from pi0.libero.debug import DebugOutput
 from pi0.libero.episodes import ROBOT, Episode, Rollout
 from pi0.libero.init_states import (
+    EVALUATION_SEED,
+    VALIDATION_SEED,
     InitStatePool,
     evaluation_pools,
     recorded_pools,
@@ -20,7 +22,7 @@ from pi0.libero.init_states import (
 )
 from pi0.libero.rendering import CAMERAS
 from pi0.libero.rollouts import Policy, RolloutPool
-from pi0.libero.settings import MAX_SEED, TaskConfig
+from pi0.libero.settings import TaskConfig, is_folder
 from pi0.libero.suites import Task, find_tasks, package_of
 from pi0.libero.worker import WorkerSpec
 from pi0.ranks import collectives
@@ -28,9 +30,11 @@ from pi0.training.interrupts import Interrupts
 
 # First number of a rollout's noise key, so that training and evaluation never share noise.
 TRAINING, EVALUATION = 0, 1
-VALIDATION_SEED = MAX_SEED  # seed of the validation states; training.seed is smaller
 # Descriptions of the initial states in the protocol of a score.
 EVALUATION_STATES = "evaluation: LIBERO's recorded states, from index 0"
+DRAWN_EVALUATION_STATES = (
+    f"evaluation: drawn from LIBERO's placement distribution with seed {EVALUATION_SEED}, from index 0"
+)
 VALIDATION_STATES = (
     f"validation: drawn from LIBERO's placement distribution with seed {VALIDATION_SEED}, from index 0"
 )
@@ -167,7 +171,7 @@ class Environments:
         return training_pools(self.pool, self.tasks, count, VALIDATION_SEED)
 
     def evaluation_states(self) -> list[InitStatePool]:
-        """LIBERO's recorded states of each task; only the held-out ones if training uses the others."""
+        """LIBERO's recorded states of each task, or drawn ones of a folder's; only the held-out ones if training uses the others."""
         pools = evaluation_pools(self.pool, self.tasks, self.fixtures)
         if self.held_out_states is not None:
             for pool in pools:
@@ -229,7 +233,7 @@ class Environments:
         return {
             "suite": self.benchmark_name,
             "tasks": [task.index for task in self.tasks],
-            "init_states": EVALUATION_STATES,
+            "init_states": self.evaluation_source,
             "fixtures": self.fixtures,
             "horizon": self.max_episode_length or self.tasks[0].horizon,
             "settle_steps": self.settle_steps,
@@ -245,8 +249,21 @@ class Environments:
                     ("mujoco", "robosuite", "hf-libero", "torch", "numpy", package_of(self.benchmark_name))
                 )
             },
+            **({"bddl": self.bddl} if self.bddl else {}),
             **more,
         }
+
+    @property
+    def evaluation_source(self) -> str:
+        """Where the evaluation's states come from, for the protocol of a score."""
+        return EVALUATION_STATES if self.tasks[0].has_recorded_states else DRAWN_EVALUATION_STATES
+
+    @property
+    def bddl(self) -> dict[str, str]:
+        """Hashes of the BDDL files by task, if the suite is a folder; a package's files stay as they are."""
+        if not is_folder(self.benchmark_name):
+            return {}
+        return {task.name: task.bddl_hash() for task in self.tasks}
 
     def close(self) -> None:
         """Close the simulators and end the worker processes."""

@@ -14,7 +14,7 @@ from pi0.base.errors import InputError, MachineError
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate, wilson_interval
 from pi0.libero.changes import KINDS
-from pi0.libero.environments import EVALUATION, EVALUATION_STATES, VALIDATION_STATES, Environments
+from pi0.libero.environments import EVALUATION, VALIDATION_STATES, Environments
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Episode, Rollout
 from pi0.libero.init_states import InitStatePool
 from pi0.libero.rollouts import Policy
@@ -241,7 +241,8 @@ def evaluate(
     if world_size > 1:
         outlines = {index: episode.outline() for index, episode in results.items()}
         results = {index: episode for part in collectives.gather(outlines) for index, episode in part.items()}
-    init_states = EVALUATION_STATES if pools[0].kind == "evaluation" else VALIDATION_STATES
+    evaluated = pools[0].kind == "evaluation"
+    init_states = environments.evaluation_source if evaluated else VALIDATION_STATES
     return EvaluationResult(
         [results[index] for index in range(len(rollouts))],
         environments.protocol(episodes=episodes, seed=seed, init_states=init_states),

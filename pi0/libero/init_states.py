@@ -1,6 +1,7 @@
 """The two pools of initial states, which never overlap.
 
-Evaluation uses the 50 recorded states of each task, as in LIBERO's benchmark. Training states are drawn with a seed
+Evaluation uses the 50 recorded states of each task, as in LIBERO's benchmark; for the tasks of a folder, which have none,
+as many are drawn with a seed that training never has. Training states are drawn with a seed
 from LIBERO's own placement distribution, in any number, and kept in a file with their provenance. If there are
 demonstrations, their first states come first.
 """
@@ -14,7 +15,7 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from xml.etree import ElementTree
@@ -27,6 +28,7 @@ from pi0.base.files import write_whole
 from pi0.base.paths import cache_dir
 from pi0.base.progress import progress
 from pi0.data.demonstrations import DataError
+from pi0.libero.settings import MAX_SEED, RECORDED_STATES
 from pi0.libero.stepping import SETTLE_ACTION, InitState, TaskSim, state_hash
 from pi0.libero.suites import Task, suite_tasks
 
@@ -47,6 +49,8 @@ ARM_NOISE = 0.02
 # m sideways; if objects move further while they settle, the state is drawn again.
 MAX_SETTLE_MOTION = 0.05
 MAX_DRAWS_PER_STATE = 20
+VALIDATION_SEED = MAX_SEED  # of validation states; training.seed is smaller
+EVALUATION_SEED = MAX_SEED + 1  # of evaluation states, where none were recorded
 BAR_AFTER_S = 10.0  # of making states, a bar shows how far it is
 
 
@@ -84,9 +88,15 @@ class InitStatePool:
 
 
 def evaluation_pools(pool: Caller, tasks: list[Task], fixtures: str) -> list[InitStatePool]:
-    """All 50 recorded states of each task, with fixtures placed by `fixtures`, a key of `FIXTURE_MODES`."""
+    """All 50 recorded states of each task, with fixtures placed by `fixtures`, a key of `FIXTURE_MODES`.
+
+    For a folder's tasks 50 states are drawn, fixtures with them.
+    """
     if fixtures not in FIXTURE_MODES:
         raise ValueError(f"unknown fixture placement {fixtures!r}; use one of {', '.join(FIXTURE_MODES)}")
+    if not all(task.has_recorded_states for task in tasks):
+        drawn = training_pools(pool, tasks, RECORDED_STATES, EVALUATION_SEED)
+        return [replace(states, kind="evaluation") for states in drawn]
     recorded = [task.recorded_init_states() for task in tasks]
     counts: dict[Task, int] = {}
     for task, states in zip(tasks, recorded, strict=True):
@@ -160,13 +170,14 @@ def with_demonstrated(pool: Caller, drawn: list[InitStatePool], folder: str | Pa
         if not any((Path(folder) / name).is_file() for name in names):
             raise MissingFileError(f"{folder} has no demonstrations of the tasks, such as {files[0].name}")
     pools = list(drawn)
-    starts = [read_starts(files[index], drawn[index].task.recorded_init_states().shape[1]) for index in there]
+    starts = [read_starts(files[index], drawn[index].states[0].state.size) for index in there]
     jobs = [
         (drawn[index].task, [scene for _, scene in begun]) for index, begun in zip(there, starts, strict=True)
     ]
     for job, fixtures in pool.call(_fixtures_in, jobs):
         index = there[job]
-        task, recorded = drawn[index].task, set(map(state_hash, drawn[index].task.recorded_init_states()))
+        task = drawn[index].task
+        recorded = set(map(state_hash, task.recorded_init_states())) if task.has_recorded_states else set()
         if isinstance(fixtures, str):
             raise DataError(f"{files[index]}: {fixtures}; it belongs to another task than {task.name}")
         states = [
@@ -249,7 +260,8 @@ def _settles(sim: TaskSim, state: InitState) -> bool:
 
 def _cache_file(folder: str, pool: Caller, task: Task, what: str) -> Path:
     assets = json.dumps(pool.spec.assets.describe(), sort_keys=True)
-    key = hashlib.sha256(f"{assets} {task.name} {what}".encode()).hexdigest()[:12]
+    of_file = "" if task.has_recorded_states else f" {task.bddl_hash()}"  # a package's files stay as they are
+    key = hashlib.sha256(f"{assets} {task.name} {what}{of_file}".encode()).hexdigest()[:12]
     return cache_dir() / folder / f"{task.label}-{what}-{key}.npz"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from pi0.base.arguments import Collect
-from pi0.base.typed_yaml import key, show, unfit_values
+from pi0.base.typed_yaml import SlashedPath, key, show, unfit_values
 
 Suite = Literal[
     "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90",
@@ -18,16 +18,23 @@ Suite = Literal[
     # LIBERO-plus's variants of these (`pi0.libero.suites.PLUS_SUITES`)
     "libero_plus/spatial", "libero_plus/object", "libero_plus/goal", "libero_plus/10",
 ]  # fmt: skip
-PLUS = "libero_plus/"  # how the names of suites of variants begin
+PRO, PLUS = "libero_pro/", "libero_plus/"  # how the names of changed suites begin
 MAX_SEED = 2**31 - 1
 RECORDED_STATES = 50  # for each task of every suite
+
+
+def is_folder(suite: str) -> bool:
+    """Whether a suite is a folder of BDDL files, and not one of LIBERO, LIBERO-PRO or LIBERO-plus."""
+    return "/" in suite and not suite.startswith((PRO, PLUS))
 
 
 @dataclass(kw_only=True)
 class TaskConfig:
     """The tasks and how they are simulated."""
 
-    benchmark_name: Suite = key("libero_spatial", "LIBERO suite", fixed=True)
+    benchmark_name: Suite | SlashedPath = key(
+        "libero_spatial", "LIBERO suite, or a folder of BDDL files, each of which is a task", fixed=True
+    )
     task_name: str | int | None = key(None, "the one task to train on, by name or index", low=0, fixed=True)
     task_names_to_use: list[str | int] = key(
         [],
@@ -140,7 +147,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="libero_spatial",
         help="libero_spatial, _object, _goal, _10 or _90; LIBERO-PRO's changes of them: libero_pro/spatial_lan, ...; "
-        "LIBERO-plus's variants: libero_plus/spatial, ...",
+        "LIBERO-plus's variants: libero_plus/spatial, ...; or a folder of BDDL files, as a path with a slash",
     )
     parser.add_argument(
         "--tasks", action=Collect, nargs="*", default=[], help="tasks by index or name; none: the whole suite"

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import mujoco
 import numpy as np
 
+from pi0.base.errors import InputError
 from pi0.libero.assets import Assets, use_assets
 from pi0.libero.changes import AGENT_CAMERA, Change
 from pi0.libero.libero_import import no_cuda_devices, prepare_libero
@@ -79,7 +80,11 @@ class Snapshot:
 
 
 class TaskSim:
-    """One LIBERO task in MuJoCo: reset, control steps, success, proprioception. It draws no images."""
+    """One LIBERO task in MuJoCo: reset, control steps, success, proprioception. It draws no images.
+
+    Raises:
+        InputError: the BDDL file of a folder's task cannot be built.
+    """
 
     def __init__(self, task: Task, assets: Assets):
         prepare_libero()
@@ -89,28 +94,18 @@ class TaskSim:
         with no_cuda_devices():
             import libero.libero.envs.problems  # noqa: F401 they add themselves to TASK_MAPPING
             import robosuite
-        from libero.libero.envs.bddl_base_domain import TASK_MAPPING
-        from libero.libero.envs.bddl_utils import get_problem_info
-
         from pi0.libero.controller import ArmController
 
         self.task = task
-        problem = get_problem_info(task.bddl_file)["problem_name"]
-        # The arguments of LIBERO's ControlEnv, without cameras and renderers.
-        self.libero: Any = _with_cached_scene(TASK_MAPPING[problem])(
-            task.bddl_file,
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            gripper_types="default",
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=False,
-            control_freq=CONTROL_HZ,
-            horizon=1000,
-            ignore_done=True,
-            hard_reset=False,
-        )
+        try:
+            self.libero: Any = _built(task, robosuite.load_controller_config(default_controller="OSC_POSE"))
+        except Exception as error:  # LIBERO checks nothing of what it reads
+            if task.has_recorded_states:
+                raise
+            raise InputError(
+                f"{task.bddl_file}: LIBERO cannot build this task ({type(error).__name__}: {error}); "
+                "correct the file, see docs/suites.md"
+            ) from error
         # LIBERO's reset hides the markers of gripper and goal regions; they would show in every frame.
         self.libero.visualize(vis_settings={marker: False for marker in self.libero._visualizations})
         self.model: mujoco.MjModel = self.libero.sim.model._model
@@ -347,6 +342,28 @@ class _ObservationClock:
             self.elapsed %= self._period
             self.sampled = False
         return measure
+
+
+def _built(task: Task, controller: dict[str, Any]) -> Any:
+    """LIBERO's environment of a task, with the arguments of its ControlEnv, without cameras and renderers."""
+    from libero.libero.envs.bddl_base_domain import TASK_MAPPING
+    from libero.libero.envs.bddl_utils import get_problem_info
+
+    problem = get_problem_info(task.bddl_file)["problem_name"]
+    return _with_cached_scene(TASK_MAPPING[problem])(
+        task.bddl_file,
+        robots=["Panda"],
+        controller_configs=controller,
+        gripper_types="default",
+        initialization_noise=None,
+        use_camera_obs=False,
+        has_renderer=False,
+        has_offscreen_renderer=False,
+        control_freq=CONTROL_HZ,
+        horizon=1000,
+        ignore_done=True,
+        hard_reset=False,
+    )
 
 
 def _with_cached_scene(environment: type) -> type:

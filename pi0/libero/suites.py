@@ -1,9 +1,11 @@
-"""LIBERO's suites and tasks, from the installed package; and those of LIBERO-PRO and LIBERO-plus, which change them."""
+"""LIBERO's suites and tasks, from the installed package; those of LIBERO-PRO and LIBERO-plus, which change them; and
+folders of BDDL files."""
 
 from __future__ import annotations
 
 import codecs
 import difflib
+import hashlib
 import importlib.metadata
 import io
 import pickle
@@ -24,7 +26,7 @@ from pi0.data.instructions import instruction_in
 from pi0.libero import libero_plus
 from pi0.libero.changes import Change
 from pi0.libero.libero_import import libero_package_root, libero_plus_root, libero_pro_root
-from pi0.libero.settings import PLUS
+from pi0.libero.settings import PLUS, PRO, is_folder
 
 # Longest demonstration of each suite, rounded up: openpi examples/libero/main.py, OpenVLA's LIBERO evaluation.
 HORIZONS = {
@@ -34,6 +36,7 @@ HORIZONS = {
     "libero_10": 520,
     "libero_90": 400,
 }
+FOLDER_HORIZON = 400  # of tasks in a folder
 
 # What LIBERO-PRO (Zhou et al. 2025) changes of a suite; "libero_pro/spatial_swap" is a suite of its own. The package has
 # more changes, whose objects have no stand-ins.
@@ -42,7 +45,6 @@ CHANGES = {
     "task": "another object or place is the goal, and the instruction says so",
     "swap": "objects have exchanged their places",
 }
-PRO = "libero_pro/"
 PRO_SUITES = tuple(
     f"{PRO}{suite.removeprefix('libero_')}_{change}"
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -93,12 +95,26 @@ class Task:
     @property
     def horizon(self) -> int:
         """Control steps that an episode may take, without the settle steps."""
-        return HORIZONS[base_suite(self.suite)]
+        return HORIZONS.get(base_suite(self.suite), FOLDER_HORIZON)
+
+    @property
+    def has_recorded_states(self) -> bool:
+        """Whether initial states were recorded; those of a folder's tasks are all drawn."""
+        return not is_folder(self.suite)
+
+    @property
+    def suite_label(self) -> str:
+        """The suite for names of files."""
+        return Path(self.suite).name if is_folder(self.suite) else self.suite.replace("/", "-")
 
     @property
     def label(self) -> str:
         """Suite and index for names of files."""
-        return f"{self.suite.replace('/', '-')}-{self.index}"
+        return f"{self.suite_label}-{self.index}"
+
+    def bddl_hash(self) -> str:
+        """16 hexadecimal digits of a hash of the BDDL file."""
+        return hashlib.sha256(Path(self.bddl_file).read_bytes()).hexdigest()[:16]
 
     @property
     def scene(self) -> Task:
@@ -160,7 +176,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def base_suite(suite: str) -> str:
-    """The suite of LIBERO that a suite is, or is a change of."""
+    """The suite of LIBERO that a suite is, or is a change of; a folder is its own."""
     if suite.startswith(PLUS):
         return f"libero_{suite.removeprefix(PLUS)}"
     return f"libero_{suite.removeprefix(PRO).rpartition('_')[0]}" if suite.startswith(PRO) else suite
@@ -180,6 +196,12 @@ def _roots(suite: str) -> list[Callable[[], Path]]:
 
 def refuse_unknown_suite(suite: str) -> None:
     """Raise `UnknownTaskError`, which names the nearest one, for a suite that there is not."""
+    if is_folder(suite):
+        if not _bddl_files(suite):
+            raise UnknownTaskError(
+                f"{suite}: a suite with a slash in its name is a folder of BDDL files, and there is none"
+            )
+        return
     known = [*HORIZONS, *PRO_SUITES, *PLUS_SUITES]
     if suite not in known:
         raise UnknownTaskError(f"unknown suite {suite!r}{_nearest(suite, known)}; known: {', '.join(known)}")
@@ -220,6 +242,11 @@ def every_task(suite: str) -> list[Task]:
     refuse_unknown_suite(suite)
     if suite.startswith(PLUS):
         return list(_plus_tasks(suite))
+    if is_folder(suite):
+        return [
+            Task(suite, index, file.stem, _instruction(file), str(file.resolve()), init_states_file="")
+            for index, file in enumerate(_bddl_files(suite))
+        ]
     root, base = libero_package_root(), base_suite(suite)
     names = _names(base)
     goals, states = root / "bddl_files" / base, root / "init_files" / base
@@ -239,6 +266,10 @@ def every_task(suite: str) -> list[Task]:
         )
         for index, name in enumerate(names)
     ]
+
+
+def _bddl_files(folder: str) -> list[Path]:
+    return sorted(Path(folder).expanduser().glob("*.bddl"))
 
 
 def _names(suite: str) -> list[str]:
@@ -279,7 +310,7 @@ def _instruction(bddl_file: Path) -> str:
     """The instruction in a BDDL file."""
     found = re.search(r"\(:language\s+([^)]+)\)", bddl_file.read_text())
     if found is None:
-        raise DamagedPackageError(f"{bddl_file} has no (:language ...)")
+        raise DamagedPackageError(f"{bddl_file} has no instruction: (:language put the bowl on the plate)")
     return " ".join(found.group(1).split())
 
 

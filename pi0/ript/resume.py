@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from pi0.ript.config import Config, describe_keys
 from pi0.training.fingerprints import compare, fingerprint
 
 # What a score means; the others may change, and the policy comes from the checkpoint.
-FIXED = ("assets", "mujoco", "robosuite", "hf-libero")
+FIXED = ("assets", "BDDL files", "mujoco", "robosuite", "hf-libero")
 PACKAGES = ("torch", "numpy", "mujoco", "robosuite", "hf-libero")
 
 
@@ -59,6 +60,7 @@ def compare_outside(config: Config, environments: Environments, facts: dict[str,
         "algo.cotraining_path": fingerprint(config.algo.cotraining_path),
         "task.demonstrations": fingerprint(config.task.demonstrations),
         "assets": f"{assets['source']} {assets['fingerprint']}",
+        **({"BDDL files": json.dumps(environments.bddl)} if environments.bddl else {}),
         "OpenGL": gl.renderer(),
         "Python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
