@@ -67,7 +67,7 @@ quickstart: setup  ## improve the warm-started tiny pi0 on LIBERO by RIPT; table
 resume: setup  ## resume an interrupted quickstart
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)
 
-# Starts of configs/suite_*.yaml. They must half-work: a suite with less than 0.6 on training states practises better.
+# Starts for practice must half-work, so cloning ends at 0.6 on training states, or after 8 minutes.
 SUITES ?= spatial object goal
 START_spatial = --demonstrations 50
 START_object = --demonstrations 40
@@ -76,8 +76,8 @@ suites: setup  ## make the starts of whole suites from nothing: scripted demonst
 	$(foreach suite,$(SUITES),.venv/bin/python -m pi0.warmstart --suite libero_$(suite) --tasks $(START_$(suite)) --max-minutes 8 \
 		--target-success 0.6 --score-every 600 --score-episodes 60 --output checkpoints/suite_$(suite) &&) true
 
-suite: setup  ## practise all tasks of a suite by RIPT: make suite SUITE=libero_spatial (or libero_object, libero_goal)
-	@test -f configs/suite_$(SUITE:libero_%=%).yaml || { echo "name a suite: make suite SUITE=libero_spatial"; exit 1; }
+suite: setup  ## practise all ten tasks of a suite by RIPT, from a committed start: make suite SUITE=libero_goal
+	@test -f configs/suite_$(SUITE:libero_%=%).yaml || { echo "name a suite that has a configs/suite_*.yaml: make suite SUITE=libero_goal"; exit 1; }
 	.venv/bin/python 13_train_production_ready.py --config_path configs/suite_$(SUITE:libero_%=%).yaml $(ARGS)
 
 quickstart-critic: setup  ## improve the same policy by ACRLPD: critics choose among its actions and teach it; table, films, report

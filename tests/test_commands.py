@@ -162,7 +162,7 @@ WAYS = {
     "make setup": here(),
     "make quickstart": here(overrides=QUICKSTART),
     "make suites": not_run("makes committed policies in half an hour; the recipe's commands are looked at"),
-    "make suite": here(overrides=QUICKSTART, soak=True),  # the same as quickstart, with other tasks
+    "make suite": here(overrides=LEAST_OF_12, soak=True),  # the same as quickstart, with other tasks
     "make resume": here(overrides=QUICKSTART.replace("num_train_steps=1", "num_train_steps=2")),
     "make upstream": here(soak=True),  # from the package registry, if .venv-upstream is not there
     "make game": here(),
