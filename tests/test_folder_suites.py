@@ -49,6 +49,9 @@ def test_its_files_are_tasks_in_the_order_of_their_names():
     assert find_tasks(str(EXAMPLE), ["put_the_cream_cheese_in_the_bowl"]) == find_tasks(str(EXAMPLE), [1])
 
 
+@pytest.mark.tried(
+    "`--suite DIR/` without BDDL files, or with one that has no instruction", "An error that names it"
+)
 def test_a_folder_without_bddl_files_and_a_file_without_an_instruction_are_refused(suite):
     with pytest.raises(
         UnknownTaskError, match=r"nowhere/: a suite with a slash in its name is a folder of BDDL"
@@ -98,6 +101,9 @@ def load_seed_range() -> int:
 
 
 @pytest.mark.engine
+@pytest.mark.tried(
+    "A BDDL file of one's own that LIBERO cannot build", "An error with the file and what LIBERO says"
+)
 def test_a_file_that_libero_cannot_build_is_named(suite):
     file = suite / "put_the_butter_on_the_plate.bddl"
     file.write_text(file.read_text().replace("butter_1 - butter", "butter_1 - margarine"))
@@ -134,6 +140,10 @@ def test_a_score_says_of_which_files_it_is(suite, tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.tried(
+    "A run on a folder's tasks is resumed after a BDDL file was changed",
+    "An error: scores would not be of the same tasks",
+)
 def test_a_run_is_not_resumed_with_other_files(suite):
     path = suite / "run.yaml"
     path.write_text(f"policy_path: {POLICY}\ntask:\n  benchmark_name: {suite}\n")
