@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import mujoco
 import numpy as np
 
+from pi0.libero.added_objects import add_objects
 from pi0.libero.assets import Assets, use_assets
 from pi0.libero.changes import AGENT_CAMERA, Change
 from pi0.libero.libero_import import no_cuda_devices, prepare_libero
@@ -94,6 +95,7 @@ class TaskSim:
 
         from pi0.libero.controller import ArmController
 
+        add_objects()
         self.task = task
         problem = get_problem_info(task.bddl_file)["problem_name"]
         # The arguments of LIBERO's ControlEnv, without cameras and renderers.
