@@ -10,6 +10,7 @@ import pytest
 
 from pi0.base.errors import MissingPackageError
 from pi0.libero import suites
+from pi0.libero.added_objects import added_categories
 from pi0.libero.libero_import import libero_pro_root
 from pi0.libero.settings import TaskConfig, choices_of
 from pi0.libero.suites import (
@@ -22,6 +23,19 @@ from pi0.libero.suites import (
     left_out,
     suite_tasks,
 )
+
+# What LIBERO-PRO puts its own objects in the place of.
+REPLACED = {
+    "akita_black_bowl", "alphabet_soup", "basket", "bbq_sauce", "black_book", "butter", "chocolate_pudding", "cream_cheese",
+    "flat_stove", "ketchup", "milk", "moka_pot", "plate", "porcelain_mug", "salad_dressing", "tomato_sauce", "white_cabinet",
+    "white_yellow_mug", "wine_bottle", "wine_rack", "wooden_cabinet",
+}  # fmt: skip
+
+
+def categories(goal: str) -> set[str]:
+    """Categories of the objects and fixtures in a BDDL file's text."""
+    sections = re.findall(r"\(:(?:fixtures|objects)\b([^()]*)\)", goal)
+    return {category for section in sections for category in re.findall(r"\s-\s+(\S+)", section)}
 
 
 def test_every_suite_can_be_configured():
@@ -43,15 +57,31 @@ def test_a_changed_suite_has_the_tasks_of_its_own(suite):
         states, before = task.recorded_init_states(), plain.recorded_init_states()
         assert states.shape == before.shape
         goal, goal_before = (re.sub(r"\s+", " ", Path(each.bddl_file).read_text()) for each in (task, plain))
-        if suite.endswith("_swap"):
+        if suite.endswith(("_swap", "_object")):
             assert task.prompt == plain.prompt
             assert np.abs(states - before).max() > 0.05  # m: something lies elsewhere
         else:
             assert f"(:language {task.prompt})" in goal.replace("  ", " ")
             reworded += task.prompt.lower() != plain.prompt.lower()
-        if suite.endswith("_task"):
+        if suite.endswith(("_task", "_object")):
             assert goal != goal_before
-    assert suite.endswith("_swap") or reworded >= len(tasks) - 2
+    assert suite.endswith(("_swap", "_object")) or reworded >= len(tasks) - 2
+
+
+@pytest.mark.parametrize("suite", [suite for suite in PRO_SUITES if suite.endswith("_object")])
+def test_tasks_with_other_objects_differ_in_the_objects_alone(suite):
+    def without_names(goal: str) -> str:
+        # The longest first, since some names are parts of others.
+        for name in sorted({*added_categories(), *REPLACED}, key=len, reverse=True):
+            goal = goal.replace(name, "OBJECT")
+        return re.sub(r"\s+", " ", goal.partition("(:regions")[2])
+
+    for task in suite_tasks(suite):
+        plain = suite_tasks(suites.base_suite(suite))[task.index]
+        goal, before = (Path(each.bddl_file).read_text() for each in (task, plain))
+        assert categories(goal) - categories(before) <= added_categories()
+        assert categories(goal) - categories(before)
+        assert without_names(goal) == without_names(before)
 
 
 def test_tasks_without_initial_states_are_left_out_and_named():
@@ -59,6 +89,7 @@ def test_tasks_without_initial_states_are_left_out_and_named():
     assert {suite: len(names) for suite, names in gone.items()} == {
         "libero_pro/spatial_task": 2,
         "libero_pro/10_task": 1,
+        "libero_pro/10_object": 1,
     }
     with pytest.raises(UnknownTaskError, match=re.escape("has tasks 0 to 9 without [3, 7], not 7")):
         find_tasks("libero_pro/spatial_task", [7])

@@ -1,4 +1,5 @@
-"""The built-in stand-ins, and LIBERO's own assets where they are at hand, hold LIBERO's 130 tasks.
+"""The built-in stand-ins, and LIBERO's own assets where they are at hand, hold LIBERO's 130 tasks; and the stand-ins hold
+those of LIBERO-PRO whose objects are others.
 
 Both are asked the same questions with LIBERO's own environment, placed and settled as its evaluation scripts
 do it: `env.seed(0)`, `env.reset()`, a recorded state, ten steps of standing still.
@@ -10,18 +11,32 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
 import pytest
 
 from pi0.base.paths import REPO_ROOT, cache_dir
+from pi0.libero.added_objects import add_objects
 from pi0.libero.assets import Assets, resolve_assets, use_assets
+from pi0.libero.standins.added import CHANGED, THINGS
+from pi0.libero.standins.mjcf import write_item
+from pi0.libero.standins.shapes import Item
 from pi0.libero.suites import suite_tasks
 
 pytestmark = pytest.mark.engine
 
 SUITES = {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+# LIBERO-PRO's suites with other objects, and the tasks that do not take long.
+OTHER_OBJECTS = {
+    "libero_pro/spatial_object": (10, {7}),
+    "libero_pro/object_object": (10, {0}),
+    "libero_pro/goal_object": (10, {4}),
+    "libero_pro/10_object": (9, {0}),
+}
+# Where the larger bowl has to go into what is too small for it: a closed drawer, and a compartment for books.
+TOO_LARGE = {("libero_pro/10_object", 3), ("libero_pro/10_object", 4)}
 ARCHIVE = REPO_ROOT.parent / "shared" / "libero_assets.tar.xz"
 # One task of each scene of libero_90, with every kind of goal among them; the others take minutes.
 SAMPLE_OF_90 = (1, 6, 16, 21, 23, 32, 34, 35, 39, 42, 47, 51, 55, 63, 65, 70, 73, 77, 84, 89)
@@ -140,6 +155,7 @@ class Scene:
         use_assets(self.assets)
         from libero.libero.envs.env_wrapper import ControlEnv
 
+        add_objects()
         self.task = suite_tasks(suite)[index]
         self.recorded = self.task.recorded_init_states()
         self.env = ControlEnv(
@@ -201,8 +217,15 @@ def scenes() -> Iterator:
     tasks = [(suite, index) for suite, count in SUITES.items() for index in range(count)]
     for kind, (suite, index) in itertools.product(("standins", "originals"), tasks):
         long = kind == "originals" or (suite == "libero_90" and index not in SAMPLE_OF_90)
-        marks = [pytest.mark.soak] if long else []
-        yield pytest.param((kind, suite, index), marks=marks, id=f"{kind}-{suite}-{index}")
+        yield scene_of(kind, suite, index, long)
+    for suite, (count, short) in OTHER_OBJECTS.items():
+        for index in range(count):
+            yield scene_of("standins", suite, index, index not in short)
+
+
+def scene_of(kind: str, suite: str, index: int, long: bool):
+    marks = [pytest.mark.soak] if long else []
+    return pytest.param((kind, suite, index), marks=marks, id=f"{kind}-{suite}-{index}")
 
 
 @pytest.fixture(scope="module", params=list(scenes()))
@@ -277,7 +300,9 @@ def test_goal_is_not_reached_at_the_start(settled):
     assert [state.index for state in settled if state.reached] == []
 
 
-def test_goal_is_detected_once_the_objects_are_put_into_it(scene):
+def test_goal_is_detected_once_the_objects_are_put_into_it(scene, request):
+    if scene.key in TOO_LARGE:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the larger bowl does not fit"))
     scene.env.set_init_state(scene.recorded[0])
     for _ in range(SETTLE_STEPS):
         scene.env.step(STAND_STILL)
@@ -362,3 +387,43 @@ def test_bowl_can_be_lifted_by_its_rim(height):
     lifted = scene.data.xpos[bowl][2] - start[2]
     scene.close()
     assert lifted > 0.08
+
+
+# Objects that LIBERO-PRO and LIBERO-plus add ------------------------------------------------------
+
+
+def attributes_of(item: Item) -> list[dict[str, str]]:
+    """All elements of an item's MJCF file, in order, without names of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_item(item, Path(folder))
+        root = ElementTree.parse(Path(folder) / item.file).getroot()
+    return [{"tag": element.tag, **element.attrib} for element in root.iter() if element is not root]
+
+
+@pytest.mark.parametrize("changed", CHANGED, ids=lambda changed: changed.category)
+def test_a_changed_object_differs_from_its_original_in_colour_or_size_alone(changed):
+    ours, originals = attributes_of(changed.make()), attributes_of(changed.original())
+    assert changed.make().file == changed.original().file.replace(changed.like, changed.category)
+    assert ours != originals
+    assert len(ours) == len(originals)
+    for one, original in zip(ours, originals, strict=True):
+        for key in one.keys() | original.keys():
+            if key in ("size", "pos", "density"):
+                here, there = ([float(number) for number in each[key].split()] for each in (one, original))
+                marker = key == "size" and one.get("name", "").endswith("_site")  # of no size that matters
+                scale = 1 if key == "density" or marker else changed.scale
+                assert here == pytest.approx([scale * number for number in there], abs=2e-5, rel=2e-5)
+            elif key != "rgba" or changed.scale != 1:
+                assert one[key] == original[key]
+
+
+@pytest.mark.parametrize("make", THINGS, ids=lambda make: make.__name__)
+def test_a_thing_stands_upright_on_its_origin_s_axis_and_looks_like_no_other(make):
+    with tempfile.TemporaryDirectory() as folder:
+        write_item(make(), Path(folder))
+        model = mujoco.MjModel.from_xml_path(str(Path(folder) / make().file))
+    felt = model.geom_group == 0
+    assert felt.any()
+    assert np.abs(model.body("object").ipos[:2]).max() < 1e-4  # m: it falls without turning
+    looks = [tuple(part.colour for part in other().body.parts) for other in THINGS]
+    assert len(set(looks)) == len(THINGS)

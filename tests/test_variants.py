@@ -46,12 +46,11 @@ def test_all_variants_that_can_be_run_are_chosen():
     described = chosen.describe()
     assert described["variants"] == kinds(suite_tasks(SUITE)) | {"light": 0, "background": 0}
     assert described["left_out"] == {
-        "camera": 0, "robot": 0, "language": 0, "light": 292, "background": 258, "noise": 0, "layout": 208,
+        "camera": 0, "robot": 0, "language": 0, "light": 292, "background": 258, "noise": 0, "layout": 0,
     }  # fmt: skip
     assert described["left_out_names"] == left_out(SUITE)
     assert (described["sample"], described["sample_seed"]) == (None, None)
     assert chosen.reasons("light") == {"its lights are in scene files that the package does not hold": 292}
-    assert chosen.reasons("layout") == {"there are no stand-ins for what they add": 208}
     assert chosen.reasons("camera") == {}
 
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from pi0.base.errors import InputError
 from pi0.libero.changes import UNMOVED, Change
-from pi0.libero.libero_import import libero_package_root, libero_plus_root
+from pi0.libero.libero_import import libero_plus_root
 
 # How a name goes on after that of LIBERO's task (LIBERO-plus, benchmark/__init__.py and envs/env_wrapper.py).
 _ENDINGS = (
@@ -26,7 +24,6 @@ _ENDINGS = (
     re.compile(r"_(?P<background>table|tb)_\d+"),
     re.compile(r"(_moved)?_(?P<layout>add_\d+|level\d+_sample\d+)"),
 )
-_STANDINS_FOR = ("libero_spatial", "libero_object", "libero_goal", "libero_10")  # all objects of these suites
 
 
 class UnreadableVariantError(InputError, ValueError):
@@ -116,11 +113,6 @@ def _variant(suite: str, name: str, bases: list[str]) -> Variant:
         kind, left_out = "background", "its textures are files that the package does not hold"
     else:
         kind, goal, states = "layout", name, f"libero_newobj/{suite}/{name}.pruned_init"
-        unknown = sorted(
-            categories(libero_plus_root() / "bddl_files" / suite / f"{name}.bddl") - _known_categories()
-        )
-        if unknown:
-            left_out = f"there are no stand-ins for what they add: {', '.join(unknown)}"
     return Variant(name, Change(kind, base, view, joints, noise), goal, instruction, states, left_out)
 
 
@@ -143,19 +135,3 @@ def _names() -> dict[str, list[str]]:
     (statement,) = ast.parse((libero_plus_root() / "benchmark" / "libero_suite_task_map.py").read_text()).body
     assert isinstance(statement, ast.Assign)
     return ast.literal_eval(statement.value)
-
-
-@cache
-def _known_categories() -> frozenset[str]:
-    folders = (libero_package_root() / "bddl_files" / suite for suite in _STANDINS_FOR)
-    return frozenset().union(*(categories(file) for folder in folders for file in folder.glob("*.bddl")))
-
-
-def categories(bddl_file: Path) -> frozenset[str]:
-    """Categories of the objects and fixtures in a BDDL file."""
-    return frozenset(_categories(bddl_file.read_text()))
-
-
-def _categories(text: str) -> Iterator[str]:
-    for section in re.finditer(r"\(:(?:fixtures|objects)\b([^()]*)\)", text):
-        yield from re.findall(r"\s-\s+(\S+)", section.group(1))

@@ -11,10 +11,10 @@ from pi0.base.typed_yaml import SlashedPath, key, show, unfit_values
 Suite = Literal[
     "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90",
     # LIBERO-PRO's changes of these (`pi0.libero.suites.PRO_SUITES`)
-    "libero_pro/spatial_lan", "libero_pro/spatial_task", "libero_pro/spatial_swap",
-    "libero_pro/object_lan", "libero_pro/object_task", "libero_pro/object_swap",
-    "libero_pro/goal_lan", "libero_pro/goal_task", "libero_pro/goal_swap",
-    "libero_pro/10_lan", "libero_pro/10_task", "libero_pro/10_swap",
+    "libero_pro/spatial_lan", "libero_pro/spatial_task", "libero_pro/spatial_swap", "libero_pro/spatial_object",
+    "libero_pro/object_lan", "libero_pro/object_task", "libero_pro/object_swap", "libero_pro/object_object",
+    "libero_pro/goal_lan", "libero_pro/goal_task", "libero_pro/goal_swap", "libero_pro/goal_object",
+    "libero_pro/10_lan", "libero_pro/10_task", "libero_pro/10_swap", "libero_pro/10_object",
     # LIBERO-plus's variants of these (`pi0.libero.suites.PLUS_SUITES`)
     "libero_plus/spatial", "libero_plus/object", "libero_plus/goal", "libero_plus/10",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ import mujoco
 import numpy as np
 
 from pi0.base.errors import InputError
+from pi0.libero.added_objects import add_objects
 from pi0.libero.assets import Assets, use_assets
 from pi0.libero.changes import AGENT_CAMERA, Change
 from pi0.libero.libero_import import no_cuda_devices, prepare_libero
@@ -96,6 +97,7 @@ class TaskSim:
             import robosuite
         from pi0.libero.controller import ArmController
 
+        add_objects()
         self.task = task
         try:
             self.libero: Any = _built(task, robosuite.load_controller_config(default_controller="OSC_POSE"))

@@ -34,9 +34,7 @@ class Chosen:
 
     def reasons(self, kind: str) -> dict[str, int]:
         """Why variants of a kind are left out, and how many for each reason."""
-        return dict(
-            Counter(why.partition(":")[0] for task, why in self.left_out.items() if _kind(task) == kind)
-        )
+        return dict(Counter(why for task, why in self.left_out.items() if _kind(task) == kind))
 
     def describe(self) -> dict[str, Any]:
         """For JSON: the sample, and by kind of change how many are run and how many left out, with their names."""

@@ -1,5 +1,6 @@
 """Built-in stand-ins for LIBERO's geometry: every object, fixture and scene of its suites, generated
-from primitives, in the folder layout and with the names that LIBERO's code asks for.
+from primitives, in the folder layout and with the names that LIBERO's code asks for; and what LIBERO-PRO and
+LIBERO-plus add to them.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from pi0.base.files import locked
 from pi0.base.paths import cache_dir, writing_cache
+from pi0.libero.standins.added import CHANGED, THINGS
 from pi0.libero.standins.fixtures import FIXTURES
 from pi0.libero.standins.mjcf import write_item
 from pi0.libero.standins.objects import OBJECTS
@@ -32,7 +34,7 @@ def build(directory: Path) -> None:
     directory = Path(directory)
     for name in FOLDERS:
         (directory / name).mkdir(parents=True, exist_ok=True)
-    for make in (*OBJECTS, *FIXTURES):
+    for make in (*OBJECTS, *FIXTURES, *(changed.make for changed in CHANGED), *THINGS):
         write_item(make(), directory)
     for write_scene in SCENES:
         write_scene(directory)
