@@ -61,6 +61,9 @@ def test_a_folder_without_bddl_files_and_a_file_without_an_instruction_are_refus
     file.write_text(file.read_text().replace(":language", ":words"))
     with pytest.raises(InputError, match=r"put_the_butter_on_the_plate.bddl has no instruction: \(:language"):
         find_tasks(str(suite), [])
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"put_the_butter_on_the_plate.bddl cannot be read"):
+        find_tasks(str(suite), [])
 
 
 def test_a_configuration_names_it_by_a_path_with_a_slash(tmp_path):

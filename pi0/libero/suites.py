@@ -67,7 +67,7 @@ NO_STATES = "its file of initial states is empty"
 
 
 class DamagedPackageError(InputError, ValueError):
-    """A file of the installed LIBERO is missing or damaged."""
+    """A file of the installed LIBERO, or a BDDL file of one's own, is missing or damaged."""
 
 
 class RepeatedTaskError(InputError, ValueError):
@@ -106,7 +106,7 @@ class Task:
     @property
     def suite_label(self) -> str:
         """The suite for names of files."""
-        return Path(self.suite).name if is_folder(self.suite) else self.suite.replace("/", "-")
+        return Path(self.suite).resolve().name if is_folder(self.suite) else self.suite.replace("/", "-")
 
     @property
     def label(self) -> str:
@@ -309,7 +309,10 @@ def _plus_tasks(suite: str) -> tuple[Task, ...]:
 
 def _instruction(bddl_file: Path) -> str:
     """The instruction in a BDDL file."""
-    found = re.search(r"\(:language\s+([^)]+)\)", bddl_file.read_text())
+    try:
+        found = re.search(r"\(:language\s+([^)]+)\)", bddl_file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedPackageError(f"{bddl_file} cannot be read: {error}") from error
     if found is None:
         raise DamagedPackageError(f"{bddl_file} has no instruction: (:language put the bowl on the plate)")
     return " ".join(found.group(1).split())
