@@ -20,7 +20,6 @@ and of the quarter-size policy random: no time depends on them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -46,7 +45,7 @@ from pi0.acrlpd.fsdp_support import create_global_optimizers
 from pi0.acrlpd.practice import choose_rollouts, practise
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
-from pi0.base.files import write_json
+from pi0.base.files import read_json, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import mean_interval
 from pi0.libero.environments import Environments
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--table", metavar="FILE", help="only print the tables of this file")
     options = parser.parse_args()
     if options.table:
-        print(tables(json.loads(Path(options.table).read_text())))
+        print(tables(read_json(Path(options.table))))
         return
     found: dict[str, Times] = {}
     for part in (part for part in options.parts if part != "memory"):

@@ -186,7 +186,10 @@ def table(folder: Path) -> str:
     lines = ["| run | before | after | change, paired | minutes |", "|---|---|---|---|---|"]
     kinds: dict[str, list[dict]] = {}
     extra = []
-    for file in sorted(folder.glob("*/results.json")):
+    files = sorted(folder.glob("*/results.json"))
+    if not files:
+        raise InputError(f"{folder} holds no finished run")
+    for file in files:
         results = json.loads(file.read_text())
         before, after = results["before"], results["after"]
         kinds.setdefault(file.parent.name.rpartition("-seed")[0], []).append(results)

@@ -50,7 +50,7 @@ from processes import PEERS, PEERS_PYTHON, end_on_sigterm, require_peers, run, s
 from benchmarks.figures import save
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
-from pi0.base.files import write_json
+from pi0.base.files import read_json, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import mean_interval
 from pi0.workers.pool import usable_cores
@@ -121,7 +121,7 @@ def main() -> None:
         name, *arguments = options.process
         print(json.dumps(PROCESSES[name](*map(float, arguments))))
         return
-    result = json.loads(Path(options.table).read_text()) if options.table else measure(options)
+    result = read_json(Path(options.table)) if options.table else measure(options)
     print(tables(result))
     if options.picture:
         if "scaling" not in result["parts"]:

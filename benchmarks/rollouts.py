@@ -41,6 +41,7 @@ import numpy as np
 
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
+from pi0.base.files import read_json
 from pi0.base.progress import progress
 from pi0.libero import gl
 
@@ -102,7 +103,7 @@ def main() -> None:
         print(json.dumps(MEASUREMENTS[figure](side, options)))
         return
     if options.table:
-        print(table(json.loads(Path(options.table).read_text())))
+        print(table(read_json(Path(options.table))))
         return
     gl.select_backend()  # once for all, so that no measurement includes the search for a back end
     output = Path(options.output) / f"{Path(options.assets).name}.json"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import select
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
-from pi0.base.files import write_json
+from pi0.base.files import read_json, write_json
 from pi0.ranks.watch import SILENCE_S
 
 CONFIG = "configs/quickstart.yaml"
@@ -88,7 +87,7 @@ def main() -> None:
         seconds = measure(options.stages, options.iterations, options.seconds, options.override)
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(options.output), {"seconds": seconds})
-    print(table(json.loads(Path(options.table or options.output).read_text())["seconds"]))
+    print(table(read_json(Path(options.table or options.output))["seconds"]))
 
 
 def measure(names: list[str], iterations: int, turn: float, overrides: list[str]) -> dict[str, list[float]]:

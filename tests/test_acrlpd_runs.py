@@ -17,9 +17,10 @@ from pi0.acrlpd import trainer as trainer_module
 from pi0.acrlpd.caches import ObservationCaches
 from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
 from pi0.acrlpd.train import main, unified_training_interface
-from pi0.base.errors import InputError
+from pi0.base.errors import InputError, OutputError
 from pi0.base.paths import REPO_ROOT
 from pi0.evaluate import main as evaluate_command
+from pi0.libero import outside
 from pi0.policy.critics import load_critic
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("signals_as_before")]
@@ -164,7 +165,7 @@ def test_a_resumed_run_gives_the_same_bits(tmp_path, monkeypatch, overrides):
 
 @pytest.mark.tried(
     "a stop (SIGTERM) while ACRLPD records",
-    "`--resume` records only what no checkpoint holds, and gives the same numbers to the bit",
+    "`--resume` records only what no checkpoint holds, and gives the same numbers to the bit; with another simulator it refuses",
 )
 def test_a_recording_that_is_stopped_goes_on(tmp_path, monkeypatch):
     torch.set_num_threads(1)
@@ -182,6 +183,10 @@ def test_a_recording_that_is_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "practise", stopped)
     run = unified_training_interface(debug(tmp_path / "part", *short))
     assert not (run / "metrics.jsonl").exists() or not rows(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(outside, "version", lambda name: "0")
+        with pytest.raises(OutputError, match="mujoco was .* and is 0"):
+            unified_training_interface(debug(tmp_path / "part", *short), str(run))
     resumed = unified_training_interface(debug(tmp_path / "part", *short), str(run))
     assert recorded == [3, 1, 1]
     first, second = weights(whole, 1), weights(resumed, 1)

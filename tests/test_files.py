@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi0.base.errors import OutputError, Outputs
-from pi0.base.files import writable_dir, write_json, write_whole
+from pi0.base.errors import InputError, MissingFileError, OutputError, Outputs
+from pi0.base.files import LFS_POINTER, read_json, writable_dir, write_json, write_whole
 from pi0.base.paths import REPO_ROOT, cache_dir
 from pi0.base.video import write_video
 from pi0.data.frames import VideoWriter, read_video
@@ -123,3 +123,19 @@ def test_what_was_not_written_is_remembered_until_it_is(tmp_path, capsys):
     outputs.check()
     with pytest.raises(ZeroDivisionError):  # a fault of the program is no missing result
         outputs.write("ratio", lambda: 1 / 0)
+
+
+def test_what_is_no_json_is_named(tmp_path):
+    path = tmp_path / "times.json"
+    with pytest.raises(MissingFileError, match=r"times\.json not found"):
+        read_json(path)
+    for content, said in (
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (LFS_POINTER, "git lfs pull"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"times\.json: .*{said}"):
+            read_json(path)
+    write_json(path, {"seconds": [1.5]})
+    assert read_json(path) == {"seconds": [1.5]}

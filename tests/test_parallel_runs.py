@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,19 @@ def test_a_resumed_run_keeps_its_settings(tmp_path):
     make_trainer(tmp_path, max_updates=2).train()
     with pytest.raises(InputError, match=r"gamma was 0.99 and is 0.5"):
         make_trainer(tmp_path, max_updates=2, gamma=0.5, resume="newest").train()
+
+
+@pytest.mark.tried(
+    "a PPO run is resumed with another version of what plays its game",
+    "an error names both versions: scores before and after would not be of the same game",
+)
+def test_a_run_is_not_resumed_with_another_simulator(tmp_path, monkeypatch):
+    run = make_trainer(tmp_path, max_updates=1).train()
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    monkeypatch.setattr(metadata, "version", lambda name: "0")
+    with pytest.raises(InputError, match=r"not be of the same simulation \(gymnasium was \S+ and is 0\)"):
+        make_trainer(tmp_path, max_updates=2, resume="newest").train()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
 
 
 def test_a_resumed_run_keeps_the_number_of_workers_that_was_chosen_for_it(tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def test_what_decides_results_outside_a_run_is_compared(tmp_path, capsys):
     shutil.copytree(CHECKPOINT, tmp_path / "policy")
     config = Config(policy_path=str(tmp_path / "policy"))
     spec = SimpleNamespace(assets=resolve_assets("standins"))
-    environments = SimpleNamespace(pool=SimpleNamespace(spec=spec), bddl={})
+    environments = SimpleNamespace(pool=SimpleNamespace(spec=spec), bddl={}, benchmark_name="libero_spatial")
     facts = compare_outside(config, environments, {})
     assert facts["outside"]["mujoco"] == version("mujoco") and facts["outside"]["norm_stats_path"] is None
     assert compare_outside(config, environments, facts) == facts

@@ -49,6 +49,7 @@ from pi0.base.progress import progress
 from pi0.libero.environments import Environments
 from pi0.libero.evaluation import EvaluationResult, evaluate, restore_result
 from pi0.libero.films import film_before_after
+from pi0.libero.outside import compare_outside
 from pi0.policy.acting import ActingPolicy
 from pi0.policy.critics import BestOfPolicy, save_critic
 from pi0.ranks.collectives import broadcast_weights, gather, largest, on_rank_zero, rank_and_world_size
@@ -453,6 +454,7 @@ class ACRLPDTrainer:
 
         Raises:
             CheckpointError: the checkpoint is of another agent.
+            OutputError: assets, BDDL files or the simulator are not those with which the run began.
         """
         newest, logging = self.safe.find() if resume else None, self.config.logging
         if newest is not None:
@@ -462,6 +464,10 @@ class ACRLPDTrainer:
         self.wandb = start_wandb(logging, self.run_dir, to_dict(self.config)) if self._rank == 0 else None
         logging.wandb_run_id = self.wandb.id if self.wandb else logging.wandb_run_id
         self.safe.begin(newest)
+        config, facts = self.config, self.state.facts
+        paths = {"policy_path": config.policy_path, "norm_stats_path": config.norm_stats_path}
+        paths |= {f"data.datasets {path}": path for path in config.data.datasets}
+        facts |= on_rank_zero(compare_outside, self.environments, facts, paths)
 
     def _write_results(self, before: EvaluationResult, after: dict[str, EvaluationResult]) -> None:
         from pi0.acrlpd.results import write_results

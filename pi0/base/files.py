@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pi0.base.errors import OutputError
+from pi0.base.errors import InputError, MissingFileError, OutputError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 LFS_POINTER_BYTES = 1024  # at most, by that specification
@@ -75,6 +75,21 @@ def is_lfs_pointer(path: Path) -> bool:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
+
+
+def read_json(path: Path, error: type[InputError] = InputError) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        MissingFileError: no such file.
+        InputError: it is not JSON; as `error`, whose message names the file.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as missing:
+        raise MissingFileError(f"{path} not found") from missing
+    except ValueError as why:
+        raise error(f"{path}: not valid JSON: {why_unreadable(path, why)}") from why
 
 
 def why_unreadable(path: Path, error: Exception) -> str:

@@ -6,14 +6,13 @@ and v2.1 differ only in the place of their statistics, which are not read here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pi0.base.errors import MissingFileError
-from pi0.base.files import why_unreadable
+from pi0.base.files import read_json
 from pi0.data.demonstrations import DataError
 from pi0.policy.cameras import BASE, LEFT_WRIST, CameraNameError, How, choose_cameras, is_told
 
@@ -137,10 +136,7 @@ class DatasetInfo:
         path = root / INFO
         if not path.is_file():
             raise MissingFileError(f"{path} not found: {root} is no LeRobot data set")
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
+        content = read_json(path, DataError)
         version = content.get("codebase_version") if isinstance(content, dict) else None
         if version not in (*EPISODE_FILES, SHARED_FILES):
             raise DataError(

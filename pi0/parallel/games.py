@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -51,6 +52,17 @@ class GameSpec:
     def is_retro(self) -> bool:
         """Whether it is a console game, and no gymnasium environment."""
         return ":" not in self.name and self.name not in gymnasium.registry
+
+    def packages(self) -> dict[str, str]:
+        """Versions of the installed packages that play the game: another one may play another game."""
+        if self.is_retro:
+            return {"stable-retro": metadata.version("stable-retro")}
+        entry = gymnasium.spec(self.name).entry_point
+        module = entry if isinstance(entry, str) else entry.__module__
+        owners = metadata.packages_distributions().get(
+            module.partition(".")[0], []
+        )  # a module of one's own: none
+        return {name: metadata.version(name) for name in dict.fromkeys(("gymnasium", *owners))}
 
 
 class Step(NamedTuple):

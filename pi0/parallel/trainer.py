@@ -36,6 +36,7 @@ from pi0.parallel.scorer import Scorer
 from pi0.parallel.shares import priorities
 from pi0.parallel.slices import Layout
 from pi0.report.html_report import write_html_report
+from pi0.training.fingerprints import compare
 from pi0.training.interrupts import Interrupted, Interrupts
 from pi0.training.memory import memory_use
 from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
@@ -238,6 +239,9 @@ class _Run:
         self.collector.begin(config.seed, self.progress.generations)
         self.progress.states = list(self.collector.states)
         self.safe.begin(newest)
+        packages, facts = self.spec.game.packages(), self.state.facts
+        compare(facts.get("outside", {}), packages, packages)
+        facts["outside"] = packages
         if newest is not None:
             self.collector.resume(self.progress.states, self.progress.numbers)
         self._publish_both()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0.base.errors import CheckpointError, MissingFileError
-from pi0.base.files import why_unreadable
+from pi0.base.files import read_json, why_unreadable
 from pi0.base.progress import progress
 from pi0.base.tensors import count_not_finite, write_tensors
 from pi0.model.config import ConvDims, Pi0Config
@@ -431,10 +431,7 @@ def _read_config_file(directory: Path) -> dict[str, Any]:
             f"{directory} has no {CONFIG_FILE}; it holds {_listing(directory)}. If openpi's training made it, write "
             '{"action_horizon": 50} there, with the action_horizon of its training configuration'
         )
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
+    content = read_json(path, CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected an object, got {content!r:.80}")
     return content

@@ -7,7 +7,6 @@ zero-padded to the network's width. Sampled actions pass the inverse steps.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pi0.base.errors import InputError, MissingFileError
-from pi0.base.files import why_unreadable
+from pi0.base.files import read_json
 from pi0.model.config import POSE_DIM
 
 # Added to the divisor in both directions, as in openpi. LeRobot (src/lerobot/processor/normalize_processor.py)
@@ -216,10 +215,7 @@ def load_norm_stats(path: str | Path, state_dim: int, action_dim: int) -> NormSt
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"normalisation statistics {path} not found")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise NormStatsError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
+    content = read_json(path, NormStatsError)
     parts = content.get("norm_stats") if isinstance(content, dict) else None
     if not isinstance(parts, dict):
         raise NormStatsError(f'{path}: no "norm_stats" object at the top')

@@ -10,7 +10,6 @@ processor/{pipeline,normalize_processor}.py, and common/policies/normalize.py of
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pi0.base.errors import CheckpointError, MissingFileError
-from pi0.base.files import why_unreadable
+from pi0.base.files import read_json, why_unreadable
 from pi0.model.config import POSE_DIM, PUBLISHED_CAMERAS, GemmaDims, Pi0Config, SiglipDims
 from pi0.policy.cameras import BASE, LEFT_WRIST, CameraChoice, choose_cameras
 from pi0.policy.normalization import NormStats, NormStatsError, load_norm_stats, norm_stats_from
@@ -341,13 +340,12 @@ def _processor_stats(directory: Path, config: Pi0Config) -> dict[str, dict[str, 
         path = directory / file
         if not path.is_file():
             raise MissingFileError(f"{directory} has a {PREPROCESSOR_FILE}, but no {file}")
+        content = read_json(path, NormStatsError)
         try:
-            entries = json.loads(path.read_bytes())["steps"]
+            entries = content["steps"]
             entry = next((e for e in entries if e.get("registry_name") == step), None)
             state_file = entry and entry.get("state_file")
             mapping = entry["config"].get("norm_map", {}) if entry else {}
-        except ValueError as error:
-            raise NormStatsError(f"{path}: not valid JSON: {why_unreadable(path, error)}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise NormStatsError(f"{path}: not a LeRobot processor file: {error!r}") from error
         parts[part] = {}

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pi0.base.typed_yaml import fixed_keys
-from pi0.libero import gl
+from pi0.libero import outside
 from pi0.libero.environments import Environments
 from pi0.libero.suites import find_tasks
 from pi0.ript.config import Config, describe_keys
-from pi0.training.fingerprints import compare, fingerprint
-
-# What a score means; the others may change, and the policy comes from the checkpoint.
-FIXED = ("assets", "BDDL files", "mujoco", "robosuite", "hf-libero")
-PACKAGES = ("torch", "numpy", "mujoco", "robosuite", "hf-libero")
 
 
 def comparable(settings: dict[str, Any]) -> dict[str, Any]:
@@ -51,19 +43,12 @@ def compare_outside(config: Config, environments: Environments, facts: dict[str,
     """Fingerprints and versions of what the run stands on now, {"outside": {...}}, compared with those in its facts.
 
     Raises:
-        OutputError: assets or the simulator are others.
+        OutputError: assets, BDDL files or the simulator are others.
     """
-    assets = environments.pool.spec.assets.describe()
-    now = {
-        "policy_path": fingerprint(config.policy_path),
-        "norm_stats_path": fingerprint(config.norm_stats_path),
-        "algo.cotraining_path": fingerprint(config.algo.cotraining_path),
-        "task.demonstrations": fingerprint(config.task.demonstrations),
-        "assets": f"{assets['source']} {assets['fingerprint']}",
-        **({"BDDL files": json.dumps(environments.bddl)} if environments.bddl else {}),
-        "OpenGL": gl.renderer(),
-        "Python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+    paths = {
+        "policy_path": config.policy_path,
+        "norm_stats_path": config.norm_stats_path,
+        "algo.cotraining_path": config.algo.cotraining_path,
+        "task.demonstrations": config.task.demonstrations,
     }
-    compare(facts.get("outside", {}), now, FIXED)
-    return {"outside": now}
+    return outside.compare_outside(environments, facts, paths)

@@ -57,7 +57,7 @@ def compare(earlier: Mapping[str, str | None], now: Mapping[str, str | None], fi
         texts = "; ".join(f"{name} was {was} and is {new}" for name, (was, new) in refused.items())
         raise OutputError(
             f"the run cannot be resumed, because scores before and after would not be of the same simulation ({texts}); "
-            "restore what it began with, or start a new run from its policy folder"
+            "restore what it began with, or start a new run"
         )
     for name, (was, new) in changed.items():
         print(f"resuming with other {name}: it was {was} and is {new}")
