@@ -26,7 +26,8 @@
 Scores are of 100 of LIBERO's recorded states (suite: 200), with the same noise before and after. Minutes are of recording
 and learning, without scores. Finished runs are kept, so a stopped benchmark goes on. Where the full run of a seed is
 finished, the others of that seed take the rollouts that it recorded and record none, so their minutes are without it.
-`--choices` scores the unchanged policy with the critics of the run `critics`, which chooses among so many chunks.
+`--choices` scores the unchanged policy with the critics of the run `critics`, which chooses among so many chunks. One
+chunk, and as many as the run itself chose among, are not scored again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.figures import save
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
+from pi0.base.files import read_json
 from pi0.base.stats import format_rate, mean_interval, paired_difference
 
 CONFIG = "acrlpd_quickstart"
@@ -199,7 +202,10 @@ def train_with(recorded: Path, arguments: Sequence[str]) -> None:
 
 
 def choose(number: int, seed: int, options: argparse.Namespace) -> None:
-    """Score the unchanged policy with the best of so many chunks by the critics of the run `critics`."""
+    """Score the unchanged policy with the best of so many chunks by the critics of the run `critics`, if it has not."""
+    folder = Path(options.output)
+    if str(number) in scored_itself(read_json(next(folder.glob(f"critics-seed{seed}/run-*/results.json")))):
+        return
     output = Path(options.output) / f"choices-seed{seed}" / str(number)
     if (output / "results.json").is_file():
         return
@@ -211,19 +217,33 @@ def choose(number: int, seed: int, options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def scored_itself(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Scores of a run `critics`, which leaves the policy as it was, by number of chunks."""
+    scores = results["scores"].items()
+    return {"1" if name == "one sample" else name.removeprefix("best of "): score for name, score in scores}
+
+
 def choices_table(folder: Path) -> str:
-    """Successes by number of chunks and seed; empty if nothing was scored."""
-    found: dict[int, dict[str, str]] = {}
+    """Successes by number of chunks and seed, and their mean; empty if nothing was scored."""
+    found: dict[int, dict[str, tuple[int, int]]] = {}
+    for file in folder.glob("critics-seed*/run-*/results.json"):
+        for number, score in scored_itself(read_json(file)).items():
+            counts = score["successes"], score["episodes"]
+            found.setdefault(int(number), {})[file.parts[-3].rpartition("seed")[2]] = counts
     for file in folder.glob("choices-seed*/*/results.json"):
-        score = json.loads(file.read_text())
-        seed = file.parts[-3].rpartition("seed")[2]
-        found.setdefault(int(file.parts[-2]), {})[seed] = format_rate(score["successes"], score["episodes"])
+        score = read_json(file)
+        counts = score["successes"], score["episodes"]
+        found.setdefault(int(file.parts[-2]), {})[file.parts[-3].rpartition("seed")[2]] = counts
     seeds = sorted({seed for rates in found.values() for seed in rates}, key=int)
-    head = [f"| best of | {' | '.join(f'seed {seed}' for seed in seeds)} |", "|---|" + "---|" * len(seeds)]
-    rows = [
-        f"| {number} | {' | '.join(rates.get(seed, '-') for seed in seeds)} |"
-        for number, rates in sorted(found.items())
+    head = [
+        f"| best of | {' | '.join(f'seed {seed}' for seed in seeds)} | mean, % |",
+        "|---|" + "---|" * (len(seeds) + 1),
     ]
+    rows = []
+    for number, rates in sorted(found.items()):
+        cells = [format_rate(*rates[seed]) if seed in rates else "-" for seed in seeds]
+        mean = statistics.mean(100 * solved / count for solved, count in rates.values())
+        rows.append(f"| {number} | {' | '.join(cells)} | {mean:.1f} |")
     return "\n".join([*head, *rows]) if rows else ""
 
 
