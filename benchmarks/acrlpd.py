@@ -1,9 +1,9 @@
 """What do ACRLPD's caches and shared prefixes save, and what does its memory hold? Prints tables.
 
-    python benchmarks/acrlpd.py                                   # some minutes on 2 cores, with nothing beside it
+    python benchmarks/acrlpd.py                                   # 27 minutes on 2 cores, with nothing beside it
     python benchmarks/acrlpd.py --parts update --turns 5
     python benchmarks/acrlpd.py --parts memory                    # a second: only counts
-    python benchmarks/acrlpd.py --table outputs/acrlpd.json
+    python benchmarks/acrlpd.py --table benchmarks/results/acrlpd.json
 
 | part | what is compared |
 |---|---|

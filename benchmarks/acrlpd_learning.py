@@ -5,7 +5,7 @@
     python benchmarks/acrlpd_learning.py --runs critics --choices 1 2 4 8 16 32 --seeds 0 1 2
     python benchmarks/acrlpd_learning.py --runs suite --seeds 0 1 2
     python benchmarks/acrlpd_learning.py --runs full --seeds 0 --rehearse    # does everything run? the numbers mean nothing
-    python benchmarks/acrlpd_learning.py --table outputs/acrlpd_learning --picture outputs/acrlpd_learning.png
+    python benchmarks/acrlpd_learning.py --table benchmarks/results/acrlpd_learning --picture outputs/acrlpd_learning.png
 
 | run | what it is |
 |---|---|

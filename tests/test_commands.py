@@ -255,11 +255,11 @@ WAYS = {
     "benchmarks/acrlpd.py --parts update": here(
         "--parts update --turns 1 --episodes 2 --output {out}/acrlpd.json", soak=True
     ),
-    "benchmarks/acrlpd.py --table": not_run("prints what a whole measurement has written"),
+    "benchmarks/acrlpd.py --table": here(),
     "benchmarks/acrlpd_learning.py": here(
         "--runs critics --seeds 0 --rehearse --output {out}/learning", soak=True
     ),
-    "benchmarks/acrlpd_learning.py --table": not_run("prints what finished runs have written"),
+    "benchmarks/acrlpd_learning.py --table": here("--picture {out}/curves.png"),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
     "benchmarks/few_demonstrations.py": here(
         "--demonstrations 1 --seeds 0 --rehearse --output {out}/few", soak=True

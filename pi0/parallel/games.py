@@ -6,6 +6,7 @@ Loading torch takes memory in every worker, so nothing here, nor in `policy`, `a
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import itertools
 import json
@@ -57,7 +58,10 @@ class GameSpec:
         """Versions of the installed packages that play the game: another one may play another game."""
         if self.is_retro:
             return {"stable-retro": metadata.version("stable-retro")}
-        entry = gymnasium.spec(self.name).entry_point
+        home, _, name = self.name.rpartition(":")
+        if home:
+            importlib.import_module(home)  # which registers the environment
+        entry = gymnasium.spec(name).entry_point
         module = entry if isinstance(entry, str) else entry.__module__
         owners = metadata.packages_distributions().get(
             module.partition(".")[0], []

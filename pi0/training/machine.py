@@ -9,12 +9,16 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, GPU (None without one) and versions of torch and Python, on which times depend."""
+    """Processor, cores, vector instructions, GPU (None without one), torch and Python, on which times depend.
+
+    Processors with the same name may have other vector instructions; then they round differently, too.
+    """
     import torch
 
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
