@@ -265,6 +265,9 @@ WAYS = {
         "--demonstrations 1 --seeds 0 --rehearse --output {out}/few", soak=True
     ),
     "benchmarks/few_demonstrations.py --table": not_run("prints what finished runs have written"),
+    "benchmarks/generalise.py": here(
+        "--start checkpoints/suite_goal --rehearse --changes none --output {out}/generalise", soak=True
+    ),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
