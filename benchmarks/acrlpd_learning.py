@@ -127,11 +127,11 @@ def main() -> None:
     if not runs:
         parser.error("there is no finished run")
     print(tables(runs))
-    if chosen := choices_table(Path(options.table or options.output)):
-        print(f"\n{chosen}")
+    if choices := read_choices(Path(options.table or options.output)):
+        print(f"\n{choices_table(choices)}")
     if options.picture:
         shown = {kind: of_kind for kind, of_kind in runs.items() if kind in options.runs}
-        draw(curves(shown, options.ript), Path(options.picture))
+        draw(curves(shown, options.ript), choices, Path(options.picture))
 
 
 def learn(run: str, seed: int, options: argparse.Namespace) -> None:
@@ -223,8 +223,8 @@ def scored_itself(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {"1" if name == "one sample" else name.removeprefix("best of "): score for name, score in scores}
 
 
-def choices_table(folder: Path) -> str:
-    """Successes by number of chunks and seed, and their mean; empty if nothing was scored."""
+def read_choices(folder: Path) -> dict[int, dict[str, tuple[int, int]]]:
+    """Successes and episodes of the unchanged policy, by number of chunks and seed."""
     found: dict[int, dict[str, tuple[int, int]]] = {}
     for file in folder.glob("critics-seed*/run-*/results.json"):
         for number, score in scored_itself(read_json(file)).items():
@@ -234,17 +234,25 @@ def choices_table(folder: Path) -> str:
         score = read_json(file)
         counts = score["successes"], score["episodes"]
         found.setdefault(int(file.parts[-2]), {})[file.parts[-3].rpartition("seed")[2]] = counts
+    return dict(sorted(found.items()))
+
+
+def choices_table(found: Mapping[int, Mapping[str, tuple[int, int]]]) -> str:
+    """Successes by number of chunks and seed, and their mean."""
     seeds = sorted({seed for rates in found.values() for seed in rates}, key=int)
-    head = [
+    lines = [
         f"| best of | {' | '.join(f'seed {seed}' for seed in seeds)} | mean, % |",
         "|---|" + "---|" * (len(seeds) + 1),
     ]
-    rows = []
-    for number, rates in sorted(found.items()):
+    for number, rates in found.items():
         cells = [format_rate(*rates[seed]) if seed in rates else "-" for seed in seeds]
-        mean = statistics.mean(100 * solved / count for solved, count in rates.values())
-        rows.append(f"| {number} | {' | '.join(cells)} | {mean:.1f} |")
-    return "\n".join([*head, *rows]) if rows else ""
+        lines.append(f"| {number} | {' | '.join(cells)} | {statistics.mean(percent(rates)):.1f} |")
+    return "\n".join(lines)
+
+
+def percent(rates: Mapping[str, tuple[int, int]]) -> list[float]:
+    """Success of each seed."""
+    return [100 * solved / count for solved, count in rates.values()]
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -332,23 +340,36 @@ def middle(points: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(sum(values) / len(values) for values in zip(*points, strict=True))
 
 
-def draw(lines: Mapping[str, Sequence[tuple[float, float, float]]], path: Path) -> None:
-    """Success against minutes and against rollouts."""
+def draw(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    choices: Mapping[int, Mapping[str, tuple[int, int]]],
+    path: Path,
+) -> None:
+    """Success against minutes, against rollouts, and, if there are any, against the number of chunks to choose from."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    count = 3 if choices else 2
+    figure, panels = plt.subplots(1, count, figsize=(5.5 * count, 4.5), sharey=True)
     for label, points in lines.items():
         minutes, rollouts, success = zip(*points, strict=True)
-        for axes, x in zip(panels, (minutes, rollouts), strict=True):
+        for axes, x in zip(panels[:2], (minutes, rollouts), strict=True):
             axes.plot(x, success, marker="o", label=label)
     panels[0].set_xlabel("minutes of recording and learning")
     panels[1].set_xlabel("rollouts")
     panels[0].set_ylabel("success (%), 100 episodes, mean over seeds")
-    panels[0].set_ylim(0, 100)
+    panels[0].set_ylim(0, 102)
     panels[1].legend(fontsize=8)
+    if choices:
+        last = panels[2]
+        last.plot(list(choices), [statistics.mean(percent(rates)) for rates in choices.values()])
+        for number, rates in choices.items():
+            last.plot([number] * len(rates), percent(rates), "o", color="tab:blue", markersize=4)
+        last.set_xscale("log", base=2)
+        last.set_xticks(list(choices), list(map(str, choices)))
+        last.set_xlabel("chunks that the critics choose from; policy unchanged, each seed")
     save(figure, path)
 
 
