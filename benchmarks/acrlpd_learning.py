@@ -36,7 +36,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.figures import save
+from benchmarks.processes import call_python
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.files import read_json
@@ -152,14 +152,7 @@ def learn(run: str, seed: int, options: argparse.Namespace) -> None:
     trainer = (
         ["-m", "pi0.acrlpd.train"] if recorded is None else [__file__, "--recorded", recorded, "--train"]
     )
-    call(*trainer, *command)
-
-
-def call(*arguments: object) -> None:
-    """Run Python in the project's folder and show the command."""
-    words = [str(argument) for argument in arguments]
-    print("$ python", *words, flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    call_python(*trainer, *command)
 
 
 def suite_start(options: argparse.Namespace) -> Path:
@@ -167,7 +160,7 @@ def suite_start(options: argparse.Namespace) -> Path:
     folder = Path(options.output) / "suite_start"
     if not (folder / "model.safetensors").is_file():
         short = ["--demonstrations", 1, "--max-minutes", 0, "--score-episodes", 10]
-        call(
+        call_python(
             "-m", "pi0.warmstart", "--tasks", *range(10), "--output", folder,
             *(short if options.rehearse else ["--demonstrations", 50]),
         )  # fmt: skip
@@ -211,7 +204,7 @@ def choose(number: int, seed: int, options: argparse.Namespace) -> None:
         return
     (critic,) = Path(options.output).glob(f"critics-seed{seed}/run-*/critic")
     short = ["--episodes", 2, "--max_episode_length", 20] if options.rehearse else ["--episodes", 100]
-    call(
+    call_python(
         "-m", "pi0.evaluate", "--policy_path", POLICY, "--tasks", 3, 8, "--assets", "standins",
         "--critic_path", critic, "--samples", number, "--output", output, *short,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.figures import save
+from benchmarks.processes import call_python
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.stats import format_rate
@@ -79,21 +79,15 @@ def learn(count: int, seed: int, options: argparse.Namespace) -> None:
         return
     start = folder / "start"
     if not (start / "warmstart.json").exists():
-        call(
+        call_python(
             "-m", "pi0.warmstart", "--demonstrations", str(count), "--seed", str(seed), "--output", str(start),
             "--max-minutes", str(options.cloning_minutes), "--target-success", "1.1",
             *(SHORT_CLONING if options.rehearse else ()),
         )  # fmt: skip
-    call(
+    call_python(
         SCRIPT, "--config_path", CONFIG, "--override", f"training.seed={seed}", f"output_dir={folder}", "exp_name=run",
         f"policy_path={start}", *(SHORT_RUN if options.rehearse else ()),
     )  # fmt: skip
-
-
-def call(*arguments: str) -> None:
-    """Run a command of this project and show its output."""
-    print("$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 def read(folder: Path) -> dict[int, list[dict[str, Any]]]:

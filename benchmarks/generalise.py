@@ -19,7 +19,6 @@ goes on.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processes import call_python
 from pi0 import PI0Policy
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, run_command
@@ -106,7 +106,7 @@ def score(policy: Path, change: str, output: Path, options: argparse.Namespace) 
             return
     chosen: list[object] = ["--tasks", *tasks] if tasks else ["--tasks"]
     short = ["--max_episode_length", 20] if options.rehearse else []
-    call(
+    call_python(
         "-m", "pi0.evaluate", "--policy_path", policy, "--suite", suite, *chosen, *count, "--assets", "standins",
         "--output", output, *short,
     )  # fmt: skip
@@ -119,13 +119,6 @@ def readable(policy: Path, suite: str, tasks: Sequence[int]) -> list[int]:
     read = [task.index for task in of_suite if acting.reads(task.prompt)]
     print(f"{suite}: {policy} has room for {len(read)} of {len(of_suite)} instructions")
     return read
-
-
-def call(*arguments: object) -> None:
-    """Run Python in the project's folder and show the command."""
-    words = [str(argument) for argument in arguments]
-    print("$ python", *words, flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
 def table(folder: Path) -> str:

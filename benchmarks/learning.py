@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processes import call_python
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, run_command
 from pi0.base.stats import format_rate, paired_difference
@@ -113,7 +113,7 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
         *(SHORT_RUN if options.rehearse else ()),
         *options.override,
     ]
-    call(SCRIPT, "--config_path", options.config_path, "--override", *overrides)
+    call_python(SCRIPT, "--config_path", options.config_path, "--override", *overrides)
     made = max(folder.glob("run-*"))
     for file in made.iterdir():
         file.rename(folder / file.name)
@@ -144,7 +144,7 @@ def critic_of(seed: int, folder: Path) -> Path:
 def clone(seed: int, folder: Path, options: argparse.Namespace) -> None:
     """The control: continue cloning from the same policy, then evaluate on the same states and noise."""
     policy, config = folder / "policy", load_config(options.config_path)
-    call(
+    call_python(
         "-m", "pi0.warmstart", "--start-from", config.policy_path, "--output", str(policy), "--seed", str(seed + 100),
         *tasks_of(config), "--max-minutes", str(options.cloning_minutes), "--target-success", "1.1", "--lr", "2e-4",
         *(SHORT_CLONING if options.rehearse else ()),
@@ -167,18 +167,12 @@ def evaluate(
     """The configuration's evaluation of a policy."""
     config, short = load_config(options.config_path), SHORT_EVALUATION if options.rehearse else ()
     guidance = [] if guidance_weight is None else ["--guidance_weight", str(guidance_weight)]
-    call(
+    call_python(
         "-m", "pi0.evaluate", "--policy_path", str(policy), *tasks_of(config),
         "--episodes", str(config.evaluation.episodes), "--assets", str(config.task.assets), "--output", str(output),
         *guidance, *short,
     )  # fmt: skip
     return json.loads((output / "results.json").read_text())
-
-
-def call(*arguments: str) -> None:
-    """Run a command of this project and show its output."""
-    print("$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 def table(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Commands that benchmarks measure, each in a process group that ends with the benchmark."""
+"""Commands that benchmarks run: those that they measure, each in a process group that ends with them, and whole runs."""
 
 from __future__ import annotations
 
@@ -73,6 +73,19 @@ def start(*command: object) -> str:
         last = (errors.strip() or printed.strip() or "it printed nothing").splitlines()[-1]
         raise InputError(f"`{' '.join(texts)}` failed: {last}")
     return printed
+
+
+def call_python(*arguments: object) -> None:
+    """Run Python with these arguments in the project's folder; shows the command and what it prints.
+
+    Raises:
+        InputError: it failed; it has said why.
+    """
+    words = [str(argument) for argument in arguments]
+    print("$ python", *words, flush=True)
+    status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+    if status:
+        raise InputError(f"`python {' '.join(words)}` ended with status {status}")
 
 
 def end_with_parent() -> None:
