@@ -293,6 +293,19 @@ def test_noise_is_that_of_libero_plus(noise, total, monkeypatch):
     assert abs(int(frame.sum()) - total) < 15_000  # other strengths of a noise differ by more, nearly always
 
 
+@pytest.mark.parametrize("noise", range(11, 21))
+def test_gaussian_blur_has_a_deviation_of_as_many_pixels_as_its_strength(noise):
+    edge = np.zeros((256, 256, 3), np.uint8)
+    edge[:, 128:] = 255
+    deviation = noise - 10
+    away = np.arange(-4 * deviation, 4 * deviation + 1)  # pixels further away count nothing
+    weights = np.exp(-0.5 * (away / deviation) ** 2)
+    light = [255 * weights[away >= 128 - column].sum() / weights.sum() for column in range(256)]
+    frame = corruptions.corrupt(edge, noise, np.random.default_rng(0))
+    below = light - frame[128, :, 0]  # fractions are cut off
+    assert below.min() > -1e-9 and below.max() < 1 + 1e-9
+
+
 def test_motion_blur_is_imagemagick_s():
     white = np.zeros((256, 256, 3), np.uint8)
     white[128, 128] = 255
