@@ -13,15 +13,15 @@ import argparse
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
 from pi0.base.files import writable_dir, write_json
-from pi0.data import Contradiction, DemonstrationSet, FeatureNames, Gripper, open_demonstrations
+from pi0.data import DemonstrationSet
 from pi0.data.chunks import Chunks
+from pi0.data.command_line import add_dataset_options, open_dataset
 from pi0.data.recorded_chunks import demonstrations_of_tasks, leave_out_failures
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import Environments
@@ -78,31 +78,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="file to write")
     parser.add_argument("--dataset", help="read these demonstrations; default: record some of the experts")
-    parser.add_argument(
-        "--dataset-features",
-        action=Collect,
-        nargs="+",
-        metavar="NAME=FEATURE",
-        help="names of state, actions and each camera in a LeRobot data set, if they are not known",
-    )
-    parser.add_argument(
-        "--dataset-accept",
-        action=Collect,
-        nargs="+",
-        default=[],
-        choices=get_args(Contradiction),
-        help="what may contradict LIBERO's robot in a data set: frames a second (fps), robot, names of features; "
-        "failures: count episodes without reward or success, too",
-    )
-    parser.add_argument(
-        "--dataset-gripper",
-        choices=list(Gripper),
-        help="what 1 means for the gripper of a data set; IPEC-COMMUNITY's LIBERO sets have open-is-1",
-    )
+    add_dataset_options(parser, failures="count", images=False)
     parser.add_argument(
         "--suite",
         default="libero_spatial",
-        help="libero_spatial, libero_object, libero_goal or libero_10",
+        help="libero_spatial, _object, _goal, _10, _90, or a folder of BDDL files, as a path with a slash",
     )
     parser.add_argument(
         "--tasks",
@@ -151,10 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(options.output)
     writable_dir(output.parent)
     if options.dataset:
-        names = {"names": FeatureNames.parse(options.dataset_features)} if options.dataset_features else {}
-        recorded = open_demonstrations(
-            options.dataset, options.dataset_gripper, ROBOT, options.dataset_accept, **names
-        )
+        recorded = open_dataset(options, ROBOT)
         failures = "failures" in options.dataset_accept
         indices: Sequence[int] = range(len(recorded))
         if options.tasks:

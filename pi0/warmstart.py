@@ -20,8 +20,8 @@ import argparse
 import functools
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ from pi0.base.errors import CheckpointError, run_command
 from pi0.base.files import writable_dir, write_json
 from pi0.base.progress import progress
 from pi0.base.stats import format_rate
-from pi0.data import Contradiction, DataError, FeatureNames, Gripper, Orientation, open_demonstrations
+from pi0.data import DataError
 from pi0.data.chunks import Chunks
+from pi0.data.command_line import add_dataset_options, open_dataset
 from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import TRAINING, Environments
@@ -67,7 +68,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--suite",
         default="libero_spatial",
-        help="libero_spatial, libero_object, libero_goal and libero_10 have experts",
+        help="libero_spatial, _object, _goal, _10, _90, or a folder of BDDL files, as a path with a slash; "
+        "a task whose goal no expert reaches is an error",
     )
     parser.add_argument(
         "--tasks", action=Collect, nargs="*", default=["3", "8"],
@@ -100,32 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="use these demonstrations (LeRobot, LIBERO's HDF5); record none",
     )
-    parser.add_argument(
-        "--dataset-features",
-        action=Collect,
-        nargs="+",
-        metavar="NAME=FEATURE",
-        help="names of state, actions and each camera in a LeRobot data set, if they are not known",
-    )
-    parser.add_argument(
-        "--dataset-images",
-        choices=list(Orientation),
-        help="orientation of images in a LeRobot data set; openpi's and LeRobot's LIBERO sets have rotated",
-    )
-    parser.add_argument(
-        "--dataset-gripper",
-        choices=list(Gripper),
-        help="what 1 means for the gripper of a data set; IPEC-COMMUNITY's LIBERO sets have open-is-1",
-    )
-    parser.add_argument(
-        "--dataset-accept",
-        action=Collect,
-        nargs="+",
-        default=[],
-        choices=get_args(Contradiction),
-        help="what may contradict LIBERO's robot in a data set: frames a second (fps), robot, names of features; "
-        "failures: learn episodes without reward or success, too",
-    )
+    add_dataset_options(parser, failures="learn", images=True)
     parser.add_argument(
         "--dataset-video", action="store_true", help="write images as H.264 video, not as PNG"
     )
@@ -198,6 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
     task = task_of_command(options, replan_steps=min(LONGEST_REPLAN, config.action_horizon))
     with Environments(task, config) as environments:
         demonstrations, summary = get_demonstrations(environments, config, options)
+        for name, of_task in summary.items():
+            print(f"{name}: {describe(of_task)}")
         if policy is None:
             stats = norm_stats(demonstrations, smallest_std=SMALLEST_STD, divisors=["std"])
             policy = PI0Policy(config, stats).to(device)
@@ -264,14 +243,7 @@ def read_demonstrations(
     environments: Environments, config: Pi0Config, options: argparse.Namespace
 ) -> tuple[Chunks, dict]:
     """Read a data set's demonstrations of the tasks into memory, as chunks."""
-    how: dict[str, Any] = {}
-    if options.dataset_features:
-        how["names"] = FeatureNames.parse(options.dataset_features)
-    if options.dataset_images:
-        how["orientation"] = Orientation(options.dataset_images)
-    recorded = open_demonstrations(
-        options.dataset, options.dataset_gripper, ROBOT, options.dataset_accept, **how
-    )
+    recorded = open_dataset(options, ROBOT)
     unknown = [camera for camera in recorded.cameras if camera not in config.cameras]
     if unknown:
         raise DataError(
@@ -293,6 +265,15 @@ def read_demonstrations(
         name: {"demonstrations": len(steps), "mean_steps": float(np.mean(steps))}
         for name, steps in lengths.items()
     }
+
+
+def describe(of_task: Mapping[str, float]) -> str:
+    """How many demonstrations of a task there are, and how long they are."""
+    if "attempts" in of_task:
+        count = f"{of_task['successes']} of {of_task['attempts']} demonstrations succeeded"
+    else:
+        count = f"{of_task['demonstrations']} demonstrations"
+    return f"{count}, {of_task['mean_steps']:.0f} control steps on average"
 
 
 def clone(

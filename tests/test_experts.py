@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from pi0.base.errors import InputError
 from pi0.libero.assets import resolve_assets
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import Environments
+from pi0.libero.evaluation import BrokenSimulationsError
 from pi0.libero.experts import Expert, NoExpertError
 from pi0.libero.microwave import PutIn
 from pi0.libero.settings import TaskConfig
@@ -120,6 +122,26 @@ def test_two_things_are_placed_one_after_the_other():
     assert placed[-1] == [True, True]
     assert [True, False] in placed
     assert [False, True] not in placed
+
+
+def test_experts_that_solve_nothing_are_an_error_that_names_the_tasks():
+    task = TaskConfig(task_names_to_use=[3], num_parallel_envs=1, assets="standins", max_episode_length=5)
+    with (
+        Environments(task, Pi0Config.preset("pi0_tiny")) as environments,
+        pytest.raises(
+            InputError, match=r"solved none of 2 episodes of pick_up_the_black_bowl_on_the_cookie_box"
+        ),
+    ):
+        record_demonstrations(environments, per_task=2, seed=0, noise=0.1, frame_every=3)
+
+
+def test_attempts_whose_simulation_breaks_are_not_counted_as_failures_of_the_expert():
+    task = TaskConfig(task_names_to_use=[3], num_parallel_envs=1, assets="standins")
+    with (
+        Environments(task, Pi0Config.preset("pi0_tiny")) as environments,
+        pytest.raises(BrokenSimulationsError, match=r"demonstrations: 2 of 2 broken"),
+    ):
+        record_demonstrations(environments, per_task=2, seed=0, noise=float("nan"), frame_every=3)
 
 
 def test_demonstrations_hold_what_the_policy_would_see_and_what_to_do():

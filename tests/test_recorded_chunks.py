@@ -196,8 +196,9 @@ def test_a_warm_start_keeps_its_demonstrations_and_another_starts_from_them(tmp_
 
 
 @pytest.mark.engine
-def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored):
+def test_a_warm_start_takes_its_demonstrations_from_a_data_set(tmp_path, stored, capsys):
     manifest = start(tmp_path / "policy", "--dataset", stored.root, "--frame-every", 2)
+    assert f"{TASKS[0].name}: 2 demonstrations, 8 control steps on average" in capsys.readouterr().out
     assert manifest["demonstrations"] == {TASKS[0].name: {"demonstrations": 2, "mean_steps": 8.0}}
     assert manifest["chunks"] == 4 + 5
     stats = json.loads((tmp_path / "policy/norm_stats.json").read_text())["norm_stats"]["state"]["mean"]

@@ -134,6 +134,14 @@ def test_a_diverged_simulation_is_an_error_not_a_number(pair):
         pair.ours.step(SETTLE_ACTION)
 
 
+@pytest.mark.engine
+def test_an_action_that_is_not_finite_is_an_error_and_no_step(pair):
+    time = pair.ours.data.time
+    with pytest.raises(ValueError, match="is not finite"):
+        pair.ours.step(np.array([0, 0, np.nan, 0, 0, 0, -1]))
+    assert pair.ours.data.time == time
+
+
 def test_tasks_and_recorded_states_are_those_libero_lists():
     import torch
 

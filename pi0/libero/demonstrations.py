@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi0.base.errors import InputError
 from pi0.base.progress import progress
 from pi0.data import Demonstration
 from pi0.data.chunks import Chunks
+from pi0.libero.evaluation import refuse_broken
 from pi0.libero.experts import Expert
-from pi0.libero.stepping import InitState
+from pi0.libero.stepping import BROKEN, InitState
 from pi0.libero.suites import Task
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def record_demonstrations(
     Returns:
         The chunks, and a summary {task name: {attempts, successes, mean_steps}}.
     Raises:
-        RuntimeError: no attempt succeeded.
+        InputError: no attempt succeeded, or there is no expert for a task.
+        BrokenSimulationsError: more than a tenth of the attempts broke; fewer count as failed.
     """
     pools = environments.training_states(per_task, seed)
     look_every = 1 if writer else frame_every
@@ -53,8 +56,12 @@ def record_demonstrations(
             jobs.append((states.task, init, key, noise, look_every, environments.settle_steps, horizon))
     chunks: list[Chunks | None] = []
     early: dict[int, Demonstration | None] = {}  # episodes that ended before an earlier one
+    broken: list[str] = []
     with progress(total=len(jobs), label="demonstrations", unit="episode") as bar:
-        for index, result in environments.pool.call(_demonstrate, jobs):
+        for index, result in environments.pool.call(_attempt, jobs):
+            if isinstance(result, str):
+                broken.append(result)
+                result = None
             early[index] = result
             while len(chunks) in early:
                 demonstration = early.pop(len(chunks))
@@ -68,6 +75,7 @@ def record_demonstrations(
                 )
             solved = sum(part is not None for part in (*chunks, *early.values()))
             bar.update(1, f"{solved} solved")
+    refuse_broken("demonstrations", broken, len(jobs))
     parts, summary = [], {}
     for number, states in enumerate(pools):
         solved_parts = [
@@ -81,8 +89,21 @@ def record_demonstrations(
         }
         parts += solved_parts
     if not parts:
-        raise RuntimeError(f"the scripted expert solved none of {len(jobs)} episodes: {summary}")
+        raise InputError(
+            f"the scripted experts solved none of {len(jobs)} episodes of {', '.join(summary)}; less --action-noise may "
+            "help, or demonstrations from files (--dataset)"
+        )
     return Chunks.cat(parts), summary
+
+
+def _attempt(worker: Worker, task: Task, *how: Any) -> Demonstration | str | None:
+    """Runs in a worker: `_demonstrate`, or what broke if the simulation did."""
+    try:
+        return _demonstrate(worker, task, *how)
+    except InputError:  # no expert knows the task
+        raise
+    except BROKEN as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _demonstrate(
@@ -95,10 +116,7 @@ def _demonstrate(
     settle_steps: int,
     horizon: int,
 ) -> Demonstration | None:
-    """Runs in a worker: the expert's observations (images every `look_every` steps), its labels, and executed actions.
-
-    None if it failed.
-    """
+    """The expert's observations (images every `look_every` steps), its labels, and executed actions; None if it failed."""
     sim, renderer = worker.open(task)
     spec = worker.spec
     sim.reset(init, settle_steps)

@@ -38,6 +38,8 @@ _DIVERGED = (
     mujoco.mjtWarning.mjWARN_BADQVEL,
     mujoco.mjtWarning.mjWARN_BADQACC,
 )
+# What a simulation that breaks raises: it has diverged, or what it is given does not fit.
+BROKEN = (FloatingPointError, ValueError)
 # The action of LIBERO's evaluation scripts while objects settle: stand still, gripper open.
 SETTLE_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 
@@ -225,9 +227,12 @@ class TaskSim:
         Returns:
             Whether LIBERO's goal holds after the step.
         Raises:
+            ValueError: the action is not finite; MuJoCo would go on without any torque.
             FloatingPointError: the simulation diverged.
         """
         action = np.asarray(action, dtype=np.float64)
+        if not np.isfinite(action).all():
+            raise ValueError(f"an action for {self.task.name} is not finite")
         self._arm.begin(action)
         done = 0
         for substep in range(1, self._arm.substeps + 1):

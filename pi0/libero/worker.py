@@ -21,7 +21,7 @@ from pi0.libero.corruptions import corrupted_view
 from pi0.libero.episodes import ACTION_DIM, STATE_DIM, Rollout
 from pi0.libero.libero_import import leave_out_wrappers
 from pi0.libero.rendering import CAMERAS, Renderer
-from pi0.libero.stepping import Snapshot, TaskSim
+from pi0.libero.stepping import BROKEN, Snapshot, TaskSim
 from pi0.libero.suites import Task
 from pi0.workers.arrays import ArrayTable
 
@@ -251,7 +251,7 @@ class Worker:
                 else:
                     continue  # what was to be started before it has failed
                 progress.append(answer)
-            except (FloatingPointError, ValueError) as error:
+            except BROKEN as error:
                 self._slots.pop(slot, None)
                 progress.append(Progress(slot, 0, True, False, failure=f"{type(error).__name__}: {error}"))
             progress[-1].busy_s = time.perf_counter() - started
