@@ -191,7 +191,7 @@ def train(config: Config) -> Path:
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history = []
         for step in range(config.training.num_train_steps):
-            collection = rollouts.generate_rollouts(practising, step)
+            collection = rollouts.generate_rollouts(practising(step), step)
             states.record(collection)
             collected = {**collection.metrics(), "skipped_states": states.take_skipped()}
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}

@@ -278,7 +278,7 @@ def train(config: Config, rank: int, world_size: int) -> Path:
         before = env_runner.run(start, evaluation.episodes, evaluation.seed, label="score before")
         history = []
         for step in range(config.training.num_train_steps):
-            collection, collected = distributed_collect_batches(states, rollouts, practising, step)
+            collection, collected = distributed_collect_batches(states, rollouts, practising(step), step)
             states.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             metrics = train_iteration(config, learner, collection, metrics)

@@ -363,7 +363,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         history = []
         for step in range(config.training.num_train_steps):
             step_started = time.monotonic()
-            collection, collected = distributed_collect_batches(states, rollouts, practising, step)
+            collection, collected = distributed_collect_batches(states, rollouts, practising(step), step)
             states.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}
             metrics = train_iteration(config, learner, collection, metrics, step_started)

@@ -437,7 +437,7 @@ def train(config: Config, rank: int, world_size: int, tees: list[_TeeIO]) -> Pat
         validation = on_rank_zero(rollouts.validation_states, evaluation.periodic_episodes)
         for step in range(config.training.num_train_steps):
             step_started = time.monotonic()
-            collection, collected = distributed_collect_batches(states, rollouts, practising, step)
+            collection, collected = distributed_collect_batches(states, rollouts, practising(step), step)
             states.record(collection)
             rollouts.record(collection)
             metrics = {"step": step, **collected, "seconds": time.monotonic() - started}

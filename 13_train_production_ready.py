@@ -565,7 +565,7 @@ def train(
             save_checkpoint(safe)
         while (step := state.step) < config.training.num_train_steps:
             step_started = time.monotonic()
-            collection, collected = distributed_collect_batches(states, rollouts, practising, step)
+            collection, collected = distributed_collect_batches(states, rollouts, practising(step), step)
             interrupts.check_together(collection.abandoned)
             states.record(collection)
             rollouts.record(collection)

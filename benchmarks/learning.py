@@ -14,6 +14,7 @@ over seeds, with controls.
 | shuffled | the same with advantages shuffled inside groups |
 | short | the same with 6 iterations in place of 13: 384 rollouts |
 | critic | the same, but practice chooses the best of 8 chunks by the critics of benchmarks/acrlpd_learning.py (run `critics`) |
+| critic_first | the same, in the first 4 iterations alone |
 | cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same policy |
 """
 
@@ -43,6 +44,7 @@ OVERRIDES: dict[str, list[str]] = {
     "shuffled": ["algo.shuffle_advantages=true"],
     "short": ["training.num_train_steps=6"],
     "critic": ["algo.num_action_samples=8"],
+    "critic_first": ["algo.num_action_samples=8", "algo.critic_iterations=4"],
 }
 GUIDANCE_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0)
 # A rehearsal: an iteration of the shortest episodes that some of the policy's rollouts solve and others do not.
@@ -72,7 +74,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--critics", type=Path, default=Path("outputs/acrlpd_learning"), metavar="FOLDER",
-        help="where benchmarks/acrlpd_learning.py left its runs, for the run `critic`",
+        help="where benchmarks/acrlpd_learning.py left its runs, for the runs with a critic",
     )  # fmt: skip
     parser.add_argument(
         "--cloning-minutes",
@@ -109,7 +111,7 @@ def start(run: str, seed: int, folder: Path, options: argparse.Namespace) -> Non
         f"output_dir={folder}",
         "exp_name=run",
         *OVERRIDES[run],
-        *([f"algo.critic_path={critic_of(seed, options.critics)}"] if run == "critic" else ()),
+        *([f"algo.critic_path={critic_of(seed, options.critics)}"] if run.startswith("critic") else ()),
         *(SHORT_RUN if options.rehearse else ()),
         *options.override,
     ]

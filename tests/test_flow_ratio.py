@@ -238,7 +238,7 @@ def test_what_is_traced_is_what_real_rollouts_have_done():
         # Two that begin alike, which look together, and one that does not.
         starts = [(0, 0), (0, 1), (1, 0)]
         rollouts = [runner.rollout(states, index, (TRAINING, 0, 0, 0, 3, index, n)) for index, n in starts]
-        episodes = dict(runner.run_policy_in_env(practising, rollouts))
+        episodes = dict(runner.run_policy_in_env(practising(0), rollouts))
     for episode in episodes.values():
         noise = noise_of(policy, episode, config.algo.noise_level)
         paths = trace(policy, Chunks.of(episode), noise, config.algo.noise_level)

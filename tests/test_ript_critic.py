@@ -45,12 +45,19 @@ def policies(policy, *overrides):
 
 def test_without_a_critic_practice_and_scores_are_of_the_same_policy(policy):
     scored, practising = policies(policy)
-    assert scored is practising
+    assert practising(0) is scored
     assert not isinstance(scored, BestOfPolicy)
 
 
+def test_a_critic_of_the_first_iterations_chooses_in_no_other(policy, critic):
+    scored, practising = policies(policy, f"algo.critic_path={critic}", "algo.critic_iterations=2")
+    assert [practising(step) is scored for step in range(4)] == [False, False, True, True]
+    assert isinstance(practising(1), BestOfPolicy)
+
+
 def test_with_a_critic_practice_takes_the_chunk_of_highest_value_and_scores_take_one(policy, critic):
-    scored, practising = policies(policy, f"algo.critic_path={critic}", "algo.num_action_samples=4")
+    scored, of_step = policies(policy, f"algo.critic_path={critic}", "algo.num_action_samples=4")
+    practising = of_step(100)
     assert not isinstance(scored, BestOfPolicy)
     noise = practising.noise((1, 2, 3))
     assert noise.shape == (4, policy.config.action_horizon, policy.config.action_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,10 +82,11 @@ class Learner:
         self.replay.add(self.adapter.weigh(collection.episodes, collection.advantages, acted))
 
 
-def acting_policies(config: Config, learner: Learner) -> tuple[ActingPolicy, ActingPolicy]:
-    """The averaged policy as it is scored, and as it practises.
+def acting_policies(config: Config, learner: Learner) -> tuple[ActingPolicy, Callable[[int], ActingPolicy]]:
+    """The averaged policy as it is scored, and as it practises in an iteration, given its number.
 
-    It practises with the best of several chunks if there is a critic, and in mode ratio with noise in the flow's steps.
+    If there is a critic it practises with the best of several chunks in the first `algo.critic_iterations`, and in mode
+    ratio with noise in the flow's steps.
 
     Raises:
         CheckpointError, MissingFileError: `algo.critic_path` is no critic's folder, or of another robot.
@@ -93,8 +95,11 @@ def acting_policies(config: Config, learner: Learner) -> tuple[ActingPolicy, Act
     weight = algo.guidance_weight if algo.mode == "guidance" else None
     scored = ActingPolicy(policy, weight)
     if algo.mode == "ratio":
-        return scored, NoisyPolicy(policy, algo.noise_level)
+        noisy = NoisyPolicy(policy, algo.noise_level)
+        return scored, lambda step: noisy
     if algo.critic_path is None:
-        return scored, scored
+        return scored, lambda step: scored
     critic = load_critic(algo.critic_path, policy.device)
-    return scored, BestOfPolicy(policy, *critic, algo.num_action_samples, weight)
+    best = BestOfPolicy(policy, *critic, algo.num_action_samples, weight)
+    until = algo.critic_iterations
+    return scored, lambda step: best if until is None or step < until else scored
