@@ -25,6 +25,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -179,7 +180,10 @@ def evaluate(
 
 def table(folder: Path) -> str:
     """Markdown tables of the runs in `folder`: each run, all seeds of a kind together, and by guidance weight."""
-    lines = ["| run | before | after | change, paired | minutes |", "|---|---|---|---|---|"]
+    lines = [
+        "| run | before | after | change, paired | minutes with scores | iterations alone |",
+        "|---|---|---|---|---|---|",
+    ]
     kinds: dict[str, list[dict]] = {}
     extra = []
     files = sorted(folder.glob("*/results.json"))
@@ -197,7 +201,8 @@ def table(folder: Path) -> str:
         change = paired_difference([first for first, _ in pairs], [second for _, second in pairs])
         cells = [format_rate(cell["successes"], cell["episodes"]) for cell in (before, after)]
         lines.append(
-            f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change} | {results['seconds'] / 60:.1f} |"
+            f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change} | {results['seconds'] / 60:.1f} | "
+            f"{minutes_of_iterations(results)} |"
         )
         for weight, cell in results.get("guidance_weights", {}).items():
             extra.append(
@@ -218,6 +223,12 @@ def table(folder: Path) -> str:
     if extra:
         lines += ["", "| run | guidance weight | after |", "|---|---|---|", *extra]
     return "\n".join(lines)
+
+
+def minutes_of_iterations(results: Mapping[str, Any]) -> str:
+    """Minutes of rollouts and updates of a run: without scores, film and report. Nothing for a run without iterations."""
+    history = results.get("history")
+    return f"{sum(sum(each['phases'].values()) for each in history) / 60:.1f}" if history else ""
 
 
 def by_task(kinds: Mapping[str, Sequence[dict]]) -> list[str]:

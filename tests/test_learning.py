@@ -1,0 +1,45 @@
+"""The table of benchmarks/learning.py, and the critics that its runs take."""
+
+import json
+
+import pytest
+
+from benchmarks.learning import critic_of, table
+from pi0.base.errors import InputError
+
+
+def write_run(folder, successes, history):
+    """Results of a run of four episodes of one task, of which one was solved before."""
+
+    def score(solved):
+        outcomes = [{"task": 3, "success": number < solved} for number in range(4)]
+        return {"successes": solved, "episodes": 4, "outcomes": outcomes}
+
+    folder.mkdir(parents=True)
+    results = {"before": score(1), "after": score(successes), "seconds": 300, **history}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_the_table_has_minutes_of_iterations_without_scores(tmp_path):
+    phases = {"inference": 20.0, "physics": 30.0, "update": 40.0}
+    write_run(tmp_path / "weighted-seed0", 4, {"history": [{"phases": phases}] * 2})
+    write_run(tmp_path / "cloning-seed0", 2, {})
+    lines = table(tmp_path).splitlines()
+    (practice,) = (line for line in lines if line.startswith("| weighted-seed0 |"))
+    assert "4/4" in practice
+    assert practice.endswith("| 5.0 | 3.0 |")
+    (control,) = (line for line in lines if line.startswith("| cloning-seed0 |"))
+    assert control.endswith("| 5.0 |  |")
+    assert "| weighted | 1 | 1/4 | 4/4 | +75.0 points |" in lines
+    assert "| cloning | 3 | 1/4 | 2/4 |" in lines
+
+
+def test_an_empty_folder_and_critics_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(InputError, match="holds no finished run"):
+        table(tmp_path)
+    with pytest.raises(InputError, match=r"no critics of seed 2: python benchmarks/acrlpd_learning.py"):
+        critic_of(2, tmp_path)
+    newest = tmp_path / "critics-seed2" / "run-20261130-020000" / "critic"
+    for run in ("run-20261129-010000", "run-20261130-020000"):
+        (tmp_path / "critics-seed2" / run / "critic").mkdir(parents=True)
+    assert critic_of(2, tmp_path) == newest
