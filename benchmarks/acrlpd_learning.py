@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.figures import save
+from benchmarks.learning import minutes_of_iterations
 from benchmarks.processes import call_python
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import run_command
@@ -321,10 +322,10 @@ def curves(
             made = sum(each["rollouts"] for each in results["history"])
             ends["before"].append((0, 0, 100 * results["before"]["success_rate"]))
             ends.setdefault(kind, []).append(
-                (results["seconds"] / 60, made, 100 * results["after"]["success_rate"])
+                (minutes_of_iterations(results), made, 100 * results["after"]["success_rate"])
             )
     if ends["before"]:
-        found["RIPT, one sample (minutes with its scores)"] = [middle(each) for each in ends.values()]
+        found["RIPT, one sample"] = [middle(each) for each in ends.values()]
     return found
 
 

@@ -202,7 +202,7 @@ def table(folder: Path) -> str:
         cells = [format_rate(cell["successes"], cell["episodes"]) for cell in (before, after)]
         lines.append(
             f"| {file.parent.name} | {cells[0]} | {cells[1]} | {change} | {results['seconds'] / 60:.1f} | "
-            f"{minutes_of_iterations(results)} |"
+            f"{minutes_of_iterations(results):.1f} |"
         )
         for weight, cell in results.get("guidance_weights", {}).items():
             extra.append(
@@ -225,10 +225,9 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def minutes_of_iterations(results: Mapping[str, Any]) -> str:
-    """Minutes of rollouts and updates of a run: without scores, film and report. Nothing for a run without iterations."""
-    history = results.get("history")
-    return f"{sum(sum(each['phases'].values()) for each in history) / 60:.1f}" if history else ""
+def minutes_of_iterations(results: Mapping[str, Any]) -> float:
+    """Minutes of rollouts and updates of a run: without scores, film and report. 0 for a run without iterations."""
+    return sum(sum(each["phases"].values()) for each in results.get("history", ())) / 60
 
 
 def by_task(kinds: Mapping[str, Sequence[dict]]) -> list[str]:

@@ -29,7 +29,7 @@ def test_the_table_has_minutes_of_iterations_without_scores(tmp_path):
     assert "4/4" in practice
     assert practice.endswith("| 5.0 | 3.0 |")
     (control,) = (line for line in lines if line.startswith("| cloning-seed0 |"))
-    assert control.endswith("| 5.0 |  |")
+    assert control.endswith("| 5.0 | 0.0 |")
     assert "| weighted | 1 | 1/4 | 4/4 | +75.0 points |" in lines
     assert "| cloning | 3 | 1/4 | 2/4 |" in lines
 
