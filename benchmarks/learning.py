@@ -13,8 +13,9 @@ over seeds, with controls.
 | ratio | the same in ratio mode: policy gradient with noise in the flow's steps |
 | shuffled | the same with advantages shuffled inside groups |
 | short | the same with 6 iterations in place of 13: 384 rollouts |
-| critic | the same, but practice chooses the best of 8 chunks by the critics of benchmarks/acrlpd_learning.py (run `critics`) |
-| critic_first | the same, in the first 4 iterations alone |
+| critic | the same; critics that benchmarks/acrlpd_learning.py learned (its run `critics`) choose in the first 4 iterations |
+| critic_short | the same with 6 iterations |
+| critic_always | they choose in all iterations |
 | cloning | no practice: the same wall time spent on more cloning of demonstrations, from the same policy |
 """
 
@@ -44,8 +45,9 @@ OVERRIDES: dict[str, list[str]] = {
     "ratio": ["algo.mode=ratio", "algo.ema_decay=0", "algo.replay_iterations=1"],
     "shuffled": ["algo.shuffle_advantages=true"],
     "short": ["training.num_train_steps=6"],
-    "critic": ["algo.num_action_samples=8"],
-    "critic_first": ["algo.num_action_samples=8", "algo.critic_iterations=4"],
+    "critic": [],
+    "critic_short": ["training.num_train_steps=6"],
+    "critic_always": ["algo.critic_iterations=null"],
 }
 GUIDANCE_WEIGHTS = (0.0, 1.0, 1.5, 2.0, 3.0)
 # A rehearsal: an iteration of the shortest episodes that some of the policy's rollouts solve and others do not.

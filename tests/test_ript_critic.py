@@ -56,7 +56,8 @@ def test_a_critic_of_the_first_iterations_chooses_in_no_other(policy, critic):
 
 
 def test_with_a_critic_practice_takes_the_chunk_of_highest_value_and_scores_take_one(policy, critic):
-    scored, of_step = policies(policy, f"algo.critic_path={critic}", "algo.num_action_samples=4")
+    more = ("algo.num_action_samples=4", "algo.critic_iterations=null")
+    scored, of_step = policies(policy, f"algo.critic_path={critic}", *more)
     practising = of_step(100)
     assert not isinstance(scored, BestOfPolicy)
     noise = practising.noise((1, 2, 3))

@@ -175,7 +175,7 @@ class AlgoConfig:
     )
     num_action_samples: int = key(8, "chunks among which it chooses", unit="chunks", low=1)
     critic_iterations: int | None = key(
-        None, "first iterations in which it chooses; null: all", unit="iterations", low=1
+        4, "first iterations in which it chooses; null: all", unit="iterations", low=1
     )
 
 
