@@ -53,8 +53,13 @@ class Ensemble(nn.Module):
     def forward(self, *parts: Tensor) -> Tensor:
         """[K, N, inputs], or [N, inputs] for all, to [K, N, outputs]; the inputs may come in parts, which saves a copy."""
         sizes = [part.shape[-1] for part in parts]
-        weights = self.weight.split(sizes, 1)
-        return sum(map(torch.matmul, parts, weights), self.bias)
+        critics = len(self.weight)
+        (first, weight), *others = zip(parts, self.weight.split(sizes, 1), strict=True)
+        # The sums are made within the products: passes over [K, N, outputs] cost as much as those.
+        total = torch.baddbmm(self.bias, first.expand(critics, -1, -1), weight)
+        for part, weight in others:
+            total.baddbmm_(part.expand(critics, -1, -1), weight)
+        return total
 
 
 class EnsembleNorm(nn.Module):
@@ -67,7 +72,7 @@ class EnsembleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, N, width] to the same."""
-        return F.layer_norm(x, x.shape[-1:]) * self.scale + self.shift
+        return torch.addcmul(self.shift, F.layer_norm(x, x.shape[-1:]), self.scale)
 
 
 class CriticNetworks(nn.Module):
@@ -136,7 +141,8 @@ class CriticNetworks(nn.Module):
         """
         samples, batch = chunks.shape[:2]
         flat = chunks.flatten(2).flatten(0, 1)  # [S * B, H * action_dim]
-        x = self.chunk(flat) + observed.repeat(1, samples, 1)
+        x = self.chunk(flat)
+        x.unflatten(1, (samples, batch)).add_(observed[:, None])
         for number, norm in enumerate(self.norms):
             if number:
                 x = self.later[number - 1](x, flat)
