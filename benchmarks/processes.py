@@ -36,13 +36,17 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def run(*command: object) -> dict[str, Any]:
-    """The JSON that a command prints last."""
-    return json.loads(start(*command).splitlines()[-1])
+def run(*command: object, shows_errors: bool = False) -> dict[str, Any]:
+    """The JSON that a command prints last; the rest as `start`."""
+    return json.loads(start(*command, shows_errors=shows_errors).splitlines()[-1])
 
 
-def start(*command: object) -> str:
+def start(*command: object, shows_errors: bool = False) -> str:
     """What a command prints. It and its processes end with this function.
+
+    Args:
+        command: its words.
+        shows_errors: its standard error, where progress is, goes to this process's.
 
     Raises:
         InputError: it failed, with its last line.
@@ -54,7 +58,7 @@ def start(*command: object) -> str:
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=None if shows_errors else subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call, no lock
@@ -70,7 +74,7 @@ def start(*command: object) -> str:
             pass  # all have ended
         process.wait()
     if process.returncode:
-        last = (errors.strip() or printed.strip() or "it printed nothing").splitlines()[-1]
+        last = ((errors or "").strip() or printed.strip() or "it printed nothing").splitlines()[-1]
         raise InputError(f"`{' '.join(texts)}` failed: {last}")
     return printed
 

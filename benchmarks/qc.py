@@ -101,6 +101,7 @@ def main() -> None:
             options.episodes,
             "--output",
             unfinished,
+            shows_errors=True,
         )
         unfinished.rename(data)
     for number, seed in enumerate(options.seeds):
@@ -128,7 +129,7 @@ def learn_theirs(
     """qc's learner, in its own environment."""
     return run(
         PYTHON, CUBE, "learn", "--qc", options.qc, "--data", data, "--seed", seed, "--count", options.count,
-        "--task", options.task, "--settings", json.dumps(settings),
+        "--task", options.task, "--settings", json.dumps(settings), shows_errors=True,
     )  # fmt: skip
 
 

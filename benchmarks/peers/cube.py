@@ -27,6 +27,7 @@ import numpy as np
 import ogbench.manipspace  # noqa: F401 - registers its environments
 
 from pi0.base.arguments import ranged
+from pi0.base.progress import progress
 
 LONGEST = 200  # steps of an episode that is scored
 PLAY_STEPS = 1001  # of an episode of data: OGBench's data_gen_scripts/generate_manipspace.py, "play"
@@ -76,25 +77,26 @@ def make_data(options: argparse.Namespace) -> None:
     rows: dict[str, list[np.ndarray]] = {
         name: [] for name in ("observations", "actions", "next_observations", "terminals", "qpos")
     }
-    for episode in range(options.episodes):
-        seen, info = env.reset(seed=1000 * options.seed + episode)
-        oracle.reset(seen, info)
-        done, steps = False, []
-        while not done:
-            action = np.clip(oracle.select_action(seen, info), -1, 1).astype(np.float32)
-            then, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
-            if oracle.done:
-                oracle.reset(*env.unwrapped.set_new_target(p_stack=0.0))
-            steps.append((seen, action, then, info["prev_qpos"]))
-            seen = then
-        for number, (seen, action, then, qpos) in enumerate(steps):
-            rows["observations"].append(seen.astype(np.float32))
-            rows["actions"].append(action)
-            rows["next_observations"].append(then.astype(np.float32))
-            rows["terminals"].append(np.float32(number == len(steps) - 1))
-            rows["qpos"].append(qpos.astype(np.float32))
-        print(f"{episode + 1} of {options.episodes} episodes", file=sys.stderr)
+    with progress(options.episodes, "data", "episode") as bar:
+        for episode in range(options.episodes):
+            seen, info = env.reset(seed=1000 * options.seed + episode)
+            oracle.reset(seen, info)
+            done, steps = False, []
+            while not done:
+                action = np.clip(oracle.select_action(seen, info), -1, 1).astype(np.float32)
+                then, _, terminated, truncated, info = env.step(action)
+                done = terminated or truncated
+                if oracle.done:
+                    oracle.reset(*env.unwrapped.set_new_target(p_stack=0.0))
+                steps.append((seen, action, then, info["prev_qpos"]))
+                seen = then
+            for number, (seen, action, then, qpos) in enumerate(steps):
+                rows["observations"].append(seen.astype(np.float32))
+                rows["actions"].append(action)
+                rows["next_observations"].append(then.astype(np.float32))
+                rows["terminals"].append(np.float32(number == len(steps) - 1))
+                rows["qpos"].append(qpos.astype(np.float32))
+            bar.update(1)
     data = {name: np.stack(values) for name, values in rows.items()}
     name = f"cube-single-singletask-task{options.task}-v0"
     relabel_dataset(name, task_environment(options.task), data)  # adds rewards and masks
@@ -131,14 +133,15 @@ def learn(options: argparse.Namespace) -> None:
     example = dataset.sample(())
     agent = ACFQLAgent.create(options.seed, example["observations"], example["actions"], config)
     started = None
-    for number in range(settings["updates"]):
-        batch = dataset.sample_sequence(config.batch_size, config.horizon_length, config.discount)
-        agent, info = agent.update(batch)
-        if started is None:  # compiled
-            jax.block_until_ready(info)
-            started = time.perf_counter()
-        if number % 1000 == 999:
-            print(f"update {number + 1}: {float(info['critic/critic_loss']):.4f}", file=sys.stderr)
+    with progress(settings["updates"], f"qc, seed {options.seed}", "update") as bar:
+        for number in range(settings["updates"]):
+            batch = dataset.sample_sequence(config.batch_size, config.horizon_length, config.discount)
+            agent, info = agent.update(batch)
+            if started is None:  # compiled
+                jax.block_until_ready(info)
+                started = time.perf_counter()
+            shown = f"critic loss {float(info['critic/critic_loss']):.4f}" if number % 1000 == 0 else ""
+            bar.update(1, shown)
     jax.block_until_ready(info)
     seconds = time.perf_counter() - started
     key = jax.random.PRNGKey(options.seed)
@@ -170,17 +173,19 @@ def score(task: int, count: int, act: Callable[[np.ndarray], np.ndarray]) -> lis
     """
     env = task_environment(task)
     outcomes = []
-    for episode in range(count):
-        seen, info = env.reset(seed=FIRST_STATE + episode)
-        done, steps = False, 0
-        while not done:
-            for action in act(seen):
-                seen, _, terminated, truncated, info = env.step(np.clip(action, -1, 1))
-                steps += 1
-                done = terminated or truncated or steps == LONGEST
-                if done:
-                    break
-        outcomes.append(bool(info["success"]))
+    with progress(count, "score", "episode") as bar:
+        for episode in range(count):
+            seen, info = env.reset(seed=FIRST_STATE + episode)
+            done, steps = False, 0
+            while not done:
+                for action in act(seen):
+                    seen, _, terminated, truncated, info = env.step(np.clip(action, -1, 1))
+                    steps += 1
+                    done = terminated or truncated or steps == LONGEST
+                    if done:
+                        break
+            outcomes.append(bool(info["success"]))
+            bar.update(1)
     return outcomes
 
 
