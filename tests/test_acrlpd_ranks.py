@@ -59,6 +59,16 @@ def test_a_sharded_actor_learns_what_a_whole_one_learns_and_each_rank_holds_its_
             assert held[kind] / held[f"whole_{kind}"] == pytest.approx(1 / size, rel=0.05)
 
 
+@pytest.mark.runs
+def test_the_sketches_of_a_trainer_shard_step_save_and_load_to_the_bit(tmp_path):
+    for found in compared(tmp_path, 2, "sketches", str(CHECKPOINT), "2"):
+        assert found["step"] == 1
+        assert found["moved"] > 1e-5
+        assert found["weights"] == 0
+        assert found["infos"]
+        assert found["published"] == 0
+
+
 def test_a_batch_is_divided_in_proportion_to_the_windows():
     assert shares(64, [300, 100]) == [48, 16]
     assert shares(10, [1, 1, 1]) == [3, 4, 3]

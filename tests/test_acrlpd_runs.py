@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pi0 import PI0Policy
 from pi0.acrlpd import trainer as trainer_module
 from pi0.acrlpd.caches import ObservationCaches
-from pi0.acrlpd.config import ConfigError, get_config, list_configs, load_rl_config
+from pi0.acrlpd.config import ConfigError, cli, get_config, list_configs, load_rl_config
 from pi0.acrlpd.train import main, unified_training_interface
 from pi0.base.errors import InputError, OutputError
 from pi0.base.paths import REPO_ROOT
@@ -241,6 +241,21 @@ def test_presets_are_listed_and_a_misspelt_one_is_named(capsys):
     assert capsys.readouterr().out.split() == list_configs()
     with pytest.raises(ConfigError, match="did you mean acrlpd_debug"):
         get_config("acrlpd_debgu")
+
+
+def test_a_script_of_ones_own_has_the_options_of_a_configuration(monkeypatch, capsys):
+    words = ["--override", "acrlpd.critics=4", "exp_name=own"]
+    expected = get_config("acrlpd_debug", words[1:])
+    assert cli(["--config", "acrlpd_debug", *words]) == expected
+    assert cli(["--config_path", "configs/acrlpd_debug.yaml", *words]) == expected
+    monkeypatch.setattr("sys.argv", ["own.py", "--config", "acrlpd_debug", *words])
+    assert cli() == expected
+    with pytest.raises(ConfigError, match="did you mean acrlpd_debug"):
+        cli(["--config", "acrlpd_debgu"])
+    for wrong in ([], ["--config", "acrlpd_debug", "--config_path", "configs/acrlpd_debug.yaml"]):
+        with pytest.raises(SystemExit):
+            cli(wrong)
+    assert "one of the arguments --config --config_path is required" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

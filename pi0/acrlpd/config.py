@@ -5,6 +5,7 @@ A key is a line of a YAML file in configs/ and an override (`acrlpd.num_action_s
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
@@ -245,6 +246,42 @@ def load_rl_config(path: str | Path, overrides: Sequence[str] = ()) -> RLTrainCo
     except ConfigError as error:
         hints = [f"{old} is {new} here" for old, new in RENAMED.items() if f".{old}" in str(error)]
         raise ConfigError("\n".join([str(error), *hints])) from error
+
+
+def cli(arguments: Sequence[str] | None = None) -> RLTrainConfig:
+    """The configuration that the command line of a script of your own names, with the options of `pi0.acrlpd.train`.
+
+    Args:
+        arguments: words, such as `--config acrlpd_debug --override acrlpd.critics=4`; None: those of this process.
+
+    Raises:
+        ConfigError: as `named_config`.
+    """
+    parser = argparse.ArgumentParser(epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_options(parser)
+    return named_config(parser.parse_args(arguments))
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """Add the options that name a configuration; returns the group of which one must be given."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", help=f"name of a preset: {', '.join(list_configs())}")
+    which.add_argument("--config_path", type=Path, help="YAML file")
+    parser.add_argument(
+        "--override", nargs="*", action="extend", default=[], help="KEY=VALUE: acrlpd.critics=4"
+    )
+    return which
+
+
+def named_config(options: argparse.Namespace) -> RLTrainConfig:
+    """The configuration that the options of `add_config_options` name.
+
+    Raises:
+        ConfigError: as `get_config` or `load_rl_config`.
+    """
+    if options.config:
+        return get_config(options.config, options.override)
+    return load_rl_config(options.config_path, options.override)
 
 
 def validate(config: RLTrainConfig) -> None:

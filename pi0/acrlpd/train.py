@@ -21,7 +21,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pi0.acrlpd.config import RLTrainConfig, get_config, help_text, list_configs, load_rl_config, to_dict
+from pi0.acrlpd.config import (
+    RLTrainConfig,
+    add_config_options,
+    help_text,
+    list_configs,
+    named_config,
+    to_dict,
+)
 from pi0.acrlpd.fsdp_support import validate_fsdp_sharding
 from pi0.acrlpd.trainer import ACRLPDTrainer
 from pi0.base import typed_yaml
@@ -41,13 +48,7 @@ def create_argument_parser() -> argparse.ArgumentParser:
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--config", help="name of a preset, see --list")
-    which.add_argument("--config_path", type=Path, help="YAML file")
-    which.add_argument("--list", action="store_true", help="print the presets")
-    parser.add_argument(
-        "--override", nargs="*", action="extend", default=[], help="KEY=VALUE: acrlpd.critics=4"
-    )
+    add_config_options(parser).add_argument("--list", action="store_true", help="print the presets")
     parser.add_argument("--resume", nargs="?", const="newest", default="", help="the newest run, or a folder")
     return parser
 
@@ -68,9 +69,7 @@ def customize_config(options: argparse.Namespace) -> RLTrainConfig:
     Raises:
         ConfigError: a file or a value is wrong.
     """
-    if options.config:
-        return get_config(options.config, options.override)
-    return load_rl_config(options.config_path, options.override)
+    return named_config(options)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 Usage: rank_acrlpd.py windows COUNT,COUNT,...            parts of a batch of the small actor, of each rank
        rank_acrlpd.py shards CHECKPOINT FSDP_SIZE        the same batch on each rank, the actor sharded
+       rank_acrlpd.py sketches CHECKPOINT FSDP_SIZE      the user's sketches: shard, step, save, load, step
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from pi0 import PI0Policy
 from pi0.acrlpd.acrlpd_pi0_agent import (
@@ -18,7 +20,12 @@ from pi0.acrlpd.acrlpd_pi0_agent import (
     LossSettings,
     create_acrlpd_pi0_agent_from_rl_config,
 )
-from pi0.acrlpd.config import get_config
+from pi0.acrlpd.checkpointing import (
+    load_acrlpd_checkpoint,
+    save_acrlpd_checkpoint,
+    save_openpi_pi0_checkpoint,
+)
+from pi0.acrlpd.config import RLTrainConfig, get_config
 from pi0.acrlpd.fsdp_support import (
     create_fsdp_mesh,
     create_fsdp_train_step_fn,
@@ -156,16 +163,32 @@ def windows(counts: list[int]) -> None:
     compare(alone, together, {"moved": moved})
 
 
-def pi0_agent(checkpoint: str, overrides: list[str], mesh_of=None):
-    config = get_config("acrlpd_debug", [f"policy_path={checkpoint}", *overrides])
-    policy = PI0Policy.from_pretrained(checkpoint)
+# The user's sketches of what a trainer calls, in their PyTorch form.
+
+
+def fsdp_integration_interface(config: RLTrainConfig) -> tuple[ACRLPDPi0Agent, DeviceMesh]:
+    """A sharded agent and its mesh: shards first, then optimizers of them."""
+    policy = PI0Policy.from_pretrained(config.policy_path)
     agent = create_acrlpd_pi0_agent_from_rl_config(config, policy)
-    mesh = None
-    if mesh_of is not None:
-        mesh = mesh_of(policy)
-        init_fsdp_train_state(agent, mesh)
+    mesh = create_fsdp_mesh(config.training.fsdp_size, policy.device)
+    init_fsdp_train_state(agent, mesh)
     create_global_optimizers(agent, config)
     return agent, mesh
+
+
+def fsdp_train_step(agent: ACRLPDPi0Agent, mesh: DeviceMesh, batch: dict) -> tuple[ACRLPDPi0Agent, dict]:
+    """A step of all ranks; the agent is its own state."""
+    return create_fsdp_train_step_fn(agent, mesh)(batch)
+
+
+def save_checkpoint_interface(agent: ACRLPDPi0Agent, folder: Path, step: int) -> tuple[Path, Path]:
+    """The whole state, and what acts in the layout of openpi."""
+    whole_state = save_acrlpd_checkpoint(folder / "checkpoints", agent, step=step)
+    return whole_state, save_openpi_pi0_checkpoint(agent.pi0_ema.policy, folder, step)
+
+
+def config_of(checkpoint: str, *overrides: str) -> RLTrainConfig:
+    return get_config("acrlpd_debug", [f"policy_path={checkpoint}", *overrides])
 
 
 def pi0_batch(agent: ACRLPDPi0Agent, count: int, seed: int) -> dict:
@@ -208,22 +231,50 @@ def pi0_batch(agent: ACRLPDPi0Agent, count: int, seed: int) -> dict:
 def shards(checkpoint: str, fsdp_size: int) -> None:
     """Each rank has the same batch and the same noise, so a step of all is that of one process."""
     plain = ["training.optimizer.type=sgd", "acrlpd.actor_lr=0.01"]
-    agent, _ = pi0_agent(checkpoint, plain)
+    config = config_of(checkpoint, *plain)
+    agent = create_acrlpd_pi0_agent_from_rl_config(config, PI0Policy.from_pretrained(checkpoint))
+    create_global_optimizers(agent, config)
     batches = [pi0_batch(agent, 4, seed) for seed in range(2)]
     before = state_of(agent)
     alone = learn(agent, batches)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-
-    def mesh_of(policy):
-        return create_fsdp_mesh(fsdp_size, policy.device)
-
-    agent, mesh = pi0_agent(checkpoint, plain, mesh_of)
+    sharded = f"training.fsdp_size={fsdp_size}"
+    agent, mesh = fsdp_integration_interface(config_of(checkpoint, sharded, *plain))
     together = learn(agent, batches, create_fsdp_train_step_fn(agent, mesh))
-    agent, mesh = pi0_agent(checkpoint, ["training.optimizer.type=adamw"], mesh_of)
+    agent, mesh = fsdp_integration_interface(config_of(checkpoint, sharded))
     agent.train_step(batches[0])
     more = {"moved": worst(before, alone[0]), "bytes": validate_fsdp_sharding(agent, mesh)}
     # With the batch of each rank there are more windows.
     compare(alone, together, more, but=("sample_size", "advantage_spread"))
+
+
+def sketches(checkpoint: str, fsdp_size: int) -> None:
+    """An agent that is saved, and another into which it is loaded, take the same next step."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    config = config_of(checkpoint, f"training.fsdp_size={fsdp_size}")
+    agent, mesh = fsdp_integration_interface(config)
+    batches = [pi0_batch(agent, 2, 10 * seed + dist.get_rank()) for seed in range(2)]
+    start = state_of(agent)
+    fsdp_train_step(agent, mesh, batches[0])
+    folder = Path(sys.argv[-1]).parent
+    path, published = save_checkpoint_interface(agent, folder, step=1)
+    written = PI0Policy.from_pretrained(published).network.state_dict()
+    acts = agent.pi0_ema.policy.network.state_dict()
+    of_what_acts = worst(acts, written)
+    _, said = fsdp_train_step(agent, mesh, batches[1])
+    other, others_mesh = fsdp_integration_interface(config)
+    metadata = load_acrlpd_checkpoint(path, other)
+    _, same = fsdp_train_step(other, others_mesh, batches[1])
+    found = {
+        "step": metadata["step"],
+        "moved": worst(start, state_of(other)),
+        "weights": worst(state_of(agent), state_of(other)),
+        "infos": said == same,
+        "published": of_what_acts,
+    }
+    found = gather(found)
+    if dist.get_rank() == 0:
+        Path(sys.argv[-1]).write_text(json.dumps(found))
 
 
 def main() -> None:
@@ -231,7 +282,7 @@ def main() -> None:
     if sys.argv[1] == "windows":
         windows([int(count) for count in sys.argv[2].split(",")])
     else:
-        shards(sys.argv[2], int(sys.argv[3]))
+        {"shards": shards, "sketches": sketches}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
     leave_together()
 
 
