@@ -52,6 +52,7 @@ from pi0.libero.environments import Environments
 from pi0.model.config import Pi0Config
 from pi0.policy.critics import BestOfPolicy, PolicyFeatures
 from pi0.training.machine import machine
+from pi0.training.memory import release
 
 PARTS = ("update", "sampling", "rollouts", "memory")
 LOOKS = 20  # observations of a made-up episode
@@ -119,6 +120,8 @@ def update(options: argparse.Namespace) -> dict[str, Times]:
     loader.caches.refresh(loader.replay, agent.sample)
     kept = ("features", "next_features", "candidates", "next_candidates")
     size = config.data.batch_size
+
+    release()  # as the trainer does
 
     def fresh() -> None:
         candidates, loader.caches.candidates = loader.caches.candidates, None  # so that images come along

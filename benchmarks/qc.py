@@ -47,6 +47,7 @@ from pi0.base.progress import progress
 from pi0.base.stats import format_rate, mean_interval
 from pi0.policy.critics import CriticNetworks
 from pi0.training.machine import machine
+from pi0.training.memory import release
 
 PYTHON = ROOT / ".venv-qc" / "bin" / "python"
 CUBE = PEERS / "cube.py"
@@ -251,6 +252,7 @@ def learn_ours(
         arrays = {name: file[name] for name in file.files}
     agent = make_agent(arrays["observations"].shape[1], arrays["actions"].shape[1], seed, settings)
     windows, order = Windows(arrays, settings["horizon"]), torch.Generator().manual_seed(seed)
+    release()  # as the trainer does
     started = time.perf_counter()
     with progress(total=settings["updates"], label=f"ours, seed {seed}", unit="update") as bar:
         for number in range(settings["updates"]):

@@ -55,7 +55,7 @@ from pi0.policy.critics import BestOfPolicy, save_critic
 from pi0.ranks.collectives import broadcast_weights, gather, largest, on_rank_zero, rank_and_world_size
 from pi0.report.html_report import write_html_report
 from pi0.training.interrupts import Interrupted, Interrupts
-from pi0.training.memory import memory_use
+from pi0.training.memory import memory_use, release
 from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
 from pi0.training.optimizer import make_schedule
 from pi0.training.random_state import OwnStream
@@ -185,6 +185,7 @@ class ACRLPDTrainer:
             FloatingPointError: a gradient was not finite, several times in a row.
         """
         training, clock = self.config.training, _Clock()
+        release()  # what recording and scores needed; and updates of the critics keep what they free
         metrics: dict[str, Any] = {"step": step}
         if step >= training.offline_iterations:
             practice = self._practise(step, training.rollouts, self.best_policy(), f"practice {step}")

@@ -38,7 +38,7 @@ from pi0.parallel.slices import Layout
 from pi0.report.html_report import write_html_report
 from pi0.training.fingerprints import compare
 from pi0.training.interrupts import Interrupted, Interrupts
-from pi0.training.memory import memory_use
+from pi0.training.memory import RELEASE_EVERY, memory_use, release
 from pi0.training.metrics import TensorBoard, append_line, finish_wandb, start_wandb
 from pi0.training.random_state import OwnStream, set_seed
 from pi0.training.run_folder import new_run_dir, run_to_resume, take_run
@@ -323,7 +323,7 @@ class _Run:
             self.pending.append(filled)
             ask(filled.worker)
 
-        def release(slices: list[Filled]) -> None:
+        def refill(slices: list[Filled]) -> None:
             for filled in slices:
                 free[filled.worker].append(filled.buffer)
             for number in sorted({filled.worker for filled in slices} - self.collector.workers_asked):
@@ -334,7 +334,7 @@ class _Run:
             old = [filled for filled in self.pending if filled.version < oldest]
             self.pending = [filled for filled in self.pending if filled.version >= oldest]
             self.progress.dropped += len(old)
-            release(old)
+            refill(old)
 
         def take_what_is_there() -> None:
             while (filled := self.collector.next_filled(0.0)) is not None:
@@ -358,7 +358,7 @@ class _Run:
                 for number in free:
                     ask(number)
                 continue
-            release(learned)
+            refill(learned)
             self.collector.publish(self.agent.network.flat(), self.state.step + 1)
             self._finish_update(metrics, bar)
 
@@ -461,6 +461,8 @@ class _Run:
 
     def _finish_update(self, metrics: dict[str, Any], bar: Bar) -> None:
         config, history = self.config, self.state.history
+        if self.state.step % RELEASE_EVERY == 0:
+            release()
         metrics |= speeds(metrics, history[-1] if history else None, config.skip)
         metrics["cpu_percent"] = self.cpu.percent()
         metrics["memory_percent"] = memory_percent()
