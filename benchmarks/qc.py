@@ -4,7 +4,7 @@
     git clone https://github.com/ColinQiyangLi/qc ../qc
     python benchmarks/qc.py --qc ../qc --seeds 0 1 2
     python benchmarks/qc.py --qc ../qc --seeds 0 --updates 100 --episodes 2 --count 2 --output outputs/qc_rehearsal
-    python benchmarks/qc.py --table outputs/qc
+    python benchmarks/qc.py --table benchmarks/results/qc
 
 Data are episodes of OGBench's own oracle ("play": it moves the cube from place to place) with the rewards of a task: 0 where
 the cube is in its place, -1 elsewhere. Both sides clone it with a flow of chunks, learn two critics of chunks, and act with the

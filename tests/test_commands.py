@@ -308,7 +308,7 @@ WAYS = {
     ),
     "benchmarks/parallel_learning.py --table": here("--picture {out}/curves.png"),
     "benchmarks/qc.py": not_run("needs qc's repository, which is no part of this project"),
-    "benchmarks/qc.py --table": not_run("prints what a whole measurement has written"),
+    "benchmarks/qc.py --table": here(),
     "benchmarks/run_memory.py": here(),
     "benchmarks/stage13_parts.py": here(
         f"--iterations 3 --turns 2 --override {LEARNS} algo.num_epochs=1 algo.noise_samples=1 logging.use_wandb=false"
