@@ -273,9 +273,8 @@ WAYS = {
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
-    "benchmarks/learning.py --runs short weighted": here(f"--runs short {LEARNED}"),
-    "benchmarks/learning.py --runs critic_short critic critic_always weighted": here(
-        f"--runs weighted {LEARNED} {SHORTEST}"
+    "benchmarks/learning.py --runs critic_short critic critic_always short weighted": here(
+        f"--runs short {LEARNED}"
     ),
     "benchmarks/learning.py --runs ratio --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     "benchmarks/learning.py --table": here(),
