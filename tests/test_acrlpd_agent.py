@@ -261,6 +261,37 @@ def test_numbers_out_of_range_are_refused(changes, said):
         ACRLPDPi0Agent(SmallActor(), critics, StateFeatures(), **given)
 
 
+def layer_norm_of(rows: torch.Tensor) -> torch.Tensor:
+    return (rows - rows.mean(-1, keepdim=True)) / (rows.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def test_critics_are_mlps_that_see_the_chunk_at_every_layer():
+    """Against each critic by itself in float64, with one weight matrix a layer and the inputs joined."""
+    torch.manual_seed(3)
+    critics = CriticNetworks(5, 3, CHUNK, REAL, critics=3, hidden=7, layers=3)
+    with torch.no_grad():
+        for weight in critics.parameters():  # also of those that begin as 0 or 1
+            weight.copy_(torch.randn_like(weight))
+    features, state, chunks = torch.randn(6, 5), torch.randn(6, 3), torch.randn(4, 6, CHUNK, REAL)
+    found = critics.values(critics.observe(features, state), chunks)
+    w = {name: tensor.detach().double() for name, tensor in critics.named_parameters()}
+    seen = layer_norm_of(features.double()) * w["feature_norm.weight"] + w["feature_norm.bias"]
+    seen = torch.cat([seen, state.double()], 1)
+    for k in range(3):
+        for sample in range(4):
+            chunk = chunks[sample].flatten(1).double()
+            x = seen @ w["observation.weight"][k] + w["observation.bias"][k]
+            x = x + chunk @ w["chunk.weight"][k] + w["chunk.bias"][k]
+            for layer in range(3):
+                if layer:
+                    name = f"later.{layer - 1}"
+                    x = torch.cat([x, chunk], 1) @ w[f"{name}.weight"][k] + w[f"{name}.bias"][k]
+                x = layer_norm_of(x) * w[f"norms.{layer}.scale"][k] + w[f"norms.{layer}.shift"][k]
+                x = x * 0.5 * (1 + torch.erf(x / 2**0.5))
+            value = torch.cat([x, chunk], 1) @ w["value.weight"][k] + w["value.bias"][k]
+            torch.testing.assert_close(found[k, sample].double(), value[:, 0], rtol=1e-4, atol=1e-4)
+
+
 def standard_train_step(agent: ACRLPDPi0Agent, batch: dict) -> tuple[ACRLPDPi0Agent, dict]:
     """The user's sketch of a step, whose state is the agent itself."""
     agent, info = agent.train_step(batch)
