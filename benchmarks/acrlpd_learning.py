@@ -21,7 +21,7 @@
 | weighted | offline, with the weighted flow loss alone |
 | both | offline, with both and behaviour cloning of successful episodes |
 | cloning | offline, with behaviour cloning of successful episodes alone: the same data without a critic |
-| suite | critics, all ten tasks of libero_spatial, 1,000 rollouts and 3,000 updates, from a policy that is cloned first |
+| suite | critics, all ten tasks of libero_spatial from `checkpoints/suite_spatial`: 1,000 rollouts, 3,000 updates |
 
 Scores are of 100 of LIBERO's recorded states (suite: 200), with the same noise before and after. Minutes are of recording
 and learning, without scores. Finished runs are kept, so a stopped benchmark goes on. Where the full run of a seed is
@@ -70,8 +70,8 @@ OVERRIDES: dict[str, list[str]] = {
     "both": [*OFFLINE, "acrlpd.awr_weight=1", "acrlpd.bc_loss_weight=0.1"],
     "cloning": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=1"],
     "suite": [
-        *CRITICS, "task.task_names_to_use=[]", "data.rollouts=1000", "training.critic_updates=3000",
-        "evaluation.episodes=200",
+        *CRITICS, "policy_path=checkpoints/suite_spatial", "task.task_names_to_use=[]", "data.rollouts=1000",
+        "training.critic_updates=3000", "evaluation.episodes=200",
     ],
 }  # fmt: skip
 RECORDS_ITSELF = ("full", "suite")
@@ -144,8 +144,6 @@ def learn(run: str, seed: int, options: argparse.Namespace) -> None:
         f"training.seed={seed}", f"output_dir={folder}", "exp_name=run", "training.score_parts=true",
         "logging.use_wandb=false", *OVERRIDES[run], *(SHORT if options.rehearse else ()), *options.override,
     ]  # fmt: skip
-    if run == "suite":
-        overrides.insert(0, f"policy_path={suite_start(options)}")
     command = ["--config", CONFIG, "--override", *overrides]
     if list(folder.glob("run-*/checkpoints")):  # of a benchmark that was stopped
         command.append("--resume")
@@ -154,18 +152,6 @@ def learn(run: str, seed: int, options: argparse.Namespace) -> None:
         ["-m", "pi0.acrlpd.train"] if recorded is None else [__file__, "--recorded", recorded, "--train"]
     )
     call_python(*trainer, *command)
-
-
-def suite_start(options: argparse.Namespace) -> Path:
-    """The policy of the run `suite`: cloned from 50 demonstrations of each of the ten tasks until it solves half."""
-    folder = Path(options.output) / "suite_start"
-    if not (folder / "model.safetensors").is_file():
-        short = ["--demonstrations", 1, "--max-minutes", 0, "--score-episodes", 10]
-        call_python(
-            "-m", "pi0.warmstart", "--tasks", *range(10), "--output", folder,
-            *(short if options.rehearse else ["--demonstrations", 50]),
-        )  # fmt: skip
-    return folder
 
 
 def recorded_by_full(seed: int, options: argparse.Namespace) -> Path | None:
