@@ -23,7 +23,7 @@
 | cloning | offline, with behaviour cloning of successful episodes alone: the same data without a critic |
 | suite | critics, all ten tasks of libero_spatial from `checkpoints/suite_spatial`: 1,000 rollouts, 3,000 updates |
 
-Scores are of 100 of LIBERO's recorded states (suite: 200), with the same noise before and after. Minutes are of recording
+Scores are of 100 of LIBERO's recorded states, with the same noise before and after. Minutes are of recording
 and learning, without scores. Finished runs are kept, so a stopped benchmark goes on. Where the full run of a seed is
 finished, the others of that seed take the rollouts that it recorded and record none, so their minutes are without it.
 `--choices` scores the unchanged policy with the critics of the run `critics`, which chooses among so many chunks. One
@@ -71,7 +71,7 @@ OVERRIDES: dict[str, list[str]] = {
     "cloning": [*OFFLINE, "acrlpd.best_weight=0", "acrlpd.bc_loss_weight=1"],
     "suite": [
         *CRITICS, "policy_path=checkpoints/suite_spatial", "task.task_names_to_use=[]", "data.rollouts=1000",
-        "training.critic_updates=3000", "evaluation.episodes=200",
+        "training.critic_updates=3000",
     ],
 }  # fmt: skip
 RECORDS_ITSELF = ("full", "suite")

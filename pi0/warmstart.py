@@ -125,6 +125,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--max-minutes", type=ranged(float, low=0), default=20.0, help="cloning stops after this long"
     )
     parser.add_argument(
+        "--max-updates",
+        type=ranged(int, low=1),
+        help="cloning stops after so many updates, the same on fast and slow machines; default: no limit",
+    )
+    parser.add_argument(
         "--target-success",
         type=ranged(float, low=0),
         default=0.55,
@@ -291,11 +296,13 @@ def clone(
     augmentation = Augmentation()
     scores: list[dict] = []
     trained_s, updates = 0.0, 0
+    last = options.max_updates or math.inf
     while True:
         start = time.monotonic()
         policy.train()
-        with progress(total=options.score_every, label="cloning", unit="update") as bar:
-            for _ in range(options.score_every):
+        count = int(min(options.score_every, last - updates))
+        with progress(total=count, label="cloning", unit="update") as bar:
+            for _ in range(count):
                 updates += 1
                 optimizer.param_groups[0]["lr"] = options.lr * min(1.0, updates / WARMUP_UPDATES)
                 index = torch.randint(len(demonstrations), (options.batch_size,), generator=generator)
@@ -328,7 +335,7 @@ def clone(
         )
         print(f"{updates} updates: {format_rate(successes, episodes)} on training states")
         reached = successes >= options.target_success * episodes
-        if reached or trained_s > 60 * options.max_minutes:
+        if reached or updates == last or trained_s > 60 * options.max_minutes:
             return scores
 
 

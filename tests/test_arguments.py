@@ -119,6 +119,7 @@ def test_no_number_of_a_command_line_is_without_a_range():
         (evaluate, ["--policy_path", "x"], "--videos -1"),
         (warmstart, ["--output", "x"], "--score-episodes 0"),
         (warmstart, ["--output", "x"], "--batch-size -64"),
+        (warmstart, ["--output", "x"], "--max-updates 0"),
         (warmstart, ["--output", "x"], "--seed -1"),
         (norm_stats, ["--output", "x"], "--frame-every 0"),
     ],

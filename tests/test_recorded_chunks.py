@@ -221,6 +221,22 @@ def unscored(monkeypatch):
 
 
 @pytest.mark.engine
+def test_a_warm_start_stops_at_so_many_updates_and_is_scored_there(tmp_path, stored, unscored):
+    manifest = start(
+        tmp_path / "policy",
+        "--dataset",
+        stored.root,
+        "--score-every",
+        2,
+        "--max-minutes",
+        9,
+        "--max-updates",
+        3,
+    )
+    assert [score["updates"] for score in manifest["scores_on_training_states"]] == [2, 3]
+
+
+@pytest.mark.engine
 def test_a_warm_start_from_a_gripper_that_1_opens_has_to_be_told(tmp_path, unscored):
     inverted_set(tmp_path / "set")
     with pytest.raises(DataError, match="set: gripper actions are 0 to 1"):
