@@ -57,7 +57,8 @@ def test_examples_are_what_the_readmes_commands_name(tmp_path):
         re.findall(r"(?:configs/\w+\.yaml|[01]\d_train_\w+\.py)", (REPO_ROOT / "README.md").read_text())
     )
     assert named <= copied
-    assert "checkpoints/pi0_tiny_libero_spatial/model.safetensors" in copied
+    starts = (file.relative_to(REPO_ROOT) for file in (REPO_ROOT / "checkpoints").glob("*/model.safetensors"))
+    assert {str(file) for file in starts} <= copied
 
 
 def documented_commands() -> list[str]:
