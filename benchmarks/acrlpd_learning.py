@@ -273,7 +273,25 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             spread = f" ({max(low, 0):.1f} to {min(high, 100):.1f})" if len(rates) > 1 else ""
             each = ", ".join(f"{rate:.0f}" for rate in rates)
             means.append(f"| {kind} | {part} | {len(rates)} | {mean:.1f}{spread} | {each} |")
-    return "\n".join([*lines, "", *means])
+    return "\n".join([*lines, "", *means, *by_task(runs.get("suite", ()))])
+
+
+def by_task(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of successes of each task before and by each score, all runs together; no line without runs."""
+    if not runs:
+        return []
+    names = ["before", *runs[0]["scores"]]
+    counts: dict[int, dict[str, list[bool]]] = {}
+    for run in runs:
+        for name, score in {"before": run["before"], **run["scores"]}.items():
+            for outcome in score["outcomes"]:
+                if outcome["success"] is not None:  # its simulation broke
+                    counts.setdefault(outcome["task"], {}).setdefault(name, []).append(outcome["success"])
+    lines = ["", f"| task of suite | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for task, of_task in sorted(counts.items()):
+        cells = [f"{sum(of_task[name])}/{len(of_task[name])}" for name in names]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return lines
 
 
 def rollouts_until(part: str, config: Mapping[str, Any]) -> int:
