@@ -246,6 +246,9 @@ WAYS = {
     "pi0.evaluate --policy_path checkpoints/pi0_tiny_libero_spatial --tasks 3 8 --critic_path": elsewhere(
         "test_acrlpd_runs.py"
     ),
+    "pi0.evaluate --policy_path checkpoints/suite_spatial --tasks 9 --episodes 50 --assets standins --critic_path": elsewhere(
+        "test_acrlpd_runs.py"
+    ),
     "13_train_production_ready.py --config_path configs/quickstart.yaml --override algo.critic_path=outputs/RUN/critic": elsewhere(
         "test_ript_critic.py"
     ),
