@@ -72,7 +72,7 @@ SUITES ?= spatial object goal
 START_spatial = --demonstrations 50 --max-updates 3000
 START_object = --demonstrations 40 --max-updates 3600
 START_goal = --demonstrations 40 --action-noise 0.1 --max-updates 3600
-suites: setup  ## make the starts of whole suites from nothing: scripted demonstrations, then cloning (a quarter of an hour each)
+suites: setup  ## make the starts of whole suites from nothing: scripted demonstrations, then cloning (a quarter of an hour to an hour each)
 	$(foreach suite,$(SUITES),.venv/bin/python -m pi0.warmstart --suite libero_$(suite) --tasks $(START_$(suite)) --max-minutes 60 \
 		--target-success 0.6 --score-every 600 --score-episodes 60 --output checkpoints/suite_$(suite) &&) true
 

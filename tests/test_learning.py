@@ -1,9 +1,10 @@
-"""The table of benchmarks/learning.py, and the critics that its runs take."""
+"""Tables of benchmarks/learning.py and benchmarks/acrlpd_learning.py, and the critics that the runs take."""
 
 import json
 
 import pytest
 
+from benchmarks import acrlpd_learning
 from benchmarks.learning import critic_of, table
 from pi0.base.errors import InputError
 
@@ -43,3 +44,19 @@ def test_an_empty_folder_and_critics_that_are_not_there_are_named(tmp_path):
     for run in ("run-20261129-010000", "run-20261130-020000"):
         (tmp_path / "critics-seed2" / run / "critic").mkdir(parents=True)
     assert critic_of(2, tmp_path) == newest
+
+
+def test_successes_of_a_suite_are_counted_by_task_and_score_and_broken_episodes_are_not():
+    def score(*outcomes):
+        return {"outcomes": [{"task": task, "success": success} for task, success in outcomes]}
+
+    run = {
+        "before": score((3, True), (12, False), (12, None)),
+        "scores": {"best of 8": score((3, False), (12, True), (12, True))},
+    }
+    assert acrlpd_learning.by_task([run, run])[2:] == [
+        "|---|---|---|",
+        "| 3 | 2/2 | 0/2 |",
+        "| 12 | 0/2 | 4/4 |",
+    ]
+    assert acrlpd_learning.by_task([]) == []
