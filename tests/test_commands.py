@@ -196,6 +196,9 @@ WAYS = {
         overrides=LEAST_OF_12.replace("num_train_steps=1", "num_train_steps=2")
     ),
     "13_train_production_ready.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST_OF_12),
+    # Their starts do not solve task 3 in the episodes of LEARNS.
+    "13_train_production_ready.py --config_path configs/suite_goal.yaml": here(overrides=LEAST_OF_12),
+    "13_train_production_ready.py --config_path configs/suite_spatial.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --help": here(),
     "pi0.report": here(),
     "pi0.stages": here(),
@@ -269,8 +272,11 @@ WAYS = {
     ),
     "benchmarks/few_demonstrations.py --table": not_run("prints what finished runs have written"),
     "benchmarks/generalise.py": here(
-        "--start checkpoints/suite_goal --rehearse --changes none --output {out}/generalise", soak=True
+        "--start checkpoints/suite_goal --practised checkpoints/suite_goal --rehearse --changes none"
+        " --output {out}/generalise",
+        soak=True,
     ),
+    "benchmarks/generalise.py --table": not_run("prints what finished scores have written"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
@@ -749,10 +755,11 @@ def with_overrides(words: list[str], overrides: list[str]) -> list[str]:
 
 def run_targets(words: list[str], folder: Path) -> list[Outcome]:
     """make, with the overrides of training, which writes to `folder`, in ARGS; what is to be resumed is there before."""
-    _, target, *more = words
-    arguments = f"ARGS={shlex.join(more)}"
-    before = [interrupted_quickstart(arguments, folder)] if target == "resume" else []
-    after = make(target, arguments)
+    _, *words = words
+    end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    targets, arguments = words[:end], f"ARGS={shlex.join(words[end:])}"  # variables such as SUITE= stay
+    before = [interrupted_quickstart(arguments, folder)] if targets == ["resume"] else []
+    after = make(*targets, arguments)
     assert not before or "continuing from" in after.output
     return [*before, after]
 
