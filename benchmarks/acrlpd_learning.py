@@ -5,7 +5,9 @@
     python benchmarks/acrlpd_learning.py --runs critics --choices 1 2 4 8 16 32 --seeds 0 1 2
     python benchmarks/acrlpd_learning.py --runs suite --seeds 0 1 2
     python benchmarks/acrlpd_learning.py --runs full --seeds 0 --rehearse    # does everything run? the numbers mean nothing
-    python benchmarks/acrlpd_learning.py --table benchmarks/results/acrlpd_learning --picture outputs/acrlpd_learning.png
+    python benchmarks/acrlpd_learning.py --table benchmarks/results/acrlpd_learning     # of finished runs
+    python benchmarks/acrlpd_learning.py --table benchmarks/results/acrlpd_learning_slower --ript benchmarks/results/learning \
+        --picture outputs/acrlpd_learning.png
 
 | run | what it is |
 |---|---|
@@ -108,7 +110,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--ript", type=Path, default=Path("outputs/learning"), metavar="FOLDER",
-        help="draw RIPT's runs (benchmarks/learning.py --runs short weighted) beside it",
+        help="RIPT's runs (benchmarks/learning.py --runs short weighted), compared with full ones and drawn beside them",
     )  # fmt: skip
     parser.add_argument("--recorded", type=Path, help=argparse.SUPPRESS)  # how this script calls itself
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -128,11 +130,13 @@ def main() -> None:
     if not runs:
         parser.error("there is no finished run")
     print(tables(runs))
+    if beside := beside_ript(runs.get("full", ()), read_ript(options.ript)):
+        print(f"\n{beside}")
     if choices := read_choices(Path(options.table or options.output)):
         print(f"\n{choices_table(choices)}")
     if options.picture:
         shown = {kind: of_kind for kind, of_kind in runs.items() if kind in options.runs}
-        draw(curves(shown, options.ript), choices, Path(options.picture))
+        draw(curves(shown, read_ript(options.ript)), choices, Path(options.picture))
 
 
 def learn(run: str, seed: int, options: argparse.Namespace) -> None:
@@ -301,13 +305,56 @@ def rollouts_until(part: str, config: Mapping[str, Any]) -> int:
     return config["data"]["rollouts"] + practised * training["rollouts"]
 
 
+def read_ript(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Results of RIPT's runs without a critic, by kind: benchmarks/learning.py."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind in ("short", "weighted"):
+        for file in sorted(folder.glob(f"{kind}-seed*/results.json")):
+            found.setdefault(kind, []).append(read_json(file))
+    return found
+
+
+def rollouts_of_ript(results: Mapping[str, Any]) -> int:
+    """Rollouts of all iterations of a RIPT run."""
+    return sum(each["rollouts"] for each in results["history"])
+
+
+def beside_ript(
+    full: Sequence[Mapping[str, Any]], ript: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str | None:
+    """A table of full runs less RIPT's of the same seeds, each score beside the runs of the nearest number of rollouts;
+    None without either."""
+    if not full or not ript:
+        return None
+    lines = [
+        "| ACRLPD | rollouts | RIPT | rollouts | of each seed, points | mean (95% interval) |",
+        "|---|---|---|---|---|---|",
+    ]
+    counts = {kind: rollouts_of_ript(runs[0]) for kind, runs in ript.items()}
+    for name in full[0]["scores"]:
+        made = rollouts_until(name.rpartition(", ")[0], full[0]["config"])
+        kind = min(counts, key=lambda each: abs(counts[each] - made))
+        theirs = {run["config"]["training"]["seed"]: run["after"]["success_rate"] for run in ript[kind]}
+        ours = {run["config"]["training"]["seed"]: run["scores"][name]["success_rate"] for run in full}
+        points = [100 * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        if not points:
+            continue
+        mean, low, high = mean_interval(points)
+        each = ", ".join(f"{point:+.0f}" for point in points)
+        lines.append(
+            f"| {name} | {made} | {kind} | {counts[kind]} | {each} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) |"
+        )
+    return "\n".join(lines)
+
+
 def curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], ript: Path
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], ript: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, list[tuple[float, float, float]]]:
     """Points of each line, means over seeds: minutes, rollouts, success in %."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for kind, of_kind in runs.items():
-        for way in ("one sample", "best"):
+        label = "ACRLPD" if kind == "full" else kind
+        for way in ("one sample", "best of"):
             points: dict[str, list[tuple[float, float, float]]] = {}
             for results in of_kind:
                 points.setdefault("before", []).append((0, 0, 100 * results["before"]["success_rate"]))
@@ -318,16 +365,14 @@ def curves(
                         where = (results["minutes"][name], made, 100 * score["success_rate"])
                         points.setdefault(part, []).append(where)
             if len(points) > 1:
-                found[f"{kind}, {way}"] = [middle(each) for each in points.values()]
+                shown = f"{label}, {way.replace('best of', 'best of N')}"
+                found[shown] = [middle(each) for each in points.values()]
     ends: dict[str, list[tuple[float, float, float]]] = {"before": []}
-    for kind in ("short", "weighted"):
-        for file in sorted(ript.glob(f"{kind}-seed*/results.json")):
-            results = json.loads(file.read_text())
-            made = sum(each["rollouts"] for each in results["history"])
+    for kind, of_kind in ript.items():
+        for results in of_kind:
             ends["before"].append((0, 0, 100 * results["before"]["success_rate"]))
-            ends.setdefault(kind, []).append(
-                (minutes_of_iterations(results), made, 100 * results["after"]["success_rate"])
-            )
+            where = (minutes_of_iterations(results), rollouts_of_ript(results))
+            ends.setdefault(kind, []).append((*where, 100 * results["after"]["success_rate"]))
     if ends["before"]:
         found["RIPT, one sample"] = [middle(each) for each in ends.values()]
     return found

@@ -60,3 +60,28 @@ def test_successes_of_a_suite_are_counted_by_task_and_score_and_broken_episodes_
         "| 12 | 0/2 | 4/4 |",
     ]
     assert acrlpd_learning.by_task([]) == []
+
+
+def test_full_runs_are_compared_with_ript_of_the_same_seeds_after_as_many_rollouts():
+    def full(seed, *rates):
+        names = ("offline, one sample", "one sample")
+        training = {"seed": seed, "num_train_steps": 4, "offline_iterations": 2, "rollouts": 200}
+        scores = {name: {"success_rate": rate} for name, rate in zip(names, rates, strict=True)}
+        return {"config": {"training": training, "data": {"rollouts": 400}}, "scores": scores}
+
+    def ript(seed, rollouts, rate):
+        history = [{"rollouts": rollouts // 2}] * 2
+        return {"config": {"training": {"seed": seed}}, "history": history, "after": {"success_rate": rate}}
+
+    kinds = {
+        "short": [ript(1, 384, 0.5), ript(0, 384, 0.8)],
+        "weighted": [ript(0, 832, 0.9), ript(1, 832, 0.9), ript(7, 832, 0.1)],
+    }
+    said = acrlpd_learning.beside_ript([full(0, 0.9, 1.0), full(1, 0.8, 0.9), full(5, 0, 0)], kinds)
+    # Two seeds: the interval is 12.706 (Student's t, one degree of freedom) standard errors on each side.
+    assert said.splitlines()[2:] == [
+        "| offline, one sample | 400 | short | 384 | +10, +30 | +20.0 (-107.1 to +147.1) |",
+        "| one sample | 800 | weighted | 832 | +10, +0 | +5.0 (-58.5 to +68.5) |",
+    ]
+    assert acrlpd_learning.beside_ript([], kinds) is None
+    assert acrlpd_learning.beside_ript([full(0, 0.9, 1.0)], {}) is None
