@@ -209,6 +209,7 @@ WAYS = {
     "pi0.checkpoint": here(),
     "pi0.checkpoint inspect FOLDER": elsewhere("test_published_checkpoints.py"),
     "pi0.checkpoint convert outputs/RUN/policy /data/for_lerobot": elsewhere("test_published_checkpoints.py"),
+    "pi0.checkpoint convert FOLDER OUTPUT --cameras": elsewhere("test_published_checkpoints.py"),
     "pi0.checkpoint convert FOLDER OUTPUT --layout": elsewhere("test_published_checkpoints.py"),
     "pi0.norm_stats": here("--tasks 3 --demonstrations 1 --output {out}/stats.json"),
     "pi0.evaluate": here(EVALUATED),
