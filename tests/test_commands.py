@@ -114,7 +114,7 @@ STAND_INS = {
     "OUTPUT": "{out}/converted",
     "outputs/stages.json": "{measured}/stages.json",
     "outputs/rollouts/standins.json": "{measured}/standins.json",
-    "outputs/learning": "{measured}/learning",
+    "outputs/learning": "{measured}/learning_rehearsal",
     "/data/libero_assets": "standins",
     "../libero_assets": "standins",
     "OTHER_CHECKOUT": ".",
