@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -243,7 +242,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Results of the finished runs, by kind."""
     found: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.glob("*-seed*/run-*/results.json")):
-        found.setdefault(file.parts[-3].rpartition("-seed")[0], []).append(json.loads(file.read_text()))
+        found.setdefault(file.parts[-3].rpartition("-seed")[0], []).append(read_json(file))
     return {kind: found[kind] for kind in OVERRIDES if kind in found}
 
 

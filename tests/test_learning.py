@@ -85,3 +85,23 @@ def test_full_runs_are_compared_with_ript_of_the_same_seeds_after_as_many_rollou
     ]
     assert acrlpd_learning.beside_ript([], kinds) is None
     assert acrlpd_learning.beside_ript([full(0, 0.9, 1.0)], {}) is None
+
+
+def test_curves_are_means_over_seeds_after_each_part_with_ript_beside_them():
+    def full(seed, first, last):
+        training = {"seed": seed, "num_train_steps": 4, "offline_iterations": 2, "rollouts": 200}
+        rates = {"critics, best of 8": first, "best of 8": last}
+        return {
+            "config": {"training": training, "data": {"rollouts": 400}},
+            "before": {"success_rate": 0.5},
+            "scores": {name: {"success_rate": rate} for name, rate in rates.items()},
+            "minutes": dict(zip(rates, (4.0 + seed, 10.0 + seed), strict=True)),
+        }
+
+    history = [{"rollouts": 192, "phases": {"inference": 60.0, "update": 30.0}}] * 2
+    ript = {"history": history, "before": {"success_rate": 0.5}, "after": {"success_rate": 0.75}}
+    runs = {"full": [full(0, 0.5, 0.75), full(2, 0.75, 1.0)]}
+    assert acrlpd_learning.curves(runs, {"short": [ript]}) == {
+        "ACRLPD, best of N": [(0, 0, 50), (5, 400, 62.5), (11, 800, 87.5)],
+        "RIPT, one sample": [(0, 0, 50), (3, 384, 75)],
+    }
