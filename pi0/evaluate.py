@@ -148,13 +148,16 @@ def about_policy(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: EvaluationResult, chosen: Chosen | None) -> Iterator[str]:
-    """Lines of success by task; for variants by kind of change, with what is left out of the suite."""
+    """Lines of success by task and condition; for variants by kind of change, with what is left out of the suite."""
     from pi0.base.stats import format_rate
     from pi0.libero.changes import KINDS
 
     if chosen is None:
+        conditions = result.by_condition()
         for name, outcomes in [*result.by_task().items(), ("all tasks", result.outcomes)]:
             yield f"{name.replace('_', ' '):<90} {format_rate(sum(outcomes), len(outcomes))}"
+            for words, held in conditions.get(name, {}).items():
+                yield f"  {words:<88} {format_rate(sum(held), len(held))}"
         return
     of_kinds = result.by_kind()
     for kind in KINDS:

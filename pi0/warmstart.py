@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import TRAINING, Environments
 from pi0.libero.episodes import ROBOT
-from pi0.libero.evaluation import describe_broken, refuse_broken
+from pi0.libero.evaluation import EvaluationResult, describe_broken, refuse_broken
 from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.libero.stepping import CONTROL_HZ
 from pi0.model.config import Pi0Config
@@ -322,17 +323,9 @@ def clone(
         trained_s += time.monotonic() - start
         policy.eval()
         average.module.save_pretrained(options.output)
-        successes, episodes = score_on_training_states(
-            environments, average.module, options.score_episodes, options.seed
-        )
-        scores.append(
-            {
-                "updates": updates,
-                "successes": successes,
-                "episodes": episodes,
-                "loss": loss.item(),
-            }
-        )
+        score = score_on_training_states(environments, average.module, options.score_episodes, options.seed)
+        successes, episodes = score["successes"], score["episodes"]
+        scores.append({"updates": updates, "loss": loss.item(), **score})
         print(f"{updates} updates: {format_rate(successes, episodes)} on training states")
         reached = successes >= options.target_success * episodes
         if reached or updates == last or trained_s > 60 * options.max_minutes:
@@ -341,8 +334,8 @@ def clone(
 
 def score_on_training_states(
     environments: Environments, policy: PI0Policy, episodes: int, seed: int
-) -> tuple[int, int]:
-    """Successes and episodes, on training states from which no demonstration started.
+) -> dict[str, Any]:
+    """Successes and episodes in all and by task, on training states from which no demonstration started.
 
     Raises:
         BrokenSimulationsError: more than a tenth of the episodes broke; the others are not counted.
@@ -358,11 +351,12 @@ def score_on_training_states(
             played.append(episode)
             solved += episode.success
             bar.update(1, f"{solved} solved")
-    broken = [episode.failure for episode in played if episode.failure is not None]
-    if broken:
-        print(f"score on training states: {describe_broken(broken, len(played))}")
-    refuse_broken("score on training states", broken, len(played))
-    return sum(episode.success for episode in played if episode.failure is None), len(played) - len(broken)
+    result = EvaluationResult(played, environments.protocol())
+    if result.broken:
+        print(f"score on training states: {describe_broken(result.broken, len(played))}")
+    refuse_broken("score on training states", result.broken, len(played))
+    score = result.score()
+    return {key: score[key] for key in ("successes", "episodes", "tasks")}
 
 
 if __name__ == "__main__":

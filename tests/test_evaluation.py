@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from pi0.base.errors import InputError
+from pi0.base.stats import wilson_interval
+from pi0.evaluate import table
 from pi0.libero.environments import Environments
 from pi0.libero.evaluation import evaluate, restore_result
 from pi0.libero.films import VIDEO_EPISODES, VIDEO_EVERY, film_before_after, write_films
 from pi0.libero.settings import TaskConfig
 from pi0.model.config import PUBLISHED_CAMERAS, Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
+from pi0.ript.results import results_table
 
 pytestmark = pytest.mark.engine
 
@@ -91,6 +94,7 @@ def test_episodes_are_spread_over_the_tasks_from_the_first_recorded_states_on(en
         (3, 0), (3, 1), (3, 2), (4, 0), (4, 1),
     ]  # fmt: skip
     assert {episode.steps for episode in result.episodes} == {STEPS}
+    assert all(e.conditions == {"on akita_black_bowl_1 plate_1": False} for e in result.episodes)
     assert result.protocol == environments.protocol(episodes=5, seed=7)
 
 
@@ -132,6 +136,30 @@ def test_a_score_counts_by_task_and_names_what_broke(result):
     assert [task["episodes"] for task in counted["tasks"].values()] == [3, 1]
     assert counted["broken"] == ["diverged"]
     assert counted["outcomes"][0] == {"task": 3, "state": 0, "success": True, "steps": STEPS}
+
+
+def test_conditions_of_a_goal_are_counted_where_there_are_several(result):
+    both = [{"in soup basket": soup, "in sauce basket": False} for soup in (True, True, False)]
+    parts = [dataclasses.replace(result.episodes[0], conditions=conditions) for conditions in both]
+    broken = dataclasses.replace(result.episodes[0], failure="diverged", conditions=both[0])
+    counted = dataclasses.replace(result, episodes=[*parts, broken, result.episodes[-1]])
+    score = counted.score()
+    several, one = score["tasks"].values()
+    assert {
+        words: (held["successes"], held["episodes"]) for words, held in several["conditions"].items()
+    } == {
+        "in soup basket": (2, 3),
+        "in sauce basket": (0, 3),
+    }
+    assert several["conditions"]["in soup basket"]["interval_95"] == list(wilson_interval(2, 3))
+    assert "conditions" not in one
+    lines = [line.split("  ") for line in table(counted, None)]
+    assert [line[1] for line in lines if not line[0]] == ["in soup basket", "in sauce basket"]
+    results = {"before": score, "after": score, "change": None, "seconds": 60.0}
+    rows = [line.split("  ")[1:2] for line in results_table(results).splitlines() if line.startswith("  in")]
+    assert rows == [["in soup basket"], ["in sauce basket"]]
+    earlier = {**score, "tasks": {name: {**task, "conditions": {}} for name, task in score["tasks"].items()}}
+    assert "in soup" not in results_table({**results, "after": earlier})
 
 
 def frames_of(file) -> list[np.ndarray]:

@@ -111,12 +111,15 @@ def test_two_things_are_placed_one_after_the_other():
     sim = TaskSim(task, resolve_assets("standins"))
     np.random.seed(1)
     sim.reset(sim.draw_init_state(), settle_steps=10)
-    goals = sim.libero.parsed_problem["goal_state"]
+    words = ["in alphabet_soup_1 basket_1_contain_region", "in tomato_sauce_1 basket_1_contain_region"]
     expert = Expert(sim)
     placed = []
     for _ in range(task.horizon):
         solved = sim.step(expert.action())
-        placed.append([bool(sim.libero._eval_predicate(goal)) for goal in goals])
+        conditions = sim.conditions()
+        assert list(conditions) == words
+        assert all(conditions.values()) == solved
+        placed.append([*conditions.values()])
         if solved:
             break
     assert placed[-1] == [True, True]

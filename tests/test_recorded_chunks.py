@@ -217,7 +217,7 @@ def inverted_set(root):
 @pytest.fixture
 def unscored(monkeypatch):
     """Warm starts end without an episode of a score."""
-    monkeypatch.setattr(warmstart, "score_on_training_states", lambda *_: (0, 1))
+    monkeypatch.setattr(warmstart, "score_on_training_states", lambda *_: {"successes": 0, "episodes": 1})
 
 
 @pytest.mark.engine

@@ -61,6 +61,7 @@ class Episode:
         actions: float32 [T, C, 7] in [-1, 1], as the policy gave them.
         executed: int64 [T], in 1..C; shorter than C in the last chunk, cut off by success or horizon.
         success: LIBERO's goal held after the last step.
+        conditions: which conditions of the goal held then, by their words; empty for an episode that broke.
         failure: what broke the rollout (simulation or worker), else None; such an episode teaches nothing.
         video: uint8 frames [height, width, 3], empty unless `Rollout.record`.
         last: what was seen after the last action; None unless `Rollout.keep_last`, and where the rollout broke.
@@ -74,6 +75,7 @@ class Episode:
     executed: np.ndarray
     success: bool
     failure: str | None = None
+    conditions: dict[str, bool] = field(default_factory=dict)
     video: list[np.ndarray] = field(default_factory=list)
     last: Observation | None = None
     every: list[Observation] = field(default_factory=list)

@@ -79,6 +79,7 @@ class EvaluationResult:
                 "success": episode.success,
                 "steps": episode.steps,
                 "failure": episode.failure,
+                "conditions": episode.conditions,
             }
             for episode in self.episodes
         ]
@@ -88,7 +89,7 @@ class EvaluationResult:
         """The evaluation as numbers: counts and 95% Wilson intervals, for each task and for all.
 
         An episode that broke is in "outcomes" without success or failure (None), and counted nowhere. Of variants there
-        are also numbers for each kind of change.
+        are also numbers for each kind of change, and of a task whose goal has several conditions for each of those.
         """
 
         def rate(outcomes: list[bool]) -> dict[str, Any]:
@@ -100,10 +101,15 @@ class EvaluationResult:
                 "interval_95": [low, high],
             }
 
-        kinds = self.by_kind()
+        kinds, conditions = self.by_kind(), self.by_condition()
+
+        def of_task(name: str, outcomes: list[bool]) -> dict[str, Any]:
+            parts = {words: rate(held) for words, held in conditions.get(name, {}).items()}
+            return {**rate(outcomes), **({"conditions": parts} if parts else {})}
+
         return {
             **rate(self.outcomes),
-            "tasks": {name: rate(outcomes) for name, outcomes in self.by_task().items()},
+            "tasks": {name: of_task(name, outcomes) for name, outcomes in self.by_task().items()},
             **({"kinds": {kind: rate(outcomes) for kind, outcomes in kinds.items()}} if kinds else {}),
             "broken": self.broken,
             "outcomes": [
@@ -137,11 +143,26 @@ class EvaluationResult:
         """Outcomes by task name; the list is empty if all episodes of a task broke. Variants count for LIBERO's task."""
         tasks: dict[str, list[bool]] = {}
         for episode in self.episodes:
-            task = episode.rollout.task
-            outcomes = tasks.setdefault(task.change.base if task.change else task.name, [])
+            outcomes = tasks.setdefault(_base_name(episode), [])
             if episode.failure is None:
                 outcomes.append(episode.success)
         return tasks
+
+    def by_condition(self) -> dict[str, dict[str, list[bool]]]:
+        """For each task whose goal has several conditions: whether each of them held when the episodes ended."""
+        tasks: dict[str, dict[str, list[bool]]] = {}
+        for episode in self.episodes:
+            if episode.failure is None and len(episode.conditions) > 1:
+                of_task = tasks.setdefault(_base_name(episode), {})
+                for words, held in episode.conditions.items():
+                    of_task.setdefault(words, []).append(held)
+        return tasks
+
+
+def _base_name(episode: Episode) -> str:
+    """Name of LIBERO's task of which an episode's task is perhaps a variant."""
+    task = episode.rollout.task
+    return task.change.base if task.change else task.name
 
 
 def paired_outcomes(before: EvaluationResult, after: EvaluationResult) -> tuple[list[bool], list[bool]]:
@@ -271,6 +292,7 @@ def _restored(environments: Environments, rollout: Rollout, outline: dict[str, A
         executed=np.array([outline["steps"]]),
         success=outline["success"],
         failure=outline["failure"],
+        conditions=outline.get("conditions", {}),  # outlines of earlier versions have none
     )
 
 

@@ -40,7 +40,7 @@ class KeptEpisodes:
         self._outlines = self._read(json.loads(json.dumps(terms)))
 
     def outline(self, rollout: Rollout) -> dict[str, Any] | None:
-        """What is known of a rollout (`success`, `steps`); None if it is still to be run."""
+        """What is known of a rollout (`success`, `steps`, `conditions`); None if it is still to be run."""
         return self._outlines.get(_name(rollout))
 
     def add(self, episode: Episode) -> Episode:
@@ -50,6 +50,7 @@ class KeptEpisodes:
             "success": episode.success,
             "steps": episode.steps,
             "failure": episode.failure,
+            "conditions": episode.conditions,
         }
         self._write(line)
         write_film(episode, self._folder)

@@ -252,10 +252,9 @@ class _Schedule:
                 del running[progress.slot]
                 keep = recording.rollout.keep_last and progress.failure is None
                 last = self._seen(number, progress.slot) if keep else None
-                yield (
-                    recording.index,
-                    recording.episode(progress.success, progress.failure, progress.video, last),
-                )
+                episode = recording.episode(progress.success, progress.failure, progress.video, last)
+                episode.conditions = progress.conditions
+                yield recording.index, episode
 
     def restart(self, number: int) -> Iterator[tuple[int, Episode]]:
         """What a lost worker had waits again; episodes that are given up, since it has happened too often."""

@@ -261,6 +261,11 @@ class TaskSim:
             ]
         ).astype(np.float32)
 
+    def conditions(self) -> dict[str, bool]:
+        """Which conditions of LIBERO's goal hold now, by their words: "in butter_1 basket_1_contain_region"."""
+        goals = self.libero.parsed_problem["goal_state"]
+        return {" ".join(goal): bool(self.libero._eval_predicate(goal)) for goal in goals}
+
     # Snapshots -----------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:

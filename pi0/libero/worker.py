@@ -63,6 +63,7 @@ class Progress:
     is done and did not ask for its last one.
 
     `between` are the observations before each of the executed actions but the first, for `Rollout.keep_every`.
+    `conditions` are those of the goal, and whether they hold, once the rollout is done (`TaskSim.conditions`).
     `render_s` of its `busy_s` seconds went into drawing frames, the others into physics.
     """
 
@@ -71,6 +72,7 @@ class Progress:
     done: bool
     success: bool
     failure: str | None = None
+    conditions: dict[str, bool] = field(default_factory=dict)
     video: list[np.ndarray] = field(default_factory=list)
     between: list[Observation] = field(default_factory=list)
     busy_s: float = 0.0
@@ -204,7 +206,15 @@ class Worker:
                 sim.step(action)
             sim.step(actions[executed - 1], look)
         del self._slots[slot]
-        return Progress(slot, executed, True, sim.success, video=running.video, between=between)
+        return Progress(
+            slot,
+            executed,
+            True,
+            sim.success,
+            conditions=sim.conditions(),
+            video=running.video,
+            between=between,
+        )
 
     def _seen(self, slot: int) -> Observation:
         images, cameras = self.arrays["images"][slot], self.spec.cameras

@@ -72,13 +72,23 @@ def write_page(run_dir: Path) -> None:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Success before and after, per task and in all, on the same states and noise."""
+    """Success before and after, per task and in all, on the same states and noise.
+
+    A task whose goal has several conditions also has a row for each of those.
+    """
+
+    def row(name: str, cells: list[dict[str, Any]]) -> tuple[str, ...]:
+        return name, *(format_rate(cell["successes"], cell["episodes"]) for cell in cells)
+
     rows: list[tuple[str, ...]] = [("", "before", "after")]
     for name in results["before"]["tasks"]:
         cells = [results[when]["tasks"][name] for when in ("before", "after")]
-        rows.append((name.replace("_", " "), *(format_rate(c["successes"], c["episodes"]) for c in cells)))
-    cells = [results[when] for when in ("before", "after")]
-    rows.append(("all tasks", *(format_rate(c["successes"], c["episodes"]) for c in cells)))
+        rows.append(row(name.replace("_", " "), cells))
+        conditions = [cell.get("conditions", {}) for cell in cells]
+        for words in conditions[0]:
+            if words in conditions[1]:
+                rows.append(row(f"  {words}", [each[words] for each in conditions]))
+    rows.append(row("all tasks", [results[when] for when in ("before", "after")]))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
