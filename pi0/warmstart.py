@@ -39,7 +39,7 @@ from pi0.data.command_line import add_dataset_options, open_dataset
 from pi0.data.recorded_chunks import demonstrations_of_tasks, load_chunks
 from pi0.libero.demonstrations import record_demonstrations
 from pi0.libero.environments import TRAINING, Environments
-from pi0.libero.episodes import ROBOT
+from pi0.libero.episodes import ROBOT, Episode
 from pi0.libero.evaluation import EvaluationResult, describe_broken, refuse_broken
 from pi0.libero.settings import ScoreConfig, TaskConfig, range_of, task_of_command
 from pi0.libero.stepping import CONTROL_HZ
@@ -345,16 +345,15 @@ def score_on_training_states(
     for number in range(episodes):
         pool, index = pools[number % len(pools)], number // len(pools)
         rollouts.append(environments.rollout(pool, index, (TRAINING, seed, pool.task.index, index)))
-    played, solved = [], 0
+    finished: dict[int, Episode] = {}
     with progress(total=len(rollouts), label="score on training states", unit="episode") as bar:
-        for _, episode in environments.run_policy(ActingPolicy(policy), rollouts):
-            played.append(episode)
-            solved += episode.success
-            bar.update(1, f"{solved} solved")
-    result = EvaluationResult(played, environments.protocol())
+        for index, episode in environments.run_policy(ActingPolicy(policy), rollouts):
+            finished[index] = episode
+            bar.update(1, f"{sum(each.success for each in finished.values())} solved")
+    result = EvaluationResult([finished[index] for index in range(episodes)], environments.protocol())
     if result.broken:
-        print(f"score on training states: {describe_broken(result.broken, len(played))}")
-    refuse_broken("score on training states", result.broken, len(played))
+        print(f"score on training states: {describe_broken(result.broken, episodes)}")
+    refuse_broken("score on training states", result.broken, episodes)
     score = result.score()
     return {key: score[key] for key in ("successes", "episodes", "tasks")}
 

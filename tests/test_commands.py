@@ -198,6 +198,7 @@ WAYS = {
     "13_train_production_ready.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST_OF_12),
     # Their starts do not solve task 3 in the episodes of LEARNS.
     "13_train_production_ready.py --config_path configs/suite_goal.yaml": here(overrides=LEAST_OF_12),
+    "13_train_production_ready.py --config_path configs/suite_object.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --config_path configs/suite_spatial.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --help": here(),
     "pi0.report": here(),
