@@ -86,6 +86,7 @@ def evaluation(successes: list[int], episodes: int = 50, tasks: list[str] = TASK
         for index in range(episodes):
             episode = make_episode(index < count, [10], seed=index, index=index).outline()
             episode.rollout = replace(episode.rollout, task=replace(TASK, name=name))
+            episode.conditions = {"open drawer": index % 2 == 0, "on bowl plate": index < count}
             result.episodes.append(episode)
     return result
 
@@ -223,6 +224,15 @@ def test_every_task_is_told_with_its_practice_and_its_scores(finished):
         assert rollouts == 640
         row = rows.split(task.replace("_", " ") + f" {practised}/{rollouts}")[1]
         assert before in row[:200] and after in row[:200]
+
+
+def test_conditions_of_a_goal_follow_their_task(finished):
+    of_tasks = Page(finished).text.split("– open drawer ")[1:]
+    assert len(of_tasks) == len(TASKS)
+    for told, before, after in zip(of_tasks, ("47/50", "13/50"), ("50/50", "43/50"), strict=True):
+        drawer, bowl = told.split("– on bowl plate ")[:2]
+        assert drawer.startswith("25/50 (50.0%) 36.6 to 63.4 25/50")
+        assert bowl.startswith(before) and after in bowl[:50]
 
 
 # Another trainer's metrics: scores of a game, without tasks, groups or evaluations.

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pi0.base.stats import format_rate, paired_difference, wilson_interval
 from pi0.report.declaration import Metric
 from pi0.report.plots import Picture
-from pi0.report.record import Row, RunRecord, evaluation_counts, value
+from pi0.report.record import Row, RunRecord, conditions, evaluation_counts, value
 
 EMBEDDED_VIDEO_BYTES = 12 * 2**20  # all videos in the page together; a phone still opens it
 LATEST_STEPS = 20  # rows of the table of steps
@@ -193,7 +193,7 @@ def _results(record: RunRecord) -> str:
 
 
 def _tasks_table(record: RunRecord) -> str:
-    """Success of each task: all practice, recent practice, every evaluation."""
+    """Success of each task: all practice, recent practice, every evaluation; and conditions of its goal, if several."""
     if not record.tasks:
         return ""
     recent = record.steps[-RECENT_STEPS:]
@@ -210,6 +210,9 @@ def _tasks_table(record: RunRecord) -> str:
         counts += [evaluation_counts(score, task) for _, _, score in scores]
         name = "all tasks" if task is None else task.replace("_", " ")
         rows.append([name, *(_rate(*count) for count in counts)])
+        for words in [] if task is None else conditions((score for _, _, score in scores), task):
+            held = [evaluation_counts(score, task, words) for _, _, score in scores]
+            rows.append([f"– {words}", *("" for _ in practised), *(_rate(*count) for count in held)])
     notes = [
         f'<p class="quiet">{escape(metric.note.format(_count(total, metric.unit.removesuffix("s"))))}</p>'
         for metric in record.declaration.metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,23 @@ def value(row: Row, name: str) -> Any:
     return look_up(row, name.split("/"))
 
 
-def evaluation_counts(score: Row, task: str | None = None) -> tuple[int, int]:
-    """Successes and episodes of an evaluation, of one task or of all; (0, 0) for a task that was not evaluated."""
+def evaluation_counts(score: Row, task: str | None = None, condition: str | None = None) -> tuple[int, int]:
+    """Successes and episodes of an evaluation, of one task or of all; (0, 0) for a task that was not evaluated.
+
+    Of a condition of the task's goal: in how many of the episodes it held at the end.
+    """
     cell = score if task is None else score.get("tasks", {}).get(task, {})
+    if condition is not None:
+        cell = cell.get("conditions", {}).get(condition, {})
     return int(cell.get("successes", 0)), int(cell.get("episodes", 0))
+
+
+def conditions(scores: Iterable[Row], task: str) -> list[str]:
+    """The conditions of a task's goal, where it has several."""
+    found: dict[str, None] = {}
+    for score in scores:
+        found |= dict.fromkeys(score.get("tasks", {}).get(task, {}).get("conditions", {}))
+    return [*found]
 
 
 def _read_declaration(path: Path) -> Declaration:
