@@ -108,14 +108,19 @@ class TaskAwareSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
+        self,
+        dataset: LiberoInitStateDataset,
+        ranks: DistributedSampler,
+        group_size: int,
+        stats: RolloutStats,
+        smallest_share: float = 0.1,
     ):
         pools = dataset.pools
         self.dataset = dataset
         self.stats = stats
         self.pools = pools
         self.group_size = group_size
-        self.turns = TaskTurns([pool.task for pool in pools])
+        self.turns = TaskTurns([pool.task for pool in pools], smallest_share)
         own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without those that pad the shares
         self.rings = [Ring([i for i in own if dataset.starts[i][0] is pool]) for pool in pools]
         if not all(ring.states for ring in self.rings):
@@ -264,7 +269,8 @@ def make_states(
     dataset = LiberoInitStateDataset(pools)
     print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
     ranks = DistributedSampler(dataset, world_size, rank, shuffle=False)
-    return TaskAwareSampler(dataset, ranks, 1 if algo.group_by == "state" else algo.rloo_batch_size, stats)
+    group_size = 1 if algo.group_by == "state" else algo.rloo_batch_size
+    return TaskAwareSampler(dataset, ranks, group_size, stats, algo.smallest_turn_share)
 
 
 def make_rollout_generator(

@@ -11,9 +11,6 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 
 State = TypeVar("State", bound=Hashable)
 
-# A task that always succeeds still gets a tenth as many turns as one that always fails.
-SMALLEST_SHARE = 0.1
-
 
 class TaskTurns:
     """Tasks take turns in proportion to how often they fail.
@@ -21,19 +18,24 @@ class TaskTurns:
     Each task collects credit, its share of all failures, until it has the most; a turn costs 1. This is as fair as a
     random draw and needs no random numbers.
 
+    Args:
+        tasks: the tasks.
+        smallest_share: turns of a task that always succeeds, for one turn of a task that always fails.
+
     Attributes:
         credit: credit of each task; the sum is 0 after each turn.
         success_rate: success rate of each task in its last turn, 0 to 1; 0.5 before the first.
     """
 
-    def __init__(self, tasks: Sequence[Task]):
+    def __init__(self, tasks: Sequence[Task], smallest_share: float = 0.1):
         self._tasks = list(tasks)
+        self._smallest_share = smallest_share
         self.credit = [0.0] * len(tasks)
         self.success_rate = [0.5] * len(tasks)
 
     def next_task(self) -> int:
         """Position of the task that has the next turn."""
-        shares = [max(SMALLEST_SHARE, 1.0 - rate) for rate in self.success_rate]
+        shares = [max(self._smallest_share, 1.0 - rate) for rate in self.success_rate]
         self.credit = [
             credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
         ]
