@@ -170,7 +170,9 @@ def loader_of(runner, group_size: int, ranks=(1, 0), count: int = 3, stats: Roll
     ]
     dataset = stage.LiberoInitStateDataset(pools)
     ring = DistributedSampler(dataset, *ranks, shuffle=False)
-    sampler = stage.TaskAwareSampler(dataset, ring, group_size, stats or RolloutStats(None, 2))
+    by = "state" if group_size == 1 else "batch"
+    config = Config(policy_path="", algo=AlgoConfig(group_by=by, rloo_batch_size=group_size))
+    sampler = stage.TaskAwareSampler(dataset, ring, config, stats or RolloutStats(None, 2))
     return dataset, sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=stage.collate_fn_state)
 
 

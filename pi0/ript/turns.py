@@ -18,24 +18,21 @@ class TaskTurns:
     Each task collects credit, its share of all failures, until it has the most; a turn costs 1. This is as fair as a
     random draw and needs no random numbers.
 
-    Args:
-        tasks: the tasks.
-        smallest_share: turns of a task that always succeeds, for one turn of a task that always fails.
-
     Attributes:
         credit: credit of each task; the sum is 0 after each turn.
         success_rate: success rate of each task in its last turn, 0 to 1; 0.5 before the first.
+        smallest_share: turns of a task that always succeeds, for one turn of a task that always fails.
     """
 
-    def __init__(self, tasks: Sequence[Task], smallest_share: float = 0.1):
+    def __init__(self, tasks: Sequence[Task]):
         self._tasks = list(tasks)
-        self._smallest_share = smallest_share
         self.credit = [0.0] * len(tasks)
         self.success_rate = [0.5] * len(tasks)
+        self.smallest_share = 0.1
 
     def next_task(self) -> int:
         """Position of the task that has the next turn."""
-        shares = [max(self._smallest_share, 1.0 - rate) for rate in self.success_rate]
+        shares = [max(self.smallest_share, 1.0 - rate) for rate in self.success_rate]
         self.credit = [
             credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
         ]
