@@ -282,6 +282,7 @@ WAYS = {
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
+    "benchmarks/learning.py --runs weighted --seeds 0 --config_path": here(f"{LEARNED} {SHORTEST}"),
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
     "benchmarks/learning.py --runs critic_short critic critic_always short weighted": here(
