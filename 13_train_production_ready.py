@@ -118,20 +118,20 @@ class TaskAwareSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, config: Config, stats: RolloutStats
+        self, dataset: LiberoInitStateDataset, ranks: DistributedSampler, group_size: int, stats: RolloutStats
     ):
-        pools, algo = dataset.pools, config.algo
-        group_size = 1 if algo.group_by == "state" else algo.rloo_batch_size
+        pools = dataset.pools
         self.dataset = dataset
         self.stats = stats
         self.pools = pools
         self.group_size = group_size
         self.turns = TaskTurns([pool.task for pool in pools])
-        self.turns.smallest_share = algo.smallest_turn_share
         own = [i for i in ranks if i % ranks.num_replicas == ranks.rank]  # without those that pad the shares
         self.rings = [Ring([i for i in own if dataset.starts[i][0] is pool]) for pool in pools]
         if not all(ring.states for ring in self.rings):
-            raise ConfigError(f"algo.train_init_states gives {len(pools[0])} states a task, fewer than ranks")
+            raise ConfigError(
+                f"algo.train_init_states gives {len(pools[0])} states a task, too few for all ranks"
+            )
         self.names = [state_name(pool.task, pool.states[index]) for pool, index in dataset.starts]
         self.skipped: dict[str, list[int]] = {}
 
@@ -308,11 +308,12 @@ def make_states(
     config: Config, env_runner: LIBEROEnvRunner, stats: RolloutStats, rank: int, world_size: int
 ) -> TaskAwareSampler:
     """The states that are practised."""
-    pools = on_rank_zero(env_runner.training_states, config.algo.train_init_states, config.training.seed)
+    algo = config.algo
+    pools = on_rank_zero(env_runner.training_states, algo.train_init_states, config.training.seed)
     dataset = LiberoInitStateDataset(pools)
     print(f"LiberoInitStateDataset created with {len(dataset)} initial states")
     ranks = DistributedSampler(dataset, world_size, rank, shuffle=False)
-    return TaskAwareSampler(dataset, ranks, config, stats)
+    return TaskAwareSampler(dataset, ranks, 1 if algo.group_by == "state" else algo.rloo_batch_size, stats)
 
 
 def make_rollout_generator(

@@ -24,7 +24,7 @@ from pi0.libero.stepping import state_hash
 from pi0.libero.suites import find_tasks
 from pi0.model.config import Pi0Config
 from pi0.ript.advantages import leave_one_out_advantages
-from pi0.ript.config import AlgoConfig, Config, load_config
+from pi0.ript.config import load_config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.rollout_generator import RolloutGenerator
 from pi0.ript.rollout_stats import RolloutStats, state_name
@@ -170,9 +170,7 @@ def loader_of(runner, group_size: int, ranks=(1, 0), count: int = 3, stats: Roll
     ]
     dataset = stage.LiberoInitStateDataset(pools)
     ring = DistributedSampler(dataset, *ranks, shuffle=False)
-    by = "state" if group_size == 1 else "batch"
-    config = Config(policy_path="", algo=AlgoConfig(group_by=by, rloo_batch_size=group_size))
-    sampler = stage.TaskAwareSampler(dataset, ring, config, stats or RolloutStats(None, 2))
+    sampler = stage.TaskAwareSampler(dataset, ring, group_size, stats or RolloutStats(None, 2))
     return dataset, sampler, DataLoader(dataset, batch_sampler=sampler, collate_fn=stage.collate_fn_state)
 
 
@@ -401,20 +399,6 @@ def test_step_6_batches_name_their_task_and_episodes_match_it(runner):
             assert pool.task.index == task_id
             assert np.array_equal(state, pool.states[number].state)
     assert seen == set(range(10)), "tasks that fail alike take equal turns"
-
-
-def test_step_6_a_solved_task_gets_the_configured_share_of_turns(runner_of_two):
-    def turns(**algo) -> list[int]:
-        config = Config(policy_path="", algo=AlgoConfig(train_init_states=1, **algo))
-        sampler = stage.make_states(config, runner_of_two, RolloutStats(None, 2), 0, 1)
-        sampler.turns.success_rate = [1.0, 0.0]
-        taken = [sampler.turns.next_task() for _ in range(66)]
-        return [taken.count(0), taken.count(1)]
-
-    assert turns() == [6, 60]
-    assert turns(smallest_turn_share=0.1) == [6, 60]
-    assert turns(smallest_turn_share=0.5) == [22, 44]
-    assert turns(smallest_turn_share=0.02) == [1, 65]
 
 
 def test_step_6_ranks_share_the_states_of_every_task(runner):

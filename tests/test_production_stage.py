@@ -27,7 +27,6 @@ from pi0 import PI0Policy
 from pi0.base.paths import REPO_ROOT
 from pi0.libero.suites import find_tasks
 from pi0.ript.cfg_adapter import PI0_CFG_Adapter
-from pi0.ript.config import Config
 from pi0.ript.rollout_stats import RolloutStats, SamplerState
 from pi0.training.checkpoint_store import CheckpointStore
 from pi0.training.state import Place
@@ -368,7 +367,7 @@ def test_what_several_ranks_remember_is_joined_for_another_number_of_ranks():
     def sampler_of(rank: int, ranks: int):
         dataset, stats = stage.LiberoInitStateDataset(pools), RolloutStats(None, skip_threshold=2)
         ring = DistributedSampler(dataset, ranks, rank, shuffle=False)
-        return stage.TaskAwareSampler(dataset, ring, Config(policy_path=""), stats)
+        return stage.TaskAwareSampler(dataset, ring, 1, stats)
 
     def part(sampler) -> SamplerState:
         return SamplerState(sampler.turns, sampler.rings, sampler.stats)

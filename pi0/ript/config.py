@@ -59,14 +59,6 @@ class AlgoConfig:
     data_batch_size: int = key(
         64, "rollouts collected in an iteration, on each rank that practises", unit="rollouts", low=2
     )
-    smallest_turn_share: float = key(
-        0.1,
-        "turns of a task that always succeeds, for one turn of a task that always fails",
-        above=0,
-        high=1,
-        since=12,
-        before=0.1,
-    )
     enable_dynamic_sampling: bool = key(
         True,
         "replace groups that all succeed or all fail, which teach nothing, by others",

@@ -11,6 +11,9 @@ from pi0.ript.env_runner import LIBEROEnvRunner
 
 State = TypeVar("State", bound=Hashable)
 
+# A task that always succeeds still gets a tenth as many turns as one that always fails.
+SMALLEST_SHARE = 0.1
+
 
 class TaskTurns:
     """Tasks take turns in proportion to how often they fail.
@@ -21,18 +24,16 @@ class TaskTurns:
     Attributes:
         credit: credit of each task; the sum is 0 after each turn.
         success_rate: success rate of each task in its last turn, 0 to 1; 0.5 before the first.
-        smallest_share: turns of a task that always succeeds, for one turn of a task that always fails.
     """
 
     def __init__(self, tasks: Sequence[Task]):
         self._tasks = list(tasks)
         self.credit = [0.0] * len(tasks)
         self.success_rate = [0.5] * len(tasks)
-        self.smallest_share = 0.1
 
     def next_task(self) -> int:
         """Position of the task that has the next turn."""
-        shares = [max(self.smallest_share, 1.0 - rate) for rate in self.success_rate]
+        shares = [max(SMALLEST_SHARE, 1.0 - rate) for rate in self.success_rate]
         self.credit = [
             credit + share / sum(shares) for credit, share in zip(self.credit, shares, strict=True)
         ]

@@ -26,7 +26,6 @@ from tests.support.episodes import CAMERAS, TASK, make_episode, states_of
 CHECKPOINT = REPO_ROOT / "checkpoints" / "pi0_tiny_libero_spatial"
 TASKS = [TASK, Task("libero_spatial", 8, "another", "do another thing", "", "")]
 SMALL = AlgoConfig(
-    group_by="batch",
     rloo_batch_size=4,
     data_batch_size=4,
     num_epochs=2,
@@ -78,7 +77,7 @@ class Practice:
         self.learner = stage.make_learner(self.config, policy, looks, self.rank)
         dataset = stage.LiberoInitStateDataset([states_of(task, 4) for task in TASKS])
         shares = DistributedSampler(dataset, ranks, self.rank, shuffle=False)
-        self.states = stage.TaskAwareSampler(dataset, shares, self.config, RolloutStats(None, 2))
+        self.states = stage.TaskAwareSampler(dataset, shares, 4, RolloutStats(None, 2))
         self.interrupts = Interrupts()
         self.safe = Safeguards.of(folder, self.config.training, self.interrupts)
         self.noise = OwnStream(self.learner.generator, self.config.training.seed)
