@@ -221,7 +221,7 @@ def table(folder: Path) -> str:
         lines.append(
             f"| {kind} | {len(runs)} | {cells[0]} | {cells[1]} | {100 * (rates[1] - rates[0]):+.1f} points |"
         )
-    lines += ["", *by_task(kinds)]
+    lines += ["", *by_task(kinds), "", *by_phase(kinds)]
     if extra:
         lines += ["", "| run | guidance weight | after |", "|---|---|---|", *extra]
     return "\n".join(lines)
@@ -230,6 +230,18 @@ def table(folder: Path) -> str:
 def minutes_of_iterations(results: Mapping[str, Any]) -> float:
     """Minutes of rollouts and updates of a run: without scores, film and report. 0 for a run without iterations."""
     return sum(sum(each["phases"].values()) for each in results.get("history", ())) / 60
+
+
+def by_phase(kinds: Mapping[str, Sequence[dict]]) -> list[str]:
+    """Rows of a table: minutes of iterations in each phase, mean of the seeds; none of runs without iterations."""
+    names = ("update", "physics", "inference", "render", "wait", "other")
+    lines = [f"| minutes of | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    for kind, runs in kinds.items():
+        phases = [each["phases"] for run in runs for each in run.get("history", ())]
+        if phases:
+            minutes = [sum(each.get(name, 0.0) for each in phases) / len(runs) / 60 for name in names]
+            lines.append(f"| {kind} | {' | '.join(f'{number:.1f}' for number in minutes)} |")
+    return lines
 
 
 def by_task(kinds: Mapping[str, Sequence[dict]]) -> list[str]:

@@ -7,7 +7,9 @@ import av
 import numpy as np
 import pytest
 
+from pi0 import PI0Policy
 from pi0.base.errors import InputError
+from pi0.base.paths import REPO_ROOT
 from pi0.base.stats import wilson_interval
 from pi0.evaluate import table
 from pi0.libero.environments import Environments
@@ -17,6 +19,7 @@ from pi0.libero.settings import TaskConfig
 from pi0.model.config import PUBLISHED_CAMERAS, Pi0Config
 from pi0.ript.env_runner import LIBEROEnvRunner
 from pi0.ript.results import results_table
+from pi0.warmstart import score_on_training_states
 
 pytestmark = pytest.mark.engine
 
@@ -160,6 +163,15 @@ def test_conditions_of_a_goal_are_counted_where_there_are_several(result):
     assert rows == [["in soup basket"], ["in sauce basket"]]
     earlier = {**score, "tasks": {name: {**task, "conditions": {}} for name, task in score["tasks"].items()}}
     assert "in soup" not in results_table({**results, "after": earlier})
+
+
+def test_the_score_of_a_warm_start_counts_by_task(environments):
+    policy = PI0Policy.from_pretrained(REPO_ROOT / "checkpoints/suite_spatial", "cpu").eval()
+    score = score_on_training_states(environments, policy, 3, seed=0)
+    assert (score["successes"], score["episodes"]) == (0, 3)
+    assert {name: task["episodes"] for name, task in score["tasks"].items()} == {
+        task.name: count for task, count in zip(environments.tasks, (2, 1), strict=True)
+    }
 
 
 def frames_of(file) -> list[np.ndarray]:

@@ -33,6 +33,7 @@ def test_the_table_has_minutes_of_iterations_without_scores(tmp_path):
     assert control.endswith("| 5.0 | 0.0 |")
     assert "| weighted | 1 | 1/4 | 4/4 | +75.0 points |" in lines
     assert "| cloning | 3 | 1/4 | 2/4 |" in lines
+    assert lines[-2:] == ["|---|---|---|---|---|---|---|", "| weighted | 1.3 | 1.0 | 0.7 | 0.0 | 0.0 | 0.0 |"]
 
 
 def test_an_empty_folder_and_critics_that_are_not_there_are_named(tmp_path):

@@ -116,12 +116,13 @@ def test_kept_episodes_are_known_to_a_rerun_but_those_that_broke(tmp_path):
     with KeptEpisodes(tmp_path, TERMS) as kept:
         assert kept.outline(episode(0).rollout) is None
         assert kept.add(episode(0)).images == {}
-        kept.add(episode(1, success=False))
+        parts = {"in soup basket": True, "in sauce basket": False}
+        kept.add(dataclasses.replace(episode(1, success=False), conditions=parts))
         kept.add(episode(2, failure="gave up"))
     with KeptEpisodes(tmp_path, TERMS) as kept:
         first, second, third = (kept.outline(episode(number).rollout) for number in range(3))
     assert (first["success"], first["steps"]) == (True, 14)
-    assert second["success"] is False
+    assert (second["success"], second["conditions"]) == (False, parts)
     assert third is None
 
 

@@ -252,21 +252,20 @@ class _Schedule:
                 del running[progress.slot]
                 keep = recording.rollout.keep_last and progress.failure is None
                 last = self._seen(number, progress.slot) if keep else None
-                episode = recording.episode(progress.success, progress.failure, progress.video, last)
-                episode.conditions = progress.conditions
-                yield recording.index, episode
+                yield recording.index, recording.episode(progress, last)
 
     def restart(self, number: int) -> Iterator[tuple[int, Episode]]:
         """What a lost worker had waits again; episodes that are given up, since it has happened too often."""
         running, self._running[number] = self._running[number], {}
-        for recording in running.values():
+        for slot, recording in running.items():
             if recording.attempt < ATTEMPTS:
                 self._waiting.appendleft(
                     _Recording(recording.index, recording.rollout, recording.attempt + 1)
                 )
             else:
                 failure = f"gave up after {ATTEMPTS} workers were lost"
-                yield recording.index, recording.episode(False, failure)
+                given_up = Progress(slot, executed=0, done=True, success=False, failure=failure)
+                yield recording.index, recording.episode(given_up)
 
     def send_next(self, number: int) -> None:
         """Send a worker the actions of what runs there, and what is to start in its free slots."""
@@ -375,13 +374,8 @@ class _Recording:
         self.seen.append(seen)
         self.actions.append(actions.copy())
 
-    def episode(
-        self,
-        success: bool,
-        failure: str | None,
-        video: list[np.ndarray] | None = None,
-        last: Observation | None = None,
-    ) -> Episode:
+    def episode(self, end: Progress, last: Observation | None = None) -> Episode:
+        """The finished episode: what was noted, how it ended, and what was seen after its last action."""
         length = len(self.executed)
         seen = self.seen[:length]
         cameras = self.seen[0].images if self.seen else ()
@@ -391,9 +385,10 @@ class _Recording:
             states=np.array([each.state for each in seen]),
             actions=np.array(self.actions[:length]),
             executed=np.array(self.executed, dtype=np.int64),
-            success=success,
-            failure=failure,
-            video=video or [],
+            success=end.success,
+            failure=end.failure,
+            conditions=end.conditions,
+            video=end.video,
             last=last,
             every=[each for look, later in zip(seen, self.between, strict=True) for each in (look, *later)]
             if self.rollout.keep_every

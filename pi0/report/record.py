@@ -162,7 +162,7 @@ def value(row: Row, name: str) -> Any:
 def evaluation_counts(score: Row, task: str | None = None, condition: str | None = None) -> tuple[int, int]:
     """Successes and episodes of an evaluation, of one task or of all; (0, 0) for a task that was not evaluated.
 
-    Of a condition of the task's goal: in how many of the episodes it held at the end.
+    With `condition`, one of those of the task's goal, the first is the episodes at whose end it held.
     """
     cell = score if task is None else score.get("tasks", {}).get(task, {})
     if condition is not None:
