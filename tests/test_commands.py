@@ -283,6 +283,8 @@ WAYS = {
     "benchmarks/learning.py": here(LEARNED),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     "benchmarks/learning.py --runs weighted --seeds 0 --config_path": here(f"{LEARNED} {SHORTEST}"),
+    # Without the critic, which takes long to learn: test_ript_critic.py has a run with one.
+    "benchmarks/learning.py --runs critic --seeds 0 --config_path": here(f"--runs short {LEARNED} {SHORTEST}"),
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
     "benchmarks/learning.py --runs critic_short critic critic_always short weighted": here(
