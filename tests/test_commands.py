@@ -284,7 +284,9 @@ WAYS = {
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     "benchmarks/learning.py --runs weighted --seeds 0 --config_path": here(f"{LEARNED} {SHORTEST}"),
     # Without the critic, which takes long to learn: test_ript_critic.py has a run with one.
-    "benchmarks/learning.py --runs critic --seeds 0 --config_path": here(f"--runs short {LEARNED} {SHORTEST}"),
+    "benchmarks/learning.py --runs critic --seeds 0 --config_path": here(
+        f"--runs short {LEARNED} {SHORTEST}"
+    ),
     # All four kinds, of which the others are run by themselves.
     "benchmarks/learning.py --runs weighted guidance shuffled cloning": here(f"--runs weighted {LEARNED}"),
     "benchmarks/learning.py --runs critic_short critic critic_always short weighted": here(
@@ -293,6 +295,7 @@ WAYS = {
     "benchmarks/learning.py --runs ratio --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
     "benchmarks/learning.py --table": here(),
     "benchmarks/pictures.py": here(copied=True),
+    "benchmarks/states.py": here(),
     "benchmarks/rollout_cost.py": here("--tables profile --episodes 1"),
     "benchmarks/pi0.py": here(TINY),
     "benchmarks/pi0.py --preset pi0_tiny": here(
