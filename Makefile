@@ -68,13 +68,14 @@ resume: setup  ## resume an interrupted quickstart
 	.venv/bin/python 13_train_production_ready.py --config_path configs/quickstart.yaml --resume $(ARGS)
 
 # Starts for practice must half-work, so cloning ends at 0.6 on training states, or after a number of updates.
-SUITES ?= spatial object goal
-START_spatial = --demonstrations 50 --max-updates 3000
-START_object = --demonstrations 40 --max-updates 3600
-START_goal = --demonstrations 40 --action-noise 0.1 --max-updates 3600
+SUITES ?= spatial object goal 10
+START_spatial = --demonstrations 50 --max-updates 3000 --score-every 600
+START_object = --demonstrations 40 --max-updates 3600 --score-every 600
+START_goal = --demonstrations 40 --action-noise 0.1 --max-updates 3600 --score-every 600
+START_10 = --demonstrations 40 --action-noise 0.1 --max-updates 8000 --score-every 2000
 suites: setup  ## make the starts of whole suites from nothing: scripted demonstrations, then cloning (a quarter of an hour to an hour each)
 	$(foreach suite,$(SUITES),.venv/bin/python -m pi0.warmstart --suite libero_$(suite) --tasks $(START_$(suite)) --max-minutes 60 \
-		--target-success 0.6 --score-every 600 --score-episodes 60 --output checkpoints/suite_$(suite) &&) true
+		--target-success 0.6 --score-episodes 60 --output checkpoints/suite_$(suite) &&) true
 
 suite: setup  ## practise all ten tasks of a suite by RIPT, from a committed start: make suite SUITE=libero_goal
 	@test -f configs/suite_$(SUITE:libero_%=%).yaml || { echo "name a suite that has a configs/suite_*.yaml: make suite SUITE=libero_goal"; exit 1; }

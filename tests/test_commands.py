@@ -197,6 +197,7 @@ WAYS = {
     ),
     "13_train_production_ready.py --config_path configs/stage12_libero10.yaml": here(overrides=LEAST_OF_12),
     # Their starts do not solve task 3 in the episodes of LEARNS.
+    "13_train_production_ready.py --config_path configs/suite_10.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --config_path configs/suite_goal.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --config_path configs/suite_object.yaml": here(overrides=LEAST_OF_12),
     "13_train_production_ready.py --config_path configs/suite_spatial.yaml": here(overrides=LEAST_OF_12),
@@ -279,6 +280,7 @@ WAYS = {
         soak=True,
     ),
     "benchmarks/generalise.py --table": not_run("prints what finished scores have written"),
+    "benchmarks/held_out_loss.py": here("--episodes 4 --draws 1"),
     "benchmarks/identity.py": here("--suites libero_spatial --tasks 3 --steps 20"),
     "benchmarks/learning.py": here(LEARNED),
     "benchmarks/learning.py --runs weighted --seeds 0 1 2": here(f"{LEARNED} {SHORTEST}"),
