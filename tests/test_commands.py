@@ -270,6 +270,7 @@ WAYS = {
     ),
     "benchmarks/acrlpd_learning.py --table": here("--picture {out}/curves.png"),
     "benchmarks/checkpoint.py": here("--shrink 8 --steps 1 --folder {out}"),
+    "benchmarks/deciding_chunks.py": here("--episodes 12"),
     "benchmarks/few_demonstrations.py": here(
         "--demonstrations 1 --seeds 0 --rehearse --output {out}/few", soak=True
     ),
