@@ -27,13 +27,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor, nn
 
+from benchmarks.drawn_episodes import drawn_episodes
 from pi0 import PI0Policy
 from pi0.base.arguments import ranged
 from pi0.base.errors import InputError, run_command
-from pi0.libero.environments import Environments
 from pi0.libero.episodes import Episode
 from pi0.libero.settings import TaskConfig, range_of
-from pi0.policy.acting import ActingPolicy
 from pi0.policy.critics import PolicyFeatures
 
 FOLDS = 4
@@ -41,7 +40,7 @@ EPOCHS = 15
 
 
 def main() -> None:
-    """Collect the episodes, print the table."""
+    """Run the episodes, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +55,9 @@ def main() -> None:
     parser.add_argument("--seed", type=ranged(int, low=0), default=0, help="of states, noise and networks")
     options = parser.parse_args()
     policy = PI0Policy.from_pretrained(options.policy)
-    episodes = collect(policy, options)
+    episodes = drawn_episodes(
+        policy, options.suite, [options.task], options.episodes, options.seed, options.max_episode_length
+    )
     features = [features_of(policy, episode) for episode in episodes]
     outcomes = [episode.success for episode in episodes]
     if len(set(outcomes)) < 2:
@@ -64,23 +65,6 @@ def main() -> None:
             f"{sum(outcomes)} of {len(outcomes)} episodes succeeded; take a task that succeeds at times"
         )
     print(table(cross_fitted(features, outcomes, options.seed), outcomes, options.looks))
-
-
-def collect(policy: PI0Policy, options: argparse.Namespace) -> list[Episode]:
-    """Episodes of the policy from drawn states, without broken ones."""
-    task = TaskConfig(
-        benchmark_name=options.suite,
-        task_names_to_use=[options.task],
-        assets="standins",
-        max_episode_length=options.max_episode_length,
-    )
-    with Environments(task, policy.config) as environments:
-        (states,) = environments.training_states(options.episodes, options.seed)
-        rollouts = [
-            environments.rollout(states, index, (options.seed, index)) for index in range(len(states))
-        ]
-        done = dict(environments.run_policy(ActingPolicy(policy), rollouts))
-    return [done[number] for number in sorted(done) if done[number].failure is None]
 
 
 def features_of(policy: PI0Policy, episode: Episode) -> Tensor:

@@ -20,21 +20,20 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.drawn_episodes import drawn_episodes
 from pi0 import PI0Policy
 from pi0.base.arguments import Collect, ranged
 from pi0.base.errors import InputError, run_command
 from pi0.base.files import read_json
 from pi0.base.stats import mean_interval
 from pi0.data.chunks import Chunks
-from pi0.libero.environments import Environments
 from pi0.libero.episodes import Episode
 from pi0.libero.settings import TaskConfig, range_of
-from pi0.policy.acting import ActingPolicy
 from pi0.training.flow_loss import flow_loss
 
 
 def main() -> None:
-    """Collect the episodes, print the table."""
+    """Run the episodes, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,41 +52,19 @@ def main() -> None:
     )
     options = parser.parse_args()
     policies = [PI0Policy.from_pretrained(path) for path in options.policies]
-    episodes = collect(policies[0], options)
+    whole = drawn_episodes(
+        policies[0], options.suite, options.tasks, options.episodes, options.seed, options.max_episode_length
+    )
+    episodes = [[each for each in whole if each.success == wanted] for wanted in (True, False)]
+    if not episodes[0]:
+        raise InputError(
+            f"none of {len(whole)} episodes succeeded; take more, or a policy that solves these tasks"
+        )
     print("| policy | loss of its last updates | on fresh successes | on fresh failures |\n|---|---|---|---|")
     for path, policy in zip(options.policies, policies, strict=True):
         cells = [show(losses(policy, part, options.draws)) for part in episodes]
         print(f"| {path} | {last_loss(path)} | {cells[0]} | {cells[1]} |")
     print(f"\n{len(episodes[0])} successes, {len(episodes[1])} failures")
-
-
-def collect(policy: PI0Policy, options: argparse.Namespace) -> tuple[list[Episode], list[Episode]]:
-    """Episodes of `policy` from drawn states: its successes, its failures.
-
-    Raises:
-        InputError: none succeeded.
-    """
-    task = TaskConfig(
-        benchmark_name=options.suite,
-        task_names_to_use=options.tasks,
-        assets="standins",
-        max_episode_length=options.max_episode_length,
-    )
-    with Environments(task, policy.config) as environments:
-        pools = environments.training_states(options.episodes, options.seed)
-        rollouts = [
-            environments.rollout(states, index, (options.seed, states.task.index, index))
-            for states in pools
-            for index in range(len(states))
-        ]
-        done = dict(environments.run_policy(ActingPolicy(policy), rollouts))
-    whole = [done[number] for number in sorted(done) if done[number].failure is None]
-    successes = [episode for episode in whole if episode.success]
-    if not successes:
-        raise InputError(
-            f"none of {len(whole)} episodes succeeded; take more, or a policy that solves these tasks"
-        )
-    return successes, [episode for episode in whole if not episode.success]
 
 
 def losses(policy: PI0Policy, episodes: Sequence[Episode], draws: int) -> list[float]:
