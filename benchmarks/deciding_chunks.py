@@ -58,7 +58,8 @@ def main() -> None:
     episodes = drawn_episodes(
         policy, options.suite, [options.task], options.episodes, options.seed, options.max_episode_length
     )
-    features = [features_of(policy, episode) for episode in episodes]
+    seen = PolicyFeatures(policy.config, policy.network)
+    features = [features_of(policy, seen, episode) for episode in episodes]
     outcomes = [episode.success for episode in episodes]
     if len(set(outcomes)) < 2:
         raise InputError(
@@ -67,7 +68,7 @@ def main() -> None:
     print(table(cross_fitted(features, outcomes, options.seed), outcomes, options.looks))
 
 
-def features_of(policy: PI0Policy, episode: Episode) -> Tensor:
+def features_of(policy: PI0Policy, seen: PolicyFeatures, episode: Episode) -> Tensor:
     """What the value function sees of each look, float32 [T, F]."""
     inputs = policy.prepare(
         {
@@ -76,8 +77,7 @@ def features_of(policy: PI0Policy, episode: Episode) -> Tensor:
             "prompt": [episode.prompt] * len(episode.states),
         }
     )
-    seen = PolicyFeatures(policy.config, policy.network)(**inputs)
-    return torch.cat([seen, inputs["state"].float().flatten(1)], 1)
+    return torch.cat([seen(**inputs), inputs["state"].float().flatten(1)], 1)
 
 
 def cross_fitted(features: Sequence[Tensor], outcomes: Sequence[bool], seed: int) -> list[Tensor]:
@@ -140,8 +140,10 @@ def table(values: Sequence[Tensor], outcomes: Sequence[bool], looks: int) -> str
         there = [number for number, each in enumerate(values) if len(each) > look]
         at_look = torch.stack([values[number][look] for number in there])
         mean = torch.stack([changes[number][look] for number in there]).abs().mean()
-        known = auc(at_look, torch.tensor([outcomes[number] for number in there]))
-        lines.append(f"| {look} | {len(there)} | {known:.2f} | {mean:.3f} |")
+        ends_well = torch.tensor([outcomes[number] for number in there])
+        # Late looks are of failures alone, with nothing to tell apart.
+        known = f"{auc(at_look, ends_well):.2f}" if len(ends_well.unique()) == 2 else "-"
+        lines.append(f"| {look} | {len(there)} | {known} | {mean:.3f} |")
     return "\n".join(lines)
 
 

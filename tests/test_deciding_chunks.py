@@ -43,6 +43,12 @@ def test_the_table_shows_the_look_from_which_the_outcome_is_known():
     assert max(found, key=lambda row: row[3])[0] == 1, "the chunk between looks 1 and 2 decides"
 
 
+def test_looks_that_only_failures_reach_tell_nothing_apart():
+    values = [torch.tensor([0.5, 1.0]), torch.tensor([0.5, 0.25, 0.0]), torch.tensor([0.5, 0.25, 0.0])]
+    lines = table(values, [True, False, False], looks=10).splitlines()
+    assert lines[4:] == ["| 0 | 3 | 0.50 | 0.333 |", "| 1 | 3 | 1.00 | 0.167 |", "| 2 | 2 | - | 0.000 |"]
+
+
 def test_an_episode_is_not_valued_by_a_network_that_saw_it():
     generator = torch.Generator().manual_seed(1)
     outcomes = (torch.rand(40, generator=generator) < 0.5).tolist()
